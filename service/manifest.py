@@ -1,0 +1,144 @@
+"""The manifest: what a model directory says about itself, and where exporter and service meet."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import ModelDirectoryError
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Part):
+    """One file of the model directory: its size in bytes and its SHA-256 in lower-case hex."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class FillInTheMiddle(_Part):
+    """Token ids that mark a prompt's parts for a model trained to fill in the middle."""
+
+    prefix: int = Field(ge=0)
+    suffix: int = Field(ge=0)
+    middle: int = Field(ge=0)
+
+
+class SpecialTokens(_Part):
+    """Token ids with a meaning of their own.
+
+    `default_prompt` stands in for an empty prompt; None when the model has neither a beginning-of-sequence nor an
+    end-of-text token. `end` are the tokens that end a completion. `add_bos` says whether `bos` goes before every text
+    prompt.
+    """
+
+    bos: int | None = Field(ge=0)
+    add_bos: bool
+    end: tuple[int, ...]
+    default_prompt: int | None = Field(ge=0)
+    fill_in_the_middle: FillInTheMiddle | None = None
+
+
+class KVLayout(_Part):
+    """Shape of the keys and of the values of one token: `layers` x `kv_heads` x `head_dim` numbers of `dtype`."""
+
+    layers: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    dtype: Literal["float32", "float16"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that keys and values of one token take over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+
+
+class Quantization(_Part):
+    """How the weights are stored.
+
+    `weights` is the form of the exported matrices, `source` the form they had. `min_rows` is the fewest rows of a call
+    from which results no longer depend on the number of rows: one row may take another kernel than several.
+    """
+
+    weights: Literal["float32", "int8", "int4z"]
+    source: str
+    min_rows: int = Field(ge=1)
+
+
+class Quality(_Part):
+    """What the exporter measured against the source weights: `kl` in nats per token, `max_logit_error` in logits."""
+
+    kl: float
+    max_logit_error: float
+    tokens: int = Field(ge=1)
+
+
+class Manifest(_Part):
+    """A model directory's description; see docs/model-directory.md for the file as JSON."""
+
+    format_version: Literal[1]
+    id: str = Field(min_length=1)
+    aliases: tuple[str, ...]
+    created: int = Field(ge=0)
+    owned_by: str
+    architecture: str
+    context_length: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    special_tokens: SpecialTokens
+    kv: KVLayout
+    quantization: Quantization
+    quality: Quality
+    files: dict[str, FileEntry]
+
+    def write(self, directory: Path) -> None:
+        """Writes the manifest into `directory`."""
+        (directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> Manifest:
+    """Reads and checks the manifest of `directory` and the size and hash of every file that it names.
+
+    Raises ModelDirectoryError with the file, what was expected and what was found.
+    """
+    path = directory / FILE_NAME
+    hint = "export the model again: python -m model_export SOURCE DIRECTORY"
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelDirectoryError(f"{path} does not exist; {hint}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {hint}") from None
+    for name, entry in manifest.files.items():
+        _check_file(directory, name, entry, hint)
+    return manifest
+
+
+def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None:
+    path = directory / name
+    if path.resolve().parent != directory.resolve():
+        raise ModelDirectoryError(f"{path} is outside the model directory {directory}; refusing to load it")
+    if not path.is_file():
+        raise ModelDirectoryError(f"{path} does not exist; {hint}")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {hint}")
+    digest = file_sha256(path)
+    if digest != entry.sha256:
+        raise ModelDirectoryError(f"{path} has SHA-256 {digest}, expected {entry.sha256}; {hint}")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
