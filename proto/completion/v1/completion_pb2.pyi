@@ -439,7 +439,7 @@ class CreateCompletionResponse(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Unique per request, `cmpl-` and 28 characters; the same in every piece."""
+    """Unique per request, `cmpl-` and 29 characters; the same in every piece."""
     object: _builtins.str
     """Always `text_completion`."""
     created: _builtins.int

@@ -77,6 +77,9 @@ class CompletionServiceServicer:
         """Completes one or many prompts and answers once, when all choices are finished.
 
         Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
+
+        All three methods take the same request: they differ in how the answer travels, not in what is asked.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

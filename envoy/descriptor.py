@@ -1,0 +1,130 @@
+"""Derives envoy/completion.binpb: the contract as Envoy's JSON transcoder sees it.
+
+The derived view is byte-for-byte compatible with `proto/completion/v1/completion.proto` on the wire and differs only
+in how it reads and prints as JSON, where OpenAI's API asks for what protobuf's JSON mapping does not offer. It is for
+Envoy alone: it repeats JSON names within a message, which protobuf's Python runtime refuses to load.
+
+    python envoy/descriptor.py            writes the file
+    python envoy/descriptor.py --check    fails when the committed file is stale
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+)
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "envoy" / "completion.binpb"
+CONTRACT = "completion/v1/completion.proto"
+
+# Requests keep protobuf's camelCase JSON names: the transcoder reads a field by either of its names, and prints none.
+REQUESTS = {"CreateCompletionRequest", "StreamOptions", "GetModelRequest", "ListModelsRequest"}
+
+# A NullValue printed under its sibling's name, so that an unset member of the oneof is `null` rather than absent.
+NULLS = {
+    ("Choice", "no_logprobs"): "logprobs",
+    ("Error", "no_param"): "param",
+    ("Error", "no_code"): "code",
+}
+
+# Laid out on the wire like google.protobuf.Value, which prints as a bare number, object or null.
+VALUES = {("Logprobs", "token_logprobs"), ("Logprobs", "top_logprobs")}
+
+ENUM_NAMES = {"FINISH_REASON_STOP": "stop", "FINISH_REASON_LENGTH": "length"}
+
+
+def compile_contract() -> FileDescriptorSet:
+    """The contract and everything it imports, as protoc understands them."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "contract.binpb"
+        includes = [
+            ROOT / "proto",
+            ROOT / "proto" / "third_party",
+            Path(protoc.__file__).parent / "_proto",
+        ]
+        status = protoc.main(
+            [
+                "protoc",
+                *(f"-I{path}" for path in includes),
+                "--include_imports",
+                f"--descriptor_set_out={compiled}",
+                CONTRACT,
+            ]
+        )
+        if status != 0:
+            sys.exit("envoy/descriptor.py: protoc could not compile the contract")
+        return FileDescriptorSet.FromString(compiled.read_bytes())
+
+
+def json_view(file: FileDescriptorProto) -> None:
+    """Rewrites the contract's file into the JSON view."""
+    for message in file.message_type:
+        if message.name == "CreateCompletionRequest":
+            replace_typed_prompt(message)
+        if any(message.name == owner for owner, _ in NULLS):
+            message.options.deprecated_legacy_json_field_conflicts = True
+        for field in message.field:
+            if message.name not in REQUESTS:
+                view_response_field(message.name, field)
+    for enum in file.enum_type:
+        for value in enum.value:
+            value.name = ENUM_NAMES.get(value.name, value.name)
+
+
+def replace_typed_prompt(request: DescriptorProto) -> None:
+    """Drops the typed prompts and calls `json_prompt` what REST callers call it."""
+    names = [oneof.name for oneof in request.oneof_decl]
+    typed = names.index("prompt")
+    kept = [field for field in request.field if not in_oneof(field, typed)]
+    for field in kept:
+        if field.HasField("oneof_index") and field.oneof_index > typed:
+            field.oneof_index -= 1
+        if field.name == "json_prompt":
+            field.name = field.json_name = "prompt"
+    fields = [FieldDescriptorProto.FromString(field.SerializeToString()) for field in kept]
+    del request.field[:]
+    request.field.extend(fields)
+    del request.oneof_decl[typed]
+
+
+def in_oneof(field: FieldDescriptorProto, index: int) -> bool:
+    return field.HasField("oneof_index") and field.oneof_index == index
+
+
+def view_response_field(message: str, field: FieldDescriptorProto) -> None:
+    """Gives a field of an answer its OpenAI name and a type that prints as OpenAI prints it."""
+    field.json_name = NULLS.get((message, field.name), field.name)
+    if (message, field.name) in VALUES:
+        field.type_name = ".google.protobuf.Value"
+    if field.name == "created":
+        # JSON prints 64-bit integers as strings. Seconds since 1970 fit 32 bits until 2106.
+        field.type = FieldDescriptorProto.TYPE_UINT32
+
+
+def derive() -> bytes:
+    files = compile_contract()
+    json_view(next(file for file in files.file if file.name == CONTRACT))
+    return files.SerializeToString(deterministic=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Derives the JSON view that Envoy transcodes with.")
+    parser.add_argument("--check", action="store_true", help="fail when the committed file is stale")
+    check = parser.parse_args().check
+    derived = derive()
+    if not check:
+        OUTPUT.write_bytes(derived)
+    elif not OUTPUT.exists() or OUTPUT.read_bytes() != derived:
+        sys.exit(f"{OUTPUT.relative_to(ROOT)} is stale: run `python envoy/descriptor.py` and commit the result")
+
+
+if __name__ == "__main__":
+    main()

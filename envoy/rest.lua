@@ -1,0 +1,102 @@
+-- What REST needs around the JSON transcoder. Listed before it: requests pass here first, responses last.
+
+-- The service sees these headers, at most this long, and nothing else that a REST caller sends. Headers become gRPC
+-- metadata: more than 8 KiB of it, `grpc-timeout`, `grpc-encoding` or a malformed `*-bin` would break the call.
+local FORWARDED = {
+  authorization = 4096,
+  ["content-type"] = 256,
+  ["user-agent"] = 512,
+  ["x-request-id"] = 64,
+  traceparent = 64,
+  tracestate = 512,
+}
+
+local function drop_headers(headers)
+  local dropped = {}
+  for name, value in pairs(headers) do
+    if name:sub(1, 1) ~= ":" and #value > (FORWARDED[name] or -1) then
+      table.insert(dropped, name)
+    end
+  end
+  for _, name in ipairs(dropped) do
+    headers:remove(name)
+  end
+end
+
+-- Guessing wrong this way is harmless: the event method honours `stream` as parsed and can answer with one body,
+-- while the unary method cannot stream. An escaped character could be part of the key.
+local function may_stream(text)
+  return text:find("stream", 1, true) or text:find("\\u", 1, true)
+end
+
+function envoy_on_request(handle)
+  -- body() invalidates header handles taken before it.
+  local body = handle:headers():get(":method") == "POST" and handle:body()
+  local headers = handle:headers()
+  drop_headers(headers)
+
+  local path = headers:get(":path"):gsub("/+$", "")
+  handle:streamInfo():dynamicMetadata():set("rest", "path", path)
+  if body and may_stream(body:getBytes(0, body:length())) then
+    path = path .. ":stream"
+  end
+  headers:replace(":path", path)
+end
+
+-- How the transcoder prints our error detail within google.rpc.Status. Quotes within JSON strings are escaped, so
+-- neither can be part of a message.
+local DETAIL = '"details":[{"@type":"type.googleapis.com/completion.v1.ErrorResponse",'
+local CLOSING = "]}"
+
+local UNEXPLAINED = {
+  ["401"] = { "Invalid or missing API key.", "invalid_request_error" },
+  ["403"] = { "You are not allowed to do this.", "invalid_request_error" },
+  ["404"] = { "Not found.", "invalid_request_error" },
+  ["429"] = { "Too many requests. Please retry later.", "requests" },
+  ["499"] = { "The request was cancelled.", "server_error" },
+  ["503"] = { "The service is temporarily unavailable. Please retry later.", "server_error" },
+  ["504"] = { "The request took too long.", "server_error" },
+}
+
+local function unexplained(status)
+  local invalid = tonumber(status) < 500
+  local fallback = invalid and { "The request could not be processed.", "invalid_request_error" }
+    or { "The server had an error while processing the request.", "server_error" }
+  local message, kind = unpack(UNEXPLAINED[status] or fallback)
+  return string.format('{"error":{"message":"%s","type":"%s","param":null,"code":null}}', message, kind)
+end
+
+local function envelope(status, text)
+  if text:find('^{"error":') then
+    -- Envoy's own: the transcoder starts with a field's path, which is empty for the whole body.
+    return (text:gsub('"message":": ', '"message":"', 1))
+  end
+  local _, last = text:find(DETAIL, 1, true)
+  if last then
+    return "{" .. text:sub(last + 1, -1 - #CLOSING)
+  end
+  return unexplained(status)
+end
+
+function envoy_on_response(handle)
+  local status = handle:headers():get(":status")
+  if tonumber(status) >= 400 then
+    local body = handle:body(true)
+    local json = envelope(status, body:getBytes(0, body:length()))
+    handle:headers():replace("content-length", body:setBytes(json))
+    handle:headers():replace("content-type", "application/json")
+    for name, value in pairs(handle:trailers() or {}) do
+      if name:sub(1, 5) ~= "grpc-" then
+        handle:headers():replace(name, value)
+      end
+    end
+    if status == "401" then
+      handle:headers():replace("www-authenticate", "Bearer")
+    elseif (status == "429" or status == "503") and not handle:headers():get("retry-after") then
+      handle:headers():replace("retry-after", "1")
+    end
+  end
+  for _, name in ipairs({ "grpc-status", "grpc-message", "grpc-accept-encoding" }) do
+    handle:headers():remove(name)
+  end
+end

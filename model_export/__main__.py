@@ -1,0 +1,70 @@
+"""The command line: python -m model_export SOURCE DIRECTORY."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model_export.errors import ExportError
+from model_export.export import Options, export
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        report = export(
+            options.source,
+            options.directory,
+            Options(
+                id=options.id,
+                aliases=tuple(options.alias),
+                owned_by=options.owned_by,
+                quantization=options.quantization,
+                max_kl=options.max_kl,
+                overwrite=options.overwrite,
+            ),
+            _progress,
+        )
+    except ExportError as error:
+        print(f"model_export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("model_export: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{options.directory}: {report}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m model_export", description="Exports a language model to ONNX.")
+    parser.add_argument("source", type=Path, help="a GGUF file or a Hugging Face directory")
+    parser.add_argument("directory", type=Path, help="the model directory to write")
+    parser.add_argument("--id", help="the model's id; the source's name without its quantization by default")
+    parser.add_argument("--alias", action="append", default=[], help="a further name to serve it by; may be repeated")
+    parser.add_argument("--owned-by", help="who owns the model; the source's organization by default")
+    parser.add_argument(
+        "--quantization",
+        choices=("auto", "int4z", "int8", "float32"),
+        default="auto",
+        help="form of the matrices; auto keeps 4-bit sources in 4 bits and takes 8 bits for all others",
+    )
+    parser.add_argument(
+        "--max-kl", type=float, default=0.005, help="largest divergence from the source, in nats per token (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model directory if it exists")
+    return parser
+
+
+def _progress(label: str, total: int) -> Callable[[], object]:
+    """A step to call `total` times; on a terminal it moves a progress bar."""
+    bar = tqdm(total=total, desc=label, unit="layer", disable=None, leave=False)
+    return bar.update
+
+
+if __name__ == "__main__":
+    sys.exit(main())

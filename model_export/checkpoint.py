@@ -1,0 +1,125 @@
+"""What every source is read into: the architecture, its tensors under GGUF names, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from model_export.errors import ExportError
+from model_export.weights import Floats, LazyTensor, Matrix, dequantize
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder of the Llama shape.
+
+    `rotary_frequencies` [head_dim / 2] are in radians per position, for a rotation that pairs a head's first half with
+    its second half.
+    """
+
+    family: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_epsilon: float
+    rotary_frequencies: NDArray[np.float64]
+    tied_embedding: bool
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the architecture has."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (self.vocab_size, self.hidden_size),
+            "output_norm.weight": (self.hidden_size,),
+        }
+        if not self.tied_embedding:
+            shapes["output.weight"] = (self.vocab_size, self.hidden_size)
+        for layer in range(self.layers):
+            shapes |= {f"blk.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, query, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (hidden,),
+            "attn_q.weight": (query, hidden),
+            "attn_k.weight": (kv, hidden),
+            "attn_v.weight": (kv, hidden),
+            "attn_output.weight": (hidden, query),
+            "ffn_norm.weight": (hidden,),
+            "ffn_gate.weight": (self.intermediate_size, hidden),
+            "ffn_up.weight": (self.intermediate_size, hidden),
+            "ffn_down.weight": (hidden, self.intermediate_size),
+        }
+        if self.qkv_bias:
+            shapes |= {"attn_q.bias": (query,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+        if self.qk_norm:
+            shapes |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+        return shapes
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer and the token ids with a meaning of their own; `end` are the tokens that end a completion."""
+
+    tokenizer: Tokenizer
+    bos: int | None
+    add_bos: bool
+    end: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source model: exactly the tensors of its architecture, each of the right shape.
+
+    `weights` names the form of the source's matrices. Raises ExportError for a missing, extra or misshapen tensor.
+    """
+
+    name: str
+    organization: str
+    weights: str
+    architecture: Architecture
+    tensors: Mapping[str, LazyTensor]
+    vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        expected = self.architecture.tensor_shapes()
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise ExportError(f"{self.name} has no tensor {name}")
+            if self.tensors[name].shape != shape:
+                found = list(self.tensors[name].shape)
+                raise ExportError(f"{self.name}: tensor {name} has shape {found}, expected {list(shape)}")
+        if extra := sorted(self.tensors.keys() - expected.keys()):
+            raise ExportError(f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family} model has not")
+
+    def matrix(self, name: str) -> Matrix:
+        """The matrix `name` in the form in which the source holds it."""
+        return self.tensors[name].load()
+
+    def floats(self, name: str) -> Floats:
+        """The tensor `name` as float32."""
+        return dequantize(self.tensors[name].load())
+
+
+def rotary_frequencies(head_dim: int, base: float, factors: Floats | float = 1.0) -> NDArray[np.float64]:
+    """Radians per position for each pair of a head, slowed down by `factors`."""
+    return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / factors

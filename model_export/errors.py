@@ -1,0 +1,7 @@
+"""The one error that the exporter reports to its user."""
+
+from __future__ import annotations
+
+
+class ExportError(Exception):
+    """The source cannot be exported; the message is one sentence that says why."""

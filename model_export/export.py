@@ -1,0 +1,146 @@
+"""The pipeline: read a source, build its graph, write the model directory, verify it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from model_export.checkpoint import Checkpoint
+from model_export.errors import ExportError
+from model_export.gguf_source import read_gguf
+from model_export.graph import build_graph
+from model_export.initializers import Initializers
+from model_export.quantize import Form
+from model_export.verify import Report, verify
+from service import manifest
+
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+FILL_IN_THE_MIDDLE = (
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+)
+
+Progress = Callable[[str, int], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `python -m model_export --help`."""
+
+    id: str | None = None
+    aliases: tuple[str, ...] = ()
+    owned_by: str | None = None
+    quantization: Form | Literal["auto"] = "auto"
+    max_kl: float = 0.005
+    overwrite: bool = False
+
+
+def export(source: Path, directory: Path, options: Options, progress: Progress) -> Report:
+    """Exports `source` into the model directory `directory`, which appears whole or not at all.
+
+    Raises ExportError when the source cannot be exported faithfully, or when `directory` exists and may not be replaced.
+    """
+    if directory.exists() and not options.overwrite:
+        raise ExportError(f"{directory} exists; give --overwrite to replace it")
+    checkpoint = read_source(source)
+    form = _form(options.quantization, checkpoint)
+    with _written_at_once(directory) as work:
+        layers = checkpoint.architecture.layers
+        with Initializers(work) as data:
+            model = build_graph(checkpoint, form, data, progress("building", layers))
+        ir.save(model, work / MODEL_FILE)
+        checkpoint.vocabulary.tokenizer.save(str(work / TOKENIZER_FILE))
+        report = verify(checkpoint, work / MODEL_FILE, options.max_kl, progress("verifying", layers))
+        _manifest(checkpoint, form, report, options, work).write(work)
+    return report
+
+
+def read_source(source: Path) -> Checkpoint:
+    """Opens a GGUF file or a Hugging Face directory."""
+    if source.is_file():
+        return read_gguf(source)
+    raise ExportError(f"{source} does not exist")
+
+
+def _form(wanted: Form | Literal["auto"], checkpoint: Checkpoint) -> Form:
+    if wanted != "auto":
+        return wanted
+    return "int4z" if checkpoint.weights in ("Q4_0", "Q4_1") else "int8"
+
+
+@contextmanager
+def _written_at_once(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        work.rename(directory)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _manifest(
+    checkpoint: Checkpoint, form: Form, report: Report, options: Options, directory: Path
+) -> manifest.Manifest:
+    architecture = checkpoint.architecture
+    return manifest.Manifest(
+        format_version=manifest.FORMAT_VERSION,
+        id=options.id or checkpoint.name,
+        aliases=options.aliases,
+        created=int(time.time()),
+        owned_by=options.owned_by or checkpoint.organization or "unknown",
+        architecture=architecture.family,
+        context_length=architecture.context_length,
+        vocab_size=architecture.vocab_size,
+        special_tokens=_special_tokens(checkpoint),
+        kv=manifest.KVLayout(
+            layers=architecture.layers,
+            kv_heads=architecture.kv_heads,
+            head_dim=architecture.head_dim,
+            dtype="float32",
+        ),
+        quantization=manifest.Quantization(
+            weights=form, source=checkpoint.weights, min_rows=2 if form == "int4z" else 1
+        ),
+        quality=manifest.Quality(kl=report.kl, max_logit_error=report.max_logit_error, tokens=report.tokens),
+        files={path.name: _file_entry(path) for path in sorted(directory.iterdir())},
+    )
+
+
+def _special_tokens(checkpoint: Checkpoint) -> manifest.SpecialTokens:
+    vocabulary = checkpoint.vocabulary
+    token_id = vocabulary.tokenizer.token_to_id
+    end_of_text = token_id("<|endoftext|>")
+    return manifest.SpecialTokens(
+        bos=vocabulary.bos,
+        add_bos=vocabulary.add_bos,
+        end=vocabulary.end,
+        default_prompt=vocabulary.bos if end_of_text is None else end_of_text,
+        fill_in_the_middle=_fill_in_the_middle(token_id),
+    )
+
+
+def _fill_in_the_middle(token_id: Callable[[str], int | None]) -> manifest.FillInTheMiddle | None:
+    for names in FILL_IN_THE_MIDDLE:
+        prefix, suffix, middle = (token_id(name) for name in names)
+        if prefix is not None and suffix is not None and middle is not None:
+            return manifest.FillInTheMiddle(prefix=prefix, suffix=suffix, middle=middle)
+    return None
+
+
+def _file_entry(path: Path) -> manifest.FileEntry:
+    return manifest.FileEntry(bytes=path.stat().st_size, sha256=manifest.file_sha256(path))

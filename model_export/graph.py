@@ -1,0 +1,169 @@
+"""Builds the ONNX graph of a checkpoint.
+
+One graph serves prompts and decoding. Its inputs, for a call of B rows of S positions with past keys and values of
+`max_len` positions a row:
+
+- `input_ids` int64 [B, S]: the tokens, padded on the right;
+- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row;
+- `seqlens_k` int32 [B]: past plus valid tokens, minus one;
+- `total_sequence_length` int32 [1]: an upper bound of `seqlens_k` + 1;
+- `logits_idx` int64 [R]: the positions in the flattened [B * S] whose logits are wanted;
+- `past_key.i`, `past_value.i` float32 [B, kv_heads, max_len, head_dim] for each layer i.
+
+Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
+Padding takes room as well: past + S must not exceed max_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from model_export.checkpoint import Architecture, Checkpoint
+from model_export.initializers import Initializers
+from model_export.operators import CONTRIB, Operators
+from model_export.quantize import Form
+from model_export.weights import stack_rows
+
+OPSETS = {"": 21, CONTRIB: 1}
+IR_VERSION = 10
+
+
+def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+    """The model of `checkpoint` with its matrices in `form`; weights go to `data`, `on_layer` hears of each layer."""
+    decoder = _Decoder(checkpoint, Operators(data, form))
+    outputs = decoder.forward(on_layer)
+    graph = ir.Graph(
+        decoder.inputs,
+        outputs,
+        nodes=decoder.operators.nodes,
+        initializers=data.used,
+        opset_imports=OPSETS,
+        name=checkpoint.name,
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
+
+
+class _Decoder:
+    def __init__(self, checkpoint: Checkpoint, operators: Operators) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = checkpoint.architecture
+        self.operators = operators
+        self.input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
+        self.seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
+        self.total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
+        self.query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
+        self.logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
+        self.inputs = [
+            self.input_ids,
+            self.seqlens_k,
+            self.total_sequence_length,
+            self.query_seqlens,
+            self.logits_idx,
+        ]
+        self.cos_cache, self.sin_cache = _rotary_caches(self.architecture, operators)
+
+    def forward(self, on_layer: Callable[[], object]) -> list[ir.Value]:
+        """The graph's outputs. What a layer adds to the residual stream is added in the norm that follows."""
+        table = self.operators.table("token_embd.weight", self.checkpoint.matrix("token_embd.weight"))
+        residual = self.operators.look_up(table, self.input_ids)
+        scale = self._vector("blk.0.attn_norm.weight")
+        hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
+        present: list[ir.Value] = []
+        for layer in range(self.architecture.layers):
+            attended, *keys_and_values = self._attention(layer, hidden)
+            present += keys_and_values
+            hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
+            hidden, residual = self._add_and_norm(self._mlp(layer, hidden), residual, self._norm_after(layer))
+            on_layer()
+        if not self.architecture.tied_embedding:
+            table = self.operators.table("output.weight", self.checkpoint.matrix("output.weight"))
+        logits = self.operators.project(self._wanted_positions(hidden), table)
+        return [_declare(logits, "logits", ["R", self.architecture.vocab_size]), *present]
+
+    def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
+        """What attention adds to the residual stream, and the layer's present keys and values."""
+        architecture, prefix = self.architecture, f"blk.{layer}."
+        cache_shape: list[int | str] = ["B", architecture.kv_heads, "max_len", architecture.head_dim]
+        past = [ir.val(f"past_{kind}.{layer}", ir.DataType.FLOAT, cache_shape) for kind in ("key", "value")]
+        self.inputs += past
+        attended, key, value = self.operators.apply_many(
+            "GroupQueryAttention",
+            *self._queries_keys_values(prefix, hidden),
+            *past,
+            self.seqlens_k,
+            self.total_sequence_length,
+            self.cos_cache,
+            self.sin_cache,
+            *[None] * 7,
+            self.query_seqlens,
+            outputs=3,
+            domain=CONTRIB,
+            num_heads=architecture.heads,
+            kv_num_heads=architecture.kv_heads,
+            do_rotary=1,
+        )
+        _declare(key, f"present_key.{layer}", cache_shape)
+        _declare(value, f"present_value.{layer}", cache_shape)
+        return [self._linear(attended, prefix + "attn_output"), key, value]
+
+    def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
+        """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
+        architecture = self.architecture
+        packed = self._linear(hidden, *(prefix + f"attn_{kind}" for kind in "qkv"))
+        if not architecture.qk_norm:
+            return [packed, None, None]
+        widths = [heads * architecture.head_dim for heads in (architecture.heads, *[architecture.kv_heads] * 2)]
+        sizes = self.operators.sizes(prefix + "attn_qkv.widths", *widths)
+        query, key, value = self.operators.apply_many("Split", packed, sizes, outputs=3, axis=-1)
+        return [self._head_norm(query, prefix + "attn_q_norm"), self._head_norm(key, prefix + "attn_k_norm"), value]
+
+    def _head_norm(self, value: ir.Value, name: str) -> ir.Value:
+        head_dim = self.architecture.head_dim
+        heads = self.operators.apply("Reshape", value, self.operators.sizes(f"{name}.heads", 0, 0, -1, head_dim))
+        normed = self.operators.rms_norm(heads, self._vector(f"{name}.weight"), self.architecture.norm_epsilon)
+        return self.operators.apply("Reshape", normed, self.operators.sizes(f"{name}.merged", 0, 0, -1))
+
+    def _mlp(self, layer: int, hidden: ir.Value) -> ir.Value:
+        prefix = f"blk.{layer}."
+        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up")
+        gate, up = self.operators.apply_many("Split", both, outputs=2, axis=-1, num_outputs=2)
+        activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
+        return self._linear(self.operators.apply("Mul", activated, up), prefix + "ffn_down")
+
+    def _linear(self, value: ir.Value, *names: str) -> ir.Value:
+        """The layers of these names side by side, as one product."""
+        matrix = stack_rows([self.checkpoint.matrix(f"{name}.weight") for name in names])
+        biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
+        return self.operators.linear(value, "+".join(names), matrix, np.concatenate(biases) if biases else None)
+
+    def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        return self.operators.add_and_rms_norm(value, residual, self._vector(name), self.architecture.norm_epsilon)
+
+    def _norm_after(self, layer: int) -> str:
+        following = layer + 1
+        return f"blk.{following}.attn_norm.weight" if following < self.architecture.layers else "output_norm.weight"
+
+    def _wanted_positions(self, hidden: ir.Value) -> ir.Value:
+        sizes = self.operators.sizes("flat_positions", -1, self.architecture.hidden_size)
+        return self.operators.apply("Gather", self.operators.apply("Reshape", hidden, sizes), self.logits_idx, axis=0)
+
+    def _vector(self, name: str) -> ir.Value:
+        return self.operators.vector(name, self.checkpoint.floats(name))
+
+
+def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.Value]:
+    """Cosine and sine [context_length, head_dim / 2] of each position's rotation."""
+    angles = np.outer(np.arange(architecture.context_length), architecture.rotary_frequencies)
+    return [
+        operators.vector("cos_cache", np.cos(angles).astype(np.float32)),
+        operators.vector("sin_cache", np.sin(angles).astype(np.float32)),
+    ]
+
+
+def _declare(value: ir.Value, name: str, shape: list[int | str]) -> ir.Value:
+    """Names `value` and gives its type, as the graph's outputs need."""
+    value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+    return value

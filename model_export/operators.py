@@ -1,0 +1,137 @@
+"""The few operators that a decoder is made of, over float32 or packed matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from model_export.initializers import Initializers
+from model_export.quantize import Form, Packed, pack
+from model_export.weights import BLOCK, Floats, Matrix, dequantize
+
+CONTRIB = "com.microsoft"
+INT8_ACTIVATIONS = 4
+
+
+@dataclass(frozen=True)
+class Table:
+    """A stored matrix: one float32 value, or the codes, scales and zero points of `packed`."""
+
+    name: str
+    packed: Packed | None
+    values: list[ir.Value | None]
+
+
+class Operators:
+    """Appends nodes to a graph and their weights to its data file; matrices take the given form."""
+
+    def __init__(self, data: Initializers, form: Form) -> None:
+        self._data = data
+        self._form = form
+        self._tape = Tape()
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        return list(self._tape.nodes)
+
+    def apply(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """The output of a node that has one."""
+        return self._tape.op(kind, inputs, attributes, domain=domain)
+
+    def apply_many(
+        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """The outputs of a node that has several."""
+        return list(self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain))
+
+    def vector(self, name: str, values: Floats) -> ir.Value:
+        return self._data.add(name, values)
+
+    def sizes(self, name: str, *sizes: int) -> ir.Value:
+        """A shape or a list of axes, as operators take them."""
+        return self._data.constant(name, np.array(sizes, np.int64))
+
+    def rms_norm(self, value: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
+        return self.apply("SimplifiedLayerNormalization", value, scale, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_and_rms_norm(
+        self, value: ir.Value, residual: ir.Value, scale: ir.Value, epsilon: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """The norm of `value + residual`, and the sum itself."""
+        normed, _, _, total = self.apply_many(
+            "SkipSimplifiedLayerNormalization", value, residual, scale, outputs=4, domain=CONTRIB, epsilon=epsilon
+        )
+        return normed, total
+
+    def linear(self, value: ir.Value, name: str, matrix: Matrix, bias: Floats | None = None) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows]."""
+        offset = None if bias is None else self.vector(f"{name}.bias", bias)
+        if self._form == "float32":
+            product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
+            return product if offset is None else self.apply("Add", product, offset)
+        packed = pack(matrix, self._form)
+        if packed.block_sums:
+            value = self._append_block_sums(value, name, matrix.shape[1])
+        return self._matmul_nbits(value, packed, self._store(name, packed), offset)
+
+    def _append_block_sums(self, value: ir.Value, name: str, columns: int) -> ir.Value:
+        blocks = self.apply("Reshape", value, self.sizes(f"{name}.blocks", 0, 0, columns // BLOCK, BLOCK))
+        sums = self.apply("ReduceSum", blocks, self.sizes(f"{name}.last_axis", -1), keepdims=0)
+        return self.apply("Concat", value, sums, axis=-1)
+
+    def table(self, name: str, matrix: Matrix) -> Table:
+        """Stores a matrix [rows, columns] that may both be looked up by row and be multiplied with."""
+        if self._form == "float32":
+            return Table(name, None, [self._data.add(name, dequantize(matrix))])
+        packed = pack(matrix, "int8")
+        return Table(name, packed, self._store(name, packed))
+
+    def look_up(self, table: Table, rows: ir.Value) -> ir.Value:
+        """The rows of the table at the indices `rows`."""
+        if table.packed is None:
+            return self.apply("Gather", *table.values, rows, axis=0)
+        count, blocks = table.packed.scales.shape
+        codes, scales, zeros = table.values
+        return self.apply(
+            "GatherBlockQuantized",
+            self._data.view(f"{table.name}.rows", codes, (count, blocks * BLOCK)),
+            rows,
+            scales,
+            zeros,
+            domain=CONTRIB,
+            bits=8,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def project(self, value: ir.Value, table: Table) -> ir.Value:
+        """The product of `value` [rows, columns] with the transpose of the table."""
+        if table.packed is None:
+            return self.apply("Gemm", value, *table.values, transB=1)
+        return self._matmul_nbits(value, table.packed, table.values, None)
+
+    def _store(self, name: str, packed: Packed) -> list[ir.Value | None]:
+        zeros = None if packed.zero_points is None else self._data.add(f"{name}.zero_points", packed.zero_points)
+        return [self._data.add(f"{name}.codes", packed.codes), self._data.add(f"{name}.scales", packed.scales), zeros]
+
+    def _matmul_nbits(
+        self, value: ir.Value, packed: Packed, stored: list[ir.Value | None], bias: ir.Value | None
+    ) -> ir.Value:
+        return self.apply(
+            "MatMulNBits",
+            value,
+            *stored,
+            None,
+            bias,
+            domain=CONTRIB,
+            K=packed.columns,
+            N=len(packed.codes),
+            bits=packed.bits,
+            block_size=BLOCK,
+            accuracy_level=INT8_ACTIVATIONS,
+        )

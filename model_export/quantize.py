@@ -1,0 +1,108 @@
+"""Packs weight matrices for the MatMulNBits operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
+
+Form = Literal["float32", "int8", "int4z"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
+
+    `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
+    are half the range. With `block_sums`, columns / 32 further columns follow the matrix's own: they stand for the sums
+    of the activation over each block.
+    """
+
+    codes: Bytes
+    scales: Floats
+    zero_points: Bytes | None
+    bits: int
+    columns: int
+    block_sums: bool = False
+
+
+def pack(matrix: Matrix, form: Literal["int8", "int4z"]) -> Packed:
+    """Packs in 4 bits what the source holds in 4 bits and `form` allows, all else in 8 bits."""
+    if form == "int4z" and isinstance(matrix, Blocks) and matrix.bits == 4:
+        return _pack_int4z(matrix)
+    return _pack_int8(matrix)
+
+
+def _pack_int8(matrix: Matrix) -> Packed:
+    if isinstance(matrix, Blocks) and _has_integer_zero_points(matrix):
+        codes, scales, zeros = matrix.codes, matrix.scales, _zero_points(matrix, 255)
+    else:
+        codes, scales, zeros = _round_to_nearest(dequantize(matrix))
+    centred = bool(np.all((zeros == 128) | (scales == 0)))
+    return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
+
+
+def _pack_int4z(matrix: Blocks) -> Packed:
+    """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
+
+    The remainder times the block's sum is the rest of the product, so the remainders become further columns, in 4 bits.
+    """
+    zeros = _zero_points(matrix, 15)
+    remainders = matrix.minimums + matrix.scales * zeros
+    columns = matrix.shape[1]
+    if not remainders.any():
+        return Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, columns)
+    codes, scales = _round_symmetric_int4(remainders)
+    return Packed(
+        codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
+        scales=np.concatenate([matrix.scales, scales], axis=1),
+        zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
+        bits=4,
+        columns=columns + remainders.shape[1],
+        block_sums=True,
+    )
+
+
+def _zero_points(matrix: Blocks, largest: int) -> Bytes:
+    """The nearest integer zero point of each block."""
+    exact = np.divide(-matrix.minimums, matrix.scales, out=np.zeros_like(matrix.scales), where=matrix.scales != 0)
+    return np.clip(np.rint(exact), 0, largest).astype(np.uint8)
+
+
+def _has_integer_zero_points(matrix: Blocks) -> bool:
+    return bool(np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0))
+
+
+def _round_to_nearest(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """8-bit codes, scales and zero points whose range covers each block's weights and zero.
+
+    A block of 16 evenly spaced weights around zero lands on every 17th code: only its offset is rounded.
+    """
+    blocks = weights.reshape(len(weights), -1, BLOCK)
+    low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    scales = ((high - low) / 255).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    zeros = np.rint(-low * inverse)
+    codes = np.clip(np.rint(blocks * inverse[..., None]) + zeros[..., None], 0, 255)
+    return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def _round_symmetric_int4(values: Floats) -> tuple[Bytes, Floats]:
+    """4-bit codes around 8 in blocks of 32 columns, the last one filled up with zeros, and their scales."""
+    rows, columns = values.shape
+    blocks = np.pad(values, ((0, 0), (0, -columns % BLOCK))).reshape(rows, -1, BLOCK)
+    extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    scales = extremes / np.float32(-8)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    return np.clip(np.rint(blocks * inverse[..., None]) + 8, 0, 15).astype(np.uint8), scales
+
+
+def _pack_nibbles(codes: Bytes) -> Bytes:
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _pack_zero_points(zeros: Bytes) -> Bytes:
+    return _pack_nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))

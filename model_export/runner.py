@@ -1,0 +1,51 @@
+"""Runs an exported model over one text, as the service does: in chunks, with keys and values kept in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from model_export.weights import Floats
+
+
+class Runner:
+    """An exported model and the keys and values of one text of at most `capacity` positions."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self._capacity = capacity
+        self._caches = {
+            entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, entry.shape[1], capacity, entry.shape[3]), np.float32)
+            )
+            for entry in self._session.get_inputs()
+            if entry.name.startswith("past_")
+        }
+
+    def logits(self, tokens: NDArray[np.int64], chunks: list[int]) -> Floats:
+        """The logits [tokens, vocab] after each token, read from the first position in calls of `chunks` tokens."""
+        ends = np.cumsum(chunks)
+        parts = [self._forward(tokens[end - size : end], int(end)) for end, size in zip(ends, chunks, strict=True)]
+        return np.concatenate(parts)
+
+    def _forward(self, tokens: NDArray[np.int64], end: int) -> Floats:
+        binding = self._session.io_binding()
+        feeds = {
+            "input_ids": tokens[None, :],
+            "seqlens_k": np.array([end - 1], np.int32),
+            "total_sequence_length": np.array([end], np.int32),
+            "query_seqlens": np.array([len(tokens)], np.int32),
+            "logits_idx": np.arange(len(tokens), dtype=np.int64),
+        }
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past", "present"), cache)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        logits: Floats = binding.get_outputs()[-1].numpy()
+        return logits

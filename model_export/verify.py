@@ -1,0 +1,98 @@
+"""Compares an exported model with its source weights on real text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.checkpoint import Checkpoint
+from model_export.errors import ExportError
+from model_export.reference import reference_logits
+from model_export.runner import Runner
+from model_export.weights import Floats
+
+TEXT = Path(__file__).with_name("verification_text.txt")
+MAX_TOKENS = 1024
+CHUNK = 128
+DECODED = 32
+# Rounding in another order moves a float32 logit by about 1e-4; anything near 0.5 nats is a wrong graph.
+MAX_DECODE_KL = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far the exported model is from its source, over the positions of `tokens` tokens.
+
+    `kl` is the mean Kullback-Leibler divergence from the source's next-token distribution, in nats per token, for
+    tokens read in chunks; `decode_kl` is that for the last tokens, read one by one. Errors are differences of logits.
+    """
+
+    tokens: int
+    kl: float
+    decode_kl: float
+    mean_logit_error: float
+    max_logit_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.5f} nats/token ({self.decode_kl:.5f} decoding), logit error mean {self.mean_logit_error:.4f} "
+            f"max {self.max_logit_error:.4f}, over {self.tokens} tokens"
+        )
+
+
+def verify(checkpoint: Checkpoint, model: Path, max_kl: float, on_layer: Callable[[], object]) -> Report:
+    """Measures `model` against `checkpoint`.
+
+    Raises ExportError when a divergence exceeds `max_kl` nats per token, or when reading a text in chunks is not the
+    same as reading it whole.
+    """
+    tokens = _tokens(checkpoint)
+    expected = reference_logits(checkpoint, tokens, on_layer)
+    runner = Runner(model, capacity=len(tokens))
+    whole = runner.logits(tokens, [len(tokens)])
+    chunked = runner.logits(tokens, _chunks(len(tokens), CHUNK))
+    if not np.allclose(whole, chunked, rtol=0, atol=1e-3):
+        raise ExportError(f"the exported model reads chunks differently: logits off by {np.abs(whole - chunked).max()}")
+    decoded = min(DECODED, len(tokens) - 1)
+    single = runner.logits(tokens, [len(tokens) - decoded] + [1] * decoded)[-decoded:]
+    report = Report(
+        tokens=len(tokens),
+        kl=kl_divergence(expected, chunked),
+        decode_kl=kl_divergence(expected[-decoded:], single),
+        mean_logit_error=float(np.abs(chunked - expected).mean()),
+        max_logit_error=float(np.abs(chunked - expected).max()),
+    )
+    if not max(report.kl, report.decode_kl) <= max_kl:
+        raise ExportError(f"the exported model is too far from its source (at most {max_kl} allowed): {report}")
+    return report
+
+
+def kl_divergence(expected: Floats, actual: Floats) -> float:
+    """The mean divergence of softmax(`actual`) from softmax(`expected`), both [tokens, vocab], in nats per token."""
+    total = 0.0
+    for one, other in zip(expected, actual, strict=True):
+        log_p, log_q = _log_softmax(one), _log_softmax(other)
+        total += float(np.sum(np.exp(log_p) * (log_p - log_q)))
+    return total / len(expected)
+
+
+def _log_softmax(logits: Floats) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _tokens(checkpoint: Checkpoint) -> NDArray[np.int64]:
+    limit = min(MAX_TOKENS, checkpoint.architecture.context_length)
+    vocabulary = checkpoint.vocabulary
+    ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    if vocabulary.add_bos and vocabulary.bos is not None:
+        ids = [vocabulary.bos, *ids]
+    return np.array(ids[:limit], np.int64)
+
+
+def _chunks(tokens: int, size: int) -> list[int]:
+    return [min(size, tokens - start) for start in range(0, tokens, size)]

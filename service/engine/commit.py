@@ -1,0 +1,120 @@
+"""From logits to text: samples a sequence's next token and makes of it what the caller gets to see."""
+
+from __future__ import annotations
+
+import math
+
+from service.engine import sampler
+from service.engine.sampler import Floats, Score
+from service.engine.sequence import Sequence
+from service.errors import EngineFaultError
+from service.text.tokenizer import Tokenizer
+from service.text.transcript import Piece, Transcript
+from service.types import Delta, FinishReason, Token
+
+
+class Committer:
+    """Advances sequences by what the model computed; knows sampling and text, not slots or threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def score_prompt(self, sequence: Sequence, logits: Floats) -> None:
+        """Scores the prompt's next tokens by `logits` [positions, vocabulary], which follow consecutive tokens."""
+        group, count = sequence.group, sequence.request.logprobs or 0
+        ids = group.prompt.token_ids
+        if not group.scores:
+            group.scores.append(Token(text="", offset=0, logprob=None, top=None))
+        for row in logits[: len(ids) - len(group.scores)]:
+            index = ids[len(group.scores)]
+            group.scores.append(self._token("", 0, index, sampler.score(row, index, count)))
+        if len(group.scores) == len(ids):
+            group.scores[:] = self._with_texts(sequence)
+
+    def _with_texts(self, sequence: Sequence) -> list[Token]:
+        """The prompt's scores with the texts and offsets of its tokens."""
+        prompt = sequence.group.prompt
+        transcript = Transcript()
+        pieces = [transcript.push(token) for token in self._tokenizer.text_bytes(prompt.token_ids, prompt.implied)]
+        texts = [token for piece in [*pieces, transcript.finish()] for token in piece.tokens]
+        return [
+            Token(text, offset, score.logprob, score.top)
+            for (text, offset), score in zip(texts, sequence.group.scores, strict=True)
+        ]
+
+    def begin(self, sequence: Sequence) -> Delta | None:
+        """What a sequence shows before anything is generated: the echo, and the end if nothing is to be generated."""
+        request = sequence.request
+        finish = None if request.max_tokens else FinishReason.LENGTH
+        if not request.echo and finish is None:
+            return None
+        text = sequence.group.prompt.text if request.echo else ""
+        tokens = tuple(sequence.group.scores) if request.echo and request.logprobs is not None else ()
+        return self._delta(sequence, text, tokens, finish)
+
+    def advance(self, sequence: Sequence, logits: Floats) -> Delta | None:
+        """Samples the next token from `logits` [vocabulary] and gives what became final by it, if anything.
+
+        Raises EngineFaultError when the logits are not numbers.
+        """
+        request = sequence.request
+        token = self._sample(sequence, logits)
+        scored = request.logprobs is not None or sequence.ranked
+        score = sampler.score(logits, token, request.logprobs or 0) if scored else None
+        sequence.tokens.append(token)
+        sequence.logprob_sum += score.logprob if score else 0.0
+        if token in request.stop_token_ids:
+            return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP)
+        sequence.counts[token] = sequence.counts.get(token, 0) + 1
+        if score is not None:
+            sequence.unshown.append((token, score))
+        piece = sequence.transcript.push(self._tokenizer.token_bytes(token))
+        if piece.stopped:
+            return self._show(sequence, piece, FinishReason.STOP)
+        if sequence.generated < request.max_tokens:
+            return self._show(sequence, piece, None) if piece.tokens else None
+        rest = sequence.transcript.finish()
+        whole = Piece(piece.text + rest.text, piece.tokens + rest.tokens)
+        return self._show(sequence, whole, FinishReason.LENGTH)
+
+    @staticmethod
+    def _sample(sequence: Sequence, logits: Floats) -> int:
+        request, params = sequence.request, sequence.request.sampling
+        banned = tuple(request.stop_token_ids) if sequence.generated < request.min_tokens else ()
+        processed = sampler.process(logits, params, sequence.group.prompt.token_ids, sequence.counts, banned)
+        u = 0.0 if params.greedy else sampler.uniform(params.seed, sequence.candidate, sequence.generated)
+        token = sampler.choose(processed, params, u)
+        if not math.isfinite(processed[token]):
+            raise EngineFaultError(f"the model's logits are not finite after {len(sequence.tokens)} tokens")
+        return token
+
+    def _show(self, sequence: Sequence, piece: Piece, finish: FinishReason | None) -> Delta:
+        sequence.completion_tokens += len(piece.tokens)
+        tokens: tuple[Token, ...] = ()
+        if sequence.request.logprobs is not None:
+            tokens = tuple(self._token(*shown, *sequence.unshown.popleft()) for shown in piece.tokens)
+        return self._delta(sequence, piece.text, tokens, finish)
+
+    def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
+        """A scored token; among alternatives with equal text the token itself goes first, then the likelier."""
+        own = self._tokenizer.token_text(index)
+        top = {own: score.logprob}
+        for other, logprob in score.top:
+            top.setdefault(self._tokenizer.token_text(other), logprob)
+        return Token(text, offset, score.logprob, tuple(sorted(top.items(), key=lambda item: -item[1])))
+
+    @staticmethod
+    def _delta(sequence: Sequence, text: str, tokens: tuple[Token, ...], finish: FinishReason | None) -> Delta:
+        mean = None
+        if finish is not None and sequence.ranked:
+            mean = sequence.logprob_sum / max(1, sequence.generated)
+        return Delta(
+            prompt_index=sequence.prompt_index,
+            candidate=sequence.candidate,
+            text=text,
+            tokens=tokens,
+            finish_reason=finish,
+            completion_tokens=sequence.completion_tokens,
+            cached_tokens=sequence.cached,
+            mean_logprob=mean,
+        )

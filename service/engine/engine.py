@@ -1,0 +1,209 @@
+"""The engine: owns the model on a thread of its own, and advances all requests together step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.engine.commit import Committer
+from service.engine.generation import Generation
+from service.engine.model import Model
+from service.engine.sampler import Floats
+from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
+from service.engine.sequence import PromptGroup, Sequence
+from service.errors import EngineFaultError, OverloadedError, UnavailableError
+from service.text.tokenizer import Tokenizer
+from service.text.transcript import Transcript
+from service.types import Delta, Request
+
+_log = logging.getLogger(__name__)
+
+Command = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sequences in the engine: `running` hold a slot of keys and values, `waiting` do not yet."""
+
+    running: int
+    waiting: int
+
+
+class Engine:
+    """Continuous batching: requests join and leave between steps of the model.
+
+    The event loop's thread submits and aborts; the step thread plans, runs and commits, and sends each step's pieces
+    back in one call. Only the step thread touches sequences, scheduler and model.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, scheduler: Scheduler, *, max_waiting: int) -> None:
+        self._model = model
+        self._committer = Committer(tokenizer)
+        self._scheduler = scheduler
+        self._max_waiting = max_waiting
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._sequences: dict[Generation, set[Sequence]] = {}
+        self._outbox: list[Command] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- the event loop's side ---
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts the step thread; pieces are delivered on `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the step thread after its current step; what is unfinished ends with UnavailableError."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    @property
+    def stats(self) -> Stats:
+        """How many sequences there are at this moment."""
+        return Stats(self._scheduler.running, self._scheduler.waiting)
+
+    def submit(self, request: Request) -> Generation:
+        """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
+        if not self._thread.is_alive():
+            raise UnavailableError("The service is shutting down.")
+        if self._scheduler.waiting >= self._max_waiting:
+            raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
+        generation = Generation(len(request.prompts) * request.best_of, self._abort)
+        self._commands.put(lambda: self._begin_request(request, generation))
+        return generation
+
+    def _abort(self, generation: Generation) -> None:
+        self._commands.put(lambda: self._end_request(generation))
+
+    # --- the step thread's side ---
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take_commands()
+            step = self._scheduler.schedule()
+            if step is not None:
+                self._advance(step)
+            self._flush()
+
+    def _take_commands(self) -> None:
+        """Runs what has been asked for; waits for something when there is nothing else to do."""
+        idle = not (self._scheduler.running or self._scheduler.waiting)
+        try:
+            while True:
+                self._commands.get(block=idle)()
+                idle = False
+        except queue.Empty:
+            return
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for generation in list(self._sequences):
+            self._fail(generation, UnavailableError("The service is shutting down."))
+
+    def _begin_request(self, request: Request, generation: Generation) -> None:
+        sequences = []
+        for prompt_index, prompt in enumerate(request.prompts):
+            group = PromptGroup(prompt, unstarted=request.best_of)
+            for candidate in range(request.best_of):
+                transcript = Transcript(request.stop, len(prompt.text), prompt.tail)
+                tokens = list(prompt.token_ids)
+                sequences.append(Sequence(request, generation, group, prompt_index, candidate, transcript, tokens))
+        self._sequences[generation] = set(sequences)
+        if request.max_tokens or sequences[0].scores_prompt:
+            self._scheduler.add(sequences)
+            return
+        for sequence in sequences:
+            self._send(sequence, self._committer.begin(sequence))
+
+    def _end_request(self, generation: Generation) -> None:
+        for sequence in self._sequences.pop(generation, ()):
+            self._model.copy(self._scheduler.remove(sequence))
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        self._end_request(generation)
+        self._outbox.append(lambda: generation.fail(error))
+
+    def _advance(self, step: Step) -> None:
+        """Runs one step; what fails in it ends the requests that were part of it, and no others."""
+        sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
+        try:
+            if isinstance(step, PromptChunk):
+                self._advance_prompt(step)
+            else:
+                self._advance_decode(step)
+        except Exception:
+            _log.exception("a step of the model failed")
+            for generation in {sequence.generation for sequence in sequences}:
+                self._fail(generation, EngineFaultError("the model failed"))
+
+    def _advance_prompt(self, chunk: PromptChunk) -> None:
+        sequence, group = chunk.sequence, chunk.sequence.group
+        self._model.copy(chunk.copies)
+        logits = group.logits
+        if chunk.start < chunk.end:
+            length = chunk.end - chunk.start
+            wanted = range(length) if sequence.scores_prompt else range(length - 1, length)
+            tokens = sequence.tokens[chunk.start : chunk.end]
+            assert sequence.slot is not None
+            rows = self._model.forward(sequence.slot, [tokens], [chunk.start], [(0, at) for at in wanted])
+            if sequence.scores_prompt:
+                self._committer.score_prompt(sequence, rows)
+            logits = rows[-1]
+        self._scheduler.commit_chunk(chunk)
+        if chunk.end == sequence.prompt_length:
+            group.unstarted -= 1
+            group.logits = logits.copy() if group.unstarted else None
+            self._send(sequence, self._committer.begin(sequence))
+            if sequence.request.max_tokens:
+                self._commit(sequence, logits)
+
+    def _advance_decode(self, batch: DecodeBatch) -> None:
+        tokens = [row.tokens[-1:] if row else [] for row in batch.rows]
+        past = [row.computed if row else 0 for row in batch.rows]
+        decoding = [(index, row) for index, row in enumerate(batch.rows) if row is not None]
+        logits = self._model.forward(0, tokens, past, [(index, 0) for index, _ in decoding])
+        for _, sequence in decoding:
+            sequence.computed += 1
+        for row, (_, sequence) in enumerate(decoding):
+            self._commit(sequence, logits[row])
+
+    def _commit(self, sequence: Sequence, logits: Floats) -> None:
+        """Advances one sequence by its logits; a fault of its own ends its request alone."""
+        if sequence.finished:  # a sibling's fault, earlier in this step, ended the request
+            return
+        try:
+            self._send(sequence, self._committer.advance(sequence, logits))
+        except Exception:
+            _log.exception("a sequence failed", extra={"fields": {"request_id": sequence.request.id}})
+            self._fail(sequence.generation, EngineFaultError("the model failed"))
+
+    def _send(self, sequence: Sequence, delta: Delta | None) -> None:
+        """Notes a piece for the caller; with its last piece a sequence gives its slot back."""
+        if delta is None:
+            return
+        self._outbox.append(lambda: sequence.generation.deliver(delta))
+        if delta.finish_reason is not None:
+            self._model.copy(self._scheduler.remove(sequence))
+            members = self._sequences[sequence.generation]
+            members.discard(sequence)
+            if not members:
+                del self._sequences[sequence.generation]
+
+    def _flush(self) -> None:
+        """Sends everything of this step to the event loop in one call."""
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(_run_all, outbox)
+
+
+def _run_all(commands: list[Command]) -> None:
+    for command in commands:
+        command()

@@ -1,0 +1,147 @@
+"""The exported model and its keys and values: the only place that knows onnxruntime."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from service.engine.cache import Copy
+from service.errors import ModelDirectoryError
+from service.manifest import Manifest
+
+# A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
+_BINDINGS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call's inputs, at fixed addresses, and the binding that names them."""
+
+    binding: Any
+    input_ids: npt.NDArray[np.int64]
+    seqlens_k: npt.NDArray[np.int32]
+    query_seqlens: npt.NDArray[np.int32]
+    logits_idx: npt.NDArray[np.int64]
+
+
+class Model:
+    """Runs the graph of a model directory over slots of keys and values.
+
+    Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]. A call covers consecutive
+    slots and extends them in place. Not thread-safe: one thread owns it.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, *, slots: int, context_length: int, threads: int, batch_invariant: bool
+    ) -> None:
+        self.vocab_size = manifest.vocab_size
+        self.slots = slots
+        self.context_length = context_length
+        self._layers = manifest.kv.layers
+        self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
+        shape = (slots, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
+        # The operating system gives pages when they are first written: an unused position takes no memory.
+        self._kv = {
+            f"{part}.{layer}": np.zeros(shape, manifest.kv.dtype) for layer in range(self._layers) for part in ("key", "value")
+        }
+        self._total_length = np.zeros(1, np.int32)
+        self._logits = np.zeros((0, self.vocab_size), np.float32)
+        self._calls: OrderedDict[tuple[int, int, int, int], _Call] = OrderedDict()
+        self._session = self._load(directory, threads)
+
+    @staticmethod
+    def _load(directory: Path, threads: int) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        try:
+            return ort.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own unrelated types
+            raise ModelDirectoryError(f"{directory / 'model.onnx'} cannot be loaded: {error}") from error
+
+    def forward(
+        self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
+    ) -> npt.NDArray[np.float32]:
+        """Extends slots `first_slot`.. by the tokens of `rows`, after their first `past` positions.
+
+        A row may be empty: its slot stays as it is. Returns the logits [len(logits_at), vocabulary] after the tokens
+        at `logits_at`, pairs of row and position in the row; they are valid until the next call.
+        """
+        width = max(len(row) for row in rows)
+        self._check(first_slot, rows, past)
+        padded_width = self._padded(len(rows), width)
+        call = self._call(first_slot, len(rows), padded_width, len(logits_at))
+        call.query_seqlens[:] = 0
+        call.seqlens_k[:] = 0
+        for index, (row, length) in enumerate(zip(rows, past, strict=True)):
+            call.input_ids[index, : len(row)] = row
+            call.query_seqlens[index] = len(row)
+            call.seqlens_k[index] = length + len(row) - 1
+        self._total_length[0] = int(call.seqlens_k.max()) + 1
+        call.logits_idx[:] = [row * padded_width + position for row, position in logits_at]
+        self._session.run_with_iobinding(call.binding)
+        return self._logits[: len(logits_at)]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copies keys and values between slots, in order."""
+        for item in copies:
+            for buffer in self._kv.values():
+                buffer[item.target, :, : item.length] = buffer[item.source, :, : item.length]
+
+    def _check(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
+        """A wrong length would write beyond a slot: some kernels clamp it in silence."""
+        if first_slot < 0 or first_slot + len(rows) > self.slots:
+            raise ValueError(f"slots {first_slot}..{first_slot + len(rows) - 1} are not within 0..{self.slots - 1}")
+        for row, length in zip(rows, past, strict=True):
+            if length < 0 or length + len(row) > self.context_length:
+                raise ValueError(f"{length} + {len(row)} positions do not fit a slot of {self.context_length}")
+
+    def _padded(self, rows: int, width: int) -> int:
+        """The width from which the results do not depend on how many tokens the call has."""
+        return width if rows * width >= self._min_rows else self._min_rows
+
+    def _call(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
+        key = (first_slot, rows, width, logits)
+        call = self._calls.get(key)
+        if call is None:
+            if logits > len(self._logits):
+                self._logits = np.zeros((logits, self.vocab_size), np.float32)
+                self._calls.clear()  # they point into the old buffer
+            call = self._calls[key] = self._bind(*key)
+            if len(self._calls) > _BINDINGS:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(key)
+        return call
+
+    def _bind(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
+        call = _Call(
+            binding=self._session.io_binding(),
+            input_ids=np.zeros((rows, width), np.int64),
+            seqlens_k=np.zeros(rows, np.int32),
+            query_seqlens=np.zeros(rows, np.int32),
+            logits_idx=np.zeros(logits, np.int64),
+        )
+        for name in ("input_ids", "seqlens_k", "query_seqlens", "logits_idx"):
+            _bind_input(call.binding, name, getattr(call, name))
+        _bind_input(call.binding, "total_sequence_length", self._total_length)
+        for name, buffer in self._kv.items():
+            view = buffer[first_slot : first_slot + rows]
+            _bind_input(call.binding, f"past_{name}", view)
+            _bind_output(call.binding, f"present_{name}", view)
+        _bind_output(call.binding, "logits", self._logits[:logits])
+        return call
+
+
+def _bind_input(binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,0 +1,129 @@
+"""Decides which sequence advances by how many tokens. Pure: it plans and records, and never computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from service.engine.cache import Copy, KVCache
+from service.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Tokens `start`..`end` of one sequence's prompt, after `copies`; none when a sibling's prompt served whole."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token each; `rows` are the holders of slots 0.. in order, None where a slot sits this step out."""
+
+    rows: tuple[Sequence | None, ...]
+
+
+Step = PromptChunk | DecodeBatch
+
+
+class Scheduler:
+    """First come, first served, with prompts in chunks between decode steps.
+
+    Invariants: `holders[i]` is the sequence in slot i; at most one holder is still computing its prompt; while
+    sequences decode, no two prompt chunks follow each other.
+    """
+
+    def __init__(self, cache: KVCache, prompt_chunk: int, recompute: int) -> None:
+        self._cache = cache
+        self._prompt_chunk = prompt_chunk
+        self._recompute = recompute
+        self._waiting: deque[Sequence] = deque()
+        self._holders: list[Sequence] = []
+        self._prompting: Sequence | None = None
+        self._decode_next = False
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._holders)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that do not hold a slot yet."""
+        return len(self._waiting)
+
+    def add(self, sequences: Seq[Sequence]) -> None:
+        """Queues sequences."""
+        self._waiting.extend(sequences)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing is to be done."""
+        decoding = any(sequence.decoding for sequence in self._holders)
+        if not (decoding and self._decode_next):
+            chunk = self._next_chunk()
+            if chunk is not None:
+                self._decode_next = True
+                return chunk
+        self._decode_next = False
+        return self._decode_batch() if decoding else None
+
+    def commit_chunk(self, chunk: PromptChunk) -> None:
+        """Records that a chunk's keys and values are in its slot."""
+        sequence = chunk.sequence
+        sequence.computed = chunk.end
+        assert sequence.slot is not None
+        self._cache.record(sequence.slot, chunk.end)
+        if chunk.end == sequence.prompt_length:
+            self._prompting = None
+
+    def remove(self, sequence: Sequence) -> tuple[Copy, ...]:
+        """Ends a sequence in whatever state it is; the copies close the hole that it leaves among the slots."""
+        sequence.finished = True
+        if sequence is self._prompting:
+            self._prompting = None
+        if sequence.slot is None:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            return ()
+        slot, sequence.slot = sequence.slot, None
+        last = self._holders.pop()
+        copies = self._cache.release(slot, last.computed)
+        if last is not sequence:
+            self._holders[slot] = last
+            last.slot = slot
+        return copies
+
+    def _next_chunk(self) -> PromptChunk | None:
+        copies: tuple[Copy, ...] = ()
+        if self._prompting is None:
+            if not self._waiting or self._cache.full:
+                return None
+            self._prompting, copies = self._admit(self._waiting.popleft())
+        sequence = self._prompting
+        end = min(sequence.computed + self._prompt_chunk, sequence.prompt_length)
+        if sequence.prompt_length - end == 1:
+            end -= 1  # a chunk of one token could take another kernel than the rest of the prompt
+        return PromptChunk(sequence, sequence.computed, end, copies)
+
+    def _admit(self, sequence: Sequence) -> tuple[Sequence, tuple[Copy, ...]]:
+        if sequence.scores_prompt:
+            recompute = sequence.prompt_length
+        elif sequence.group.logits is not None:
+            recompute = 0
+        else:
+            recompute = min(self._recompute, sequence.prompt_length)
+        allocation = self._cache.allocate(sequence.group.prompt.token_ids, sequence.request.identity, recompute)
+        sequence.slot = allocation.slot
+        sequence.computed = sequence.cached = allocation.cached
+        self._holders.append(sequence)
+        return sequence, allocation.copies
+
+    def _decode_batch(self) -> DecodeBatch:
+        rows = [sequence if sequence.decoding else None for sequence in self._holders]
+        while rows[-1] is None:
+            rows.pop()
+        return DecodeBatch(tuple(rows))

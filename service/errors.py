@@ -1,0 +1,49 @@
+"""Everything that can go wrong by name: what a caller did, what the service lacks, what stops it from starting."""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """An expected failure whose message may be shown to the caller."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequestError(ServiceError):
+    """The request is outside what the contract or the model allows."""
+
+
+class ModelNotFoundError(ServiceError):
+    """No served model has this id or alias."""
+
+
+class AuthenticationError(ServiceError):
+    """The caller sent no valid key."""
+
+
+class OverloadedError(ServiceError):
+    """The queue is full; `retry_after` is the estimated wait in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after = retry_after
+
+
+class UnavailableError(ServiceError):
+    """The service is stopping or its engine has died."""
+
+
+class EngineFaultError(Exception):
+    """The model failed on this request; the cause is logged and never shown to the caller."""
+
+
+class StartupError(Exception):
+    """The service cannot start; the message says what to change."""
+
+
+class ModelDirectoryError(StartupError):
+    """A model directory is incomplete, damaged or not one."""

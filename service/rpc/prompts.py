@@ -1,0 +1,107 @@
+"""The prompt's many forms, typed and JSON, made into prompts that fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import TypeVar
+
+from completion.v1 import completion_pb2 as pb
+from google.protobuf import struct_pb2
+
+from service.errors import InvalidRequestError
+from service.rpc.checks import at_most, invalid
+from service.text.tokenizer import Tokenizer
+from service.types import Prompt
+
+MAX_PROMPTS = 128
+MAX_SEQUENCES = 128
+# No text has more characters than this per token of context that could still fit; checked before tokenizing, which
+# takes seconds for megabytes without a space.
+MAX_CHARACTERS_PER_TOKEN = 8
+
+_Items = TypeVar("_Items", bound=Sized)
+
+_FORMS = "a string, an array of strings, an array of tokens or array of token arrays"
+
+
+def parse_prompts(
+    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, best_of: int
+) -> tuple[Prompt, ...]:
+    """The request's prompts, none empty, each for `best_of` candidates; InvalidRequestError names what is wrong."""
+    typed = request.WhichOneof("prompt")
+    json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
+    if typed and json_set:
+        raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
+    given = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
+    at_most("prompt", "prompts", len(given), MAX_PROMPTS, "array_above_max_length")
+    if len(given) * best_of > MAX_SEQUENCES:
+        problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(given)} prompts and {best_of} for each."
+        raise invalid("n", problem, "invalid_value")
+    return tuple(
+        _text(item, tokenizer, context_length) if isinstance(item, str) else _tokens(item, tokenizer)
+        for item in given
+    )
+
+
+def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Iterable[int]]:
+    if form == "text":
+        return [request.text]
+    if form == "tokens":
+        return [request.tokens.ids]
+    batch: Sequence[str | Iterable[int]] = (
+        request.texts.texts if form == "texts" else [prompt.ids for prompt in request.token_batch.prompts]
+    )
+    return _not_empty(batch)
+
+
+def _json(value: struct_pb2.Value) -> Sequence[str | list[int]]:
+    kind = value.WhichOneof("kind")
+    if kind == "string_value":
+        return [value.string_value]
+    if kind != "list_value":
+        raise invalid("prompt", f"expected {_FORMS}.", "invalid_type")
+    items = _not_empty(value.list_value.values)
+    kinds = {item.WhichOneof("kind") for item in items}
+    if kinds == {"string_value"}:
+        return [item.string_value for item in items]
+    if kinds == {"list_value"}:
+        return [_json_tokens(item.list_value.values) for item in items]
+    if kinds <= {"number_value", "bool_value"}:
+        return [_json_tokens(items)]
+    raise invalid("prompt", f"expected {_FORMS}, but got a mixture.", "invalid_type")
+
+
+def _json_tokens(values: Iterable[struct_pb2.Value]) -> list[int]:
+    ids = []
+    for value in values:
+        number = value.number_value
+        if value.WhichOneof("kind") != "number_value" or not number.is_integer():
+            raise invalid("prompt", "token ids must be integers.", "invalid_type")
+        ids.append(int(number))
+    return ids
+
+
+def _text(text: str, tokenizer: Tokenizer, context_length: int) -> Prompt:
+    limit = MAX_CHARACTERS_PER_TOKEN * context_length
+    if len(text) > limit:
+        message = (
+            f"This model's maximum context length is {context_length} tokens, however your prompt has {len(text)} "
+            f"characters, more than the {limit} that could fit. Please reduce your prompt."
+        )
+        raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
+    return tokenizer.prompt(text)
+
+
+def _tokens(ids: Iterable[int], tokenizer: Tokenizer) -> Prompt:
+    vocabulary = tokenizer.vocab_size
+    token_ids = _not_empty(list(ids))
+    for token in token_ids:
+        if not 0 <= token < vocabulary:
+            raise invalid("prompt", f"Token id {token} is out of vocabulary (0..{vocabulary - 1}).", "invalid_value")
+    return tokenizer.prompt_of_tokens(token_ids)
+
+
+def _not_empty(items: _Items) -> _Items:
+    if not items:
+        raise invalid("prompt", "must not be empty.", "empty_array")
+    return items

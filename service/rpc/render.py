@@ -1,0 +1,228 @@
+"""From the engine's pieces to messages, and from messages to OpenAI's JSON for event streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from completion.v1 import completion_pb2 as pb
+from google.protobuf.struct_pb2 import NULL_VALUE
+
+from service.types import Delta, FinishReason, Request, Token
+
+_FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_FINISH_NAMES = {_FINISH_REASONS[reason]: reason.value for reason in FinishReason}
+
+
+class UsageCounter:
+    """Counts a request's tokens from its pieces."""
+
+    def __init__(self, request: Request) -> None:
+        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
+        self._completions: dict[tuple[int, int], int] = {}
+        self._cached: dict[int, int] = {}
+
+    def add(self, delta: Delta) -> None:
+        """Counts a piece. What candidates of one prompt share is not cached: it was computed for this request."""
+        self._completions[delta.prompt_index, delta.candidate] = delta.completion_tokens
+        if delta.candidate == 0:
+            self._cached[delta.prompt_index] = delta.cached_tokens
+
+    def usage(self) -> pb.Usage:
+        """The usage so far."""
+        completion = sum(self._completions.values())
+        usage = pb.Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._prompt_tokens + completion,
+        )
+        if cached := sum(self._cached.values()):
+            usage.prompt_tokens_details.cached_tokens = cached
+        return usage
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One candidate's answer, put together."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    mean_logprob: float = 0.0
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.tokens
+        self.finish_reason = delta.finish_reason
+        self.mean_logprob = delta.mean_logprob or 0.0
+
+
+class Answer:
+    """A whole answer, put together from its pieces."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._usage = UsageCounter(request)
+        self._candidates = [[_Candidate() for _ in range(request.best_of)] for _ in request.prompts]
+
+    def add(self, delta: Delta) -> None:
+        """Takes in a piece."""
+        self._usage.add(delta)
+        self._candidates[delta.prompt_index][delta.candidate].add(delta)
+
+    def response(self) -> pb.CreateCompletionResponse:
+        """The answer; of ranked candidates the `n` likeliest per token, equal ones in order."""
+        response = _response(self._request)
+        for candidates in self._candidates:
+            ranked = sorted(candidates, key=lambda candidate: -candidate.mean_logprob)[: self._request.n]
+            for candidate in ranked:
+                text, index = "".join(candidate.texts), len(response.choices)
+                choice = _choice(self._request, index, text, candidate.tokens, candidate.finish_reason)
+                response.choices.append(choice)
+        response.usage.CopyFrom(self._usage.usage())
+        return response
+
+
+class Pieces:
+    """A streamed answer's messages."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._usage = UsageCounter(request)
+
+    def message(self, delta: Delta) -> pb.CreateCompletionResponse:
+        """The message of one piece."""
+        self._usage.add(delta)
+        response = _response(self._request)
+        index = delta.prompt_index * self._request.n + delta.candidate
+        response.choices.append(_choice(self._request, index, delta.text, delta.tokens, delta.finish_reason))
+        if self._request.continuous_usage:
+            response.usage.CopyFrom(self._usage.usage())
+        return response
+
+    def usage_message(self) -> pb.CreateCompletionResponse:
+        """The last message, without choices."""
+        response = _response(self._request)
+        response.usage.CopyFrom(self._usage.usage())
+        return response
+
+
+def _response(request: Request) -> pb.CreateCompletionResponse:
+    return pb.CreateCompletionResponse(
+        id=request.id, object="text_completion", created=request.created, model=request.model
+    )
+
+
+def _choice(
+    request: Request, index: int, text: str, tokens: Sequence[Token], finish: FinishReason | None
+) -> pb.Choice:
+    choice = pb.Choice(text=text, index=index, finish_reason=_FINISH_REASONS[finish])
+    if request.logprobs is None:
+        choice.no_logprobs = NULL_VALUE
+    else:
+        choice.logprobs.CopyFrom(_logprobs(tokens))
+    return choice
+
+
+def _logprobs(tokens: Iterable[Token]) -> pb.Logprobs:
+    message = pb.Logprobs()
+    for token in tokens:
+        message.tokens.append(token.text)
+        message.text_offset.append(token.offset)
+        score, top = message.token_logprobs.add(), message.top_logprobs.add()
+        if token.logprob is None or token.top is None:
+            score.null = top.null = NULL_VALUE
+            continue
+        score.logprob = token.logprob
+        for text, logprob in token.top:
+            top.alternatives.alternatives.add(token=text).score.logprob = logprob
+    return message
+
+
+def event(message: pb.CreateCompletionResponse, *, usage_key: bool) -> bytes:
+    """A streamed message as a server-sent event; `usage_key` prints `usage` also where it is null."""
+    return _event(response_json(message, usage_key=usage_key))
+
+
+def error_event(error: pb.Error) -> bytes:
+    """An error as a server-sent event."""
+    return _event(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param if error.HasField("param") else None,
+                "code": error.code if error.HasField("code") else None,
+            }
+        }
+    )
+
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + to_bytes(body) + b"\n\n"
+
+
+def to_bytes(body: dict[str, Any]) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def response_json(message: pb.CreateCompletionResponse, *, usage_key: bool) -> dict[str, Any]:
+    """The answer as OpenAI's JSON, the same as Envoy's transcoding of it."""
+    body: dict[str, Any] = {
+        "id": message.id,
+        "object": message.object,
+        "created": message.created,
+        "model": message.model,
+        "choices": [_choice_json(choice) for choice in message.choices],
+    }
+    if usage_key or message.HasField("usage"):
+        body["usage"] = _usage_json(message.usage) if message.HasField("usage") else None
+    return body
+
+
+def _choice_json(choice: pb.Choice) -> dict[str, Any]:
+    return {
+        "text": choice.text,
+        "index": choice.index,
+        "logprobs": _logprobs_json(choice.logprobs) if choice.HasField("logprobs") else None,
+        "finish_reason": _FINISH_NAMES.get(choice.finish_reason),
+    }
+
+
+def _logprobs_json(logprobs: pb.Logprobs) -> dict[str, Any]:
+    return {
+        "tokens": list(logprobs.tokens),
+        "token_logprobs": [_score_json(score) for score in logprobs.token_logprobs],
+        "top_logprobs": [
+            {item.token: _score_json(item.score) for item in top.alternatives.alternatives}
+            if top.HasField("alternatives")
+            else None
+            for top in logprobs.top_logprobs
+        ],
+        "text_offset": list(logprobs.text_offset),
+    }
+
+
+def _score_json(score: pb.TokenScore) -> float | None:
+    return score.logprob if score.HasField("logprob") else None
+
+
+def _usage_json(usage: pb.Usage) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+    if usage.HasField("prompt_tokens_details"):
+        body["prompt_tokens_details"] = {"cached_tokens": usage.prompt_tokens_details.cached_tokens}
+    return body

@@ -1,0 +1,143 @@
+"""The RPCs: parse, submit, and put the pieces into messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import grpc
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+from google.api import httpbody_pb2
+
+from service.engine.engine import Engine
+from service.errors import InvalidRequestError, ModelNotFoundError
+from service.manifest import Manifest
+from service.rpc import render
+from service.rpc.checks import shown
+from service.rpc.interceptors import current_caller, failure
+from service.rpc.parse import Limits, parse
+from service.text.tokenizer import Tokenizer
+from service.types import Delta, Request
+
+Context = grpc.aio.ServicerContext
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that answers requests."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    engine: Engine
+    limits: Limits
+
+
+class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
+    """Implements completion.v1.CompletionService over served models, by id and alias."""
+
+    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor) -> None:
+        self._models = models
+        self._tokenizing = tokenizing
+
+    async def CreateCompletion(  # noqa: N802, the contract's name
+        self, request: pb.CreateCompletionRequest, context: Context
+    ) -> pb.CreateCompletionResponse:
+        if request.stream:
+            message = "CreateCompletion answers once: call StreamCompletion to stream."
+            raise InvalidRequestError(message, param="stream", code="invalid_value")
+        return await self._whole(request)
+
+    async def StreamCompletion(  # noqa: N802
+        self, request: pb.CreateCompletionRequest, context: Context
+    ) -> AsyncIterator[pb.CreateCompletionResponse]:
+        if request.HasField("stream") and not request.stream:
+            yield await self._whole(request)
+            return
+        model, parsed = await self._parse(request, streaming=True)
+        pieces = render.Pieces(parsed)
+        with model.engine.submit(parsed) as generation:
+            async for delta in generation:
+                yield pieces.message(delta)
+        if parsed.include_usage:
+            yield pieces.usage_message()
+
+    async def StreamCompletionEvents(  # noqa: N802
+        self, request: pb.CreateCompletionRequest, context: Context
+    ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        if not request.stream:
+            body = render.to_bytes(render.response_json(await self._whole(request), usage_key=True))
+            yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
+            return
+        model, parsed = await self._parse(request, streaming=True)
+        with model.engine.submit(parsed) as generation:
+            async for event in _events(parsed, aiter(generation)):
+                yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
+
+    async def ListModels(  # noqa: N802
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        data = [_describe(name, model) for name, model in self._models.items()]
+        return pb.ListModelsResponse(object="list", data=data)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
+        return _describe(request.model, self._find(request.model))
+
+    async def _whole(self, request: pb.CreateCompletionRequest) -> pb.CreateCompletionResponse:
+        model, parsed = await self._parse(request, streaming=False)
+        answer = render.Answer(parsed)
+        with model.engine.submit(parsed) as generation:
+            async for delta in generation:
+                answer.add(delta)
+        return answer.response()
+
+    async def _parse(self, request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[ServedModel, Request]:
+        """The model and the valid request; tokenizing happens off the event loop."""
+        if not request.model:
+            raise InvalidRequestError("you must provide a model parameter", param="model")
+        model = self._find(request.model)
+        identity = current_caller.get().identity
+        loop = asyncio.get_running_loop()
+        parsed = await loop.run_in_executor(
+            self._tokenizing,
+            lambda: parse(
+                request, model.manifest, model.tokenizer, model.limits, identity=identity, streaming=streaming
+            ),
+        )
+        return model, parsed
+
+    def _find(self, name: str) -> ServedModel:
+        model = self._models.get(name)
+        if model is None:
+            message = f"The model `{shown(name)}` does not exist or you do not have access to it."
+            raise ModelNotFoundError(message, code="model_not_found")
+        return model
+
+
+async def _events(request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+    """A stream's events. Once one is sent, HTTP shows a later failure only as an event: the stream ends with it."""
+    pieces = render.Pieces(request)
+    begun = False
+    try:
+        async for delta in deltas:
+            yield render.event(pieces.message(delta), usage_key=request.include_usage)
+            begun = True
+        if request.include_usage:
+            yield render.event(pieces.usage_message(), usage_key=True)
+        yield render.DONE_EVENT
+    except Exception as error:
+        if not begun:
+            raise
+        yield render.error_event(failure(error))
+
+
+def _describe(name: str, model: ServedModel) -> pb.Model:
+    return pb.Model(
+        id=name,
+        object="model",
+        created=model.manifest.created,
+        owned_by=model.manifest.owned_by,
+        max_model_len=model.limits.context_length,
+    )

@@ -1,0 +1,151 @@
+"""Wires the service together: model, engine, RPCs, health and reflection; starts it, and drains it at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import grpc
+from completion.v1 import completion_pb2, completion_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service import manifest as manifests
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.model import Model
+from service.engine.scheduler import Scheduler
+from service.errors import StartupError
+from service.rpc.interceptors import CallInterceptor
+from service.rpc.keys import KeyRing
+from service.rpc.parse import Limits
+from service.rpc.servicer import CompletionServicer, ServedModel
+from service.settings import Settings
+from service.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
+# The service's own name and the empty one, which means the server as a whole.
+_HEALTH_NAMES = (SERVICE_NAME, "")
+
+
+def load_model(settings: Settings) -> ServedModel:
+    """The model that the settings name, checked and ready to start. Raises StartupError."""
+    manifest = manifests.load(settings.model_dir)
+    context_length = settings.context_length or manifest.context_length
+    if context_length > manifest.context_length:
+        raise StartupError(
+            f"context_length {context_length} is above the model's own, {manifest.context_length} ({settings.model_dir})"
+        )
+    tokenizer = Tokenizer(settings.model_dir / "tokenizer.json", manifest.special_tokens, manifest.vocab_size)
+    model = Model(
+        settings.model_dir,
+        manifest,
+        slots=settings.max_running,
+        context_length=context_length,
+        threads=settings.threads,
+        batch_invariant=settings.batch_invariant,
+    )
+    recompute = manifest.quantization.min_rows
+    scheduler = Scheduler(KVCache(settings.max_running), settings.prompt_chunk, recompute)
+    engine = Engine(model, tokenizer, scheduler, max_waiting=settings.max_waiting)
+    return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
+
+
+class Server:
+    """The running service. As an async context manager it serves inside the block and drains at its end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = KeyRing.load(settings.api_keys_file)
+        if self._keys.open and not _is_loopback(settings.host):
+            raise StartupError(
+                f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
+            )
+        self.model = load_model(settings)
+        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
+        self._add_services()
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            ("grpc.max_metadata_size", 8 << 10),
+            ("grpc.absolute_max_metadata_size", 16 << 10),
+            # Envoy's pings keep quiet streams open; without these the server takes them for an attack.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+        ]
+
+    def _add_services(self) -> None:
+        manifest = self.model.manifest
+        models = dict.fromkeys((manifest.id, *manifest.aliases), self.model)
+        completion_pb2_grpc.add_CompletionServiceServicer_to_server(
+            CompletionServicer(models, self._tokenizing), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    @property
+    def address(self) -> str:
+        """Where the service listens, as host:port."""
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        return f"{host}:{self._settings.port}"
+
+    async def __aenter__(self) -> Server:
+        self._bind()
+        self.model.engine.start(asyncio.get_running_loop())
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
+        if self._keys.open:
+            _log.warning("no API key file: any key is taken, and only loopback is listened on")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(self._settings.drain_seconds)
+        self.model.engine.stop()
+        self._tokenizing.shutdown()
+        _log.info("stopped")
+
+    def _bind(self) -> None:
+        try:
+            self._server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise StartupError(f"cannot listen on {self.address}: is the port in use? ({error})") from None
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, status)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running requests finish."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with Server(settings):
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second signal ends the process at once

@@ -1,0 +1,103 @@
+"""Every knob of the service. A flag wins over the environment, the environment over the file, the file over the default."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from service.errors import StartupError
+
+ENV_PREFIX = "COMPLETION_"
+
+
+class Settings(BaseSettings):
+    """Settings of the completion service: `--model-dir`, COMPLETION_MODEL_DIR, or `model_dir` in the file."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+
+    model_dir: Path = Field(description="Model directory, as `python -m model_export` writes it.")
+    host: str = Field("127.0.0.1", description="Address to listen on; other than loopback needs an API key file.")
+    port: int = Field(50051, ge=1, le=65535, description="Port to listen on.")
+    api_keys_file: Path | None = Field(
+        None, description="File of accepted API keys, `<SHA-256 in hex> <name>` per line; without it any key is taken."
+    )
+    context_length: int | None = Field(
+        None, ge=16, description="Most tokens of prompt and completion together; the model's own if not set."
+    )
+    max_running: int = Field(
+        32, ge=1, le=1024, description="Sequences that advance together, each with a slot of keys and values."
+    )
+    max_waiting: int = Field(1024, ge=1, description="Sequences that may wait before requests are refused.")
+    prompt_chunk: int = Field(
+        128, ge=16, le=4096, description="Most prompt tokens per step: what running streams wait for between tokens."
+    )
+    threads: int = Field(
+        len(os.sched_getaffinity(0)), ge=1, description="Threads that compute; best the number of physical cores."
+    )
+    batch_invariant: bool = Field(
+        True, description="Whether a result never depends on what else runs; off is faster for a lone request."
+    )
+    max_stops: int = Field(4, ge=1, le=64, description="Most entries of a request's `stop`; some editors send 16.")
+    max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest request message, in bytes.")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="How long running requests may take to finish after SIGTERM, in seconds."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    config: Path | None = Field(None, description="TOML file of these settings.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+
+def load(arguments: Sequence[str]) -> Settings:
+    """The settings that flags, environment, file and defaults make; StartupError names what is wrong."""
+    file = _config_file(arguments)
+    if file is not None and not file.is_file():
+        raise StartupError(f"settings file {file} does not exist")
+
+    class Configured(Settings):
+        model_config = SettingsConfigDict(toml_file=file)
+
+    try:
+        return Configured(
+            _cli_parse_args=list(arguments),
+            _cli_prog_name="python -m service",
+            _cli_kebab_case=True,
+            _cli_implicit_flags=True,
+        )
+    except (ValidationError, tomllib.TOMLDecodeError) as error:
+        raise StartupError(_explain(error, file)) from None
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get(f"{ENV_PREFIX}CONFIG"))
+    given = parser.parse_known_args(list(arguments))[0].config
+    return Path(given) if given else None
+
+
+def _explain(error: ValidationError | tomllib.TOMLDecodeError, file: Path | None) -> str:
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"settings file {file}: {error}"
+    problems = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        given = "" if problem["type"] == "missing" else f", but got {problem['input']!r}"
+        problems.append(f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): {problem['msg']}{given}")
+    return "; ".join(problems)

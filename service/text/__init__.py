@@ -1,0 +1,1 @@
+"""Text and tokens: encoding prompts, decoding tokens as they come, and finding stop texts."""

@@ -1,0 +1,138 @@
+"""Prompts to token ids and token ids to the bytes that they stand for."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+
+from service.errors import InvalidRequestError, ModelDirectoryError
+from service.manifest import SpecialTokens
+from service.types import Prompt
+
+_BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+_SENTENCEPIECE_SPACE = "\u2581"
+
+
+class Tokenizer:
+    """A model's vocabulary, both ways.
+
+    Encoding treats the text of control tokens as plain text. Decoding is exact: every token id stands for fixed bytes,
+    and a text is the UTF-8 reading of its tokens' bytes joined.
+    """
+
+    def __init__(self, path: Path, special: SpecialTokens, vocab_size: int) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelDirectoryError(f"{path} is not a tokenizer file: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._special = special
+        self.vocab_size = vocab_size
+        decoder = json.dumps(json.loads(path.read_text(encoding="utf-8")).get("decoder"))
+        self._strips_space = '"Strip"' in decoder or '"Metaspace"' in decoder
+        self._bytes = self._table('"ByteLevel"' in decoder)
+
+    def _table(self, byte_level: bool) -> list[bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index >= self.vocab_size:
+                continue
+            if index in added:
+                table[index] = added[index].content.encode()
+            elif byte_level:
+                table[index] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            elif match := _BYTE_TOKEN.match(token):
+                table[index] = bytes([int(match[1], 16)])
+            else:
+                table[index] = token.replace(_SENTENCEPIECE_SPACE, " ").encode()
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without any added ones."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def prompt(self, text: str) -> Prompt:
+        """The prompt that `text` makes; InvalidRequestError when it is empty and the model has no token for that."""
+        start = [self._special.bos] if self._special.add_bos and self._special.bos is not None else []
+        ids = start + self.encode(text)
+        if not ids:
+            if self._special.default_prompt is None:
+                raise InvalidRequestError("Invalid 'prompt': this model needs at least one token.", param="prompt")
+            start = ids = [self._special.default_prompt]
+        return Prompt(token_ids=tuple(ids), text=text, implied=len(start))
+
+    def prompt_of_tokens(self, ids: Iterable[int]) -> Prompt:
+        """The prompt made of `ids`, each within the vocabulary."""
+        token_ids = tuple(ids)
+        detokenizer = Detokenizer()
+        text = "".join(map(detokenizer.push, self.text_bytes(token_ids)))
+        return Prompt(token_ids=token_ids, text=text, tail=detokenizer.unfinished)
+
+    def fill_in_the_middle(self, prompt: Prompt, suffix: str) -> Prompt:
+        """The prompt whose completion stands between `prompt` and `suffix`; the model must have tokens for that."""
+        marks = self._special.fill_in_the_middle
+        if marks is None:
+            raise ValueError("the model has no fill-in-the-middle tokens")
+        ids = (marks.prefix, *prompt.token_ids, marks.suffix, *self.encode(suffix), marks.middle)
+        return dataclasses.replace(prompt, token_ids=ids, tail=b"")
+
+    def text_bytes(self, ids: Iterable[int], implied: int = 0) -> Iterator[bytes]:
+        """The bytes that each token of a whole text adds to it, none for the first `implied`."""
+        first = True
+        for position, index in enumerate(ids):
+            token = self._bytes[index] if position >= implied else b""
+            yield token.removeprefix(b" ") if first and self._strips_space else token
+            first = first and not token
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that a token stands for."""
+        return self._bytes[index]
+
+    def token_text(self, index: int) -> str:
+        r"""A token by itself: its text, or `bytes:\xNN...` when it is not whole UTF-8."""
+        return readable(self._bytes[index])
+
+
+def readable(token: bytes) -> str:
+    r"""Bytes as text, or as `bytes:\xNN...` when they are not whole UTF-8."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable characters that byte-level vocabularies write bytes with (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
+
+
+class Detokenizer:
+    """Decodes one sequence token by token, in constant time each.
+
+    Law: the pieces joined equal the decoding of all bytes joined, less an unfinished character at the end.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: bytes) -> str:
+        """The characters that `token` completes."""
+        return self._decoder.decode(token)
+
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes of a character that the last token left unfinished."""
+        return self._decoder.getstate()[0]

@@ -1,0 +1,114 @@
+"""The text of one choice as it grows: what may be shown already, and where a stop text ends it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.text.tokenizer import Detokenizer, readable
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became final, and its tokens as (text, offset in code points); `stopped` when a stop text ended it."""
+
+    text: str
+    tokens: tuple[tuple[str, int], ...]
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class _Held:
+    """A token not shown yet; `start` and `end` in code points of the held text, `end` None while mid-character."""
+
+    token: bytes
+    start: int
+    end: int | None
+
+
+class StopMatcher:
+    """Finds stop texts in a growing text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
+
+    def find(self, text: str) -> int | None:
+        """Where the earliest stop text in `text` begins."""
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def held(self, text: str) -> int:
+        """How many characters at the end of `text` could still begin a stop text."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+
+class Transcript:
+    """Turns tokens into pieces of text that nothing takes back.
+
+    Laws: pieces hold whole tokens, but for the one that a stop text cuts; no piece holds part of a character, or text
+    from where a stop text begins; the tokens' texts joined equal the text, where all are whole characters.
+    """
+
+    def __init__(self, stops: Sequence[str] = (), start: int = 0, tail: bytes = b"") -> None:
+        """Follows a text of `start` code points, and then `tail`, the bytes of an unfinished character."""
+        self._detokenizer = Detokenizer()
+        self._detokenizer.push(tail)
+        self._stops = StopMatcher(stops)
+        self._start = start
+        self._text = ""
+        self._tokens: deque[_Held] = deque()
+
+    def push(self, token: bytes) -> Piece:
+        """Takes the next token in; its piece may be empty, and may hold earlier tokens."""
+        before = len(self._text)
+        new = self._detokenizer.push(token)
+        self._text += new
+        if new:
+            for held in self._tokens:
+                held.end = before + 1 if held.end is None else held.end
+        end = None if self._detokenizer.unfinished else len(self._text)
+        self._tokens.append(_Held(token, before, end))
+        stop = self._stops.find(self._text)
+        if stop is not None:
+            return self._cut(stop)
+        return self._release(len(self._text) - self._stops.held(self._text))
+
+    def finish(self) -> Piece:
+        """Everything still held, but for an unfinished character."""
+        tokens = [held.token for held in self._tokens]
+        offsets = [self._start + held.start for held in self._tokens]
+        text, self._text = self._text, ""
+        self._tokens.clear()
+        return Piece(text, tuple(zip(map(readable, tokens), offsets, strict=True)))
+
+    def _release(self, safe: int) -> Piece:
+        """Shows the tokens that end within the first `safe` characters."""
+        shown: list[tuple[str, int]] = []
+        length = 0
+        while self._tokens and (end := self._tokens[0].end) is not None and end <= safe:
+            held = self._tokens.popleft()
+            shown.append((readable(held.token), self._start + held.start))
+            length = end
+        text, self._text = self._text[:length], self._text[length:]
+        self._start += length
+        for held in self._tokens:
+            held.start -= length
+            held.end = None if held.end is None else held.end - length
+        return Piece(text, tuple(shown))
+
+    def _cut(self, stop: int) -> Piece:
+        """Shows what precedes a stop text at `stop`, and ends."""
+        kept = [held for held in self._tokens if held.start < stop]
+        tokens = [(readable(held.token), self._start + held.start) for held in kept]
+        last = kept[-1] if kept else None
+        if last is not None and (last.end is None or last.end > stop):
+            tokens[-1] = (self._text[max(last.start, 0) : stop], tokens[-1][1])
+        text, self._text = self._text[:stop], ""
+        self._tokens.clear()
+        return Piece(text, tuple(tokens), stopped=True)
