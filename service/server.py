@@ -40,7 +40,7 @@ def load_model(settings: Settings) -> ServedModel:
     context_length = settings.context_length or manifest.context_length
     if context_length > manifest.context_length:
         raise StartupError(
-            f"context_length {context_length} is above the model's own, {manifest.context_length} ({settings.model_dir})"
+            f"context_length {context_length} is above the {manifest.context_length} of {settings.model_dir}"
         )
     tokenizer = Tokenizer(settings.model_dir / "tokenizer.json", manifest.special_tokens, manifest.vocab_size)
     model = Model(

@@ -1,4 +1,4 @@
-"""Every knob of the service. A flag wins over the environment, the environment over the file, the file over the default."""
+"""Every knob of the service. A flag wins over the environment, that over the file, and that over the default."""
 
 from __future__ import annotations
 
@@ -72,15 +72,16 @@ def load(arguments: Sequence[str]) -> Settings:
         raise StartupError(f"settings file {file} does not exist")
 
     class Configured(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
+        model_config = SettingsConfigDict(
+            toml_file=file,
+            cli_parse_args=list(arguments),
+            cli_prog_name="python -m service",
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+        )
 
     try:
-        return Configured(
-            _cli_parse_args=list(arguments),
-            _cli_prog_name="python -m service",
-            _cli_kebab_case=True,
-            _cli_implicit_flags=True,
-        )
+        return Configured()
     except (ValidationError, tomllib.TOMLDecodeError) as error:
         raise StartupError(_explain(error, file)) from None
 

@@ -39,7 +39,14 @@ class Model:
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, *, slots: int, context_length: int, threads: int, batch_invariant: bool
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        slots: int,
+        context_length: int,
+        threads: int,
+        batch_invariant: bool,
     ) -> None:
         self.vocab_size = manifest.vocab_size
         self.slots = slots
@@ -49,7 +56,9 @@ class Model:
         shape = (slots, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
         # The operating system gives pages when they are first written: an unused position takes no memory.
         self._kv = {
-            f"{part}.{layer}": np.zeros(shape, manifest.kv.dtype) for layer in range(self._layers) for part in ("key", "value")
+            f"{part}.{layer}": np.zeros(shape, manifest.kv.dtype)
+            for layer in range(self._layers)
+            for part in ("key", "value")
         }
         self._total_length = np.zeros(1, np.int32)
         self._logits = np.zeros((0, self.vocab_size), np.float32)

@@ -11,7 +11,7 @@ from service.errors import InvalidRequestError
 
 def integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
     """`value`, if it is within `low`..`high`."""
-    _bounds(name, "integer", value, str(value), low, high)
+    _bounds(name, "integer", value, given=str(value), low=low, high=high)
     return value
 
 
@@ -22,11 +22,11 @@ def decimal(name: str, value: float, low: float, high: float) -> float:
         message = f"Invalid '{name}': must be a finite number, but got {given} instead."
         raise InvalidRequestError(message, param=name, code="invalid_value")
     # Floats arrive in single precision; their shortest form is what the caller wrote.
-    _bounds(name, "decimal", value, f"{np.float32(value)}", low, high)
+    _bounds(name, "decimal", value, given=f"{np.float32(value)}", low=low, high=high)
     return value
 
 
-def _bounds(name: str, kind: str, value: float, given: str, low: float | None, high: float | None) -> None:
+def _bounds(name: str, kind: str, value: float, *, given: str, low: float | None, high: float | None) -> None:
     if low is not None and value < low:
         problem, expected, code = "below minimum", f">= {low:g}", "below_min"
     elif high is not None and value > high:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from completion.v1 import completion_pb2 as pb
@@ -21,7 +21,8 @@ from service.rpc.status import status_of, trailing_metadata
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller")
 current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_request_id")
@@ -39,15 +40,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith("/grpc.health.v1.Health/"):
             return handler
         return self._guarded(handler, handler_call_details.method)
 
-    def _guarded(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
+    def _guarded(self, handler: Any, method: str) -> Handler:
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> Any:
@@ -62,10 +63,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for message in messages:
                         yield message
 
-        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        request_kind = "stream" if handler.request_streaming else "unary"
+        response_kind = "stream" if handler.response_streaming else "unary"
+        make = getattr(grpc, f"{request_kind}_{response_kind}_rpc_method_handler")
         behaviour = stream if handler.response_streaming else unary
-        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+        guarded: Handler = make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+        return guarded
 
     @asynccontextmanager
     async def _call(self, method: str, context: Context) -> AsyncIterator[None]:

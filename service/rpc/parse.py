@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from completion.v1 import completion_pb2 as pb
+from google.protobuf.message import Message
 
 from service.errors import InvalidRequestError
 from service.manifest import Manifest
@@ -114,8 +115,10 @@ def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
 
 
 def _sampling(request: pb.CreateCompletionRequest, vocabulary: int) -> SamplingParams:
+    fields: Message = request
+
     def given(name: str, default: float, low: float, high: float) -> float:
-        return decimal(name, getattr(request, name), low, high) if request.HasField(name) else default
+        return decimal(name, getattr(request, name), low, high) if fields.HasField(name) else default
 
     repetition_penalty = given("repetition_penalty", 1, 0, 2)
     if repetition_penalty == 0:

@@ -38,8 +38,7 @@ def parse_prompts(
         problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(given)} prompts and {best_of} for each."
         raise invalid("n", problem, "invalid_value")
     return tuple(
-        _text(item, tokenizer, context_length) if isinstance(item, str) else _tokens(item, tokenizer)
-        for item in given
+        _text(item, tokenizer, context_length) if isinstance(item, str) else _tokens(item, tokenizer) for item in given
     )
 
 

@@ -119,9 +119,7 @@ def _response(request: Request) -> pb.CreateCompletionResponse:
     )
 
 
-def _choice(
-    request: Request, index: int, text: str, tokens: Sequence[Token], finish: FinishReason | None
-) -> pb.Choice:
+def _choice(request: Request, index: int, text: str, tokens: Sequence[Token], finish: FinishReason | None) -> pb.Choice:
     choice = pb.Choice(text=text, index=index, finish_reason=_FINISH_REASONS[finish])
     if request.logprobs is None:
         choice.no_logprobs = NULL_VALUE

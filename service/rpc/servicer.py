@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import grpc
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
@@ -17,12 +16,10 @@ from service.errors import InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
 from service.rpc.checks import shown
-from service.rpc.interceptors import current_caller, failure
+from service.rpc.interceptors import Context, current_caller, failure
 from service.rpc.parse import Limits, parse
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, Request
-
-Context = grpc.aio.ServicerContext
 
 
 @dataclass(frozen=True, slots=True)
