@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ModelDirectoryError
 
 FILE_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 
 class _Part(BaseModel):
@@ -115,6 +115,8 @@ def load(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path} does not exist; {hint}") from None
+    except OSError as error:
+        raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {hint}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"

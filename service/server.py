@@ -51,8 +51,7 @@ def load_model(settings: Settings) -> ServedModel:
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
     )
-    recompute = manifest.quantization.min_rows
-    scheduler = Scheduler(KVCache(settings.max_running), settings.prompt_chunk, recompute)
+    scheduler = Scheduler(KVCache(settings.max_running), settings.prompt_chunk)
     engine = Engine(model, tokenizer, scheduler, max_waiting=settings.max_waiting)
     return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
 

@@ -10,7 +10,7 @@ from service.engine.sequence import Sequence
 from service.errors import EngineFaultError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Piece, Transcript
-from service.types import Delta, FinishReason, Token
+from service.types import Delta, FinishReason, Prompt, Token
 
 
 class Committer:
@@ -24,23 +24,18 @@ class Committer:
         group, count = sequence.group, sequence.request.logprobs or 0
         ids = group.prompt.token_ids
         if not group.scores:
-            group.scores.append(Token(text="", offset=0, logprob=None, top=None))
+            group.texts = self._texts(group.prompt)
+            group.scores.append(Token(*group.texts[0], logprob=None, top=None))
         for row in logits[: len(ids) - len(group.scores)]:
-            index = ids[len(group.scores)]
-            group.scores.append(self._token("", 0, index, sampler.score(row, index, count)))
-        if len(group.scores) == len(ids):
-            group.scores[:] = self._with_texts(sequence)
+            _check_finite(row)
+            at = len(group.scores)
+            group.scores.append(self._token(*group.texts[at], ids[at], sampler.score(row, ids[at], count)))
 
-    def _with_texts(self, sequence: Sequence) -> list[Token]:
-        """The prompt's scores with the texts and offsets of its tokens."""
-        prompt = sequence.group.prompt
+    def _texts(self, prompt: Prompt) -> list[tuple[str, int]]:
+        """The prompt's tokens as (text, offset)."""
         transcript = Transcript()
         pieces = [transcript.push(token) for token in self._tokenizer.text_bytes(prompt.token_ids, prompt.implied)]
-        texts = [token for piece in [*pieces, transcript.finish()] for token in piece.tokens]
-        return [
-            Token(text, offset, score.logprob, score.top)
-            for (text, offset), score in zip(texts, sequence.group.scores, strict=True)
-        ]
+        return [token for piece in [*pieces, transcript.finish()] for token in piece.tokens]
 
     def begin(self, sequence: Sequence) -> Delta | None:
         """What a sequence shows before anything is generated: the echo, and the end if nothing is to be generated."""
@@ -66,7 +61,7 @@ class Committer:
         if token in request.stop_token_ids:
             return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP)
         sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        if score is not None:
+        if score is not None and request.logprobs is not None:
             sequence.unshown.append((token, score))
         piece = sequence.transcript.push(self._tokenizer.token_bytes(token))
         if piece.stopped:
@@ -81,12 +76,11 @@ class Committer:
     def _sample(sequence: Sequence, logits: Floats) -> int:
         request, params = sequence.request, sequence.request.sampling
         banned = tuple(request.stop_token_ids) if sequence.generated < request.min_tokens else ()
+        _check_finite(logits)
         processed = sampler.process(logits, params, sequence.group.prompt.token_ids, sequence.counts, banned)
-        u = 0.0 if params.greedy else sampler.uniform(params.seed, sequence.candidate, sequence.generated)
-        token = sampler.choose(processed, params, u)
-        if not math.isfinite(processed[token]):
-            raise EngineFaultError(f"the model's logits are not finite after {len(sequence.tokens)} tokens")
-        return token
+        stream = sequence.prompt_index * request.best_of + sequence.candidate
+        u = 0.0 if params.greedy else sampler.uniform(params.seed, stream, sequence.generated)
+        return sampler.choose(processed, params, u)
 
     def _show(self, sequence: Sequence, piece: Piece, finish: FinishReason | None) -> Delta:
         sequence.completion_tokens += len(piece.tokens)
@@ -96,11 +90,11 @@ class Committer:
         return self._delta(sequence, piece.text, tokens, finish)
 
     def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
-        """A scored token; among alternatives with equal text the token itself goes first, then the likelier."""
-        own = self._tokenizer.token_text(index)
-        top = {own: score.logprob}
+        """A scored token shown as `text`; among alternatives with equal text it goes first, then the likelier."""
+        top = {text: score.logprob}
         for other, logprob in score.top:
-            top.setdefault(self._tokenizer.token_text(other), logprob)
+            if other != index:
+                top.setdefault(self._tokenizer.token_text(other), logprob)
         return Token(text, offset, score.logprob, tuple(sorted(top.items(), key=lambda item: -item[1])))
 
     @staticmethod
@@ -118,3 +112,9 @@ class Committer:
             cached_tokens=sequence.cached,
             mean_logprob=mean,
         )
+
+
+def _check_finite(logits: Floats) -> None:
+    """Of a row with one number that is not finite, none can be trusted; minus infinity is a token that cannot be."""
+    if not math.isfinite(logits.max()):
+        raise EngineFaultError("the model's logits are not finite")

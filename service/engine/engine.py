@@ -73,7 +73,7 @@ class Engine:
         """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
         if not self._thread.is_alive():
             raise UnavailableError("The service is shutting down.")
-        if self._scheduler.waiting >= self._max_waiting:
+        if self._scheduler.waiting + self._commands.qsize() >= self._max_waiting:
             raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
         generation = Generation(len(request.prompts) * request.best_of, self._abort)
         self._commands.put(lambda: self._begin_request(request, generation))
@@ -82,15 +82,27 @@ class Engine:
     def _abort(self, generation: Generation) -> None:
         self._commands.put(lambda: self._end_request(generation))
 
+    def _bury(self) -> None:
+        """After the step thread has died of an error: ends every request, also those that it has not seen."""
+        self._thread.join()
+        self._commands.put(self._stop)
+        self._take_commands()
+        self._flush()
+
     # --- the step thread's side ---
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._take_commands()
-            step = self._scheduler.schedule()
-            if step is not None:
-                self._advance(step)
-            self._flush()
+        try:
+            while not self._stopping:
+                self._take_commands()
+                step = self._scheduler.schedule()
+                if step is not None:
+                    self._advance(step)
+                self._flush()
+        except Exception:
+            _log.critical("the engine has died", exc_info=True)
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._bury)
 
     def _take_commands(self) -> None:
         """Runs what has been asked for; waits for something when there is nothing else to do."""

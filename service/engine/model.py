@@ -53,7 +53,9 @@ class Model:
         self.context_length = context_length
         self._layers = manifest.kv.layers
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
-        shape = (slots, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
+        # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
+        # empty row.
+        shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
         # The operating system gives pages when they are first written: an unused position takes no memory.
         self._kv = {
             f"{part}.{layer}": np.zeros(shape, manifest.kv.dtype)
@@ -85,16 +87,16 @@ class Model:
         """
         width = max(len(row) for row in rows)
         self._check(first_slot, rows, past)
-        padded_width = self._padded(len(rows), width)
-        call = self._call(first_slot, len(rows), padded_width, len(logits_at))
+        padded_rows = len(rows) if len(rows) * width >= self._min_rows else self._min_rows
+        call = self._call(first_slot, padded_rows, width, len(logits_at))
         call.query_seqlens[:] = 0
         call.seqlens_k[:] = 0
         for index, (row, length) in enumerate(zip(rows, past, strict=True)):
             call.input_ids[index, : len(row)] = row
             call.query_seqlens[index] = len(row)
-            call.seqlens_k[index] = length + len(row) - 1
-        self._total_length[0] = int(call.seqlens_k.max()) + 1
-        call.logits_idx[:] = [row * padded_width + position for row, position in logits_at]
+            call.seqlens_k[index] = max(0, length + len(row) - 1)
+        self._total_length[0] = max(int(call.seqlens_k.max()) + 1, width)
+        call.logits_idx[:] = [row * width + position for row, position in logits_at]
         self._session.run_with_iobinding(call.binding)
         return self._logits[: len(logits_at)]
 
@@ -111,10 +113,6 @@ class Model:
         for row, length in zip(rows, past, strict=True):
             if length < 0 or length + len(row) > self.context_length:
                 raise ValueError(f"{length} + {len(row)} positions do not fit a slot of {self.context_length}")
-
-    def _padded(self, rows: int, width: int) -> int:
-        """The width from which the results do not depend on how many tokens the call has."""
-        return width if rows * width >= self._min_rows else self._min_rows
 
     def _call(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
         key = (first_slot, rows, width, logits)

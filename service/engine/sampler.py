@@ -72,9 +72,9 @@ def process(
     return logits
 
 
-def uniform(seed: int, candidate: int, position: int) -> float:
+def uniform(seed: int, stream: int, position: int) -> float:
     """The random number in [0, 1) of one position: a function of its arguments alone, by counter-based Philox."""
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, candidate], np.uint64)
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, stream], np.uint64)
     bits = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(bits).random())
 

@@ -27,6 +27,9 @@ class DecodeBatch:
     rows: tuple[Sequence | None, ...]
 
 
+# A prompt's chunks give the same bits however it is cut, but for a chunk of one token: that takes another kernel.
+_RECOMPUTE = 2
+
 Step = PromptChunk | DecodeBatch
 
 
@@ -37,10 +40,9 @@ class Scheduler:
     sequences decode, no two prompt chunks follow each other.
     """
 
-    def __init__(self, cache: KVCache, prompt_chunk: int, recompute: int) -> None:
+    def __init__(self, cache: KVCache, prompt_chunk: int) -> None:
         self._cache = cache
         self._prompt_chunk = prompt_chunk
-        self._recompute = recompute
         self._waiting: deque[Sequence] = deque()
         self._holders: list[Sequence] = []
         self._prompting: Sequence | None = None
@@ -106,7 +108,7 @@ class Scheduler:
         sequence = self._prompting
         end = min(sequence.computed + self._prompt_chunk, sequence.prompt_length)
         if sequence.prompt_length - end == 1:
-            end -= 1  # a chunk of one token could take another kernel than the rest of the prompt
+            end -= 1
         return PromptChunk(sequence, sequence.computed, end, copies)
 
     def _admit(self, sequence: Sequence) -> tuple[Sequence, tuple[Copy, ...]]:
@@ -115,10 +117,11 @@ class Scheduler:
         elif sequence.group.logits is not None:
             recompute = 0
         else:
-            recompute = min(self._recompute, sequence.prompt_length)
+            recompute = min(_RECOMPUTE, sequence.prompt_length)
         allocation = self._cache.allocate(sequence.group.prompt.token_ids, sequence.request.identity, recompute)
         sequence.slot = allocation.slot
-        sequence.computed = sequence.cached = allocation.cached
+        cached, rest = allocation.cached, sequence.prompt_length - allocation.cached
+        sequence.computed = sequence.cached = max(0, cached - 1) if rest == 1 else cached
         self._holders.append(sequence)
         return sequence, allocation.copies
 

@@ -17,13 +17,14 @@ class PromptGroup:
     """The candidates of one prompt, and what computing the prompt once gives to all of them.
 
     `logits` (shape [vocabulary]) follow the prompt's last token; None until computed, and again once no candidate
-    waits for them. `unstarted` candidates do. `scores` are the prompt's own tokens, where the request echoes and
-    scores them.
+    waits for them. `unstarted` candidates do. `texts` and `scores` are the prompt's own tokens, where the request
+    echoes and scores them.
     """
 
     prompt: Prompt
     unstarted: int
     logits: Any = None
+    texts: list[tuple[str, int]] = field(default_factory=list)
     scores: list[Token] = field(default_factory=list)
 
 

@@ -22,15 +22,15 @@ def decimal(name: str, value: float, low: float, high: float) -> float:
         message = f"Invalid '{name}': must be a finite number, but got {given} instead."
         raise InvalidRequestError(message, param=name, code="invalid_value")
     # Floats arrive in single precision; their shortest form is what the caller wrote.
-    _bounds(name, "decimal", value, given=f"{np.float32(value)}", low=low, high=high)
+    _bounds(name, "decimal", value, given=str(np.float32(value)), low=low, high=high)
     return value
 
 
 def _bounds(name: str, kind: str, value: float, *, given: str, low: float | None, high: float | None) -> None:
     if low is not None and value < low:
-        problem, expected, code = "below minimum", f">= {low:g}", "below_min"
+        problem, expected, code = "below minimum", f">= {low}", "below_min"
     elif high is not None and value > high:
-        problem, expected, code = "above maximum", f"<= {high:g}", "above_max"
+        problem, expected, code = "above maximum", f"<= {high}", "above_max"
     else:
         return
     message = f"Invalid '{name}': {kind} {problem} value. Expected a value {expected}, but got {given} instead."

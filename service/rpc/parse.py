@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from service.errors import InvalidRequestError
 from service.manifest import Manifest
 from service.rpc.checks import at_most, decimal, integer, invalid, shown
-from service.rpc.prompts import MAX_SEQUENCES, parse_prompts
+from service.rpc.prompts import MAX_SEQUENCES, check_characters, parse_prompts
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
@@ -24,7 +24,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_USER_CHARACTERS = 256
 
-_TOKEN_ID = re.compile(r"^(0|[1-9][0-9]{0,9})$")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -59,6 +59,7 @@ def parse(
     min_tokens = integer("min_tokens", request.min_tokens, 0, max_tokens)
     _check_user(request.user)
     suffix = _suffix(request, manifest)
+    check_characters("suffix", suffix, limits.context_length)
     prompts = parse_prompts(request, tokenizer, limits.context_length, best_of)
     if suffix:
         prompts = tuple(tokenizer.fill_in_the_middle(prompt, suffix) for prompt in prompts)
@@ -140,7 +141,7 @@ def _logit_bias(request: pb.CreateCompletionRequest, vocabulary: int) -> dict[in
     at_most("logit_bias", "entries", len(request.logit_bias), MAX_LOGIT_BIAS, "object_above_max_properties")
     bias = {}
     for key, value in request.logit_bias.items():
-        if not _TOKEN_ID.match(key) or int(key) >= vocabulary:
+        if not _TOKEN_ID.fullmatch(key) or int(key) >= vocabulary:
             problem = f"key '{shown(key)}' is not a token id within 0..{vocabulary - 1}."
             raise invalid("logit_bias", problem, "invalid_value")
         bias[int(key)] = decimal(f"logit_bias.{key}", value, -100, 100)

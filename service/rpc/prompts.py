@@ -81,14 +81,19 @@ def _json_tokens(values: Iterable[struct_pb2.Value]) -> list[int]:
 
 
 def _text(text: str, tokenizer: Tokenizer, context_length: int) -> Prompt:
+    check_characters("prompt", text, context_length)
+    return tokenizer.prompt(text)
+
+
+def check_characters(name: str, text: str, context_length: int) -> None:
+    """Refuses a text that is too long to be worth tokenizing."""
     limit = MAX_CHARACTERS_PER_TOKEN * context_length
     if len(text) > limit:
         message = (
-            f"This model's maximum context length is {context_length} tokens, however your prompt has {len(text)} "
-            f"characters, more than the {limit} that could fit. Please reduce your prompt."
+            f"This model's maximum context length is {context_length} tokens, however your {name} has {len(text)} "
+            f"characters, more than the {limit} that could fit. Please reduce your {name}."
         )
-        raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
-    return tokenizer.prompt(text)
+        raise InvalidRequestError(message, param=name, code="context_length_exceeded")
 
 
 def _tokens(ids: Iterable[int], tokenizer: Tokenizer) -> Prompt:

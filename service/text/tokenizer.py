@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -32,11 +33,14 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ModelDirectoryError(f"{path} is not a tokenizer file: {error}") from error
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._special = special
         self.vocab_size = vocab_size
-        decoder = json.dumps(json.loads(path.read_text(encoding="utf-8")).get("decoder"))
-        self._strips_space = '"Strip"' in decoder or '"Metaspace"' in decoder
-        self._bytes = self._table('"ByteLevel"' in decoder)
+        decoder = json.loads(path.read_text(encoding="utf-8")).get("decoder") or {}
+        decoders = decoder.get("decoders", [decoder])
+        self._strips_space = any(map(_strips_space, decoders))
+        self._bytes = self._table(any(part.get("type") == "ByteLevel" for part in decoders))
 
     def _table(self, byte_level: bool) -> list[bytes]:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -46,7 +50,7 @@ class Tokenizer:
                 continue
             if index in added:
                 table[index] = added[index].content.encode()
-            elif byte_level:
+            elif byte_level and _BYTE_OF_CHARACTER.keys() >= set(token):
                 table[index] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
             elif match := _BYTE_TOKEN.match(token):
                 table[index] = bytes([int(match[1], 16)])
@@ -81,7 +85,8 @@ class Tokenizer:
         marks = self._special.fill_in_the_middle
         if marks is None:
             raise ValueError("the model has no fill-in-the-middle tokens")
-        ids = (marks.prefix, *prompt.token_ids, marks.suffix, *self.encode(suffix), marks.middle)
+        start, text = prompt.token_ids[: prompt.implied], prompt.token_ids[prompt.implied :]
+        ids = (*start, marks.prefix, *text, marks.suffix, *self.encode(suffix), marks.middle)
         return dataclasses.replace(prompt, token_ids=ids, tail=b"")
 
     def text_bytes(self, ids: Iterable[int], implied: int = 0) -> Iterator[bytes]:
@@ -99,6 +104,13 @@ class Tokenizer:
     def token_text(self, index: int) -> str:
         r"""A token by itself: its text, or `bytes:\xNN...` when it is not whole UTF-8."""
         return readable(self._bytes[index])
+
+
+def _strips_space(decoder: dict[str, Any]) -> bool:
+    """Whether a decoder takes the first space of a text away."""
+    if decoder.get("type") == "Metaspace":
+        return decoder.get("prepend_scheme") != "never"
+    return decoder.get("type") == "Strip" and decoder["content"] == " " and decoder["start"] > 0
 
 
 def readable(token: bytes) -> str:

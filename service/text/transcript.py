@@ -35,9 +35,9 @@ class StopMatcher:
         self._longest = max(map(len, self._stops), default=0)
 
     def find(self, text: str) -> int | None:
-        """Where the earliest stop text in `text` begins."""
-        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
-        return min(found, default=None)
+        """Where the stop text begins that is complete first, the longest of those; so tokens' bounds do not matter."""
+        found = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
 
     def held(self, text: str) -> int:
         """How many characters at the end of `text` could still begin a stop text."""
@@ -66,14 +66,15 @@ class Transcript:
 
     def push(self, token: bytes) -> Piece:
         """Takes the next token in; its piece may be empty, and may hold earlier tokens."""
-        before = len(self._text)
+        start, unfinished = len(self._text), self._detokenizer.unfinished
         new = self._detokenizer.push(token)
         self._text += new
         if new:
             for held in self._tokens:
-                held.end = before + 1 if held.end is None else held.end
+                held.end = start + 1 if held.end is None else held.end
+            start += not new.encode().startswith(unfinished)  # else this token goes on with the character
         end = None if self._detokenizer.unfinished else len(self._text)
-        self._tokens.append(_Held(token, before, end))
+        self._tokens.append(_Held(token, start, end))
         stop = self._stops.find(self._text)
         if stop is not None:
             return self._cut(stop)

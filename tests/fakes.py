@@ -1,0 +1,134 @@
+"""Stand-ins whose answers a reader can compute by hand, and small real parts to go with them."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from service.engine.cache import Copy
+from service.manifest import FillInTheMiddle, KVLayout, Manifest, Quality, Quantization, SpecialTokens
+from service.text.tokenizer import Tokenizer
+from service.types import Prompt, Request, SamplingParams
+
+# Tokens 0..25 are the letters, 26 ends a text, 27 begins one.
+LETTERS = string.ascii_lowercase
+END, BEGIN = 26, 27
+VOCABULARY = 28
+NO_SPECIAL = SpecialTokens(bos=None, add_bos=False, end=(END,), default_prompt=BEGIN)
+
+
+def letters_tokenizer(directory: Path, special: SpecialTokens = NO_SPECIAL) -> Tokenizer:
+    """A tokenizer of one token per letter: "a" is 0, "z" is 25."""
+    vocabulary = {**{letter: index for index, letter in enumerate(LETTERS)}, "<end>": END, "<begin>": BEGIN}
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    return Tokenizer(path, special, VOCABULARY)
+
+
+def ids(text: str) -> list[int]:
+    """The tokens of a text of letters."""
+    return [LETTERS.index(letter) for letter in text]
+
+
+class FakeModel:
+    """The alphabet: after a token comes the next one, around the vocabulary of letters ("z" is followed by "a").
+
+    Slots hold the tokens themselves, and the next token is read from the slot, so a wrong slot, length or copy shows.
+    `histories` are the tokens that each computed row stands after; `computed` counts the rows' tokens. The likeliest
+    token has a logit of 4, the second next 2, all others 0. While `fault` is set, steps that meet that token fail;
+    `broken` tokens have logits that are not numbers after them.
+    """
+
+    def __init__(self, slots: int = 4, context_length: int = 64) -> None:
+        self.slots: list[list[int]] = [[] for _ in range(slots)]
+        self.context_length = context_length
+        self.histories: list[tuple[int, ...]] = []
+        self.steps = 0
+        self.computed = 0
+        self.fault: int | None = None
+        self.broken: set[int] = set()
+
+    def forward(
+        self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
+    ) -> np.ndarray:
+        self.steps += 1
+        for index, (row, length) in enumerate(zip(rows, past, strict=True)):
+            slot = self.slots[first_slot + index]
+            assert length <= len(slot), "the positions before the row were never computed"
+            assert length + len(row) <= self.context_length
+            if self.fault in row:
+                raise RuntimeError("the fake model was told to fail")
+            if row:
+                slot[length:] = row
+                self.histories.append(tuple(slot))
+                self.computed += len(row)
+        return np.stack(
+            [self.logits(self.slots[first_slot + row][past[row] + position]) for row, position in logits_at]
+        )
+
+    def logits(self, last: int) -> np.ndarray:
+        """The logits after a token."""
+        logits = np.zeros(VOCABULARY, np.float32)
+        logits[(last + 1) % len(LETTERS)] = 4
+        logits[(last + 2) % len(LETTERS)] = 2
+        if last in self.broken:
+            logits[5] = np.nan
+        return logits
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for item in copies:
+            assert item.length <= len(self.slots[item.source]), "copies positions that were never computed"
+            self.slots[item.target] = self.slots[item.source][: item.length]
+
+
+def request(*prompts: str | Prompt, **changes: object) -> Request:
+    """A greedy request for three letters after each prompt, with `changes`."""
+    made = tuple(Prompt(tuple(ids(each)), each) if isinstance(each, str) else each for each in prompts or ("a",))
+    n = changes.get("n", 1)
+    values: dict[str, object] = {
+        "id": "cmpl-0",
+        "model": "alphabet",
+        "created": 0,
+        "identity": "caller",
+        "prompts": made,
+        "max_tokens": 3,
+        "n": n,
+        "best_of": n,
+        "stream": True,
+        "include_usage": False,
+        "continuous_usage": False,
+        "logprobs": None,
+        "echo": False,
+        "stop": (),
+        "stop_token_ids": frozenset({END}),
+        "min_tokens": 0,
+        "sampling": SamplingParams(temperature=0),
+    }
+    return Request(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def manifest(**changes: object) -> Manifest:
+    """The description of the alphabet model, with `changes`."""
+    values: dict[str, object] = {
+        "format_version": 1,
+        "id": "alphabet",
+        "aliases": ("abc",),
+        "created": 1_700_000_000,
+        "owned_by": "tests",
+        "architecture": "fake",
+        "context_length": 64,
+        "vocab_size": VOCABULARY,
+        "special_tokens": NO_SPECIAL,
+        "kv": KVLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32"),
+        "quantization": Quantization(weights="float32", source="float32", min_rows=2),
+        "quality": Quality(kl=0.0, max_logit_error=0.0, tokens=1),
+        "files": {},
+    }
+    return Manifest.model_validate({**values, **changes})
+
+
+FILL = FillInTheMiddle(prefix=23, suffix=24, middle=25)

@@ -1,0 +1,49 @@
+"""Calls an exported model for several rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+class Session:
+    """An exported model with keys and values of five rows of 128 positions, kept in place."""
+
+    def __init__(self, directory: Path, rows: int = 5, capacity: int = 128) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        self.session = onnxruntime.InferenceSession(directory / "model.onnx", options)
+        self.caches = {
+            entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), np.float32)
+            for entry in self.session.get_inputs()
+            if entry.name.startswith("past_")
+        }
+
+    def forward(
+        self, rows: Sequence[np.ndarray], past: Sequence[int], wanted: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The logits of the `wanted` flat positions, of every valid one by default."""
+        lengths, width = np.array([len(row) for row in rows]), max(len(row) for row in rows)
+        valid = [row * width + column for row, length in enumerate(lengths) for column in range(length)]
+        totals = np.array(past) + lengths
+        feeds = {
+            "input_ids": np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64),
+            "seqlens_k": (totals - 1).astype(np.int32),
+            "total_sequence_length": np.array([max(totals.max(), width)], np.int32),
+            "query_seqlens": lengths.astype(np.int32),
+            "logits_idx": np.array(valid if wanted is None else wanted, np.int64),
+        }
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, cache in self.caches.items():
+            view = cache[: len(rows)]
+            place = ("cpu", 0, np.float32, view.shape, view.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past", "present"), *place)
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()

@@ -1,0 +1,88 @@
+"""Packing matrices for MatMulNBits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model_export.quantize import Packed, pack
+from model_export.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
+
+
+def unpack(packed: Packed) -> np.ndarray:
+    """The weights [rows, blocks, 32] that the operator multiplies with."""
+    codes, zeros = packed.codes, packed.zero_points
+    if packed.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], BLOCK)
+        if zeros is not None:
+            zeros = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(len(zeros), -1)[:, : codes.shape[1]]
+    offsets = np.float32(2 ** (packed.bits - 1)) if zeros is None else zeros[..., None].astype(np.float32)
+    return packed.scales[..., None] * (codes - offsets)
+
+
+def blocks(minimum: float, step: float, bits: int = 4) -> Blocks:
+    """Six rows of two blocks with random codes, all of one affine scale."""
+    codes = np.random.default_rng(3).integers(0, 2**bits, (6, 2, BLOCK), np.uint8)
+    scale = np.full((6, 2), step, np.float32)
+    return Blocks(codes, scale, np.full((6, 2), minimum, np.float32), bits)
+
+
+def test_eight_bit_source_is_kept_exactly() -> None:
+    """Signed bytes with a scale, as Q8_0 holds them, keep every weight in int8."""
+    matrix = blocks(-128 * 0.02, 0.02, bits=8)
+    packed = pack(matrix, "int8")
+    assert packed.zero_points is None
+    np.testing.assert_allclose(unpack(packed).reshape(6, 64), dequantize(matrix), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4z"])
+def test_integer_zero_point_is_kept_exactly(form: str) -> None:
+    """Four-bit codes around an integer zero point keep every weight, and need no block sums."""
+    matrix = blocks(-5 * 0.5, 0.5)
+    packed = pack(matrix, form)
+    assert not packed.block_sums
+    np.testing.assert_array_equal(unpack(packed).reshape(6, 64), dequantize(matrix))
+
+
+def test_sixteen_levels_in_int8() -> None:
+    """In int8, four-bit weights around any offset move by at most half of a seventeenth of their step."""
+    matrix = blocks(-1.237, 0.17)
+    error = np.abs(unpack(pack(matrix, "int8")).reshape(6, 64) - dequantize(matrix))
+    assert error.max() <= 0.17 / 17 / 2 + 1e-6
+
+
+def test_remainders_follow_in_int4z() -> None:
+    """In int4z, a block's own columns and the remainder that its sum is multiplied with make up the weights."""
+    matrix = blocks(-1.237, 0.17)
+    packed = pack(matrix, "int4z")
+    weights = unpack(packed)
+    assert packed.block_sums
+    assert packed.columns == 64 + 2
+    remainders = weights[:, 2, :2]
+    np.testing.assert_allclose((weights[:, :2] + remainders[..., None]).reshape(6, 64), dequantize(matrix), atol=1e-6)
+    assert not weights[:, 2, 2:].any()
+
+
+def test_float_weights_in_int8() -> None:
+    """Float weights move by at most half a step of 1/255 of their block's range, zero included."""
+    matrix = np.random.default_rng(4).normal(3, 1, (4, 96)).astype(np.float32)
+    error = np.abs(unpack(pack(matrix, "int8")).reshape(4, 96) - matrix)
+    assert error.max() <= np.abs(matrix).max() / 255
+
+
+def test_constant_and_zero_blocks() -> None:
+    """A block without a range is kept: all zeros in int8, any constant by its remainder in int4z."""
+    zeros = np.zeros((2, 32), np.float32)
+    np.testing.assert_array_equal(unpack(pack(zeros, "int8")).reshape(2, 32), zeros)
+    constant = unpack(pack(blocks(0.75, 0.0), "int4z"))
+    np.testing.assert_allclose(constant[:, :2] + constant[:, 2, :2, None], 0.75)
+
+
+def test_rows_are_taken_and_stacked_as_blocks() -> None:
+    """Taking and stacking rows commutes with dequantizing; unlike forms meet in float32."""
+    four, eight = blocks(-1.2, 0.17), blocks(-2.56, 0.02, bits=8)
+    order = np.array([3, 0, 5])
+    np.testing.assert_array_equal(dequantize(take_rows(four, order)), dequantize(four)[order])
+    assert isinstance(stack_rows([four, four]), Blocks)
+    mixed = stack_rows([four, eight])
+    np.testing.assert_array_equal(dequantize(mixed), np.concatenate([dequantize(four), dequantize(eight)]))

@@ -1,0 +1,159 @@
+"""Tiny random models as Hugging Face directories and GGUF files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 32
+CONTEXT = 192
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|endoftext|>", *BYTES, "th", "Ġth", "the"]
+MERGES = [("t", "h"), ("Ġ", "th"), ("th", "e")]
+VOCAB = len(TOKENS)
+
+
+def config(family: str, **changes: Any) -> dict[str, Any]:
+    """A configuration of the given family, with some entries changed."""
+    return {
+        "model_type": family,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    } | changes
+
+
+def weights(family: str, tied: bool = True) -> dict[str, np.ndarray]:
+    """Random weights under their Hugging Face names, lively enough that a wrong graph shows."""
+    rng = np.random.default_rng(7)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
+
+    def scale(size: int) -> np.ndarray:
+        return rng.uniform(0.5, 1.5, size).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN), "model.norm.weight": scale(HIDDEN)}
+    if not tied:
+        tensors["lm_head.weight"] = matrix(VOCAB, HIDDEN)
+    query, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    for layer in range(LAYERS):
+        named = {
+            "input_layernorm.weight": scale(HIDDEN),
+            "self_attn.q_proj.weight": matrix(query, HIDDEN) * 2,
+            "self_attn.k_proj.weight": matrix(kv, HIDDEN) * 2,
+            "self_attn.v_proj.weight": matrix(kv, HIDDEN),
+            "self_attn.o_proj.weight": matrix(HIDDEN, query),
+            "post_attention_layernorm.weight": scale(HIDDEN),
+            "mlp.gate_proj.weight": matrix(INTERMEDIATE, HIDDEN),
+            "mlp.up_proj.weight": matrix(INTERMEDIATE, HIDDEN),
+            "mlp.down_proj.weight": matrix(HIDDEN, INTERMEDIATE),
+        }
+        if family == "qwen2":
+            named |= {
+                f"self_attn.{kind}_proj.bias": scale(size) for kind, size in zip("qkv", (query, kv, kv), strict=True)
+            }
+        if family == "qwen3":
+            named |= {f"self_attn.{kind}_norm.weight": scale(HEAD_DIM) for kind in "qk"}
+        tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()}
+    return tensors
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer with three merges and one special token."""
+    built = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(TOKENS)}, merges=MERGES))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return built
+
+
+def hugging_face(directory: Path, family: str = "llama", dtype: str = "float32", **changes: Any) -> Path:
+    """Writes a Hugging Face directory, its weights in two shards."""
+    directory.mkdir()
+    settings = config(family, torch_dtype=dtype, **changes)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    tensors = {name: tensor.astype(kind) for name, tensor in weights(family, settings["tie_word_embeddings"]).items()}
+    names = sorted(tensors)
+    weight_map = {}
+    for shard, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, directory / f"model-{shard}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{shard}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(settings))
+    tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+}
+
+
+def interleave(matrix: np.ndarray) -> np.ndarray:
+    """Brings the rows of each head into the order of GGUF's llama family: rotary pairs side by side."""
+    return matrix.reshape(-1, 2, HEAD_DIM // 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
+
+
+def gguf(path: Path, quantization: GGMLQuantizationType, leave_out: str = "", **metadata: str) -> Path:
+    """Writes a GGUF file of the llama family, its matrices in `quantization`."""
+    writer = GGUFWriter(path, metadata.get("architecture", "llama"))
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(metadata.get("pre", "smollm"))
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] + [1] * (VOCAB - 1))
+    writer.add_token_merges([" ".join(merge) for merge in MERGES])
+    writer.add_eos_token_id(0)
+    for name, tensor in weights("llama").items():
+        if name == leave_out:
+            continue
+        ordered = interleave(tensor) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
+        kind = quantization if tensor.ndim == 2 else GGMLQuantizationType.F32
+        for long, short in GGUF_NAMES.items():
+            name = name.replace(long, short)  # noqa: PLW2901
+        writer.add_tensor(name, quantize(ordered, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,190 @@
+"""The real thing for tests: service and Envoy as `make run` starts them, and a service inside the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy import local
+from service.server import Server
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "test-key"
+MODEL = "gpt-3.5-turbo-instruct"
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[str]:
+        """The data of its server-sent events."""
+        return [block.removeprefix("data: ") for block in self.body.decode().split("\n\n") if block]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a running service can be reached: `http` and `grpc` are ports on 127.0.0.1."""
+
+    http: int
+    grpc: int
+    process: subprocess.Popen[str] | None = field(default=None, compare=False)
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.http}/v1"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc}"
+
+    @property
+    def envoy_address(self) -> str:
+        return f"127.0.0.1:{self.http}"
+
+    def request(
+        self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] = AUTHORIZED
+    ) -> Answer:
+        """One HTTP request, with exactly these headers besides what HTTP/1.1 needs."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=60)
+        try:
+            data = body.encode() if isinstance(body, str) else body
+            connection.request(method, path, data, dict(headers))
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, found, response.read())
+        finally:
+            connection.close()
+
+    def complete(self, **fields: Any) -> Answer:
+        """POST /v1/completions with these fields as JSON."""
+        headers = {**AUTHORIZED, "content-type": "application/json"}
+        return self.request("POST", "/v1/completions", json.dumps({"model": MODEL, **fields}), headers)
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports of 127.0.0.1 that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+@contextmanager
+def launched(model_dir: Path, *service_args: str, key: str = KEY) -> Iterator[Stack]:
+    """Service and Envoy as separate processes, by the launcher behind `make run`."""
+    http_port, grpc_port = free_ports(2)
+    environment = {
+        **os.environ,
+        "HTTP_PORT": str(http_port),
+        "GRPC_PORT": str(grpc_port),
+        "MODEL_DIR": str(model_dir),
+        "API_KEY": key,
+    }
+    command = [sys.executable, "deploy/local.py", "--", *service_args]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_until_ready(process)
+        yield Stack(http_port, grpc_port, process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> str:
+    """Reads the launcher's output up to its `ready` line, and gives it back."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready "):
+            return "".join(lines)
+    raise AssertionError("the launcher ended early:\n" + "".join(lines))
+
+
+class ServiceThread:
+    """A real server on an event loop of its own within this process, so that tests can look into its engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self.server: Server
+
+    async def _serve(self) -> None:
+        try:
+            self.server = Server(self._settings)
+            async with self.server:
+                self._ready.set()
+                await self._stop.wait()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._ready.set()
+
+    def __enter__(self) -> ServiceThread:
+        self._thread.start()
+        self._ready.wait(60)
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(60)
+        self._loop.close()
+
+
+@contextmanager
+def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[None]:
+    """The real Envoy on `http_port` in front of a service on `grpc_port`."""
+    config = folder / "envoy.yaml"
+    config.write_text(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
+    child = local.Child(
+        "Envoy", [local.envoy_binary(), "-c", str(config), "--disable-hot-restart"], folder / "envoy.log"
+    )
+    try:
+        yield
+    finally:
+        child.stop()
+
+
+def ports_of(ready_output: str) -> tuple[int, int]:
+    """The REST and gRPC ports that the launcher announces."""
+    match = re.search(r"ready rest=http://127\.0\.0\.1:(\d+) grpc=127\.0\.0\.1:(\d+)", ready_output)
+    assert match, ready_output
+    return int(match[1]), int(match[2])
