@@ -2,9 +2,9 @@
 
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
-MODEL_DIR names another model directory, API_KEY the key for the first request, when the service wants one, and
-ADMIN_PORT opens Envoy's admin pages. Prints a line that starts with `ready` once a completion has come through Envoy,
-then serves until Ctrl-C or SIGTERM.
+MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file of
+keys, and ADMIN_PORT opens Envoy's admin pages. Prints a line that starts with `ready` once a completion has come
+through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -30,6 +30,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "gpt-3.5-turbo-instruct"
+# The service takes any key unless it is given a file of keys.
+ANY_KEY = "any"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 START_SECONDS = 120
@@ -43,7 +45,7 @@ class LaunchError(Exception):
 class Child:
     """A process of its own session, so that Ctrl-C reaches the launcher alone; its output goes to a file."""
 
-    def __init__(self, name: str, command: list[str], log: Path):
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
         self.name = name
         self.log = log
         with log.open("wb") as output:
@@ -114,7 +116,7 @@ def model_dir() -> Path:
     if not (DEFAULT_MODEL_DIR / "manifest.json").exists():
         print("Exporting the default model, once. This takes a minute or two.", flush=True)
         command = [sys.executable, "-m", "model_export", str(default_weights()), str(DEFAULT_MODEL_DIR)]
-        code = subprocess.run([*command, "--alias", MODEL], cwd=ROOT).returncode
+        code = subprocess.run([*command, "--alias", MODEL], cwd=ROOT, check=False).returncode
         if code != 0:
             raise LaunchError(f"the export of the default model ended with exit code {code}")
     return DEFAULT_MODEL_DIR
@@ -141,7 +143,7 @@ def envoy_config(ports: dict[str, int]) -> str:
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
         del config["admin"]
-    return yaml.safe_dump(config, sort_keys=False)
+    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def listen_on(owner: dict[str, Any], port: int) -> None:
@@ -150,10 +152,9 @@ def listen_on(owner: dict[str, Any], port: int) -> None:
 
 def call(url: str, body: Any = None) -> Any:
     """The JSON answer of a GET, or of a POST when there is a body."""
-    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)
+    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)  # noqa: S310 - our own
     request.add_header("Content-Type", "application/json")
-    if "API_KEY" in os.environ:
-        request.add_header("Authorization", f"Bearer {os.environ['API_KEY']}")
+    request.add_header("Authorization", f"Bearer {os.environ.get('API_KEY', ANY_KEY)}")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(request, timeout=START_SECONDS) as answer:
         return json.load(answer)
@@ -188,9 +189,10 @@ def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], 
 
 def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: Path) -> None:
     rest, grpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
-    key = ' -H "Authorization: Bearer $API_KEY"' if "API_KEY" in os.environ else ""
-    body = shlex.quote(json.dumps(request))
-    print(f"\n  curl {rest}/v1/completions -H 'Content-Type: application/json'{key} -d {body}\n")
+    key = "$API_KEY" if "API_KEY" in os.environ else ANY_KEY
+    print(f"\ncurl {rest}/v1/completions \\")
+    print(f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\')
+    print(f"  -d {shlex.quote(json.dumps(request))}\n")
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     print(f"\nREST  {rest}/v1/completions\ngRPC  {grpc}\nlogs  {logs}\n\nCtrl-C stops both.")
     print(f"ready rest={rest} grpc={grpc}", flush=True)
@@ -205,7 +207,9 @@ def run(service_args: list[str]) -> None:
         config = folder / "envoy.yaml"
         config.write_text(envoy_config(chosen))
 
-        gateway = Child("Envoy", [envoy, "-c", str(config), "--disable-hot-restart", "-l", "warn"], folder / "envoy.log")
+        gateway = Child(
+            "Envoy", [envoy, "-c", str(config), "--disable-hot-restart", "-l", "warn"], folder / "envoy.log"
+        )
         cleanup.callback(gateway.stop)
         command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
         service = Child("the service", [*command, *service_args], folder / "service.log")
@@ -224,7 +228,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("service_args", nargs="*", help="arguments for the service, after `--`")
     service_args = parser.parse_args().service_args
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: shells start background jobs with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         run(service_args)
     except KeyboardInterrupt:

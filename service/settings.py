@@ -45,7 +45,9 @@ class Settings(BaseSettings):
         True, description="Whether a result never depends on what else runs; off is faster for a lone request."
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries of a request's `stop`; some editors send 16.")
-    max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest request message, in bytes.")
+    max_message_bytes: int = Field(
+        16 << 20, ge=1 << 16, description="Largest request message, in bytes; JSON of 2 MiB can grow to 12 MiB."
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may take to finish after SIGTERM, in seconds."
     )
@@ -82,7 +84,7 @@ def load(arguments: Sequence[str]) -> Settings:
 
     try:
         return Configured()
-    except (ValidationError, tomllib.TOMLDecodeError) as error:
+    except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StartupError(_explain(error, file)) from None
 
 
@@ -93,8 +95,8 @@ def _config_file(arguments: Sequence[str]) -> Path | None:
     return Path(given) if given else None
 
 
-def _explain(error: ValidationError | tomllib.TOMLDecodeError, file: Path | None) -> str:
-    if isinstance(error, tomllib.TOMLDecodeError):
+def _explain(error: ValueError, file: Path | None) -> str:
+    if not isinstance(error, ValidationError):
         return f"settings file {file}: {error}"
     problems = []
     for problem in error.errors():

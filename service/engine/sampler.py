@@ -36,7 +36,7 @@ def score(logits: Floats, token: int, count: int) -> Score:
     normalizer = log_normalizer(logits)
     likeliest = _likeliest(logits, count).tolist() if count else []
     ids = likeliest if token in likeliest else [*likeliest, token]
-    top = tuple((index, float(np.float32(logits[index] - normalizer))) for index in ids)
+    top = tuple((index, float(np.float32(float(logits[index]) - normalizer))) for index in ids)
     return Score(logprob=dict(top)[token], top=top)
 
 

@@ -68,7 +68,7 @@ class Scheduler:
         if not (decoding and self._decode_next):
             chunk = self._next_chunk()
             if chunk is not None:
-                self._decode_next = True
+                self._decode_next = chunk.start < chunk.end
                 return chunk
         self._decode_next = False
         return self._decode_batch() if decoding else None

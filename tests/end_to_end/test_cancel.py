@@ -1,0 +1,124 @@
+"""Leaving early: whatever way a caller goes, its sequences and their keys and values are free within one step."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import openai
+import pytest
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+
+from service.engine.engine import Engine, Stats
+from service.settings import Settings
+from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
+
+ENDLESS = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A stack whose engine the test can look into."""
+
+    stack: Stack
+    engine: Engine
+
+    def wait_for(self, expected: Stats, seconds: float) -> float:
+        """Waits until the engine holds exactly that; gives the seconds that it took."""
+        started = time.monotonic()
+        while self.engine.stats != expected:
+            assert time.monotonic() - started < seconds, f"{self.engine.stats} after {seconds} s"
+            time.sleep(0.002)
+        return time.monotonic() - started
+
+
+IDLE = Stats(running=0, waiting=0)
+
+
+@pytest.fixture(scope="module")
+def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A real server in this process behind a real Envoy."""
+    http_port, grpc_port = free_ports(2)
+    settings = Settings(model_dir=model_dir, port=grpc_port, max_running=8, drain_seconds=1)
+    with ServiceThread(settings) as service, envoy(http_port, grpc_port, tmp_path_factory.mktemp("envoy")):
+        stack = Stack(http_port, grpc_port)
+        deadline = time.monotonic() + 30
+        while not _ready(stack):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield Watched(stack, service.server.model.engine)
+
+
+def _ready(stack: Stack) -> bool:
+    try:
+        return stack.request("GET", "/v1/models").status == 200
+    except OSError:
+        return False
+
+
+def test_two_hundred_cancelled_streams_leave_nothing(watched: Watched) -> None:
+    """200 streams through Envoy, closed after their first event or before it, leave no sequence and no slot held."""
+    with openai.OpenAI(base_url=watched.stack.base_url, api_key=KEY, max_retries=0) as client:
+
+        def leave(number: int) -> None:
+            stream = client.completions.create(**ENDLESS, stream=True, seed=number, n=1 + number % 3)
+            if number % 2:
+                next(iter(stream))
+            stream.close()
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(leave, range(200)))
+        watched.wait_for(IDLE, 10)
+        assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=2).usage.completion_tokens <= 2
+    watched.wait_for(IDLE, 1)
+
+
+def test_closed_connection_of_a_unary_request(watched: Watched) -> None:
+    """A REST caller that hangs up while its whole answer is computed frees the sequence."""
+    connection = http.client.HTTPConnection("127.0.0.1", watched.stack.http, timeout=30)
+    body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True})
+    connection.request("POST", "/v1/completions", body, {**AUTHORIZED, "content-type": "application/json"})
+    watched.wait_for(Stats(running=1, waiting=0), 10)
+    connection.close()
+    watched.wait_for(IDLE, 2)
+
+
+def test_cancelled_and_timed_out_grpc_calls(watched: Watched) -> None:
+    """Cancelling a gRPC call, or its deadline, frees what runs and what still waits."""
+    request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=4000, n=12, ignore_eos=True)
+    with grpc.insecure_channel(watched.stack.grpc_address) as channel:
+        stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        call = stub.CreateCompletion.future(request, metadata=list(AUTHORIZED.items()))
+        watched.wait_for(Stats(running=8, waiting=4), 10)
+        call.cancel()
+        watched.wait_for(IDLE, 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.StreamCompletion(request, timeout=0.7, metadata=list(AUTHORIZED.items())))
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        watched.wait_for(IDLE, 2)
+
+
+def test_cancel_during_a_long_prompt(watched: Watched) -> None:
+    """A caller that leaves while its prompt is computed is gone after the chunk at hand, and others go on."""
+    with openai.OpenAI(base_url=watched.stack.base_url, api_key=KEY, max_retries=0) as client:
+        neighbour = threading.Thread(
+            target=client.completions.create, kwargs={"model": MODEL, "prompt": "Hello", "max_tokens": 30}
+        )
+        with grpc.insecure_channel(watched.stack.grpc_address) as channel:
+            stub = completion_pb2_grpc.CompletionServiceStub(channel)
+            request = pb.CreateCompletionRequest(model=MODEL, text="word " * 4000, max_tokens=10)
+            call = stub.CreateCompletion.future(request, metadata=list(AUTHORIZED.items()))
+            watched.wait_for(Stats(running=1, waiting=0), 10)
+            neighbour.start()
+            call.cancel()
+        neighbour.join(60)
+    assert not neighbour.is_alive()
+    watched.wait_for(IDLE, 2)

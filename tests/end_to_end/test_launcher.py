@@ -1,0 +1,73 @@
+"""`make run`'s launcher: what it prints works, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stack import ROOT, free_ports, ports_of, wait_until_ready
+
+
+def launch(**environment: str) -> subprocess.Popen[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in {"API_KEY", "ADMIN_PORT"}}
+    return subprocess.Popen(
+        [sys.executable, "deploy/local.py"],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_prints_an_answer_and_the_curl_that_repeats_it(model_dir: Path, number: signal.Signals) -> None:
+    """The printed curl gets the printed answer; an interrupt ends both processes and frees both ports."""
+    http_port, grpc_port = free_ports(2)
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir))
+    try:
+        output = wait_until_ready(process)
+        assert ports_of(output) == (http_port, grpc_port)
+        curl = re.search(r"curl (?:.*\\\n)*.*", output)
+        assert curl, output
+        answer = subprocess.run(["bash", "-c", curl[0] + " -sS"], capture_output=True, text=True, check=True).stdout
+        assert '"text_completion"' in answer
+        text = re.search(r'"text":\s?("(?:[^"\\]|\\.)*")', answer)
+        assert text, answer
+        assert text[1] in output
+    finally:
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    for port in (http_port, grpc_port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+def test_taken_port_is_a_clear_error() -> None:
+    """A port that something else listens on is named with the variable that changes it, before anything starts."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = launch(HTTP_PORT=str(port))
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert str(port) in output
+    assert "HTTP_PORT" in output
+
+
+def test_failing_service_is_reported(tmp_path: Path) -> None:
+    """A service that cannot start is named with its exit code and its own words."""
+    http_port, grpc_port = free_ports(2)
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tmp_path))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "manifest.json does not exist" in output
+    assert "78" in output

@@ -1,0 +1,209 @@
+"""The REST door as plain HTTP: the exact JSON of answers, and one error envelope on every path."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+
+import pytest
+
+from tests.stack import AUTHORIZED, MODEL, Answer, Stack
+
+MINIMAL = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1})
+JSON = {**AUTHORIZED, "content-type": "application/json"}
+
+
+def post(stack: Stack, body: str | bytes, headers: dict[str, str] = JSON, path: str = "/v1/completions") -> Answer:
+    return stack.request("POST", path, body, headers)
+
+
+def assert_envelope(answer: Answer) -> dict:
+    """Checks an error's form, and gives the error."""
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    assert set(answer.json) == {"error"}
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["type"]
+    return error
+
+
+def test_the_answer_to_the_readme_curl(stack: Stack) -> None:
+    """The mission's request gets exactly OpenAI's keys and types: nulls printed, zero printed, numbers as numbers."""
+    body = '{"model": "gpt-3.5-turbo-instruct", "prompt": "Hello,", "max_tokens": 30, "temperature": 0}'
+    answer = post(stack, body)
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "application/json"
+    found = answer.json
+    assert list(found) == ["id", "object", "created", "model", "choices", "usage"]
+    assert re.fullmatch(r"cmpl-[0-9A-Za-z]{29}", found["id"])
+    assert abs(found["created"] - time.time()) < 60
+    (choice,) = found["choices"]
+    assert set(choice) == {"text", "index", "logprobs", "finish_reason"}
+    assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "length")
+    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32}
+    assert answer.headers["x-request-id"]
+
+
+def test_both_renderings_of_a_whole_answer_agree(stack: Stack) -> None:
+    """Envoy's transcoding and the service's own JSON are the same, also where a body only seems to ask for a stream."""
+    fields = {
+        "model": MODEL,
+        "prompt": 'Hi 😀 "there"\n',
+        "max_tokens": 5,
+        "temperature": 0,
+        "logprobs": 2,
+        "echo": True,
+    }
+    transcoded = post(stack, json.dumps(fields, ensure_ascii=False)).json
+    own = post(stack, json.dumps({**fields, "stream": False}, ensure_ascii=False)).json
+    for answer in (transcoded, own):
+        del answer["id"], answer["created"]
+    assert own == transcoded
+    assert own["choices"][0]["logprobs"]["top_logprobs"][0] is None
+    assert own["choices"][0]["text"].startswith(fields["prompt"])
+
+
+def test_stream_of_events(stack: Stack) -> None:
+    """A stream is server-sent events of the unary shape, closed by [DONE]; usage is a key only when asked for."""
+    fields = {"prompt": "Hello,", "max_tokens": 4, "temperature": 0, "stream": True}
+    answer = stack.complete(**fields)
+    assert answer.headers["content-type"] == "text/event-stream"
+    *events, done = answer.events
+    assert done == "[DONE]"
+    for event in map(json.loads, events):
+        assert set(event) == {"id", "object", "created", "model", "choices"}
+        assert set(event["choices"][0]) == {"text", "index", "logprobs", "finish_reason"}
+    *events, done = stack.complete(**fields, stream_options={"include_usage": True}).events
+    parsed = [json.loads(event) for event in events]
+    assert [event["usage"] for event in parsed[:-1]] == [None] * (len(parsed) - 1)
+    assert parsed[-1]["choices"] == []
+    assert parsed[-1]["usage"]["completion_tokens"] == 4
+
+
+def test_escaped_stream_key_is_honoured(stack: Stack) -> None:
+    """The service goes by the parsed field, however the JSON spells it."""
+    body = '{"model":"MODEL","prompt":"Hello,","max_tokens":2,"str\\u0065am":true}'.replace("MODEL", MODEL)
+    assert post(stack, body).events[-1] == "[DONE]"
+
+
+def test_stream_refusal_has_its_status(stack: Stack) -> None:
+    """A streamed request that is refused gets its status and the envelope, not an event."""
+    answer = stack.complete(prompt="a", stream=True, n=0)
+    assert answer.status == 400
+    assert assert_envelope(answer)["param"] == "n"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code", "message"),
+    [
+        ("", 400, "model", None, "you must provide a model parameter"),
+        ("{}", 400, "model", None, "you must provide a model parameter"),
+        ("[]", 400, None, None, "Root element must be a message"),
+        ('{"model":', 400, None, None, "Unexpected end of string"),
+        ('{"model":"%s","prompt":"a"} x', 400, None, None, "Parsing terminated before end of input"),
+        (b'{"model":"\xff"}', 400, None, None, "non UTF-8"),
+        ('{"model":"nothing","prompt":"a"}', 404, None, "model_not_found", "The model `nothing` does not exist"),
+        ('{"model":"%s","prompt":[]}', 400, "prompt", "empty_array", "must not be empty"),
+        ('{"model":"%s","prompt":[1,"a"]}', 400, "prompt", "invalid_type", "array of strings, an array of tokens"),
+        ('{"model":"%s","prompt":[1.5]}', 400, "prompt", "invalid_type", "token ids must be integers"),
+        ('{"model":"%s","prompt":"a","max_tokens":-1}', 400, "max_tokens", "integer_below_min_value", ">= 0"),
+        ('{"model":"%s","prompt":"a","max_tokens":"x"}', 400, None, None, "max_tokens"),
+        ('{"model":"%s","prompt":"a","temperature":"NaN"}', 400, "temperature", "invalid_value", "finite"),
+        ('{"model":"%s","prompt":"a","logprobs":6}', 400, "logprobs", "integer_above_max_value", "<= 5"),
+        ('{"model":"%s","prompt":"a","stop":["a",""]}', 400, "stop", "empty_string", "empty string"),
+        ('{"model":"%s","prompt":"a","logit_bias":{"x":1}}', 400, "logit_bias", "invalid_value", "'x'"),
+        ('{"model":"%s","prompt":"a","stream_options":{}}', 400, "stream_options", "invalid_value", "stream"),
+        ('{"model":"%s","prompt":"a","best_of":2,"n":3}', 400, "best_of", "invalid_value", "greater than or equal"),
+    ],
+)
+def test_refused_bodies(stack: Stack, body, status, param, code, message) -> None:
+    """Each refusal has its status, the four keys, and a message that says what is wrong."""
+    if isinstance(body, str):
+        body = body.replace("%s", MODEL)
+    answer = post(stack, body)
+    assert answer.status == status
+    error = assert_envelope(answer)
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v2/models", 404),
+        ("POST", "/v1/completions:stream", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/v1/completions?max_tokens=5", 400),
+        ("GET", "/v1/models?x=1", 400),
+        ("POST", "/v1%2Fcompletions", 400),
+        ("GET", "/v1/models/nobody%2Fnothing", 404),
+    ],
+)
+def test_refused_paths(stack: Stack, method: str, path: str, status: int) -> None:
+    """Unknown paths, wrong methods and query strings end in the envelope."""
+    body = MINIMAL if method == "POST" else None
+    answer = stack.request(method, path, body, JSON)
+    assert answer.status == status
+    assert_envelope(answer)
+    if status == 405:
+        assert answer.headers["allow"]
+
+
+def test_refused_media(stack: Stack) -> None:
+    """Forms and compressed bodies are 415, bodies over 2 MiB 413, headers over 32 KiB 431."""
+    form = {**AUTHORIZED, "content-type": "application/x-www-form-urlencoded"}
+    packed = {**JSON, "content-encoding": "gzip"}
+    large = json.dumps({"model": MODEL, "prompt": "a" * (2 << 20)})
+    cases = [
+        (post(stack, MINIMAL, form), 415),
+        (post(stack, MINIMAL, packed), 415),
+        (post(stack, large), 413),
+        (post(stack, MINIMAL, {**JSON, "x-large": "x" * 40000}), 431),
+    ]
+    for answer, status in cases:
+        assert answer.status == status
+        assert_envelope(answer)
+
+
+def test_body_without_content_type(stack: Stack) -> None:
+    """JSON is read as such also when no content type says so."""
+    assert post(stack, MINIMAL, AUTHORIZED).status == 200
+
+
+def test_slow_headers_time_out(stack: Stack) -> None:
+    """Headers that do not arrive within five seconds are 408 with the envelope."""
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=20) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n")
+        received = b""
+        while chunk := connection.recv(4096):
+            received += chunk
+            if b"}}" in received:
+                break
+    assert received.startswith(b"HTTP/1.1 408")
+    assert b'"error"' in received
+
+
+def test_callers_cannot_forge_headers(stack: Stack) -> None:
+    """A caller's grpc-timeout, request id and Envoy headers change nothing."""
+    forged = {**JSON, "grpc-timeout": "1n", "x-request-id": "mine", "x-envoy-upstream-rq-timeout-ms": "1"}
+    answer = post(stack, MINIMAL, forged)
+    assert answer.status == 200
+    assert answer.headers["x-request-id"] != "mine"
+
+
+def test_models(stack: Stack) -> None:
+    """The list of models is a list object whose numbers are numbers."""
+    listed = stack.request("GET", "/v1/models").json
+    assert set(listed) == {"object", "data"}
+    assert listed["object"] == "list"
+    for model in listed["data"]:
+        assert set(model) == {"id", "object", "created", "owned_by", "max_model_len"}
+        assert isinstance(model["created"], int)
+        assert isinstance(model["max_model_len"], int)
+        assert stack.request("GET", f"/v1/models/{model['id']}").json == model

@@ -1,0 +1,85 @@
+"""docker-compose.yml: valid by the specification's schema, confined, and pointing at files that exist."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+ENVOY = yaml.safe_load((ROOT / "envoy" / "envoy.yaml").read_text())
+
+
+@pytest.fixture(params=sorted(SERVICES))
+def service(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return SERVICES[request.param]
+
+
+def test_schema() -> None:
+    """The compose specification's schema accepts the file."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    result = subprocess.run([*command, ROOT / "docker-compose.yml"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_confined(service: dict[str, Any]) -> None:
+    """No container has a writable root, a capability, a way to gain one, or the root user."""
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert int(service["user"].split(":")[0]) > 0
+    assert "privileged" not in service
+
+
+def test_drains(service: dict[str, Any]) -> None:
+    """Every container has longer to stop than the service takes to drain, and says whether it is healthy."""
+    assert service["stop_grace_period"] == "40s"
+    assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_published_on_loopback_only(service: dict[str, Any]) -> None:
+    """What is published is Envoy's listener, on this machine alone."""
+    listener = ENVOY["static_resources"]["listeners"][0]["address"]["socket_address"]["port_value"]
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:")
+        assert port.endswith(f":{listener}")
+
+
+def test_envoy_shares_its_services_network(service: dict[str, Any]) -> None:
+    """Each Envoy runs in the network of the service that it waits for, where 127.0.0.1 is the service."""
+    if "image" in service:
+        (upstream,) = service["depends_on"]
+        assert service["network_mode"] == f"service:{upstream}"
+        assert service.get("profiles") == SERVICES[upstream].get("profiles")
+
+
+def test_files_exist(service: dict[str, Any]) -> None:
+    """Dockerfiles, mounted folders and the files that Envoy's configuration names are in the repository."""
+    if "build" in service:
+        assert (ROOT / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    for volume in service.get("volumes", []):
+        assert (ROOT / volume.split(":")[0]).is_dir()
+
+
+def test_envoys_files_exist() -> None:
+    """Envoy's configuration names its files relative to the folder that holds `envoy/`."""
+    filters = ENVOY["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"][
+        "http_filters"
+    ]
+    named = {item["name"].rsplit(".", 1)[-1]: item["typed_config"] for item in filters}
+    assert (ROOT / named["lua"]["default_source_code"]["filename"]).is_file()
+    assert (ROOT / named["grpc_json_transcoder"]["proto_descriptor"]).is_file()
+
+
+def test_image_gets_what_it_copies() -> None:
+    """Everything that the Dockerfile copies exists and is let through by .dockerignore."""
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    for path in (path for paths in copied for path in paths):
+        assert (ROOT / path).exists()
+        assert path in allowed
