@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             ),
             _progress,
         )
-    except ExportError as error:
+    except (ExportError, OSError) as error:
         print(f"model_export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         help="form of the matrices; auto keeps 4-bit sources in 4 bits and takes 8 bits for all others",
     )
     parser.add_argument(
-        "--max-kl", type=float, default=0.005, help="largest divergence from the source, in nats per token (%(default)s)"
+        "--max-kl",
+        type=float,
+        default=0.005,
+        help="largest divergence from the source in nats per token (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if it exists")
     return parser
@@ -62,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _progress(label: str, total: int) -> Callable[[], object]:
     """A step to call `total` times; on a terminal it moves a progress bar."""
-    bar = tqdm(total=total, desc=label, unit="layer", disable=None, leave=False)
-    return bar.update
+    update: Callable[[], object] = tqdm(total=total, desc=label, unit="layer", disable=None, leave=False).update
+    return update
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
+from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats, LazyTensor, Matrix, dequantize
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -74,16 +74,6 @@ class Architecture:
         if self.qk_norm:
             shapes |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
         return shapes
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer and the token ids with a meaning of their own; `end` are the tokens that end a completion."""
-
-    tokenizer: Tokenizer
-    bos: int | None
-    add_bos: bool
-    end: tuple[int, ...]
 
 
 @dataclass(frozen=True)

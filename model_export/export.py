@@ -17,6 +17,7 @@ from model_export.checkpoint import Checkpoint
 from model_export.errors import ExportError
 from model_export.gguf_source import read_gguf
 from model_export.graph import build_graph
+from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.quantize import Form
 from model_export.verify import Report, verify
@@ -24,6 +25,7 @@ from service import manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+REPLACED = ".replaced"
 FILL_IN_THE_MIDDLE = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -47,10 +49,9 @@ class Options:
 def export(source: Path, directory: Path, options: Options, progress: Progress) -> Report:
     """Exports `source` into the model directory `directory`, which appears whole or not at all.
 
-    Raises ExportError when the source cannot be exported faithfully, or when `directory` exists and may not be replaced.
+    Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
-    if directory.exists() and not options.overwrite:
-        raise ExportError(f"{directory} exists; give --overwrite to replace it")
+    _check_destination(directory, options.overwrite)
     checkpoint = read_source(source)
     form = _form(options.quantization, checkpoint)
     with _written_at_once(directory) as work:
@@ -64,10 +65,21 @@ def export(source: Path, directory: Path, options: Options, progress: Progress) 
     return report
 
 
+def _check_destination(directory: Path, overwrite: bool) -> None:
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{directory} exists; give --overwrite to replace it")
+    if not (directory / manifest.FILE_NAME).is_file():
+        raise ExportError(f"{directory} is not a model directory; refusing to replace it")
+
+
 def read_source(source: Path) -> Checkpoint:
     """Opens a GGUF file or a Hugging Face directory."""
     if source.is_file():
         return read_gguf(source)
+    if source.is_dir():
+        return read_hugging_face(source)
     raise ExportError(f"{source} does not exist")
 
 
@@ -86,8 +98,9 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.rename(work / REPLACED)
         work.rename(directory)
+        shutil.rmtree(directory / REPLACED, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -13,26 +13,11 @@ from numpy.typing import NDArray
 
 from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_frequencies
 from model_export.errors import ExportError
+from model_export.gguf_metadata import Metadata
 from model_export.gguf_tokenizer import read_vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
-
-
-class Metadata:
-    """The key-value part of a GGUF file."""
-
-    def __init__(self, reader: GGUFReader) -> None:
-        self._fields = reader.fields
-
-    def get(self, key: str, default: Any = None) -> Any:
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        if key not in self._fields:
-            raise ExportError(f"the GGUF file has no {key}")
-        return self.get(key)
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -51,7 +36,7 @@ def read_gguf(path: Path) -> Checkpoint:
         weights=_main_type(reader.tensors),
         architecture=architecture,
         tensors={name: _lazy(tensor, architecture) for name, tensor in tensors.items()},
-        vocabulary=read_vocabulary(metadata.get, metadata.require),
+        vocabulary=read_vocabulary(metadata),
     )
 
 

@@ -1,15 +1,120 @@
-"""stub"""
-from __future__ import annotations
-from collections.abc import Callable
-from typing import Any
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from model_export.checkpoint import Vocabulary
+"""Rebuilds a tokenizer from the metadata of a GGUF file."""
 
-def read_vocabulary(get: Callable[..., Any], require: Callable[[str], Any]) -> Vocabulary:
-    tokens = require("tokenizer.ggml.tokens")
-    merges = [tuple(m.split(" ", 1)) for m in require("tokenizer.ggml.merges")]
-    t = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(tokens)}, merges=merges))
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    t.decoder = decoders.ByteLevel()
-    t.add_special_tokens([AddedToken(x, special=True, normalized=False) for x, k in zip(tokens, require("tokenizer.ggml.token_type")) if k == 3])
-    return Vocabulary(t, 1, False, (0, 2))
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from model_export.errors import ExportError
+from model_export.gguf_metadata import Metadata
+from model_export.vocabulary import Vocabulary, end_tokens
+
+CONTROL, USER_DEFINED = 3, 4
+
+LETTERS_NUMBERS_REST = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "llama-bpe": LETTERS_NUMBERS_REST.format(digits="{1,3}"),
+    "llama3": LETTERS_NUMBERS_REST.format(digits="{1,3}"),
+    "qwen2": LETTERS_NUMBERS_REST.format(digits=""),
+}
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3")
+
+
+def read_vocabulary(metadata: Metadata) -> Vocabulary:
+    """The tokenizer that the metadata describes. Raises ExportError for a kind that is not supported."""
+    kind = metadata.require("tokenizer.ggml.model")
+    split = metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, split)
+    elif kind == "llama":
+        tokenizer = _sentence_piece(metadata)
+    else:
+        raise ExportError(f"tokenizer model {kind!r} is not supported; supported are gpt2 and llama")
+    _add_special_tokens(tokenizer, metadata)
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    bos_by_default = kind == "llama" or split in WHOLE_WORDS_FIRST
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    return Vocabulary(
+        tokenizer=tokenizer,
+        bos=bos,
+        add_bos=bos is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
+        end=end_tokens(tokenizer, ids),
+    )
+
+
+def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    merges = [_pair(merge) for merge in metadata.require("tokenizer.ggml.merges")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split in WHOLE_WORDS_FIRST))
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if split in ("gpt-2", "default"):
+        return gpt2
+    if split == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if split not in SPLITS:
+        known = ", ".join(["default", "gpt-2", "smollm", *SPLITS])
+        raise ExportError(f"pre-tokenizer {split!r} is not supported; supported are {known}")
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    return first, second
+
+
+def _sentence_piece(metadata: Metadata) -> Tokenizer:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores"))
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
+
+
+def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to make a token out of two others, best token first.
+
+    A SentencePiece vocabulary of this kind joins the neighbours whose joint token has the highest score.
+    """
+    ids = {token: index for index, token in enumerate(tokens)}
+    found: list[tuple[float, int, int]] = []
+    for index, token in enumerate(tokens):
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((-scores[index], left, right))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+
+
+def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind == CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])

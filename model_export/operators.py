@@ -18,12 +18,16 @@ INT8_ACTIVATIONS = 4
 
 
 @dataclass(frozen=True)
-class Table:
-    """A stored matrix: one float32 value, or the codes, scales and zero points of `packed`."""
+class StoredBlocks:
+    """A packed matrix in the data file."""
 
-    name: str
-    packed: Packed | None
-    values: list[ir.Value | None]
+    packed: Packed
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+Table = StoredBlocks | ir.Value
 
 
 class Operators:
@@ -75,35 +79,33 @@ class Operators:
             return product if offset is None else self.apply("Add", product, offset)
         packed = pack(matrix, self._form)
         if packed.block_sums:
-            value = self._append_block_sums(value, name, matrix.shape[1])
-        return self._matmul_nbits(value, packed, self._store(name, packed), offset)
+            value = self._append_block_sums(value, name, matrix.shape[1], packed.block_sums)
+        return self._matmul_nbits(value, self._store(name, packed), offset)
 
-    def _append_block_sums(self, value: ir.Value, name: str, columns: int) -> ir.Value:
+    def _append_block_sums(self, value: ir.Value, name: str, columns: int, copies: int) -> ir.Value:
         blocks = self.apply("Reshape", value, self.sizes(f"{name}.blocks", 0, 0, columns // BLOCK, BLOCK))
         sums = self.apply("ReduceSum", blocks, self.sizes(f"{name}.last_axis", -1), keepdims=0)
-        return self.apply("Concat", value, sums, axis=-1)
+        return self.apply("Concat", value, *[sums] * copies, axis=-1)
 
     def table(self, name: str, matrix: Matrix) -> Table:
         """Stores a matrix [rows, columns] that may both be looked up by row and be multiplied with."""
         if self._form == "float32":
-            return Table(name, None, [self._data.add(name, dequantize(matrix))])
-        packed = pack(matrix, "int8")
-        return Table(name, packed, self._store(name, packed))
+            return self._data.add(name, dequantize(matrix))
+        return self._store(name, pack(matrix, "int8"))
 
     def look_up(self, table: Table, rows: ir.Value) -> ir.Value:
         """The rows of the table at the indices `rows`."""
-        if table.packed is None:
-            return self.apply("Gather", *table.values, rows, axis=0)
-        count, blocks = table.packed.scales.shape
-        codes, scales, zeros = table.values
+        if isinstance(table, ir.Value):
+            return self.apply("Gather", table, rows, axis=0)
+        count, columns = len(table.packed.codes), table.packed.columns
         return self.apply(
             "GatherBlockQuantized",
-            self._data.view(f"{table.name}.rows", codes, (count, blocks * BLOCK)),
+            self._data.view(f"{table.codes.name}.rows", table.codes, (count, columns)),
             rows,
-            scales,
-            zeros,
+            table.scales,
+            table.zero_points,
             domain=CONTRIB,
-            bits=8,
+            bits=table.packed.bits,
             block_size=BLOCK,
             gather_axis=0,
             quantize_axis=1,
@@ -111,27 +113,31 @@ class Operators:
 
     def project(self, value: ir.Value, table: Table) -> ir.Value:
         """The product of `value` [rows, columns] with the transpose of the table."""
-        if table.packed is None:
-            return self.apply("Gemm", value, *table.values, transB=1)
-        return self._matmul_nbits(value, table.packed, table.values, None)
+        if isinstance(table, ir.Value):
+            return self.apply("Gemm", value, table, transB=1)
+        return self._matmul_nbits(value, table)
 
-    def _store(self, name: str, packed: Packed) -> list[ir.Value | None]:
-        zeros = None if packed.zero_points is None else self._data.add(f"{name}.zero_points", packed.zero_points)
-        return [self._data.add(f"{name}.codes", packed.codes), self._data.add(f"{name}.scales", packed.scales), zeros]
+    def _store(self, name: str, packed: Packed) -> StoredBlocks:
+        return StoredBlocks(
+            packed,
+            self._data.add(f"{name}.codes", packed.codes),
+            self._data.add(f"{name}.scales", packed.scales),
+            None if packed.zero_points is None else self._data.add(f"{name}.zero_points", packed.zero_points),
+        )
 
-    def _matmul_nbits(
-        self, value: ir.Value, packed: Packed, stored: list[ir.Value | None], bias: ir.Value | None
-    ) -> ir.Value:
+    def _matmul_nbits(self, value: ir.Value, matrix: StoredBlocks, bias: ir.Value | None = None) -> ir.Value:
         return self.apply(
             "MatMulNBits",
             value,
-            *stored,
+            matrix.codes,
+            matrix.scales,
+            matrix.zero_points,
             None,
             bias,
             domain=CONTRIB,
-            K=packed.columns,
-            N=len(packed.codes),
-            bits=packed.bits,
+            K=matrix.packed.columns,
+            N=len(matrix.packed.codes),
+            bits=matrix.packed.bits,
             block_size=BLOCK,
             accuracy_level=INT8_ACTIVATIONS,
         )

@@ -11,14 +11,17 @@ from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantiz
 
 Form = Literal["float32", "int8", "int4z"]
 
+# Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
+SUM_COPIES = 2
+
 
 @dataclass(frozen=True)
 class Packed:
     """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
 
     `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
-    are half the range. With `block_sums`, columns / 32 further columns follow the matrix's own: they stand for the sums
-    of the activation over each block.
+    are half the range. After the matrix's own columns follow `block_sums` copies of one column for each of its blocks,
+    to be multiplied with the sum of the activation over that block.
     """
 
     codes: Bytes
@@ -26,7 +29,7 @@ class Packed:
     zero_points: Bytes | None
     bits: int
     columns: int
-    block_sums: bool = False
+    block_sums: int = 0
 
 
 def pack(matrix: Matrix, form: Literal["int8", "int4z"]) -> Packed:
@@ -48,21 +51,21 @@ def _pack_int8(matrix: Matrix) -> Packed:
 def _pack_int4z(matrix: Blocks) -> Packed:
     """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
 
-    The remainder times the block's sum is the rest of the product, so the remainders become further columns, in 4 bits.
+    The remainder times the block's sum is the rest of the product, so the remainders become further columns.
     """
     zeros = _zero_points(matrix, 15)
     remainders = matrix.minimums + matrix.scales * zeros
     columns = matrix.shape[1]
     if not remainders.any():
         return Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, columns)
-    codes, scales = _round_symmetric_int4(remainders)
+    codes, scales = _share_among_int4_copies(remainders)
     return Packed(
         codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
         scales=np.concatenate([matrix.scales, scales], axis=1),
         zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
         bits=4,
-        columns=columns + remainders.shape[1],
-        block_sums=True,
+        columns=columns + SUM_COPIES * remainders.shape[1],
+        block_sums=SUM_COPIES,
     )
 
 
@@ -90,18 +93,30 @@ def _round_to_nearest(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
     return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
 
 
-def _round_symmetric_int4(values: Floats) -> tuple[Bytes, Floats]:
-    """4-bit codes around 8 in blocks of 32 columns, the last one filled up with zeros, and their scales."""
+def _share_among_int4_copies(values: Floats) -> tuple[Bytes, Floats]:
+    """4-bit codes around 8, and their scales, of `values` split into SUM_COPIES addends side by side.
+
+    Columns come in blocks of 32, the last one filled up with zeros. A later copy takes up what rounding left over.
+    """
     rows, columns = values.shape
-    blocks = np.pad(values, ((0, 0), (0, -columns % BLOCK))).reshape(rows, -1, BLOCK)
+    copies = np.concatenate([values] * SUM_COPIES, axis=1)
+    blocks = np.pad(copies, ((0, 0), (0, -copies.shape[1] % BLOCK))).reshape(rows, -1, BLOCK)
     extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    scales = extremes / np.float32(-8)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return np.clip(np.rint(blocks * inverse[..., None]) + 8, 0, 15).astype(np.uint8), scales
+    scales = (extremes / (-8 * SUM_COPIES)).astype(np.float32)
+    steps = np.repeat(scales, BLOCK, axis=1)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    codes = np.full(steps.shape, 8, np.uint8)
+    left = values.copy()
+    for copy in range(SUM_COPIES):
+        place = slice(copy * columns, (copy + 1) * columns)
+        share = np.clip(np.rint(left * inverse[:, place] / (SUM_COPIES - copy)), -8, 7)
+        left -= share * steps[:, place]
+        codes[:, place] = share + 8
+    return codes.reshape(rows, -1, BLOCK), scales
 
 
 def _pack_nibbles(codes: Bytes) -> Bytes:
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
 
 
 def _pack_zero_points(zeros: Bytes) -> Bytes:

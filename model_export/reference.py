@@ -59,7 +59,8 @@ def _linear(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
 def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
     mean_square = np.mean(np.square(values), axis=-1, keepdims=True)
     scale = np.sqrt(mean_square + np.float32(checkpoint.architecture.norm_epsilon))
-    return values / scale * checkpoint.floats(f"{name}.weight")
+    normed: Floats = values / scale * checkpoint.floats(f"{name}.weight")
+    return normed
 
 
 def _rotate(vectors: Floats, frequencies: NDArray[np.float64]) -> Floats:
@@ -72,4 +73,5 @@ def _rotate(vectors: Floats, frequencies: NDArray[np.float64]) -> Floats:
 
 def _softmax(scores: Floats) -> Floats:
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    shares: Floats = powers / powers.sum(axis=-1, keepdims=True)
+    return shares

@@ -38,9 +38,9 @@ class FakeModel:
     """The alphabet: after a token comes the next one, around the vocabulary of letters ("z" is followed by "a").
 
     Slots hold the tokens themselves, and the next token is read from the slot, so a wrong slot, length or copy shows.
-    `histories` are the tokens that each computed row stands after; `computed` counts the rows' tokens. The likeliest
-    token has a logit of 4, the second next 2, all others 0. While `fault` is set, steps that meet that token fail;
-    `broken` tokens have logits that are not numbers after them.
+    `histories` are the tokens that each computed row stands after; `computed` counts the rows' tokens, `copied`
+    the positions copied. The likeliest token has a logit of 4, the second next 2, all others 0. Steps that meet the
+    token `fault` fail; after `broken` tokens logits are not numbers.
     """
 
     def __init__(self, slots: int = 4, context_length: int = 64) -> None:
@@ -49,6 +49,7 @@ class FakeModel:
         self.histories: list[tuple[int, ...]] = []
         self.steps = 0
         self.computed = 0
+        self.copied = 0
         self.fault: int | None = None
         self.broken: set[int] = set()
 
@@ -82,6 +83,7 @@ class FakeModel:
     def copy(self, copies: Sequence[Copy]) -> None:
         for item in copies:
             assert item.length <= len(self.slots[item.source]), "copies positions that were never computed"
+            self.copied += item.length
             self.slots[item.target] = self.slots[item.source][: item.length]
 
 

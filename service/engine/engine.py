@@ -135,7 +135,9 @@ class Engine:
             self._send(sequence, self._committer.begin(sequence))
 
     def _end_request(self, generation: Generation) -> None:
-        for sequence in self._sequences.pop(generation, ()):
+        """Ends a request's sequences, highest slot first: no hole is filled by one that is to end as well."""
+        members = self._sequences.pop(generation, set())
+        for sequence in sorted(members, key=lambda each: -1 if each.slot is None else each.slot, reverse=True):
             self._model.copy(self._scheduler.remove(sequence))
 
     def _fail(self, generation: Generation, error: Exception) -> None:

@@ -15,6 +15,8 @@ Ids = npt.NDArray[np.int64]
 
 # Most distributions reach top_p within this many tokens; the others are sorted whole.
 _SHORTLIST = 64
+# Dividing by less would overflow; what it favours is certain long before.
+_LEAST_PENALTY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def process(
     if params.repetition_penalty != 1:
         seen = np.fromiter({*prompt, *counts}, np.int64)
         values = logits[seen]
-        penalty = np.float32(params.repetition_penalty)
+        penalty = np.float32(max(params.repetition_penalty, _LEAST_PENALTY))
         logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     if penalized and counts:
         ids = np.fromiter(counts.keys(), np.int64, len(counts))

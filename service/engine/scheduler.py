@@ -37,7 +37,7 @@ class Scheduler:
     """First come, first served, with prompts in chunks between decode steps.
 
     Invariants: `holders[i]` is the sequence in slot i; at most one holder is still computing its prompt; while
-    sequences decode, no two prompt chunks follow each other.
+    sequences decode, no two prompt chunks that compute follow each other.
     """
 
     def __init__(self, cache: KVCache, prompt_chunk: int) -> None:

@@ -57,10 +57,10 @@ def test_remainders_follow_in_int4z() -> None:
     packed = pack(matrix, "int4z")
     weights = unpack(packed)
     assert packed.block_sums
-    assert packed.columns == 64 + 2
-    remainders = weights[:, 2, :2]
+    assert packed.columns == 64 + 2 * 2
+    remainders = weights[:, 2, :2] + weights[:, 2, 2:4]
     np.testing.assert_allclose((weights[:, :2] + remainders[..., None]).reshape(6, 64), dequantize(matrix), atol=1e-6)
-    assert not weights[:, 2, 2:].any()
+    assert not weights[:, 2, 4:].any()
 
 
 def test_float_weights_in_int8() -> None:
@@ -75,7 +75,8 @@ def test_constant_and_zero_blocks() -> None:
     zeros = np.zeros((2, 32), np.float32)
     np.testing.assert_array_equal(unpack(pack(zeros, "int8")).reshape(2, 32), zeros)
     constant = unpack(pack(blocks(0.75, 0.0), "int4z"))
-    np.testing.assert_allclose(constant[:, :2] + constant[:, 2, :2, None], 0.75)
+    remainders = constant[:, 2, :2] + constant[:, 2, 2:4]
+    np.testing.assert_allclose(constant[:, :2] + remainders[..., None], 0.75)
 
 
 def test_rows_are_taken_and_stacked_as_blocks() -> None:

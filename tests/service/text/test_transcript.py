@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def tokens_of(pieces: list[Piece]) -> list[tuple[str, int]]:
 def cut(data: bytes, bounds: list[int]) -> list[bytes]:
     """The data in parts, at `bounds` folded into its length."""
     places = sorted({0, len(data), *(bound % (len(data) + 1) for bound in bounds)})
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(places)]
 
 
 def before_stop(text: str, stops: list[str]) -> str:
