@@ -1,0 +1,86 @@
+"""Running engines over the fake model, and what to look at in them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import asynccontextmanager
+
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
+from tests.fakes import FakeModel, ids
+
+
+class GatedModel(FakeModel):
+    """A fake model that takes a step only when `gate` allows one."""
+
+    def __init__(self, slots=4):
+        super().__init__(slots)
+        self.gate = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+
+    def forward(self, *arguments):
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        return super().forward(*arguments)
+
+    async def reached(self):
+        """Waits until a step has begun; it ends when `gate` is released."""
+        assert await asyncio.to_thread(self.entered.acquire, timeout=10)
+
+
+@asynccontextmanager
+async def running(tokenizer, model=None, max_waiting=1000):
+    model = model or FakeModel()
+    scheduler = Scheduler(KVCache(len(model.slots)), 16)
+    engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting)
+    engine.start(asyncio.get_running_loop())
+    engine.fake = model
+    try:
+        yield engine
+    finally:
+        if isinstance(model, GatedModel):
+            model.gate.release(1000)
+        engine.stop()
+
+
+async def collect(engine, made):
+    """All pieces of a request by (prompt, candidate)."""
+    pieces = {}
+    with engine.submit(made) as generation:
+        async for delta in generation:
+            pieces.setdefault((delta.prompt_index, delta.candidate), []).append(delta)
+    return pieces
+
+
+async def texts(engine, made):
+    """The texts of a request's choices, in order; each must end with exactly one finishing piece."""
+    pieces = await collect(engine, made)
+    for deltas in pieces.values():
+        assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    return ["".join(delta.text for delta in pieces[key]) for key in sorted(pieces)]
+
+
+async def settled(engine):
+    """Waits until the engine has nothing left, and checks that it keeps nothing of what has ended."""
+    for _ in range(500):
+        if engine.stats.running == engine.stats.waiting == 0 and not engine._sequences:
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"still {engine.stats}")
+
+
+def check_histories(model, *prompts):
+    """Every row was computed behind a beginning of a prompt, or behind a prompt and the letters that follow it."""
+    for history in model.histories:
+        assert any(
+            history == tuple(ids(prompt))[: len(history)]
+            or (
+                history[: len(prompt)] == tuple(ids(prompt))
+                and all(
+                    (b - a) % 26 == 1 for a, b in zip(history[len(prompt) - 1 :], history[len(prompt) :], strict=False)
+                )
+            )
+            for prompt in prompts
+        ), history

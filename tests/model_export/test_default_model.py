@@ -1,0 +1,64 @@
+"""The exported default model against its source weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from deploy import local
+from model_export.export import read_source
+from model_export.reference import reference_logits
+from model_export.verify import kl_divergence
+from service import manifest
+from tests.model_export.session import Session
+
+HELD_OUT = """\
+Bees tell each other where the flowers are. A worker that has found a good meadow comes back to the hive and dances on
+the comb: the angle of her run against the vertical is the angle of the meadow against the sun, and the longer she
+waggles, the farther it is. 17 of 20 followers arrive within 50 metres. It took a patient man many summers, a glass wall
+in a hive and a pot of paint to find this out, and some of his colleagues did not believe him until they had counted the
+turns for themselves.
+
+for bee in hive:
+    bee.dance()
+"""
+
+
+@pytest.fixture(scope="module")
+def session(model_dir: Path) -> Session:
+    """The default model with room for one row."""
+    return Session(model_dir, rows=1, capacity=256)
+
+
+@pytest.fixture(scope="module")
+def tokens(model_dir: Path) -> np.ndarray:
+    """A text that the exporter does not check itself with."""
+    return np.array(Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(HELD_OUT).ids)
+
+
+def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarray) -> None:
+    """On a held-out text the default model is within 0.005 nats a token of its source."""
+    expected = reference_logits(read_source(local.default_weights()), tokens, lambda: None)
+    assert kl_divergence(expected, session.forward([tokens], past=[0])) <= 0.005
+
+
+def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> None:
+    """Chunks of any size from two tokens on give bit-equal logits."""
+    whole = session.forward([tokens], past=[0])
+    starts = range(0, len(tokens) - 1, 7)
+    ends = [*list(starts)[1:], len(tokens)]
+    parts = [session.forward([tokens[start:end]], past=[start]) for start, end in zip(starts, ends, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_default_model_ends_as_told(model_dir: Path) -> None:
+    """The default model ends at both its end-of-turn and its end-of-text token, and keeps its 4-bit weights."""
+    described = manifest.load(model_dir)
+    assert described.id == "SmolLM2-135M-Instruct"
+    assert described.special_tokens.end == (0, 2)
+    assert described.special_tokens.default_prompt == 0
+    assert (described.quantization.weights, described.quantization.min_rows) == ("int4z", 2)
+    assert described.quality.kl <= 0.005

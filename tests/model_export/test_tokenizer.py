@@ -1,0 +1,105 @@
+"""Tokenizers rebuilt from GGUF metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from model_export.gguf_metadata import Metadata
+from model_export.gguf_tokenizer import merges_by_score, read_vocabulary
+from model_export.vocabulary import Vocabulary
+
+SENTENCE_PIECES = {
+    "<unk>": 0.0,
+    "<s>": 0.0,
+    "</s>": 0.0,
+    "▁": -9.0,
+    "a": -9.1,
+    "b": -9.2,
+    "c": -9.3,
+    "ab": -2.0,
+    "bc": -1.0,
+    "▁a": -3.0,
+    "abc": -4.0,
+}
+
+
+def sentence_piece(path: Path) -> Vocabulary:
+    """A SentencePiece vocabulary of a few pieces and all bytes."""
+    pieces = SENTENCE_PIECES | {f"<0x{byte:02X}>": 0.0 for byte in range(256)}
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(pieces))
+    writer.add_token_scores(list(pieces.values()))
+    writer.add_token_types([2, 3, 3] + [1] * 8 + [6] * 256)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return read_vocabulary(Metadata(GGUFReader(path)))
+
+
+@pytest.fixture(scope="module")
+def default_tokenizer(model_dir: Path) -> Tokenizer:
+    """The default model's tokenizer, which its GGUF file holds only as metadata."""
+    return Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello, world!", [19556, 28, 905, 17]),
+        ("In 1234, it's 5€", [788, 216, 33, 34, 35, 36, 28, 357, 506, 216, 37, 14195]),
+        (" — naïve 👩‍👧", [1841, 15486, 46494, 15107, 235, 119, 321, 231, 10813, 235, 117]),
+        ("  def f(x):\n\treturn x**2\n", [216, 753, 275, 24, 104, 727, 198, 197, 5406, 1792, 828, 34, 198]),
+        ("<|im_start|>user\nHi<|im_end|>", [1, 4093, 198, 26843, 2]),
+        ("日本 Кошка", [23274, 115, 40993, 5470, 244, 6485, 37123, 34536]),
+    ],
+)
+def test_default_tokens(default_tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+    """The default tokenizer gives the ids that llama.cpp gives for the same file."""
+    assert default_tokenizer.encode(text, add_special_tokens=False).ids == ids
+
+
+@given(text=st.text(st.characters(max_codepoint=0xFFFF, categories=("L", "M", "N", "P", "S", "Z"))))
+def test_default_round_trip(default_tokenizer: Tokenizer, text: str) -> None:
+    """Text survives encoding and decoding; only rare bytes, of controls and later planes, lack a token."""
+    ids = default_tokenizer.encode(text, add_special_tokens=False).ids
+    assert default_tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_best_score_merges_first(tmp_path: Path) -> None:
+    """A SentencePiece vocabulary joins the pair with the best score, not the first one."""
+    encoded = sentence_piece(tmp_path / "pieces.gguf").tokenizer.encode("abc", add_special_tokens=False)
+    assert encoded.tokens == ["▁a", "bc"]
+
+
+def test_unknown_characters_fall_back_to_bytes(tmp_path: Path) -> None:
+    """A character outside a SentencePiece vocabulary becomes its UTF-8 bytes and comes back whole."""
+    tokenizer = sentence_piece(tmp_path / "pieces.gguf").tokenizer
+    encoded = tokenizer.encode("aé", add_special_tokens=False)
+    assert encoded.tokens == ["▁a", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(encoded.ids) == "aé"
+
+
+def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
+    """A SentencePiece model begins with its bos token unless told otherwise, and ends with its eos token."""
+    vocabulary = sentence_piece(tmp_path / "pieces.gguf")
+    assert (vocabulary.bos, vocabulary.add_bos, vocabulary.end) == (1, True, (2,))
+    assert vocabulary.tokenizer.encode("<s>a", add_special_tokens=False).ids[0] == 1
+
+
+def test_merges_cover_every_split() -> None:
+    """Every way to cut a token into two others is a merge, best token first."""
+    assert merges_by_score(["a", "b", "ab", "aba", "ba"], [0, 0, -1.0, -3.0, -2.0]) == [
+        ("a", "b"),
+        ("b", "a"),
+        ("a", "ba"),
+        ("ab", "a"),
+    ]

@@ -1,0 +1,154 @@
+"""KVCache: who holds which slot, and what prompts' slots still hold."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.cache import Copy, KVCache, common_prefix
+
+LONG = tuple(range(20))
+
+
+class Slots:
+    """Slots whose positions hold (identity, token), so that copies can be checked by looking."""
+
+    def __init__(self, count):
+        self.held = []
+        self.contents = [[] for _ in range(count)]
+
+    def apply(self, copies):
+        for copy in copies:
+            assert copy.length <= len(self.contents[copy.source])
+            self.contents[copy.target] = self.contents[copy.source][: copy.length]
+
+    def check(self):
+        for slot, expected in enumerate(self.held):
+            assert self.contents[slot][: len(expected)] == expected
+
+
+def allocate(cache, slots, prompt, identity, recompute=1):
+    """Allocates and computes the whole prompt; gives how much of it was cached."""
+    allocation = cache.allocate(prompt, identity, recompute)
+    slots.apply(allocation.copies)
+    assert allocation.slot == len(slots.held)
+    assert allocation.cached <= max(0, len(prompt) - recompute)
+    positions = [(identity, token) for token in prompt]
+    assert slots.contents[allocation.slot][: allocation.cached] == positions[: allocation.cached]
+    slots.contents[allocation.slot][allocation.cached :] = positions[allocation.cached :]
+    slots.held.append(positions)
+    cache.record(allocation.slot, len(prompt))
+    slots.check()
+    return allocation.cached
+
+
+def release(cache, slots, slot):
+    """Releases a slot and moves the last holder into the hole."""
+    slots.apply(cache.release(slot, len(slots.held[-1])))
+    last = slots.held.pop()
+    if slot < len(slots.held):
+        slots.held[slot] = last
+    assert cache.held == len(slots.held)
+    slots.check()
+
+
+@given(st.integers(0, 10**9), st.integers(1, 5))
+def test_every_holder_keeps_its_positions(seed, count):
+    """Whatever is allocated, extended and released: slots stay dense, and copies never mix up what is in them."""
+    draw = random.Random(seed)
+    cache, slots = KVCache(count), Slots(count)
+    for _ in range(60):
+        if not cache.full and draw.random() < 0.5:
+            prompt = LONG[: draw.randrange(21)] + tuple(draw.randrange(3) for _ in range(draw.randrange(1, 20)))
+            allocate(cache, slots, prompt, draw.choice("xy"), draw.choice([0, 1, 2, len(prompt)]))
+        elif slots.held:
+            slot = draw.randrange(len(slots.held))
+            slots.held[slot].append(("generated", draw.random()))
+            slots.contents[slot][len(slots.held[slot]) - 1 :] = [slots.held[slot][-1]]
+            if draw.random() < 0.7:
+                release(cache, slots, slot)
+        assert cache.full == (len(slots.held) == count)
+
+
+def test_prompt_of_an_ended_sequence_is_used_again():
+    """All but the last token, which must be computed to get its logits."""
+    cache, slots = KVCache(2), Slots(2)
+    allocate(cache, slots, LONG, "x")
+    release(cache, slots, 0)
+    assert allocate(cache, slots, LONG, "x") == len(LONG) - 1
+
+
+def test_prompt_of_a_running_sequence_is_used():
+    """A slot need not be free to be copied from."""
+    cache, slots = KVCache(2), Slots(2)
+    allocate(cache, slots, LONG, "x")
+    assert allocate(cache, slots, (*LONG[:15], 99), "x") == 15
+
+
+def test_identities_never_share():
+    """The same prompt of another caller is computed anew."""
+    cache, slots = KVCache(2), Slots(2)
+    allocate(cache, slots, LONG, "x")
+    assert allocate(cache, slots, LONG, "y") == 0
+
+
+def test_generated_positions_are_never_reused():
+    """A prompt that continues another's completion shares that one's prompt alone."""
+    cache, slots = KVCache(2), Slots(2)
+    allocate(cache, slots, LONG, "x")
+    slots.held[0].append(("x", 77))
+    slots.contents[0].append(("x", 77))
+    assert allocate(cache, slots, (*LONG, 77, 78), "x") == len(LONG)
+
+
+def test_positions_not_computed_yet_are_not_shared():
+    """Of a prompt in chunks only what has been recorded counts."""
+    cache = KVCache(2)
+    cache.allocate(LONG, "x", 1)
+    cache.record(0, 8)
+    assert cache.allocate(LONG, "x", 1).cached == 8
+
+
+def test_kept_prompt_moves_out_of_the_way():
+    """A prompt worth keeping goes to a slot that nobody uses before its own is given away."""
+    cache = KVCache(3)
+    cache.allocate(LONG, "x", 1)
+    cache.record(0, len(LONG))
+    cache.release(0, len(LONG))
+    assert cache.allocate((50, 51), "x", 1).copies == (Copy(0, 1, len(LONG)),)
+
+
+def test_short_prompts_are_not_worth_moving():
+    """Few positions are cheaper to compute than to copy about."""
+    cache = KVCache(3)
+    cache.allocate((1, 2, 3), "x", 1)
+    cache.record(0, 3)
+    cache.release(0, 3)
+    assert cache.allocate((50, 51), "x", 1).copies == ()
+
+
+def test_least_recently_used_prompt_goes_first():
+    """With room for one kept prompt, the later used stays."""
+    cache, slots = KVCache(3), Slots(3)
+    first, second = (*LONG, 1), (*reversed(LONG), 2)
+    allocate(cache, slots, first, "x")
+    allocate(cache, slots, second, "x")
+    release(cache, slots, 1)
+    release(cache, slots, 0)
+    allocate(cache, slots, second, "x")
+    allocate(cache, slots, (70, 71), "x")
+    allocate(cache, slots, (72, 73), "x")
+    for slot in (2, 1, 0):
+        release(cache, slots, slot)
+    assert allocate(cache, slots, second, "x") == len(second) - 1
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.integers(-1, 9))
+def test_common_prefix(a, b, limit):
+    """It is the longest equal beginning, of at most `limit` items."""
+    length = 0
+    while length < min(limit, len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    assert common_prefix(tuple(a), tuple(b), limit) == length

@@ -1,0 +1,197 @@
+"""Engine: callers who leave, steps that fail, and the end; nothing is left behind and nobody is left waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import EngineFaultError, OverloadedError, UnavailableError
+from service.types import Prompt
+from tests.engines import GatedModel, check_histories, running, settled, texts
+from tests.fakes import END, LETTERS, FakeModel, ids, request
+
+
+async def test_abort_frees_within_one_step(letters):
+    """A caller who leaves gives the slot back before the next step."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        generation = engine.submit(request("ab", max_tokens=50))
+        with generation:
+            await model.reached()
+            model.gate.release()
+            await model.reached()
+        model.gate.release()
+        await settled(engine)
+        assert model.steps == 2
+        model.gate.release(1000)
+        assert await texts(engine, request("x")) == ["yza"]
+
+
+async def test_leaving_moves_nobody_who_leaves_too(letters):
+    """The slots of a request's candidates are given back without copying one of them into another's place."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        with engine.submit(request("ab", n=4, max_tokens=50)):
+            await model.reached()
+            model.gate.release(4)
+            for _ in range(4):
+                await model.reached()
+            copied = model.copied
+        model.gate.release(1000)
+        await settled(engine)
+        assert model.copied == copied == 3 * len("ab")
+
+
+async def test_cancelled_task_frees(letters):
+    """Cancelling the task that iterates is leaving."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        task = asyncio.create_task(texts(engine, request("ab", max_tokens=50)))
+        await model.reached()
+        task.cancel()
+        model.gate.release(1000)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await settled(engine)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 20), st.integers(1, 3)), min_size=1, max_size=12))
+def test_cancel_storm(letters, plan):
+    """Whenever callers leave, nothing is left behind and the next request is answered."""
+
+    async def leave(engine, pieces, length, n):
+        with engine.submit(request(LETTERS[:length], n=n, max_tokens=8)) as generation:
+            iterator = aiter(generation)
+            for _ in range(pieces):
+                await anext(iterator)
+
+    async def storm():
+        async with running(letters) as engine:
+            await asyncio.gather(*(leave(engine, *each) for each in plan))
+            await settled(engine)
+            assert await texts(engine, request("x")) == ["yza"]
+            check_histories(engine.fake, LETTERS[:20], "x", *(LETTERS[:length] for _, length, _ in plan))
+
+    asyncio.run(storm())
+
+
+async def test_failing_step_ends_only_its_requests(letters):
+    """A prompt that the model fails on ends alone; what decodes beside it goes on."""
+    model = FakeModel()
+    model.fault = END
+    async with running(letters, model) as engine:
+        good = asyncio.create_task(texts(engine, request("a", max_tokens=40)))
+        with pytest.raises(EngineFaultError):
+            await texts(engine, request(Prompt((END,), "")))
+        assert await good == [(LETTERS * 2)[1:41]]
+        await settled(engine)
+        assert await texts(engine, request("x")) == ["yza"]
+
+
+async def test_failing_decode_step_ends_the_requests_in_it(letters):
+    """What was in the batch fails as a whole, candidates that still wait included; the engine goes on."""
+    model = FakeModel(slots=2)
+    model.fault = ids("e")[0]
+    async with running(letters, model) as engine:
+        with pytest.raises(EngineFaultError):
+            await texts(engine, request("a", n=5, max_tokens=10))
+        await settled(engine)
+        assert await texts(engine, request("x")) == ["yza"]
+
+
+async def test_logits_that_are_not_numbers_end_their_request_alone(letters):
+    """Its neighbours in the same step are not touched."""
+    model = GatedModel()
+    model.broken = {ids("m")[0]}
+    async with running(letters, model) as engine:
+        good = asyncio.create_task(texts(engine, request("n", max_tokens=10)))
+        await model.reached()
+        bad = asyncio.create_task(texts(engine, request("k", n=2, max_tokens=30)))
+        await asyncio.sleep(0)
+        model.gate.release(1000)
+        with pytest.raises(EngineFaultError):
+            await bad
+        assert await good == ["opqrstuvwx"]
+        await settled(engine)
+
+
+async def test_pieces_before_a_fault_arrive(letters):
+    """The error comes after what was generated before it."""
+    model = FakeModel()
+    model.fault = ids("d")[0]
+    async with running(letters, model) as engine:
+        with engine.submit(request("a", max_tokens=9)) as generation:
+            pieces = aiter(generation)
+            assert [(await anext(pieces)).text for _ in range(3)] == ["b", "c", "d"]
+            with pytest.raises(EngineFaultError):
+                await anext(pieces)
+
+
+async def test_stop_ends_everything(letters):
+    """What runs and what waits ends with UnavailableError, and so does what comes later."""
+    model = GatedModel(slots=1)
+    async with running(letters, model) as engine:
+        tasks = [asyncio.create_task(texts(engine, request("a", max_tokens=50))) for _ in range(3)]
+        await model.reached()
+        model.gate.release()
+        threading.Timer(0.05, lambda: model.gate.release(1000)).start()
+        engine.stop()
+        for task in tasks:
+            with pytest.raises(UnavailableError):
+                await task
+        with pytest.raises(UnavailableError):
+            engine.submit(request("a"))
+
+
+async def test_too_many_waiting(letters):
+    """Beyond the limit a request is refused at once, also when the step thread has not seen the others yet."""
+    model = GatedModel(slots=1)
+    async with running(letters, model, max_waiting=3) as engine:
+        tasks = [asyncio.create_task(texts(engine, request("a")))]
+        await model.reached()
+        tasks += [asyncio.create_task(texts(engine, request("b"))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            engine.submit(request("c"))
+        model.gate.release(1000)
+        assert await asyncio.gather(*tasks) == [["bcd"], ["cde"], ["cde"], ["cde"]]
+
+
+async def test_engine_that_dies_takes_no_caller_with_it(letters):
+    """An error outside any step ends the thread; every request, seen or not, hears of it."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        task = asyncio.create_task(texts(engine, request("a", max_tokens=3)))
+        await model.reached()
+        unseen = asyncio.create_task(texts(engine, request("b", max_tokens=3)))
+        await asyncio.sleep(0)
+        engine._scheduler.schedule = lambda: 1 / 0
+        model.gate.release(1000)
+        for each in (task, unseen):
+            with pytest.raises(UnavailableError):
+                await each
+        with pytest.raises(UnavailableError):
+            engine.submit(request("a"))
+
+
+async def test_slow_reader_holds_nobody_up(letters):
+    """Pieces wait for their reader while the engine goes on."""
+    async with running(letters) as engine:
+        with engine.submit(request("a", max_tokens=20)) as slow:
+            assert await texts(engine, request("x")) == ["yza"]
+            await settled(engine)
+            assert "".join([delta.text async for delta in slow]) == LETTERS[1:21]
+
+
+def test_fake_model_notices_misuse():
+    """The stand-in is worth something: positions that were never computed are refused."""
+    model = FakeModel(slots=1)
+    with pytest.raises(AssertionError, match="never computed"):
+        model.forward(0, [[1]], [1], [(0, 0)])
+    assert np.argmax(model.forward(0, [ids("ab")], [0], [(0, 1)])) == ids("c")[0]

@@ -1,0 +1,240 @@
+"""Scheduler: which sequence advances by how many tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.cache import KVCache
+from service.engine.generation import Generation
+from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler
+from service.engine.sequence import PromptGroup, Sequence
+from service.text.transcript import Transcript
+from service.types import Prompt
+from tests.fakes import request
+
+SHARED = tuple(range(30))
+
+
+def sequences(prompt, identity="x", n=1, max_tokens=3):
+    """The candidates of one prompt."""
+    made = request(Prompt(prompt, ""), identity=identity, n=n, max_tokens=max_tokens)
+    group = PromptGroup(made.prompts[0], unstarted=n)
+    generation = Generation(n, lambda _: None)
+    return [Sequence(made, generation, group, 0, i, Transcript(), list(prompt)) for i in range(n)]
+
+
+class Simulation:
+    """Runs a scheduler over slots whose positions hold (identity, token), and checks all that it says."""
+
+    def __init__(self, slots, prompt_chunk):
+        self.scheduler = Scheduler(KVCache(slots), prompt_chunk)
+        self.prompt_chunk = prompt_chunk
+        self.contents = [[] for _ in range(slots)]
+        self.live = []
+        self.ended = []
+        self.chunks_in_a_row = 0
+        self.computed = 0
+
+    def add(self, made):
+        self.live += made
+        self.scheduler.add(made)
+
+    def copy(self, copies):
+        for copy in copies:
+            assert copy.length <= len(self.contents[copy.source])
+            self.contents[copy.target] = self.contents[copy.source][: copy.length]
+
+    def extend(self, sequence, start, end):
+        slot = self.contents[sequence.slot]
+        assert len(slot) >= start
+        slot[start:] = [(sequence.request.identity, token) for token in sequence.tokens[start:end]]
+        self.computed += end - start
+
+    def end(self, sequence):
+        self.copy(self.scheduler.remove(sequence))
+        self.live.remove(sequence)
+        self.ended.append(sequence)
+
+    def step(self):
+        """One step; False when there was none to do."""
+        decoding = any(sequence.decoding for sequence in self.live)
+        step = self.scheduler.schedule()
+        if step is None:
+            assert not self.live
+            return False
+        if isinstance(step, PromptChunk):
+            self.chunks_in_a_row += decoding and step.start < step.end
+            assert self.chunks_in_a_row <= 1
+            self.prompt(step)
+        else:
+            self.chunks_in_a_row = 0
+            self.decode(step)
+        self.check()
+        return True
+
+    def prompt(self, chunk):
+        sequence = chunk.sequence
+        assert chunk.end - chunk.start <= self.prompt_chunk
+        assert chunk.end - chunk.start != 1 or sequence.prompt_length == 1
+        self.copy(chunk.copies)
+        if chunk.start == chunk.end:
+            assert sequence.group.logits is not None
+        self.extend(sequence, chunk.start, chunk.end)
+        self.scheduler.commit_chunk(chunk)
+        if chunk.end == sequence.prompt_length:
+            sequence.group.unstarted -= 1
+            sequence.group.logits = "computed" if sequence.group.unstarted else None
+            self.generate(sequence)
+
+    def decode(self, batch):
+        assert batch.rows[-1] is not None
+        rows = [row for row in batch.rows if row is not None]
+        assert set(rows) == {sequence for sequence in self.live if sequence.decoding}
+        for slot, row in enumerate(batch.rows):
+            if row is not None:
+                assert row.slot == slot
+                self.extend(row, row.computed, row.computed + 1)
+                row.computed += 1
+        for row in rows:
+            self.generate(row)
+
+    def generate(self, sequence):
+        sequence.tokens.append(1000 + sequence.generated)
+        if sequence.generated >= sequence.request.max_tokens:
+            self.end(sequence)
+
+    def check(self):
+        """Held slots are dense, and every holder's slot holds its own first `computed` tokens."""
+        holders = [sequence for sequence in self.live if sequence.slot is not None]
+        assert sorted(sequence.slot for sequence in holders) == list(range(len(holders)))
+        assert self.scheduler.running == len(holders)
+        assert self.scheduler.waiting == len(self.live) - len(holders)
+        for sequence in holders:
+            expected = [(sequence.request.identity, token) for token in sequence.tokens[: sequence.computed]]
+            assert self.contents[sequence.slot][: sequence.computed] == expected
+
+
+@given(st.integers(0, 10**9), st.integers(1, 5), st.sampled_from([16, 17, 24]))
+def test_random_requests_and_aborts(seed, slots, prompt_chunk):
+    """Whatever comes and is aborted in whatever state: every sequence ends once, and none meets another's positions."""
+    draw = random.Random(seed)
+    simulation = Simulation(slots, prompt_chunk)
+    added = []
+    for _ in range(80):
+        if draw.random() < 0.25:
+            length = draw.choice([0, 0, 17, 30])
+            prompt = SHARED[:length] + tuple(draw.randrange(3) for _ in range(draw.randrange(1, 40)))
+            made = sequences(prompt, draw.choice("xy"), draw.choice([1, 1, 3]), draw.randrange(1, 6))
+            added += made
+            simulation.add(made)
+        elif simulation.live and draw.random() < 0.15:
+            victim = draw.choice(simulation.live)
+            for sequence in [each for each in simulation.live if each.group is victim.group]:
+                simulation.end(sequence)
+        simulation.step()
+    while simulation.step():
+        pass
+    assert len(simulation.ended) == len(added)
+    assert all(sequence.finished and sequence.slot is None for sequence in added)
+    assert (simulation.scheduler.running, simulation.scheduler.waiting) == (0, 0)
+
+
+def test_prompt_comes_in_chunks_between_decode_steps():
+    """Who streams waits for one chunk at a time."""
+    simulation = Simulation(2, 16)
+    scheduler = simulation.scheduler
+    simulation.add(sequences((1, 2, 3), max_tokens=9))
+    simulation.step()
+    simulation.add(sequences(tuple(range(100, 140))))
+    kinds = []
+    for _ in range(6):
+        step = scheduler.schedule()
+        kinds.append((step.start, step.end) if isinstance(step, PromptChunk) else len(step.rows))
+        if isinstance(step, PromptChunk):
+            simulation.prompt(step)
+        else:
+            simulation.decode(step)
+    assert kinds == [1, (0, 16), 1, (16, 32), 1, (32, 40)]
+
+
+def test_no_chunk_of_one_token():
+    """A prompt of one token more than a chunk leaves two for the last."""
+    scheduler = Scheduler(KVCache(1), 16)
+    (sequence,) = sequences(tuple(range(17)))
+    scheduler.add([sequence])
+    step = scheduler.schedule()
+    assert (step.start, step.end) == (0, 15)
+    scheduler.commit_chunk(step)
+    step = scheduler.schedule()
+    assert (step.start, step.end) == (15, 17)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_candidates_share_one_prompt(n):
+    """However many candidates, the prompt's tokens are computed once."""
+    simulation = Simulation(5, 16)
+    simulation.add(sequences(SHARED, n=n, max_tokens=1))
+    while simulation.step():
+        pass
+    assert simulation.computed == len(SHARED)
+
+
+def test_first_come_first_served():
+    """With one slot, sequences end in the order in which they came."""
+    simulation = Simulation(1, 16)
+    made = [sequences((index, index))[0] for index in range(4)]
+    simulation.add(made)
+    while simulation.step():
+        pass
+    assert simulation.ended == made
+
+
+def test_removing_in_every_state():
+    """Waiting, in the middle of its prompt, or decoding: a removed sequence leaves nothing behind."""
+    simulation = Simulation(2, 16)
+    decoding, prompting, waiting = (sequences(tuple(range(base, base + 40)))[0] for base in (0, 100, 200))
+    simulation.add([decoding, prompting, waiting])
+    while prompting.computed == 0:
+        simulation.step()
+    assert decoding.decoding
+    assert prompting.computed < 40
+    for sequence in (waiting, prompting, decoding):
+        simulation.end(sequence)
+        simulation.check()
+    assert simulation.scheduler.schedule() is None
+
+
+def test_slot_of_a_prompt_in_progress_sits_decoding_out():
+    """When the hole of an ended sequence is filled by one in its prompt, its row in the batch is None."""
+    simulation = Simulation(3, 16)
+    first, second = (sequences((base, base), max_tokens=9)[0] for base in (1, 2))
+    third = sequences(tuple(range(100, 140)))[0]
+    simulation.add([first, second])
+    while not second.decoding:
+        simulation.step()
+    simulation.add([third])
+    while third.computed == 0:
+        simulation.step()
+    simulation.end(first)
+    assert (third.slot, second.slot) == (0, 1)
+    assert simulation.scheduler.schedule() == DecodeBatch((None, second))
+
+
+def test_all_but_one_token_in_the_cache_is_still_no_chunk_of_one():
+    """A candidate that comes when another prompt's slot alone has nearly all of its prompt computes two tokens."""
+    simulation = Simulation(2, 32)
+    first, second = sequences(SHARED, n=2, max_tokens=3)
+    similar = sequences((*SHARED[:-1], 99), max_tokens=9)
+    simulation.add([first])
+    simulation.add(similar)
+    simulation.add([second])
+    while not first.finished:
+        simulation.step()
+    assert similar[0].slot == 0
+    while not second.decoding:
+        simulation.step()
+    assert second.cached == len(SHARED) - 2

@@ -1,0 +1,238 @@
+"""Calls through a real server in this process: interceptor, servicer and engine over the alphabet."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+from google.rpc import status_pb2
+
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
+from service.rpc.interceptors import CallInterceptor
+from service.rpc.keys import KeyRing
+from service.rpc.parse import Limits
+from service.rpc.servicer import CompletionServicer, ServedModel
+from tests.fakes import END, FakeModel, manifest
+
+KEY = (("authorization", "Bearer sk-right"),)
+METHOD = "/completion.v1.CompletionService/CreateCompletion"
+
+
+class Served:
+    """The server's parts: `stub` calls it."""
+
+    def __init__(self, letters):
+        self.model = FakeModel()
+        self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
+        self.tokenizing = ThreadPoolExecutor(1)
+        served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
+        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): "team"})
+        self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
+        servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
+        completion_pb2_grpc.add_CompletionServiceServicer_to_server(servicer, self.server)
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+
+    async def idle(self):
+        """Waits until the engine has nothing left to do."""
+        for _ in range(500):
+            if self.engine.stats.running == self.engine.stats.waiting == 0:
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError(f"still {self.engine.stats}")
+
+
+@pytest.fixture
+async def served(letters):
+    served = Served(letters)
+    served.engine.start(asyncio.get_running_loop())
+    await served.server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
+        served.channel = channel
+        served.stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        yield served
+    await served.server.stop(0)
+    served.engine.stop()
+    served.tokenizing.shutdown()
+
+
+def asked(**fields):
+    return pb.CreateCompletionRequest(**{"model": "alphabet", "text": "ab", "temperature": 0, **fields})
+
+
+def detail(error):
+    """The typed error of a refused call."""
+    metadata = dict(error.trailing_metadata())
+    found = pb.ErrorResponse()
+    assert status_pb2.Status.FromString(metadata["grpc-status-details-bin"]).details[0].Unpack(found)
+    return found.error
+
+
+async def refused(call):
+    """The error with which a call, or a stream's first message, is refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+    return caught.value
+
+
+async def test_whole_answer(served):
+    """Interceptor, parsing, engine and rendering, end to end."""
+    response = await served.stub.CreateCompletion(asked(max_tokens=3), metadata=KEY)
+    assert [choice.text for choice in response.choices] == ["cde"]
+    assert response.usage.total_tokens == 5
+
+
+async def test_stream(served):
+    """Pieces as messages, then the usage that was asked for."""
+    request = asked(max_tokens=2, stream_options=pb.StreamOptions(include_usage=True))
+    messages = [message async for message in served.stub.StreamCompletion(request, metadata=KEY)]
+    assert [choice.text for message in messages for choice in message.choices] == ["c", "d"]
+    assert messages[-1].usage.completion_tokens == 2
+
+
+async def test_stream_that_is_explicitly_none(served):
+    """The request's own word counts: one message with everything."""
+    messages = [each async for each in served.stub.StreamCompletion(asked(stream=False, max_tokens=2), metadata=KEY)]
+    assert [message.choices[0].text for message in messages] == ["cd"]
+    assert messages[0].usage.total_tokens == 4
+
+
+async def test_events(served):
+    """The same as server-sent events, closed by DONE; without `stream` one JSON body."""
+    bodies = [each async for each in served.stub.StreamCompletionEvents(asked(stream=True, max_tokens=2), metadata=KEY)]
+    assert [body.content_type for body in bodies] == ["text/event-stream"] * 3
+    assert [json.loads(body.data[6:])["choices"][0]["text"] for body in bodies[:-1]] == ["c", "d"]
+    assert bodies[-1].data == b"data: [DONE]\n\n"
+    (body,) = [each async for each in served.stub.StreamCompletionEvents(asked(max_tokens=2), metadata=KEY)]
+    assert json.loads(body.data)["choices"][0]["text"] == "cd"
+
+
+@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer sk-wrong"),), (("authorization", "sk-right"),)])
+@pytest.mark.parametrize("method", ["CreateCompletion", "StreamCompletion", "ListModels"])
+async def test_every_method_wants_a_key(served, metadata, method):
+    """UNAUTHENTICATED, and nothing reaches the engine."""
+    request = pb.ListModelsRequest() if method == "ListModels" else asked()
+    error = await refused(getattr(served.stub, method)(request, metadata=metadata))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert detail(error).code == "invalid_api_key"
+    assert served.model.steps == 0
+
+
+async def test_models(served):
+    """By id and alias; unknown ones are NOT_FOUND, with a name that is safe to print."""
+    listed = await served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
+    assert [(model.id, model.max_model_len) for model in listed.data] == [("alphabet", 64), ("abc", 64)]
+    assert (await served.stub.GetModel(pb.GetModelRequest(model="abc"), metadata=KEY)).id == "abc"
+    for call in (
+        served.stub.GetModel(pb.GetModelRequest(model="x\n" * 5000), metadata=KEY),
+        served.stub.CreateCompletion(asked(model="x\n" * 5000), metadata=KEY),
+    ):
+        error = await refused(call)
+        assert (error.code(), detail(error).code) == (grpc.StatusCode.NOT_FOUND, "model_not_found")
+        assert len(error.details()) < 300
+        assert "\n" not in error.details()
+
+
+@pytest.mark.parametrize("fields", [{"model": ""}, {"max_tokens": -1}, {"stream": True}])
+async def test_refusal_names_the_field(served, fields):
+    """INVALID_ARGUMENT with the typed detail."""
+    error = await refused(served.stub.CreateCompletion(asked(**fields), metadata=KEY))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail(error).param == next(iter(fields))
+
+
+async def test_bytes_that_are_no_message(served):
+    """INVALID_ARGUMENT, not UNKNOWN with the library's words."""
+    call = served.channel.unary_unary(METHOD)
+    error = await refused(call(b"\xff\xff\xff", metadata=KEY))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not a valid protobuf message" in error.details()
+
+
+async def test_unknown_method(served):
+    """UNIMPLEMENTED, as gRPC has it."""
+    error = await refused(served.channel.unary_unary("/completion.v1.CompletionService/Nope")(b"", metadata=KEY))
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(("given", "kept"), [("my-id.1", True), ("bad id", False), ("x" * 129, False)])
+async def test_request_id(served, given, kept):
+    """A caller's id is taken over where it is safe; else there is a new one."""
+    error = await refused(served.stub.CreateCompletion(asked(n=0), metadata=(*KEY, ("x-request-id", given))))
+    found = dict(error.trailing_metadata())["x-request-id"]
+    assert (found == given) == kept
+    assert found
+
+
+async def test_fault_is_not_described_to_the_caller(served):
+    """INTERNAL with the request id and constant text; the next call is answered."""
+    served.model.fault = END
+    request = pb.CreateCompletionRequest(model="abc", tokens=pb.Tokens(ids=[END]))
+    error = await refused(served.stub.CreateCompletion(request, metadata=(*KEY, ("x-request-id", "id-7"))))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "fake model" not in error.details()
+    assert "id-7" in error.details()
+    assert (await served.stub.CreateCompletion(asked(max_tokens=1), metadata=KEY)).choices[0].text == "c"
+
+
+async def test_fault_in_mid_stream(served):
+    """HTTP readers get an event with the error as the last; typed callers the status."""
+    served.model.fault = 3
+    bodies = [each async for each in served.stub.StreamCompletionEvents(asked(stream=True), metadata=KEY)]
+    assert [json.loads(body.data[6:]).get("error", {}).get("type") for body in bodies] == [None, None, "server_error"]
+    stream = served.stub.StreamCompletion(asked(), metadata=KEY)
+    assert [(await stream.read()).choices[0].text for _ in range(2)] == ["c", "d"]
+    assert (await refused(stream)).code() is grpc.StatusCode.INTERNAL
+
+
+async def test_overload(served):
+    """RESOURCE_EXHAUSTED, and when to come back."""
+    served.engine._max_waiting = 0
+    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(error.trailing_metadata())["retry-after"] == "1"
+    assert detail(error).code == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("method", ["CreateCompletion", "StreamCompletion", "StreamCompletionEvents"])
+async def test_leaving_frees(served, method):
+    """A caller who cancels, whenever that is, leaves nothing running."""
+    for pause in (0, 0.001, 0.01, 0.03):
+        call = getattr(served.stub, method)(asked(max_tokens=60, n=4, stream=method.endswith("Events")), metadata=KEY)
+        await asyncio.sleep(pause)
+        call.cancel()
+        await served.idle()
+    assert not served.engine._sequences
+
+
+async def test_deadline_frees(served):
+    """DEADLINE_EXCEEDED ends the work too."""
+    forward = served.model.forward
+    served.model.forward = lambda *arguments: time.sleep(0.02) or forward(*arguments)
+    error = await refused(served.stub.CreateCompletion(asked(max_tokens=60), metadata=KEY, timeout=0.2))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await served.idle()
+    assert served.model.steps < 60
+
+
+async def test_log_line_per_call(served, caplog):
+    """Method, status and caller, but neither prompt nor key."""
+    caplog.set_level(logging.INFO)
+    await served.stub.CreateCompletion(asked(text="secret", user="me", max_tokens=1), metadata=KEY)
+    for _ in range(100):
+        lines = [record.fields for record in caplog.records if record.message == "call"]
+        if lines:
+            break
+        await asyncio.sleep(0.005)
+    assert (lines[0]["method"], lines[0]["code"], lines[0]["caller"]) == (METHOD, "OK", "team")
+    assert "secret" not in str([record.__dict__ for record in caplog.records])
+    assert "sk-right" not in str([record.__dict__ for record in caplog.records])

@@ -1,0 +1,87 @@
+"""API keys."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from service.errors import AuthenticationError, StartupError
+from service.rpc.keys import KeyRing
+
+DIGEST = hashlib.sha256(b"sk-right").hexdigest()
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write(text):
+        path = tmp_path / "keys"
+        path.write_text(text)
+        return KeyRing.load(path)
+
+    return write
+
+
+def test_known_key(load):
+    """The caller is known by the key's name; the identity is not the key."""
+    keys = load(f"# a comment\n\n{'0' * 64} other\n  {DIGEST}   team-a.1 \n")
+    caller = keys.authenticate("Bearer sk-right")
+    assert caller.name == "team-a.1"
+    assert "sk-right" not in caller.identity
+    assert keys.authenticate("bearer  sk-right") == caller
+    assert not keys.open
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "sk-right", "Bearer", "Bearer ", "Basic sk-right", "Bearer a b", "Bearer é"]
+)
+@pytest.mark.parametrize("content", [f"{DIGEST} me\n", None])
+def test_missing_or_malformed_header(load, header, content):
+    """A key must be there even where any will do."""
+    keys = load(content) if content else KeyRing.load(None)
+    with pytest.raises(AuthenticationError) as caught:
+        keys.authenticate(header)
+    assert caught.value.code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("key", ["sk-wrong", "sk-righ", "sk-right1", DIGEST])
+def test_wrong_key(load, key):
+    """Nearly right is wrong, and so is the digest; the message does not repeat the key."""
+    with pytest.raises(AuthenticationError) as caught:
+        load(f"{DIGEST} me\n").authenticate(f"Bearer {key}")
+    assert key not in caught.value.message
+
+
+def test_without_a_file_any_key_will_do():
+    """Yet different keys are different callers."""
+    keys = KeyRing.load(None)
+    one, other = keys.authenticate("Bearer a"), keys.authenticate("Bearer b")
+    assert keys.open
+    assert one.name == other.name == "anonymous"
+    assert one.identity != other.identity
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "holds no key"),
+        ("# nothing\n", "holds no key"),
+        (f"{DIGEST}\n", "line 1"),
+        (f"{DIGEST} me\n{DIGEST[:-1]} you\n", "line 2"),
+        (f"{DIGEST.upper()} me\n", "line 1"),
+        (f"{DIGEST} two words\n", "line 1"),
+    ],
+)
+def test_bad_file(load, content, problem):
+    """The service does not start, and says which line is wrong without repeating it."""
+    with pytest.raises(StartupError, match=problem) as caught:
+        load(content)
+    assert DIGEST[:20] not in str(caught.value)
+
+
+def test_unreadable_file(tmp_path):
+    """Missing, a directory, or not text."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "binary"):
+        with pytest.raises(StartupError, match="cannot be read"):
+            KeyRing.load(path)

@@ -1,0 +1,117 @@
+"""The manifest and the files that it vouches for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from service import manifest
+from service.errors import ModelDirectoryError
+from service.manifest import FileEntry
+from tests import fakes
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A model directory of one file, described by its manifest."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "model.onnx").write_bytes(b"weights")
+    entry = FileEntry(bytes=7, sha256=manifest.file_sha256(directory / "model.onnx"))
+    fakes.manifest(files={"model.onnx": entry}).write(directory)
+    return directory
+
+
+def edit(directory, **changes):
+    """Changes the manifest's JSON."""
+    path = directory / manifest.FILE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(directory):
+    """The message with which the directory is refused."""
+    with pytest.raises(ModelDirectoryError) as caught:
+        manifest.load(directory)
+    return str(caught.value)
+
+
+def test_written_manifest_is_read_back(directory):
+    """Nothing is lost on the way."""
+    loaded = manifest.load(directory)
+    assert loaded == fakes.manifest(files=loaded.files)
+    assert loaded.files["model.onnx"].bytes == 7
+
+
+def test_missing_manifest(tmp_path):
+    """The message says what to run."""
+    message = refused(tmp_path)
+    assert str(tmp_path / "manifest.json") in message
+    assert "python -m model_export" in message
+
+
+def test_path_that_is_no_directory(directory):
+    """A file in its place is named like a missing one."""
+    assert "manifest.json" in refused(directory / "model.onnx")
+
+
+def test_missing_file(directory):
+    """It is named."""
+    (directory / "model.onnx").unlink()
+    assert f"{directory / 'model.onnx'} does not exist" in refused(directory)
+
+
+def test_truncated_file(directory):
+    """Both sizes are named."""
+    (directory / "model.onnx").write_bytes(b"weigh")
+    assert f"{directory / 'model.onnx'} has 5 bytes, expected 7" in refused(directory)
+
+
+def test_flipped_byte(directory):
+    """Both hashes are named."""
+    expected = manifest.file_sha256(directory / "model.onnx")
+    (directory / "model.onnx").write_bytes(b"weightz")
+    found = manifest.file_sha256(directory / "model.onnx")
+    message = refused(directory)
+    assert f"{directory / 'model.onnx'} has SHA-256 {found}, expected {expected}" in message
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "link", ".."])
+def test_path_outside_the_directory(directory, name):
+    """Nothing but files that lie in the directory itself is looked at, not even through a link."""
+    (directory.parent / "secret").write_bytes(b"weights")
+    (directory / "link").symlink_to(directory.parent / "secret")
+    edit(directory, files={name: {"bytes": 7, "sha256": "0" * 64}})
+    assert "outside the model directory" in refused(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"format_version": 2}, "format_version"),
+        ({"format_version": "1"}, "format_version"),
+        ({"surprise": 1}, "surprise"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"kv": {"layers": 1, "kv_heads": 1, "head_dim": 1, "dtype": "int8"}}, "kv.dtype"),
+        ({"files": {"model.onnx": {"bytes": 7, "sha256": "abc"}}}, "files.model.onnx.sha256"),
+    ],
+)
+def test_field_that_does_not_fit(directory, changes, where):
+    """The message names the file and the field, and what to do."""
+    edit(directory, **changes)
+    message = refused(directory)
+    assert f"{directory / 'manifest.json'}: {where}: " in message
+    assert "export the model again" in message
+
+
+def test_manifest_that_is_not_json(directory):
+    """A damaged manifest is refused like any damaged file."""
+    (directory / "manifest.json").write_text("{")
+    assert "manifest.json: the file: Invalid JSON" in refused(directory)
+
+
+def test_bytes_per_token():
+    """Keys and values of every layer and head."""
+    layout = manifest.KVLayout(layers=2, kv_heads=3, head_dim=5, dtype="float32")
+    assert layout.bytes_per_token == 2 * 2 * 3 * 5 * 4
+    assert layout.model_copy(update={"dtype": "float16"}).bytes_per_token == 2 * 2 * 3 * 5 * 2
