@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from service import settings, telemetry
-from service.errors import ModelDirectoryError, StartupError
+from service.errors import EngineDiedError, ModelDirectoryError, StartupError
 from service.server import serve
 
 EXIT_FAILURE = 1
@@ -19,7 +19,7 @@ def main() -> int:
         loaded = settings.load(sys.argv[1:])
         telemetry.configure(loaded.log_level)
         asyncio.run(serve(loaded))
-    except StartupError as error:
+    except (StartupError, EngineDiedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ModelDirectoryError) else EXIT_FAILURE
     return 0

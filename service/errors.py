@@ -41,6 +41,10 @@ class EngineFaultError(Exception):
     """The model failed on this request; the cause is logged and never shown to the caller."""
 
 
+class EngineDiedError(Exception):
+    """The step thread has ended by an error: the process is of no more use."""
+
+
 class StartupError(Exception):
     """The service cannot start; the message says what to change."""
 

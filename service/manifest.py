@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import ModelDirectoryError
 
@@ -99,6 +99,16 @@ class Manifest(_Part):
     quality: Quality
     files: dict[str, FileEntry]
 
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        special = self.special_tokens
+        marks = special.fill_in_the_middle
+        ids = {special.bos, special.default_prompt, *special.end, *(marks.model_dump().values() if marks else ())}
+        wrong = sorted(index for index in ids - {None} if index >= self.vocab_size)
+        if wrong:
+            raise ValueError(f"special tokens {wrong} are not within 0..{self.vocab_size - 1}")
+        return self
+
     def write(self, directory: Path) -> None:
         """Writes the manifest into `directory`."""
         (directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -121,6 +131,8 @@ def load(directory: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {hint}") from None
+    if missing := {"model.onnx", "tokenizer.json"} - set(manifest.files):
+        raise ModelDirectoryError(f"{path} vouches for no {' and no '.join(sorted(missing))}; {hint}")
     for name, entry in manifest.files.items():
         _check_file(directory, name, entry, hint)
     return manifest

@@ -19,7 +19,7 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
 from service.engine.scheduler import Scheduler
-from service.errors import StartupError
+from service.errors import EngineDiedError, StartupError
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.parse import Limits
@@ -139,12 +139,21 @@ def _is_loopback(host: str) -> bool:
 
 
 async def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests finish."""
+    """Serves until SIGTERM or SIGINT, then lets running requests finish.
+
+    Raises EngineDiedError when there is no engine to serve with any more: a supervisor should start the process again.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with Server(settings):
-        await stop.wait()
+    async with Server(settings) as server:
+        died = server.model.engine.died
+        ends = [asyncio.ensure_future(event.wait()) for event in (stop, died)]
+        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in pending:
+            end.cancel()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)  # a second signal ends the process at once
+    if died.is_set():
+        raise EngineDiedError("the engine has died; the log says of what")

@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 Command = Callable[[], None]
 
+_STOPPED = "The service is stopping. Please retry: another instance may answer."
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -35,6 +37,8 @@ class Stats:
 
 class Engine:
     """Continuous batching: requests join and leave between steps of the model.
+
+    `died` is set when the step thread has ended by an error: there is no answer from this engine any more.
 
     The event loop's thread submits and aborts; the step thread plans, runs and commits, and sends each step's pieces
     back in one call. Only the step thread touches sequences, scheduler and model.
@@ -51,6 +55,7 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.died = asyncio.Event()
 
     # --- the event loop's side ---
 
@@ -72,7 +77,7 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
         if not self._thread.is_alive():
-            raise UnavailableError("The service is shutting down.")
+            raise UnavailableError(_STOPPED)
         if self._scheduler.waiting + self._commands.qsize() >= self._max_waiting:
             raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
         generation = Generation(len(request.prompts) * request.best_of, self._abort)
@@ -88,6 +93,7 @@ class Engine:
         self._commands.put(self._stop)
         self._take_commands()
         self._flush()
+        self.died.set()
 
     # --- the step thread's side ---
 
@@ -117,7 +123,7 @@ class Engine:
     def _stop(self) -> None:
         self._stopping = True
         for generation in list(self._sequences):
-            self._fail(generation, UnavailableError("The service is shutting down."))
+            self._fail(generation, UnavailableError(_STOPPED))
 
     def _begin_request(self, request: Request, generation: Generation) -> None:
         sequences = []

@@ -14,12 +14,15 @@ from tests import fakes
 
 @pytest.fixture
 def directory(tmp_path):
-    """A model directory of one file, described by its manifest."""
+    """A model directory of two files, described by its manifest."""
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "model.onnx").write_bytes(b"weights")
-    entry = FileEntry(bytes=7, sha256=manifest.file_sha256(directory / "model.onnx"))
-    fakes.manifest(files={"model.onnx": entry}).write(directory)
+    (directory / "tokenizer.json").write_bytes(b"letters")
+    names = ("model.onnx", "tokenizer.json")
+    fakes.manifest(
+        files={name: FileEntry(bytes=7, sha256=manifest.file_sha256(directory / name)) for name in names}
+    ).write(directory)
     return directory
 
 
@@ -81,7 +84,8 @@ def test_path_outside_the_directory(directory, name):
     """Nothing but files that lie in the directory itself is looked at, not even through a link."""
     (directory.parent / "secret").write_bytes(b"weights")
     (directory / "link").symlink_to(directory.parent / "secret")
-    edit(directory, files={name: {"bytes": 7, "sha256": "0" * 64}})
+    listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
+    edit(directory, files={name: {"bytes": 7, "sha256": "0" * 64}, **listed})
     assert "outside the model directory" in refused(directory)
 
 
@@ -92,6 +96,7 @@ def test_path_outside_the_directory(directory, name):
         ({"format_version": "1"}, "format_version"),
         ({"surprise": 1}, "surprise"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"special_tokens": {"bos": None, "add_bos": False, "end": [28], "default_prompt": None}}, "the file"),
         ({"kv": {"layers": 1, "kv_heads": 1, "head_dim": 1, "dtype": "int8"}}, "kv.dtype"),
         ({"files": {"model.onnx": {"bytes": 7, "sha256": "abc"}}}, "files.model.onnx.sha256"),
     ],
@@ -102,6 +107,14 @@ def test_field_that_does_not_fit(directory, changes, where):
     message = refused(directory)
     assert f"{directory / 'manifest.json'}: {where}: " in message
     assert "export the model again" in message
+
+
+def test_file_that_nothing_vouches_for(directory):
+    """A manifest has to name both files that are loaded, so that neither goes unchecked."""
+    listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
+    del listed["tokenizer.json"]
+    edit(directory, files=listed)
+    assert "vouches for no tokenizer.json" in refused(directory)
 
 
 def test_manifest_that_is_not_json(directory):

@@ -178,6 +178,7 @@ async def test_engine_that_dies_takes_no_caller_with_it(letters):
                 await each
         with pytest.raises(UnavailableError):
             engine.submit(request("a"))
+        assert engine.died.is_set()
 
 
 async def test_slow_reader_holds_nobody_up(letters):
