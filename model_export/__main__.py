@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from model_export.export import Options, export
 def main(arguments: list[str] | None = None) -> int:
     """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         report = export(
             options.source,

@@ -11,7 +11,10 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 - `past_key.i`, `past_value.i` float32 [B, kv_heads, max_len, head_dim] for each layer i.
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
-Padding takes room as well: past + S must not exceed max_len.
+Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
+
+On a CPU a token's results are bit-equal for any split of a prompt into calls, as long as no call reads one token, or
+one more than a multiple of 128, from a row: such a last token goes through other kernels.
 """
 
 from __future__ import annotations

@@ -94,13 +94,13 @@ class KVCache:
         return tuple(copies)
 
     def _longest_match(self, prompt: Sequence[int], identity: str, limit: int) -> tuple[int, int]:
-        best, longest = -1, 0
+        best, longest = -1, 1  # a prompt of one token takes a kernel of its own: its position serves no longer prompt
         for index, slot in enumerate(self._slots):
             if slot.identity == identity and slot.valid > longest:
                 match = common_prefix(prompt, slot.prompt, min(limit, slot.valid))
                 if match > longest:
                     best, longest = index, match
-        return best, longest
+        return (best, longest) if best >= 0 else (-1, 0)
 
     def _keep(self, slot: int, spare: int) -> list[Copy]:
         """Moves a slot's prompt out of the way if it is worth more than what some unheld slot keeps."""

@@ -27,7 +27,8 @@ class DecodeBatch:
     rows: tuple[Sequence | None, ...]
 
 
-# A prompt's chunks give the same bits however it is cut, but for a chunk of one token: that takes another kernel.
+# A prompt gives the same bits however it is cut, but for a chunk that leaves one token to a tile of the kernels.
+_TILE = 128
 _RECOMPUTE = 2
 
 Step = PromptChunk | DecodeBatch
@@ -106,10 +107,15 @@ class Scheduler:
                 return None
             self._prompting, copies = self._admit(self._waiting.popleft())
         sequence = self._prompting
-        end = min(sequence.computed + self._prompt_chunk, sequence.prompt_length)
-        if sequence.prompt_length - end == 1:
-            end -= 1
-        return PromptChunk(sequence, sequence.computed, end, copies)
+        length = self._chunk_length(sequence.prompt_length - sequence.computed)
+        return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
+
+    def _chunk_length(self, remaining: int) -> int:
+        """How many of the remaining tokens to compute next, so that none is ever alone in a tile."""
+        length = min(self._prompt_chunk, remaining)
+        while length > 1 and (length % _TILE == 1 or remaining - length == 1):
+            length -= 1
+        return length
 
     def _admit(self, sequence: Sequence) -> tuple[Sequence, tuple[Copy, ...]]:
         if sequence.scores_prompt:

@@ -238,3 +238,18 @@ def test_all_but_one_token_in_the_cache_is_still_no_chunk_of_one():
     while not second.decoding:
         simulation.step()
     assert second.cached == len(SHARED) - 2
+
+
+@pytest.mark.parametrize("prompt_chunk", [16, 128, 130, 512])
+@pytest.mark.parametrize("length", [1, 2, 17, 128, 129, 130, 131, 257, 258, 385, 600])
+def test_no_token_is_alone_in_a_tile(prompt_chunk, length):
+    """Chunks cover a prompt without one of 1, 129, 257 ... tokens, whose last would take another kernel."""
+    scheduler = Scheduler(KVCache(2), prompt_chunk)
+    scheduler.add(sequences(tuple(range(length))))
+    lengths = []
+    while sum(lengths) < length:
+        chunk = scheduler.schedule()
+        lengths.append(chunk.end - chunk.start)
+        scheduler.commit_chunk(chunk)
+    assert max(lengths) <= prompt_chunk
+    assert lengths == [1] or all(each % 128 != 1 for each in lengths)

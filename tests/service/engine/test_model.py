@@ -1,0 +1,92 @@
+"""The real model: what a sequence gets never depends on who shares its calls, to the last bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from service import manifest
+from service.engine.cache import Copy
+from service.engine.model import Model
+
+CONTEXT = 192
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    """The default model with a few short slots."""
+    described = manifest.load(model_dir)
+    return Model(model_dir, described, slots=6, context_length=CONTEXT, threads=2, batch_invariant=True)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    """Random tokens."""
+    return np.random.default_rng(7).integers(100, model.vocab_size, 160).tolist()
+
+
+def prompt(model, slot, tokens, cuts):
+    """Computes a prompt in a slot, cut at `cuts`; gives the last logits."""
+    for start, end in itertools.pairwise([0, *cuts, len(tokens)]):
+        logits = model.forward(slot, [tokens[start:end]], [start], [(0, end - start - 1)])
+    return logits[0].copy()
+
+
+def decode(model, rows, past):
+    """One token for each of slots 0.., None for one that sits out; gives the logits of the others."""
+    at = [(index, 0) for index, row in enumerate(rows) if row is not None]
+    return model.forward(0, [[] if row is None else [row] for row in rows], past, at).copy()
+
+
+@pytest.mark.parametrize("cuts", [[64, 128], [2, 100], [158], [127]])
+def test_prompt_in_chunks_gives_the_same_bits(model, tokens, cuts):
+    """Logits after a prompt do not depend on where it is cut, as long as no chunk leaves one token to a tile."""
+    whole = prompt(model, 0, tokens, [])
+    assert np.array_equal(prompt(model, 1, tokens, cuts), whole)
+
+
+def test_decoding_gives_the_same_bits_in_any_company(model, tokens):
+    """A row's logits are the same alone, among others, and beside rows that sit out."""
+    lengths = [40, 41, 60, 25]
+
+    def fresh():
+        for slot, length in enumerate(lengths):
+            prompt(model, slot, tokens[slot : slot + length], [])
+
+    fresh()
+    batch = decode(model, [5, 6, 7, 8], lengths)
+    fresh()
+    assert np.array_equal(decode(model, [5], lengths[:1])[0], batch[0])
+    fresh()
+    assert np.array_equal(decode(model, [5, 6], lengths[:2]), batch[:2])
+    fresh()
+    assert np.array_equal(decode(model, [None, 6, None, 8], lengths), batch[[1, 3]])
+
+
+def test_sitting_out_leaves_a_slot_as_it_is(model, tokens):
+    """A slot whose row is empty decodes afterwards as if nothing had happened."""
+    prompt(model, 0, tokens[:30], [])
+    prompt(model, 1, tokens[:30], [])
+    expected = decode(model, [9, 9], [30, 30])[0]
+    prompt(model, 0, tokens[:30], [])
+    prompt(model, 1, tokens[:30], [])
+    decode(model, [None, 9], [30, 30])
+    assert np.array_equal(decode(model, [9, None], [30, 31])[0], expected)
+
+
+def test_copied_positions_are_as_good_as_computed_ones(model, tokens):
+    """A prompt continued in another slot after a copy of its beginning gives the same bits."""
+    whole = prompt(model, 2, tokens, [128])
+    model.copy([Copy(source=2, target=4, length=158)])
+    continued = model.forward(4, [tokens[158:]], [158], [(0, 1)])[0]
+    assert np.array_equal(continued, whole)
+
+
+def test_positions_beyond_the_slot_are_refused(model, tokens):
+    """A call that would write beyond a slot or a buffer is an error before it runs."""
+    with pytest.raises(ValueError, match=f"do not fit a slot of {CONTEXT}"):
+        model.forward(0, [tokens[:30]], [CONTEXT - 29], [])
+    with pytest.raises(ValueError, match=r"not within 0\.\.5"):
+        model.forward(5, [[1], [1]], [0, 0], [])
