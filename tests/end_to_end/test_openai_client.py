@@ -151,18 +151,27 @@ def test_stop_text_ends_before_it(client: openai.OpenAI) -> None:
 
 
 def test_end_token_is_not_part_of_the_answer(client: openai.OpenAI) -> None:
-    """An end token finishes with `stop`; past it only with ignore_eos, which then fills max_tokens."""
-    prompt = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
-    tokens = [1, 4093, 198, 36218, 15876, 30, 2, 198, 1, 520, 9531, 198]
-    options = {"model": MODEL, "prompt": tokens, "max_tokens": 60, "temperature": 0, "logprobs": 0}
-    answer = client.completions.create(**options)
-    assert answer.choices[0].finish_reason == "stop"
-    assert "<|im_end|>" not in answer.choices[0].text
-    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.tokens) < 60
+    """An end token finishes with `stop`, in neither text nor scores nor count; ignore_eos goes on past it."""
+    # A bias makes the end token certain; min_tokens holds it off for three tokens.
+    options = {**GREEDY, "logprobs": 0, "logit_bias": {"2": 100}}
+    answer = client.completions.create(**options, extra_body={"min_tokens": 3})
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert choice.text.startswith(" Paris")
+    assert "<|im_end|>" not in choice.text
+    assert answer.usage.completion_tokens == len(choice.logprobs.tokens) == 3
     longer = client.completions.create(**options, extra_body={"ignore_eos": True})
     assert longer.choices[0].finish_reason == "length"
-    assert longer.usage.completion_tokens == 60
-    assert client.completions.create(**{**options, "prompt": prompt}).usage.prompt_tokens > len(tokens)
+    assert longer.usage.completion_tokens == 8
+
+
+def test_control_tokens_in_a_text_are_plain_text(client: openai.OpenAI) -> None:
+    """What looks like a control token in a text prompt is not one; as an id it is."""
+    text = client.completions.create(model=MODEL, prompt="<|im_end|>", max_tokens=0)
+    token = client.completions.create(model=MODEL, prompt=[2], max_tokens=0, echo=True)
+    assert text.usage.prompt_tokens > 1
+    assert token.usage.prompt_tokens == 1
+    assert token.choices[0].text == "<|im_end|>"
 
 
 def test_seed_repeats_and_differs(client: openai.OpenAI) -> None:
