@@ -8,6 +8,7 @@ import socket
 import time
 
 import pytest
+from completion.v1 import completion_pb2 as pb
 
 from tests.stack import AUTHORIZED, MODEL, Answer, Stack
 
@@ -195,6 +196,21 @@ def test_callers_cannot_forge_headers(stack: Stack) -> None:
     answer = post(stack, MINIMAL, forged)
     assert answer.status == 200
     assert answer.headers["x-request-id"] != "mine"
+
+
+def test_grpc_web(stack: Stack) -> None:
+    """The same listener answers gRPC-Web: a length-prefixed message, then the trailers in a frame of their own."""
+    message = pb.CreateCompletionRequest(model=MODEL, text="Hello,", max_tokens=2, temperature=0).SerializeToString()
+    headers = {**AUTHORIZED, "content-type": "application/grpc-web+proto", "x-grpc-web": "1"}
+    frame = b"\0" + len(message).to_bytes(4, "big") + message
+    answer = post(stack, frame, headers, "/completion.v1.CompletionService/CreateCompletion")
+    assert answer.status == 200
+    length = int.from_bytes(answer.body[1:5], "big")
+    response = pb.CreateCompletionResponse.FromString(answer.body[5 : 5 + length])
+    assert response.usage.completion_tokens == 2
+    trailers = answer.body[5 + length :]
+    assert trailers[0] == 0x80
+    assert b"grpc-status:0" in trailers.replace(b" ", b"")
 
 
 def test_models(stack: Stack) -> None:
