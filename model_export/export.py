@@ -25,7 +25,6 @@ from service import manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
-REPLACED = ".replaced"
 FILL_IN_THE_MIDDLE = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -94,16 +93,19 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    replaced = work.with_name(f"{work.name}.replaced")
     try:
         yield work
         work.chmod(0o755)
         if directory.exists():
-            directory.rename(work / REPLACED)
+            directory.rename(replaced)
         work.rename(directory)
-        shutil.rmtree(directory / REPLACED, ignore_errors=True)
     except BaseException:
+        if replaced.exists():
+            replaced.rename(directory)
         shutil.rmtree(work, ignore_errors=True)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _manifest(

@@ -10,6 +10,7 @@ from service.errors import EngineDiedError, ModelDirectoryError, StartupError
 from service.server import serve
 
 EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
 # From sysexits.h, as supervisors know it: starting again will not help.
 EXIT_CONFIG = 78
 
@@ -22,6 +23,8 @@ def main() -> int:
     except (StartupError, EngineDiedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ModelDirectoryError) else EXIT_FAILURE
+    except KeyboardInterrupt:  # a second interrupt: the first one drains
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -26,7 +26,7 @@ class AuthenticationError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The queue is full; `retry_after` is the estimated wait in seconds."""
+    """The queue is full; after `retry_after` seconds it is worth another try."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, code="rate_limit_exceeded")

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.errors import ModelDirectoryError
 
 FILE_NAME = "manifest.json"
+MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION: Final = 1
 
 
@@ -131,7 +134,7 @@ def load(directory: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {hint}") from None
-    if missing := {"model.onnx", "tokenizer.json"} - set(manifest.files):
+    if missing := {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - set(manifest.files):
         raise ModelDirectoryError(f"{path} vouches for no {' and no '.join(sorted(missing))}; {hint}")
     for name, entry in manifest.files.items():
         _check_file(directory, name, entry, hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,8 @@ SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].f
 # The service's own name and the empty one, which means the server as a whole.
 _HEALTH_NAMES = (SERVICE_NAME, "")
 
+_LAST_WORDS_SECONDS = 2.0
+
 
 def load_model(settings: Settings) -> ServedModel:
     """The model that the settings name, checked and ready to start. Raises StartupError."""
@@ -42,7 +43,7 @@ def load_model(settings: Settings) -> ServedModel:
         raise StartupError(
             f"context_length {context_length} is above the {manifest.context_length} of {settings.model_dir}"
         )
-    tokenizer = Tokenizer(settings.model_dir / "tokenizer.json", manifest.special_tokens, manifest.vocab_size)
+    tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         settings.model_dir,
         manifest,
@@ -62,7 +63,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._keys = KeyRing.load(settings.api_keys_file)
-        if self._keys.open and not _is_loopback(settings.host):
+        if self._keys.open and not settings.host.is_loopback:
             raise StartupError(
                 f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
             )
@@ -98,8 +99,8 @@ class Server:
     @property
     def address(self) -> str:
         """Where the service listens, as host:port."""
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        return f"{host}:{self._settings.port}"
+        host = self._settings.host
+        return f"[{host}]:{self._settings.port}" if host.version == 6 else f"{host}:{self._settings.port}"
 
     async def __aenter__(self) -> Server:
         self._bind()
@@ -115,8 +116,11 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(self._settings.drain_seconds)
-        self.model.engine.stop()
+        # No new calls from here on. Those that outlast the drain hear why from the engine, before gRPC cuts them off.
+        stopped = asyncio.ensure_future(self._server.stop(self._settings.drain_seconds + _LAST_WORDS_SECONDS))
+        await asyncio.wait([stopped], timeout=self._settings.drain_seconds)
+        await asyncio.to_thread(self.model.engine.stop)
+        await stopped
         self._tokenizing.shutdown()
         _log.info("stopped")
 
@@ -129,13 +133,6 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in _HEALTH_NAMES:
             await self._health.set(name, status)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def serve(settings: Settings) -> None:

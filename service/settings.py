@@ -6,10 +6,11 @@ import argparse
 import os
 import tomllib
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, IPvAnyAddress, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from service.errors import StartupError
@@ -23,7 +24,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     model_dir: Path = Field(description="Model directory, as `python -m model_export` writes it.")
-    host: str = Field("127.0.0.1", description="Address to listen on; other than loopback needs an API key file.")
+    host: IPvAnyAddress = Field(
+        IPv4Address("127.0.0.1"), description="IP address to listen on; other than loopback needs an API key file."
+    )
     port: int = Field(50051, ge=1, le=65535, description="Port to listen on.")
     api_keys_file: Path | None = Field(
         None, description="File of accepted API keys, `<SHA-256 in hex> <name>` per line; without it any key is taken."

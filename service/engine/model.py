@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import onnxruntime as ort
 
 from service.engine.cache import Copy
 from service.errors import ModelDirectoryError
-from service.manifest import Manifest
+from service.manifest import MODEL_FILE, Manifest
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128
@@ -56,9 +58,8 @@ class Model:
         # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
         # empty row.
         shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
-        # The operating system gives pages when they are first written: an unused position takes no memory.
         self._kv = {
-            f"{part}.{layer}": np.zeros(shape, manifest.kv.dtype)
+            f"{part}.{layer}": _reserve(shape, manifest.kv.dtype)
             for layer in range(self._layers)
             for part in ("key", "value")
         }
@@ -73,9 +74,9 @@ class Model:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         try:
-            return ort.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(directory / MODEL_FILE, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated types
-            raise ModelDirectoryError(f"{directory / 'model.onnx'} cannot be loaded: {error}") from error
+            raise ModelDirectoryError(f"{directory / MODEL_FILE} cannot be loaded: {error}") from error
 
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
@@ -144,6 +145,13 @@ class Model:
             _bind_output(call.binding, f"present_{name}", view)
         _bind_output(call.binding, "logits", self._logits[:logits])
         return call
+
+
+def _reserve(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Zeros that take memory page by page, when first written: a huge page would take a slot's whole length at once."""
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _bind_input(binding: Any, name: str, array: npt.NDArray[Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from service.engine.generation import Generation
-from service.engine.sampler import Score
-from service.text.transcript import Transcript
-from service.types import Prompt, Request, Token
+if TYPE_CHECKING:
+    from service.engine.generation import Generation
+    from service.engine.sampler import Score
+    from service.text.transcript import Transcript
+    from service.types import Prompt, Request, Token
 
 
 @dataclass(eq=False, slots=True)

@@ -21,9 +21,13 @@ def decimal(name: str, value: float, low: float, high: float) -> float:
         given = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
         message = f"Invalid '{name}': must be a finite number, but got {given} instead."
         raise InvalidRequestError(message, param=name, code="invalid_value")
-    # Floats arrive in single precision; their shortest form is what the caller wrote.
-    _bounds(name, "decimal", value, given=str(np.float32(value)), low=low, high=high)
+    _bounds(name, "decimal", value, given=shortest(value), low=low, high=high)
     return value
+
+
+def shortest(value: float) -> str:
+    """A number as the caller wrote it: floats arrive in single precision."""
+    return str(np.float32(value))
 
 
 def _bounds(name: str, kind: str, value: float, *, given: str, low: float | None, high: float | None) -> None:

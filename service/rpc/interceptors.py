@@ -58,7 +58,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with self._call(method, context):
-                _check_decoded(request)
+                if handler.request_streaming:
+                    request = _decoded(request)
+                else:
+                    _check_decoded(request)
                 async with aclosing(inner(request, context)) as messages:
                     async for message in messages:
                         yield message
@@ -77,6 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = _request_id(metadata.get("x-request-id"))
         current_request_id.set(request_id)
+        context.set_trailing_metadata((("x-request-id", request_id),))
         name, code = "", grpc.StatusCode.CANCELLED
         try:
             caller = self._keys.authenticate(metadata.get("authorization"))
@@ -110,6 +114,12 @@ def _request_id(given: str | None) -> str:
 def _check_decoded(request: Any) -> None:
     if isinstance(request, _Malformed):
         raise InvalidRequestError("The request is not a valid protobuf message of the method's type.")
+
+
+async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        _check_decoded(request)
+        yield request
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from service.errors import InvalidRequestError
 from service.manifest import Manifest
-from service.rpc.checks import at_most, decimal, integer, invalid, shown
+from service.rpc.checks import at_most, decimal, integer, invalid, shortest, shown
 from service.rpc.prompts import MAX_SEQUENCES, check_characters, parse_prompts
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
@@ -121,9 +121,9 @@ def _sampling(request: pb.CreateCompletionRequest, vocabulary: int) -> SamplingP
     def given(name: str, default: float, low: float, high: float) -> float:
         return decimal(name, getattr(request, name), low, high) if fields.HasField(name) else default
 
-    repetition_penalty = given("repetition_penalty", 1, 0, 2)
-    if repetition_penalty == 0:
-        raise invalid("repetition_penalty", "Expected a value > 0, but got 0 instead.", "decimal_below_min_value")
+    if request.HasField("repetition_penalty") and request.repetition_penalty <= 0:
+        problem = f"Expected a value > 0, but got {shortest(request.repetition_penalty)} instead."
+        raise invalid("repetition_penalty", problem, "decimal_below_min_value")
     return SamplingParams(
         temperature=given("temperature", 1, 0, 2),
         top_p=given("top_p", 1, 0, 1),
@@ -131,7 +131,7 @@ def _sampling(request: pb.CreateCompletionRequest, vocabulary: int) -> SamplingP
         min_p=given("min_p", 0, 0, 1),
         presence_penalty=given("presence_penalty", 0, -2, 2),
         frequency_penalty=given("frequency_penalty", 0, -2, 2),
-        repetition_penalty=repetition_penalty,
+        repetition_penalty=given("repetition_penalty", 1, 0, 2),
         logit_bias=_logit_bias(request, vocabulary),
         seed=request.seed if request.HasField("seed") else secrets.randbits(63),
     )

@@ -9,7 +9,7 @@ from completion.v1 import completion_pb2 as pb
 from google.protobuf import struct_pb2
 
 from service.errors import InvalidRequestError
-from service.rpc.checks import at_most, invalid
+from service.rpc.checks import at_most, invalid, shown
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt
 
@@ -101,7 +101,9 @@ def _tokens(ids: Iterable[int], tokenizer: Tokenizer) -> Prompt:
     token_ids = _not_empty(list(ids))
     for token in token_ids:
         if not 0 <= token < vocabulary:
-            raise invalid("prompt", f"Token id {token} is out of vocabulary (0..{vocabulary - 1}).", "invalid_value")
+            raise invalid(
+                "prompt", f"Token id {shown(str(token))} is out of vocabulary (0..{vocabulary - 1}).", "invalid_value"
+            )
     return tokenizer.prompt_of_tokens(token_ids)
 
 

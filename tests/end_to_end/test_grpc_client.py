@@ -192,6 +192,15 @@ def test_deadline_ends_the_call(stub: Stub) -> None:
     assert time.monotonic() - started < 10
 
 
+def test_every_answer_names_its_request(stub: Stub) -> None:
+    """The request's id comes with success and with failure, and is the caller's own where it sent one."""
+    call = stub.ListModels.with_call(pb.ListModelsRequest(), metadata=[*AUTHORIZED.items(), ("x-request-id", "mine-1")])
+    assert ("x-request-id", "mine-1") in [tuple(item) for item in call[1].trailing_metadata()]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetModel(pb.GetModelRequest(model="nothing"))
+    assert "x-request-id" in dict(caught.value.trailing_metadata())
+
+
 def test_native_grpc_through_envoy(stack: Stack) -> None:
     """The listener that serves REST carries native gRPC too, typed errors included."""
     with grpc.insecure_channel(stack.envoy_address) as channel:

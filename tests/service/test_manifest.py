@@ -14,12 +14,13 @@ from tests import fakes
 
 @pytest.fixture
 def directory(tmp_path):
-    """A model directory of two files, described by its manifest."""
+    """A model directory of three files, described by its manifest."""
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "model.onnx").write_bytes(b"weights")
     (directory / "tokenizer.json").write_bytes(b"letters")
-    names = ("model.onnx", "tokenizer.json")
+    (directory / "model.onnx.data").write_bytes(b"numbers")
+    names = ("model.onnx", "model.onnx.data", "tokenizer.json")
     fakes.manifest(
         files={name: FileEntry(bytes=7, sha256=manifest.file_sha256(directory / name)) for name in names}
     ).write(directory)
@@ -109,12 +110,13 @@ def test_field_that_does_not_fit(directory, changes, where):
     assert "export the model again" in message
 
 
-def test_file_that_nothing_vouches_for(directory):
-    """A manifest has to name both files that are loaded, so that neither goes unchecked."""
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+def test_file_that_nothing_vouches_for(directory, name):
+    """A manifest has to name every file that is loaded, so that none goes unchecked."""
     listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
-    del listed["tokenizer.json"]
+    del listed[name]
     edit(directory, files=listed)
-    assert "vouches for no tokenizer.json" in refused(directory)
+    assert f"vouches for no {name};" in refused(directory)
 
 
 def test_manifest_that_is_not_json(directory):

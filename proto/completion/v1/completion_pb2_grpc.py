@@ -103,8 +103,8 @@ class CompletionServiceServicer:
     def StreamCompletionEvents(self, request, context):
         """Renders the same stream as server-sent events for HTTP: `data: {...}` per message, closed by `data: [DONE]`.
 
-        Envoy's target for REST requests that ask for `stream`; the path is internal and cannot be requested from
-        outside. Without `stream` the whole answer comes as one JSON body.
+        Envoy's target for REST requests that ask for `stream`; Envoy refuses its path to callers. Without `stream` the
+        whole answer comes as one JSON body.
 
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME

@@ -68,8 +68,8 @@ class CompletionServiceStub:
     StreamCompletionEvents: _grpc.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _httpbody_pb2.HttpBody]
     """Renders the same stream as server-sent events for HTTP: `data: {...}` per message, closed by `data: [DONE]`.
 
-    Envoy's target for REST requests that ask for `stream`; the path is internal and cannot be requested from
-    outside. Without `stream` the whole answer comes as one JSON body.
+    Envoy's target for REST requests that ask for `stream`; Envoy refuses its path to callers. Without `stream` the
+    whole answer comes as one JSON body.
 
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
@@ -114,8 +114,8 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
     StreamCompletionEvents: _aio.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """Renders the same stream as server-sent events for HTTP: `data: {...}` per message, closed by `data: [DONE]`.
 
-    Envoy's target for REST requests that ask for `stream`; the path is internal and cannot be requested from
-    outside. Without `stream` the whole answer comes as one JSON body.
+    Envoy's target for REST requests that ask for `stream`; Envoy refuses its path to callers. Without `stream` the
+    whole answer comes as one JSON body.
 
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
@@ -175,8 +175,8 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
         """Renders the same stream as server-sent events for HTTP: `data: {...}` per message, closed by `data: [DONE]`.
 
-        Envoy's target for REST requests that ask for `stream`; the path is internal and cannot be requested from
-        outside. Without `stream` the whole answer comes as one JSON body.
+        Envoy's target for REST requests that ask for `stream`; Envoy refuses its path to callers. Without `stream` the
+        whole answer comes as one JSON body.
 
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME

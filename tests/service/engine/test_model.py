@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,3 +92,21 @@ def test_positions_beyond_the_slot_are_refused(model, tokens):
         model.forward(0, [tokens[:30]], [CONTEXT - 29], [])
     with pytest.raises(ValueError, match=r"not within 0\.\.5"):
         model.forward(5, [[1], [1]], [0, 0], [])
+
+
+def test_unused_positions_take_no_memory(model_dir, tokens):
+    """One short prompt in each of many long slots takes memory for its own positions, not for the slots' length."""
+    described = manifest.load(model_dir)
+    long = Model(model_dir, described, slots=16, context_length=8192, threads=2, batch_invariant=True)
+    long.forward(0, [tokens[:2]], [0], [(0, 1)])
+    before = resident_bytes()
+    for slot in range(16):
+        long.forward(slot, [tokens[:2]], [0], [(0, 1)])
+    a_whole_slot = 8192 * described.kv.bytes_per_token
+    assert resident_bytes() - before < a_whole_slot / 2
+
+
+def resident_bytes():
+    """What the process holds in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

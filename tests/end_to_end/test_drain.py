@@ -1,0 +1,104 @@
+"""SIGTERM under load: what can finish does, what cannot hears why, and the process ends with 0."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import openai
+import pytest
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, envoy, free_ports
+
+ENDLESS = {"model": MODEL, "prompt": "Once", "max_tokens": 6000, "ignore_eos": True}
+
+
+@contextmanager
+def serving(model_dir: Path, folder: Path, *arguments: str) -> Iterator[tuple[Stack, subprocess.Popen[bytes]]]:
+    """A service process of its own behind a real Envoy."""
+    http_port, grpc_port = free_ports(2)
+    command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(grpc_port), *arguments]
+    with (folder / "service.log").open("wb") as log, envoy(http_port, grpc_port, folder):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            stack = Stack(http_port, grpc_port)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not answers(stack):
+                time.sleep(0.1)
+            yield stack, process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def answers(stack: Stack) -> bool:
+    try:
+        return stack.request("GET", "/v1/models").status == 200
+    except OSError:
+        return False
+
+
+def test_streams_that_outlast_the_drain_end_with_an_error(model_dir: Path, tmp_path: Path) -> None:
+    """A stream cut off by the end of the drain ends with an error that the official client raises; unary gets 503."""
+    with (
+        serving(model_dir, tmp_path, "--drain-seconds", "1") as (stack, process),
+        openai.OpenAI(base_url=stack.base_url, api_key=KEY, max_retries=0) as client,
+        grpc.insecure_channel(stack.grpc_address) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        extra = {"extra_body": {"ignore_eos": True}}
+        fields = {name: value for name, value in ENDLESS.items() if name != "ignore_eos"}
+        stream = iter(client.completions.create(**fields, **extra, stream=True))
+        next(stream)
+        stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        typed = stub.StreamCompletion(pb.CreateCompletionRequest(**typed_fields(ENDLESS)), metadata=metadata())
+        next(typed)
+        unary = pool.submit(lambda: stack.complete(**ENDLESS))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(typed)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "stopping" in caught.value.details()
+        assert unary.result().status == 503
+        assert process.wait(20) == 0
+    for line in (tmp_path / "service.log").read_text().splitlines():
+        assert "Traceback" not in json.loads(line).get("exception", "")
+
+
+def test_running_requests_finish(model_dir: Path, tmp_path: Path) -> None:
+    """After SIGTERM a running request gets its whole answer, health says NOT_SERVING, and new requests are refused."""
+    with serving(model_dir, tmp_path) as (stack, process), grpc.insecure_channel(stack.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=60, ignore_eos=True)
+        call = completion_pb2_grpc.CompletionServiceStub(channel).StreamCompletion(request, metadata=metadata())
+        next(call)
+        process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+        assert list(call)[-1].choices[0].finish_reason == pb.FINISH_REASON_LENGTH
+        assert process.wait(20) == 0
+        assert stack.complete(prompt="a").status == 503
+
+
+def typed_fields(fields: dict) -> dict:
+    return {("text" if name == "prompt" else name): value for name, value in fields.items()}
+
+
+def metadata() -> list[tuple[str, str]]:
+    return list(AUTHORIZED.items())
