@@ -28,6 +28,7 @@ def assert_envelope(answer: Answer) -> dict:
     error = answer.json["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str)
+    assert error["message"]
     assert error["type"]
     return error
 
@@ -144,6 +145,7 @@ def test_refused_bodies(stack: Stack, body, status, param, code, message) -> Non
         ("GET", "/v1/models?x=1", 400),
         ("POST", "/v1%2Fcompletions", 400),
         ("GET", "/v1/models/nobody%2Fnothing", 404),
+        ("GET", "/v1/models/%00", 400),
     ],
 )
 def test_refused_paths(stack: Stack, method: str, path: str, status: int) -> None:
