@@ -48,7 +48,7 @@ def test_file_named_by_the_environment(monkeypatch, file):
 def test_defaults():
     """Only the model directory has none; what listens does so on loopback."""
     loaded = settings.load(MODEL)
-    assert (loaded.host, loaded.port, loaded.api_keys_file) == ("127.0.0.1", 50051, None)
+    assert (str(loaded.host), loaded.port, loaded.api_keys_file) == ("127.0.0.1", 50051, None)
     assert loaded.batch_invariant
 
 
@@ -83,6 +83,14 @@ def test_value_out_of_range(monkeypatch):
     assert "'70000'" in message
     assert "COMPLETION_MAX_RUNNING" in message
     assert "'many'" in message
+
+
+def test_host_is_an_address():
+    """A name could stand for several addresses, of which some may be taken: only an IP address says where to listen."""
+    assert settings.load([*MODEL, "--host", "::1"]).host.version == 6
+    message = refused(*MODEL, "--host", "localhost")
+    assert "COMPLETION_HOST" in message
+    assert "'localhost'" in message
 
 
 @pytest.mark.parametrize(
