@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -75,8 +74,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error(model_dir: Path, tmp_p
         assert "stopping" in caught.value.details()
         assert unary.result().status == 503
         assert process.wait(20) == 0
-    for line in (tmp_path / "service.log").read_text().splitlines():
-        assert "Traceback" not in json.loads(line).get("exception", "")
+    assert "Traceback" not in (tmp_path / "service.log").read_text()
 
 
 def test_running_requests_finish(model_dir: Path, tmp_path: Path) -> None:
