@@ -26,6 +26,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller")
 current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_request_id")
+# What the call's line in the log says besides: never content, keys, or names in clear.
+call_notes: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("call_notes")
 
 
 class _Malformed:
@@ -80,6 +82,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = _request_id(metadata.get("x-request-id"))
         current_request_id.set(request_id)
+        notes: dict[str, str] = {}
+        call_notes.set(notes)
         context.set_trailing_metadata((("x-request-id", request_id),))
         name, code = "", grpc.StatusCode.CANCELLED
         try:
@@ -103,6 +107,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 "caller": name,
                 "request_id": request_id,
                 "seconds": round(time.monotonic() - started, 4),
+                **notes,
             }
             _log.info("call", extra={"fields": fields})
 

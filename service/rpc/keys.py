@@ -1,10 +1,11 @@
-"""API keys: known by their SHA-256 alone, compared in constant time."""
+"""Who calls: API keys, known by their SHA-256 alone and compared in constant time, and names for the log."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from service.errors import AuthenticationError, StartupError
 
 _LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})$")
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
+
+
+_PSEUDONYM_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,8 @@ class KeyRing:
         if name is None:
             raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
         return Caller(name, digest.hex())
+
+
+def pseudonym(user: str) -> str:
+    """What the log calls an end user: the same within one process, and nothing to look a name up by."""
+    return hashlib.blake2b(user.encode(), key=_PSEUDONYM_KEY, digest_size=8).hexdigest()

@@ -16,7 +16,8 @@ from service.errors import InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
 from service.rpc.checks import shown
-from service.rpc.interceptors import Context, current_caller, failure
+from service.rpc.interceptors import Context, call_notes, current_caller, failure
+from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, Request
@@ -95,6 +96,8 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if not request.model:
             raise InvalidRequestError("you must provide a model parameter", param="model")
         model = self._find(request.model)
+        if request.user:
+            call_notes.get()["user"] = pseudonym(request.user)
         identity = current_caller.get().identity
         loop = asyncio.get_running_loop()
         parsed = await loop.run_in_executor(

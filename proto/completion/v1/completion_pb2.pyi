@@ -149,7 +149,7 @@ class CreateCompletionRequest(_message.Message):
     Range: any int64. Default: random.
     """
     user: _builtins.str
-    """The caller's own name for its end user. At most 256 characters; never logged in clear. Default: none."""
+    """The caller's own name for its end user. At most 256 characters; logged as a keyed hash alone. Default: none."""
     top_k: _builtins.int
     """Samples among this many likeliest tokens. Range: -1 or >= 0; -1 and 0 are off; above the vocabulary is the
     vocabulary. Default: 0 (off). An extension to OpenAI's parameters, as are all that follow.

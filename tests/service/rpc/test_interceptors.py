@@ -236,3 +236,18 @@ async def test_log_line_per_call(served, caplog):
     assert (lines[0]["method"], lines[0]["code"], lines[0]["caller"]) == (METHOD, "OK", "team")
     assert "secret" not in str([record.__dict__ for record in caplog.records])
     assert "sk-right" not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_users_are_logged_by_pseudonym(served, caplog):
+    """The same user has the same name in the log, another one another, and neither stands there in clear."""
+    caplog.set_level(logging.INFO)
+    for user in ("alice", "bob", "alice"):
+        await served.stub.CreateCompletion(asked(max_tokens=1, user=user), metadata=KEY)
+    for _ in range(100):
+        users = [record.fields["user"] for record in caplog.records if record.message == "call"]
+        if len(users) == 3:
+            break
+        await asyncio.sleep(0.005)
+    first, second, third = users
+    assert first == third != second
+    assert "alice" not in str([record.__dict__ for record in caplog.records])
