@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint stubs check-stubs clean
+.PHONY: run test lint stubs check-stubs bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -32,6 +32,9 @@ check-stubs: $(VENV)/.test
 stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from proto/.
 	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
+
+bench: $(VENV)/.test ## What each door costs: REST through Envoy, gRPC, the bare engine.
+	$(PYTHON) -m bench
 
 clean:
 	rm -rf $(VENV) $(DEFAULT_MODEL)

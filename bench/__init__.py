@@ -1,0 +1,1 @@
+"""What each door of the service costs: same weights, threads, client and requests."""
