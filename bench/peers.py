@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,7 @@ from deploy import local
 from service.server import load_model
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
-from tests.stack import envoy, free_ports
+from tests.stack import Stack, envoy, free_ports
 
 START_SECONDS = 120
 
@@ -34,7 +31,7 @@ def rest_through_envoy(model_dir: Path, threads: int) -> Iterator[Stream]:
         tempfile.TemporaryDirectory() as folder,
         envoy(http_port, grpc_port, Path(folder)),
     ):
-        _wait(f"http://127.0.0.1:{http_port}/v1/models")
+        Stack(http_port, grpc_port).wait_until_ready(START_SECONDS)
         yield rest(http_port, local.MODEL)
 
 
@@ -126,17 +123,3 @@ def _running(name: str, command: list[str]) -> Iterator[None]:
             child.check()
         finally:
             child.stop()
-
-
-def _wait(url: str) -> None:
-    """Waits until `url` answers with 200."""
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            request = urllib.request.Request(url, headers={"Authorization": "Bearer bench"})
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise local.LaunchError(f"{url} did not answer within {START_SECONDS} s: {error}") from None
-        time.sleep(0.2)

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ class Stack:
 
     http: int
     grpc: int
-    process: subprocess.Popen[str] | None = field(default=None, compare=False)
 
     @property
     def base_url(self) -> str:
@@ -65,6 +65,19 @@ class Stack:
     @property
     def envoy_address(self) -> str:
         return f"127.0.0.1:{self.http}"
+
+    def wait_until_ready(self, seconds: float = 60) -> None:
+        """Returns once a request gets through Envoy to the service."""
+        deadline = time.monotonic() + seconds
+        while not self._answers():
+            assert time.monotonic() < deadline, f"no answer from port {self.http} within {seconds} s"
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        try:
+            return self.request("GET", "/v1/models").status == 200
+        except OSError:
+            return False
 
     def request(
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] = AUTHORIZED
@@ -99,7 +112,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def launched(model_dir: Path, *service_args: str, key: str = KEY) -> Iterator[Stack]:
+def launched(model_dir: Path) -> Iterator[Stack]:
     """Service and Envoy as separate processes, by the launcher behind `make run`."""
     http_port, grpc_port = free_ports(2)
     environment = {
@@ -107,15 +120,15 @@ def launched(model_dir: Path, *service_args: str, key: str = KEY) -> Iterator[St
         "HTTP_PORT": str(http_port),
         "GRPC_PORT": str(grpc_port),
         "MODEL_DIR": str(model_dir),
-        "API_KEY": key,
+        "API_KEY": KEY,
     }
-    command = [sys.executable, "deploy/local.py", "--", *service_args]
+    command = [sys.executable, "deploy/local.py"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         wait_until_ready(process)
-        yield Stack(http_port, grpc_port, process)
+        yield Stack(http_port, grpc_port)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

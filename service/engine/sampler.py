@@ -99,7 +99,7 @@ def choose(logits: Floats, params: SamplingParams, u: float) -> int:
 def _quantile(weights: Floats, u: float) -> int:
     cumulative = np.cumsum(weights, dtype=np.float64)
     index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return min(index, int(np.flatnonzero(weights)[-1])) if index >= len(weights) else index
+    return index if index < len(weights) else int(np.flatnonzero(weights)[-1])  # rounding may carry u past the end
 
 
 def _filter(weights: Floats, params: SamplingParams) -> tuple[Ids, Floats]:

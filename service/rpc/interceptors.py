@@ -95,9 +95,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            if not isinstance(error, ServiceError):
-                _log.exception("call failed", extra={"fields": {"request_id": request_id}})
-            code, message = status_of(error, request_id)
+            code, message = _explain(error)
             metadata_out = (("x-request-id", request_id), *trailing_metadata(code, message, error))
             await context.abort(code, message.message, metadata_out)
         finally:
@@ -142,8 +140,13 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
 
 
 def failure(error: Exception) -> pb.Error:
-    """What to tell the caller of a failure after the answer has begun; logged when it is not expected."""
+    """What to tell the caller of a failure after the answer has begun."""
+    return _explain(error)[1]
+
+
+def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
+    """The status and the error to send for an exception; one that is not expected is logged."""
     request_id = current_request_id.get()
     if not isinstance(error, ServiceError):
-        _log.exception("call failed", exc_info=error, extra={"fields": {"request_id": request_id}})
-    return status_of(error, request_id)[1]
+        _log.error("call failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+    return status_of(error, request_id)

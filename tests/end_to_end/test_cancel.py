@@ -50,18 +50,8 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     settings = Settings(model_dir=model_dir, port=grpc_port, max_running=8, drain_seconds=1)
     with ServiceThread(settings) as service, envoy(http_port, grpc_port, tmp_path_factory.mktemp("envoy")):
         stack = Stack(http_port, grpc_port)
-        deadline = time.monotonic() + 30
-        while not _ready(stack):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        stack.wait_until_ready()
         yield Watched(stack, service.server.model.engine)
-
-
-def _ready(stack: Stack) -> bool:
-    try:
-        return stack.request("GET", "/v1/models").status == 200
-    except OSError:
-        return False
 
 
 def test_two_hundred_cancelled_streams_leave_nothing(watched: Watched) -> None:

@@ -32,20 +32,11 @@ def serving(model_dir: Path, folder: Path, *arguments: str) -> Iterator[tuple[St
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             stack = Stack(http_port, grpc_port)
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and not answers(stack):
-                time.sleep(0.1)
+            stack.wait_until_ready()
             yield stack, process
         finally:
             process.kill()
             process.wait()
-
-
-def answers(stack: Stack) -> bool:
-    try:
-        return stack.request("GET", "/v1/models").status == 200
-    except OSError:
-        return False
 
 
 def test_streams_that_outlast_the_drain_end_with_an_error(model_dir: Path, tmp_path: Path) -> None:
