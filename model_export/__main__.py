@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
                 aliases=tuple(options.alias),
                 owned_by=options.owned_by,
                 quantization=options.quantization,
+                prompts=options.prompts,
                 max_kl=options.max_kl,
                 overwrite=options.overwrite,
             ),
@@ -54,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "int4z", "int8", "float32"),
         default="auto",
         help="form of the matrices; auto keeps 4-bit sources in 4 bits and takes 8 bits for all others",
+    )
+    parser.add_argument(
+        "--prompts",
+        choices=("auto", "float32", "none"),
+        default="auto",
+        help="form of the matrices of a second graph, which reads prompts faster; auto has one up to 2 GiB",
     )
     parser.add_argument(
         "--max-kl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -16,15 +17,15 @@ import onnx_ir as ir
 from model_export.checkpoint import Checkpoint
 from model_export.errors import ExportError
 from model_export.gguf_source import read_gguf
-from model_export.graph import build_graph
+from model_export.graph import build_graph, build_prompt_graph
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.quantize import Form
 from model_export.verify import Report, verify
 from service import manifest
 
-MODEL_FILE = "model.onnx"
-TOKENIZER_FILE = "tokenizer.json"
+# Above this size of the matrices in float32 a second graph for prompts takes more memory than its speed is worth.
+PROMPT_GRAPH_BYTES = 2 << 30
 FILL_IN_THE_MIDDLE = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -41,6 +42,7 @@ class Options:
     aliases: tuple[str, ...] = ()
     owned_by: str | None = None
     quantization: Form | Literal["auto"] = "auto"
+    prompts: Literal["auto", "float32", "none"] = "auto"
     max_kl: float = 0.005
     overwrite: bool = False
 
@@ -55,13 +57,26 @@ def export(source: Path, directory: Path, options: Options, progress: Progress) 
     form = _form(options.quantization, checkpoint)
     with _written_at_once(directory) as work:
         layers = checkpoint.architecture.layers
-        with Initializers(work) as data:
-            model = build_graph(checkpoint, form, data, progress("building", layers))
-        ir.save(model, work / MODEL_FILE)
-        checkpoint.vocabulary.tokenizer.save(str(work / TOKENIZER_FILE))
-        report = verify(checkpoint, work / MODEL_FILE, options.max_kl, progress("verifying", layers))
+        model = work / manifest.MODEL_FILE
+        with Initializers(work / manifest.WEIGHTS_FILE) as data:
+            ir.save(build_graph(checkpoint, form, data, progress("building", layers)), model)
+        prompts = work / manifest.PROMPT_MODEL_FILE if _has_prompt_graph(options.prompts, form, checkpoint) else None
+        if prompts is not None:
+            with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
+                ir.save(build_prompt_graph(checkpoint, form, data, progress("building for prompts", layers)), prompts)
+        checkpoint.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
+        report = verify(checkpoint, model, prompts, options.max_kl, progress("verifying", layers))
         _manifest(checkpoint, form, report, options, work).write(work)
     return report
+
+
+def _has_prompt_graph(wanted: Literal["auto", "float32", "none"], form: Form, checkpoint: Checkpoint) -> bool:
+    """Whether a graph of float32 matrices is worth having beside one whose matrices are of `form`."""
+    if form == "float32" or wanted == "none":
+        return False
+    names = [name for name in checkpoint.tensors if name.startswith("blk.")]
+    size = sum(4 * math.prod(checkpoint.tensors[name].shape) for name in names)
+    return wanted == "float32" or size <= PROMPT_GRAPH_BYTES
 
 
 def _check_destination(directory: Path, overwrite: bool) -> None:
@@ -129,7 +144,10 @@ def _manifest(
             dtype="float32",
         ),
         quantization=manifest.Quantization(
-            weights=form, source=checkpoint.weights, min_rows=2 if form == "int4z" else 1
+            weights=form,
+            prompts="float32" if (directory / manifest.PROMPT_MODEL_FILE).exists() else None,
+            source=checkpoint.weights,
+            min_rows=2 if form == "int4z" else 1,
         ),
         quality=manifest.Quality(kl=report.kl, max_logit_error=report.max_logit_error, tokens=report.tokens),
         files={path.name: _file_entry(path) for path in sorted(directory.iterdir())},

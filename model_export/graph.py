@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from model_export.checkpoint import Architecture, Checkpoint
 from model_export.initializers import Initializers
-from model_export.operators import CONTRIB, Operators
+from model_export.operators import CONTRIB, Operators, Table
 from model_export.quantize import Form
 from model_export.weights import stack_rows
 
@@ -36,7 +36,21 @@ IR_VERSION = 10
 
 def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
     """The model of `checkpoint` with its matrices in `form`; weights go to `data`, `on_layer` hears of each layer."""
-    decoder = _Decoder(checkpoint, Operators(data, form))
+    return _build(_Decoder(checkpoint, Operators(data, form, form)), data, on_layer)
+
+
+def build_prompt_graph(
+    checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]
+) -> ir.Model:
+    """The same model for calls of many positions of which few get logits: layers in float32, embedding in `form`.
+
+    It reads and writes the same keys and values. What follows the last layer's attention is computed for the wanted
+    positions alone.
+    """
+    return _build(_Decoder(checkpoint, Operators(data, "float32", form), few_wanted=True), data, on_layer)
+
+
+def _build(decoder: _Decoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
     outputs = decoder.forward(on_layer)
     graph = ir.Graph(
         decoder.inputs,
@@ -44,16 +58,17 @@ def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer
         nodes=decoder.operators.nodes,
         initializers=data.used,
         opset_imports=OPSETS,
-        name=checkpoint.name,
+        name=decoder.checkpoint.name,
     )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint, operators: Operators) -> None:
+    def __init__(self, checkpoint: Checkpoint, operators: Operators, few_wanted: bool = False) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.operators = operators
+        self.few_wanted = few_wanted
         self.input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
         self.seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
         self.total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
@@ -78,16 +93,23 @@ class _Decoder:
         for layer in range(self.architecture.layers):
             attended, *keys_and_values = self._attention(layer, hidden)
             present += keys_and_values
+            if self.few_wanted and layer == self.architecture.layers - 1:
+                attended, residual = self._wanted_positions(attended), self._wanted_positions(residual)
+            attended = self._linear(attended, f"blk.{layer}.attn_output")
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
             hidden, residual = self._add_and_norm(self._mlp(layer, hidden), residual, self._norm_after(layer))
             on_layer()
-        if not self.architecture.tied_embedding:
-            table = self.operators.table("output.weight", self.checkpoint.matrix("output.weight"))
-        logits = self.operators.project(self._wanted_positions(hidden), table)
+        wanted = hidden if self.few_wanted else self._wanted_positions(hidden)
+        logits = self._head(wanted, table)
         return [_declare(logits, "logits", ["R", self.architecture.vocab_size]), *present]
 
+    def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
+        if self.architecture.tied_embedding:
+            return self.operators.head(hidden, "output.weight", self.checkpoint.matrix("token_embd.weight"), embedding)
+        return self.operators.head(hidden, "output.weight", self.checkpoint.matrix("output.weight"))
+
     def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
-        """What attention adds to the residual stream, and the layer's present keys and values."""
+        """The attended values [B, S, heads * head_dim], and the layer's present keys and values."""
         architecture, prefix = self.architecture, f"blk.{layer}."
         cache_shape: list[int | str] = ["B", architecture.kv_heads, "max_len", architecture.head_dim]
         past = [ir.val(f"past_{kind}.{layer}", ir.DataType.FLOAT, cache_shape) for kind in ("key", "value")]
@@ -110,7 +132,7 @@ class _Decoder:
         )
         _declare(key, f"present_key.{layer}", cache_shape)
         _declare(value, f"present_value.{layer}", cache_shape)
-        return [self._linear(attended, prefix + "attn_output"), key, value]
+        return [attended, key, value]
 
     def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
         """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
@@ -149,9 +171,10 @@ class _Decoder:
         following = layer + 1
         return f"blk.{following}.attn_norm.weight" if following < self.architecture.layers else "output_norm.weight"
 
-    def _wanted_positions(self, hidden: ir.Value) -> ir.Value:
-        sizes = self.operators.sizes("flat_positions", -1, self.architecture.hidden_size)
-        return self.operators.apply("Gather", self.operators.apply("Reshape", hidden, sizes), self.logits_idx, axis=0)
+    def _wanted_positions(self, value: ir.Value) -> ir.Value:
+        """The rows [R, columns] of `value` [B, S, columns] that get logits."""
+        flat = self.operators.apply("Flatten", value, axis=2)
+        return self.operators.apply("Gather", flat, self.logits_idx, axis=0)
 
     def _vector(self, name: str) -> ir.Value:
         return self.operators.vector(name, self.checkpoint.floats(name))

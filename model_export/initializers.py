@@ -10,16 +10,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-FILE_NAME = "model.onnx.data"
 ALIGNMENT = 4096
 
 
 class Initializers:
     """The external data file of a model; arrays start at page boundaries, so that they can be mapped into memory."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._file = (directory / FILE_NAME).open("wb")
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
         self._values: list[ir.Value] = []
 
     def __enter__(self) -> Self:
@@ -39,13 +38,13 @@ class Initializers:
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(array).data)
         tensor = ir.ExternalTensor(
-            FILE_NAME,
+            self._path.name,
             offset,
             array.nbytes,
             ir.DataType.from_numpy(array.dtype),
             shape=ir.Shape(array.shape),
             name=name,
-            base_dir=self._directory,
+            base_dir=self._path.parent,
         )
         return self._declare(tensor)
 
@@ -56,13 +55,13 @@ class Initializers:
             raise TypeError(f"{value.name} is not in the data file")
         return self._declare(
             ir.ExternalTensor(
-                FILE_NAME,
+                self._path.name,
                 whole.offset,
                 whole.length,
                 whole.dtype,
                 shape=ir.Shape(shape),
                 name=name,
-                base_dir=self._directory,
+                base_dir=self._path.parent,
             )
         )
 

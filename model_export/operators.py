@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from model_export.initializers import Initializers
-from model_export.quantize import Form, Packed, pack
+from model_export.quantize import Form, Packed, mixing, pack, pack_rows
 from model_export.weights import BLOCK, Floats, Matrix, dequantize
 
 CONTRIB = "com.microsoft"
@@ -31,11 +31,15 @@ Table = StoredBlocks | ir.Value
 
 
 class Operators:
-    """Appends nodes to a graph and their weights to its data file; matrices take the given form."""
+    """Appends nodes to a graph and their weights to its data file.
 
-    def __init__(self, data: Initializers, form: Form) -> None:
+    The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`.
+    """
+
+    def __init__(self, data: Initializers, form: Form, tables: Form) -> None:
         self._data = data
         self._form = form
+        self._tables = tables
         self._tape = Tape()
 
     @property
@@ -78,18 +82,14 @@ class Operators:
             product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
             return product if offset is None else self.apply("Add", product, offset)
         packed = pack(matrix, self._form)
-        if packed.block_sums:
-            value = self._append_block_sums(value, name, matrix.shape[1], packed.block_sums)
+        if packed.block_means:
+            means = self.apply("AveragePool", value, kernel_shape=[BLOCK], strides=[BLOCK])
+            value = self.apply("Concat", value, *[means] * packed.block_means, axis=-1)
         return self._matmul_nbits(value, self._store(name, packed), offset)
 
-    def _append_block_sums(self, value: ir.Value, name: str, columns: int, copies: int) -> ir.Value:
-        blocks = self.apply("Reshape", value, self.sizes(f"{name}.blocks", 0, 0, columns // BLOCK, BLOCK))
-        sums = self.apply("ReduceSum", blocks, self.sizes(f"{name}.last_axis", -1), keepdims=0)
-        return self.apply("Concat", value, *[sums] * copies, axis=-1)
-
     def table(self, name: str, matrix: Matrix) -> Table:
-        """Stores a matrix [rows, columns] that may both be looked up by row and be multiplied with."""
-        if self._form == "float32":
+        """Stores a matrix [rows, columns] to look rows up in."""
+        if self._tables == "float32":
             return self._data.add(name, dequantize(matrix))
         return self._store(name, pack(matrix, "int8"))
 
@@ -111,11 +111,32 @@ class Operators:
             quantize_axis=1,
         )
 
-    def project(self, value: ir.Value, table: Table) -> ir.Value:
-        """The product of `value` [rows, columns] with the transpose of the table."""
-        if isinstance(table, ir.Value):
-            return self.apply("Gemm", value, table, transB=1)
-        return self._matmul_nbits(value, table)
+    def head(self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None) -> ir.Value:
+        """The product of `value` [rows, columns] with the transpose of `matrix`, of which there may be a `table`.
+
+        In integers each row of `value` is mixed and scaled to 8 bits by its own largest number: sums of integers are
+        exact, so a row's result does not depend on the others.
+        """
+        if self._tables == "float32":
+            weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
+            return self.apply("Gemm", value, weights, transB=1)
+        mix = mixing(matrix.shape[1])
+        packed = pack_rows(dequantize(matrix) @ mix)
+        mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
+        largest = self.apply("ReduceMax", self.apply("Abs", mixed), self.sizes(f"{name}.last_axis", -1), keepdims=1)
+        step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
+        zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
+        product = self.apply(
+            "MatMulIntegerToFloat",
+            self.apply("QuantizeLinear", self.apply("Div", mixed, largest), step, zero),
+            self._data.add(f"{name}.row_codes", packed.codes),
+            step,
+            self._data.add(f"{name}.row_scales", packed.scales),
+            zero,
+            self._data.add(f"{name}.row_zero_points", packed.zero_points),
+            domain=CONTRIB,
+        )
+        return self.apply("Mul", product, largest)
 
     def _store(self, name: str, packed: Packed) -> StoredBlocks:
         return StoredBlocks(

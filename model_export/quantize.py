@@ -1,4 +1,4 @@
-"""Packs weight matrices for the MatMulNBits operator."""
+"""Packs weight matrices for operators on small integers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantiz
 Form = Literal["float32", "int8", "int4z"]
 
 # Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
-SUM_COPIES = 2
+MEAN_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Packed:
     """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
 
     `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
-    are half the range. After the matrix's own columns follow `block_sums` copies of one column for each of its blocks,
-    to be multiplied with the sum of the activation over that block.
+    are half the range. After the matrix's own columns follow `block_means` copies of one column for each of its blocks,
+    to be multiplied with the mean of the activation over that block.
     """
 
     codes: Bytes
@@ -29,7 +29,38 @@ class Packed:
     zero_points: Bytes | None
     bits: int
     columns: int
-    block_sums: int = 0
+    block_means: int = 0
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A matrix [rows, columns] in 8 bits with one scale a row: a weight is `scale * (code - zero point)` of its row.
+
+    `codes` is [columns, rows]; `scales` and `zero_points` are [rows].
+    """
+
+    codes: Bytes
+    scales: Floats
+    zero_points: Bytes
+
+
+def pack_rows(weights: Floats) -> PackedRows:
+    """Packs `weights` [rows, columns] by rounding to nearest. Rows should be free of outliers: see `mixing`."""
+    codes, scales, zeros = _round_to_nearest(weights)
+    return PackedRows(np.ascontiguousarray(codes.T), scales, zeros)
+
+
+def mixing(size: int) -> Floats:
+    """An orthogonal matrix [size, size] that spreads any outlier over all columns, so that 8 bits hold a row well.
+
+    A cosine transform of the columns, each with a random sign that is always the same.
+    """
+    columns = np.arange(size)
+    cosines = np.cos(np.pi / size * np.outer(columns + 0.5, columns)) * np.sqrt(2 / size)
+    cosines[:, 0] /= np.sqrt(2)
+    signs = np.random.Generator(np.random.Philox(size)).choice([-1.0, 1.0], size)
+    spread: Floats = (signs[:, None] * cosines).astype(np.float32)
+    return spread
 
 
 def pack(matrix: Matrix, form: Literal["int8", "int4z"]) -> Packed:
@@ -43,7 +74,7 @@ def _pack_int8(matrix: Matrix) -> Packed:
     if isinstance(matrix, Blocks) and _has_integer_zero_points(matrix):
         codes, scales, zeros = matrix.codes, matrix.scales, _zero_points(matrix, 255)
     else:
-        codes, scales, zeros = _round_to_nearest(dequantize(matrix))
+        codes, scales, zeros = _round_to_nearest(dequantize(matrix).reshape(matrix.shape[0], -1, BLOCK))
     centred = bool(np.all((zeros == 128) | (scales == 0)))
     return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
 
@@ -51,21 +82,22 @@ def _pack_int8(matrix: Matrix) -> Packed:
 def _pack_int4z(matrix: Blocks) -> Packed:
     """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
 
-    The remainder times the block's sum is the rest of the product, so the remainders become further columns.
+    The remainder times the block's sum is the rest of the product, so the remainders become further columns. They
+    are multiplied with means, which one pooling operator computes, so they are stored times the block's size.
     """
     zeros = _zero_points(matrix, 15)
     remainders = matrix.minimums + matrix.scales * zeros
     columns = matrix.shape[1]
     if not remainders.any():
         return Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, columns)
-    codes, scales = _share_among_int4_copies(remainders)
+    codes, scales = _share_among_int4_copies(BLOCK * remainders)
     return Packed(
         codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
         scales=np.concatenate([matrix.scales, scales], axis=1),
         zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
         bits=4,
-        columns=columns + SUM_COPIES * remainders.shape[1],
-        block_sums=SUM_COPIES,
+        columns=columns + MEAN_COPIES * remainders.shape[1],
+        block_means=MEAN_COPIES,
     )
 
 
@@ -79,12 +111,11 @@ def _has_integer_zero_points(matrix: Blocks) -> bool:
     return bool(np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0))
 
 
-def _round_to_nearest(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """8-bit codes, scales and zero points whose range covers each block's weights and zero.
+def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """8-bit codes, scales and zero points whose range covers each block's weights, along the last axis, and zero.
 
     A block of 16 evenly spaced weights around zero lands on every 17th code: only its offset is rounded.
     """
-    blocks = weights.reshape(len(weights), -1, BLOCK)
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     scales = ((high - low) / 255).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
@@ -94,22 +125,22 @@ def _round_to_nearest(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
 
 
 def _share_among_int4_copies(values: Floats) -> tuple[Bytes, Floats]:
-    """4-bit codes around 8, and their scales, of `values` split into SUM_COPIES addends side by side.
+    """4-bit codes around 8, and their scales, of `values` split into MEAN_COPIES addends side by side.
 
     Columns come in blocks of 32, the last one filled up with zeros. A later copy takes up what rounding left over.
     """
     rows, columns = values.shape
-    copies = np.concatenate([values] * SUM_COPIES, axis=1)
+    copies = np.concatenate([values] * MEAN_COPIES, axis=1)
     blocks = np.pad(copies, ((0, 0), (0, -copies.shape[1] % BLOCK))).reshape(rows, -1, BLOCK)
     extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    scales = (extremes / (-8 * SUM_COPIES)).astype(np.float32)
+    scales = (extremes / (-8 * MEAN_COPIES)).astype(np.float32)
     steps = np.repeat(scales, BLOCK, axis=1)
     inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
     codes = np.full(steps.shape, 8, np.uint8)
     left = values.copy()
-    for copy in range(SUM_COPIES):
+    for copy in range(MEAN_COPIES):
         place = slice(copy * columns, (copy + 1) * columns)
-        share = np.clip(np.rint(left * inverse[:, place] / (SUM_COPIES - copy)), -8, 7)
+        share = np.clip(np.rint(left * inverse[:, place] / (MEAN_COPIES - copy)), -8, 7)
         left -= share * steps[:, place]
         codes[:, place] = share + 8
     return codes.reshape(rows, -1, BLOCK), scales

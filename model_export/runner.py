@@ -12,16 +12,21 @@ from model_export.weights import Floats
 
 
 class Runner:
-    """An exported model and the keys and values of one text of at most `capacity` positions."""
+    """An exported model and the keys and values of one text of at most `capacity` positions.
 
-    def __init__(self, path: Path, capacity: int) -> None:
-        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self._capacity = capacity
+    `model` runs every call, or where there is a `prompts` graph those of one token alone.
+    """
+
+    def __init__(self, model: Path, capacity: int, prompts: Path | None = None) -> None:
+        self._decoding = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self._reading = self._decoding
+        if prompts is not None:
+            self._reading = onnxruntime.InferenceSession(prompts, providers=["CPUExecutionProvider"])
         self._caches = {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros((1, entry.shape[1], capacity, entry.shape[3]), np.float32)
             )
-            for entry in self._session.get_inputs()
+            for entry in self._decoding.get_inputs()
             if entry.name.startswith("past_")
         }
 
@@ -32,7 +37,8 @@ class Runner:
         return np.concatenate(parts)
 
     def _forward(self, tokens: NDArray[np.int64], end: int) -> Floats:
-        binding = self._session.io_binding()
+        session = self._decoding if len(tokens) == 1 else self._reading
+        binding = session.io_binding()
         feeds = {
             "input_ids": tokens[None, :],
             "seqlens_k": np.array([end - 1], np.int32),
@@ -46,6 +52,6 @@ class Runner:
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
         binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits

@@ -25,48 +25,54 @@ DECODED = 32
 class Report:
     """How far the exported model is from its source, over the positions of `tokens` tokens.
 
-    `kl` is the mean Kullback-Leibler divergence from the source's next-token distribution, in nats per token, for
-    tokens read in chunks; `decode_kl` is that for the last tokens, read one by one. Errors are differences of logits.
+    `kl` is the mean Kullback-Leibler divergence from the source's next-token distribution, in nats per token, by the
+    graph that generates; `prompt_kl` is that by the graph that reads prompts, and `decode_kl` that for the last tokens,
+    generated one by one behind such a prompt. Errors are differences of logits, by the graph that generates.
     """
 
     tokens: int
     kl: float
+    prompt_kl: float
     decode_kl: float
     mean_logit_error: float
     max_logit_error: float
 
     def __str__(self) -> str:
         return (
-            f"KL {self.kl:.5f} nats/token ({self.decode_kl:.5f} decoding), "
+            f"KL {self.kl:.5f} nats/token ({self.prompt_kl:.5f} prompts, {self.decode_kl:.5f} decoding), "
             f"logit error mean {self.mean_logit_error:.4f} max {self.max_logit_error:.4f}, over {self.tokens} tokens"
         )
 
 
-def verify(checkpoint: Checkpoint, model: Path, max_kl: float, on_layer: Callable[[], object]) -> Report:
-    """Measures `model` against `checkpoint`.
+def verify(
+    checkpoint: Checkpoint, model: Path, prompts: Path | None, max_kl: float, on_layer: Callable[[], object]
+) -> Report:
+    """Measures `model`, and the `prompts` graph if it has one, against `checkpoint`.
 
-    Raises ExportError when a divergence exceeds `max_kl` nats per token: that of a text read in chunks or decoded from
-    the source, or that of a text read in chunks from the same text read whole.
+    Raises ExportError when a divergence exceeds `max_kl` nats per token: that of a text read in chunks by either graph
+    or decoded from the source, or that of a text read in chunks from the same text read whole.
     """
     tokens = _tokens(checkpoint)
     expected = reference_logits(checkpoint, tokens, on_layer)
-    runner = Runner(model, capacity=len(tokens))
+    runner = Runner(model, len(tokens), prompts)
     whole = runner.logits(tokens, [len(tokens)])
-    chunked = runner.logits(tokens, _chunks(len(tokens), CHUNK))
-    if not kl_divergence(whole, chunked) <= max_kl:
+    prompted = runner.logits(tokens, _chunks(len(tokens), CHUNK))
+    if not kl_divergence(whole, prompted) <= max_kl:
         raise ExportError(
-            f"the exported model reads chunks differently: {kl_divergence(whole, chunked)} nats/token off"
+            f"the exported model reads chunks differently: {kl_divergence(whole, prompted)} nats/token off"
         )
     decoded = min(DECODED, len(tokens) - 1)
     single = runner.logits(tokens, [len(tokens) - decoded] + [1] * decoded)[-decoded:]
+    chunked = prompted if prompts is None else Runner(model, len(tokens)).logits(tokens, _chunks(len(tokens), CHUNK))
     report = Report(
         tokens=len(tokens),
         kl=kl_divergence(expected, chunked),
+        prompt_kl=kl_divergence(expected, prompted),
         decode_kl=kl_divergence(expected[-decoded:], single),
         mean_logit_error=float(np.abs(chunked - expected).mean()),
         max_logit_error=float(np.abs(chunked - expected).max()),
     )
-    if not max(report.kl, report.decode_kl) <= max_kl:
+    if not max(report.kl, report.prompt_kl, report.decode_kl) <= max_kl:
         raise ExportError(f"the exported model is too far from its source (at most {max_kl} allowed): {report}")
     return report
 

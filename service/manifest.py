@@ -13,6 +13,8 @@ from service.errors import ModelDirectoryError
 FILE_NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
+PROMPT_MODEL_FILE = "prompt.onnx"
+PROMPT_WEIGHTS_FILE = "prompt.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION: Final = 1
 
@@ -68,11 +70,13 @@ class KVLayout(_Part):
 class Quantization(_Part):
     """How the weights are stored.
 
-    `weights` is the form of the exported matrices, `source` the form they had. `min_rows` is the fewest rows of a call
-    from which results no longer depend on the number of rows: one row may take another kernel than several.
+    `weights` is the form of the exported matrices, `source` the form they had. `prompts` is the form of the matrices of
+    a second graph, which reads prompts faster; None when there is none. `min_rows` is the fewest rows of a call from
+    which results no longer depend on the number of rows: one row may take another kernel than several.
     """
 
     weights: Literal["float32", "int8", "int4z"]
+    prompts: Literal["float32"] | None = None
     source: str
     min_rows: int = Field(ge=1)
 
@@ -134,7 +138,10 @@ def load(directory: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {hint}") from None
-    if missing := {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - set(manifest.files):
+    needed = {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
+    if manifest.quantization.prompts:
+        needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE}
+    if missing := needed - set(manifest.files):
         raise ModelDirectoryError(f"{path} vouches for no {' and no '.join(sorted(missing))}; {hint}")
     for name, entry in manifest.files.items():
         _check_file(directory, name, entry, hint)

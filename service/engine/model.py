@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from service.engine.cache import Copy
 from service.errors import ModelDirectoryError
-from service.manifest import MODEL_FILE, Manifest
+from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128
@@ -24,8 +24,9 @@ _BINDINGS = 128
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call's inputs, at fixed addresses, and the binding that names them."""
+    """One call's inputs, at fixed addresses, and the session and binding that take them."""
 
+    session: ort.InferenceSession
     binding: Any
     input_ids: npt.NDArray[np.int64]
     seqlens_k: npt.NDArray[np.int32]
@@ -34,9 +35,9 @@ class _Call:
 
 
 class Model:
-    """Runs the graph of a model directory over slots of keys and values.
+    """Runs the graphs of a model directory over slots of keys and values.
 
-    Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]. A call covers consecutive
+    Rows of several tokens go through the graph for prompts where there is one. Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]. A call covers consecutive
     slots and extends them in place. Not thread-safe: one thread owns it.
     """
 
@@ -66,17 +67,21 @@ class Model:
         self._total_length = np.zeros(1, np.int32)
         self._logits = np.zeros((0, self.vocab_size), np.float32)
         self._calls: OrderedDict[tuple[int, int, int, int], _Call] = OrderedDict()
-        self._session = self._load(directory, threads)
+        self._decoding = self._prompts = self._load(directory / MODEL_FILE, threads)
+        if manifest.quantization.prompts is not None:
+            self._prompts = self._load(directory / PROMPT_MODEL_FILE, threads)
 
     @staticmethod
-    def _load(directory: Path, threads: int) -> ort.InferenceSession:
+    def _load(graph: Path, threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Threads that still spin after a call would take the cores from the other graph's next call.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            return ort.InferenceSession(directory / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated types
-            raise ModelDirectoryError(f"{directory / MODEL_FILE} cannot be loaded: {error}") from error
+            raise ModelDirectoryError(f"{graph} cannot be loaded: {error}") from error
 
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
@@ -98,7 +103,7 @@ class Model:
             call.seqlens_k[index] = max(0, length + len(row) - 1)
         self._total_length[0] = max(int(call.seqlens_k.max()) + 1, width)
         call.logits_idx[:] = [row * width + position for row, position in logits_at]
-        self._session.run_with_iobinding(call.binding)
+        call.session.run_with_iobinding(call.binding)
         return self._logits[: len(logits_at)]
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -129,8 +134,10 @@ class Model:
         return call
 
     def _bind(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
+        session = self._decoding if width == 1 else self._prompts
         call = _Call(
-            binding=self._session.io_binding(),
+            session=session,
+            binding=session.io_binding(),
             input_ids=np.zeros((rows, width), np.int64),
             seqlens_k=np.zeros(rows, np.int32),
             query_seqlens=np.zeros(rows, np.int32),

@@ -12,10 +12,10 @@ import onnxruntime
 class Session:
     """An exported model with keys and values of five rows of 128 positions, kept in place."""
 
-    def __init__(self, directory: Path, rows: int = 5, capacity: int = 128) -> None:
+    def __init__(self, directory: Path, rows: int = 5, capacity: int = 128, graph: str = "model.onnx") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
-        self.session = onnxruntime.InferenceSession(directory / "model.onnx", options)
+        self.session = onnxruntime.InferenceSession(directory / graph, options)
         self.caches = {
             entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), np.float32)
             for entry in self.session.get_inputs()

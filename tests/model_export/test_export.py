@@ -149,6 +149,32 @@ def test_only_wanted_positions_get_logits(tmp_path: Path) -> None:
     assert session.forward([text(6)], past=[0], wanted=[]).shape == (0, tiny.VOCAB)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_prompt_graph_is_the_source(family: str, tmp_path: Path) -> None:
+    """The graph for prompts is close to the source; any chunks and wanted positions give bit-equal results."""
+    source = tiny.hugging_face(tmp_path / "Tiny", family, **VARIANTS[family])
+    session = Session(run(source, tmp_path / "model", quantization="int8"), graph="prompt.onnx")
+    tokens = text(100)
+    wanted = expected(source, tokens)
+    whole = session.forward([tokens], past=[0])
+    assert np.abs(whole - wanted).mean() < 0.1 * wanted.std()
+    caches = {name: cache.copy() for name, cache in session.caches.items()}
+    assert session.forward([tokens[:60]], past=[0], wanted=[]).shape == (0, tiny.VOCAB)
+    last = session.forward([tokens[60:]], past=[60], wanted=[39])
+    np.testing.assert_array_equal(last, whole[99:])
+    for name, cache in session.caches.items():
+        np.testing.assert_array_equal(cache[0, :, :100], caches[name][0, :, :100])
+
+
+@pytest.mark.parametrize(("quantization", "prompts"), [("float32", "float32"), ("int8", "none")])
+def test_no_prompt_graph(quantization: str, prompts: str, tmp_path: Path) -> None:
+    """Float32 matrices need no second graph, and none is made where none is wanted."""
+    source = tiny.hugging_face(tmp_path / "Tiny")
+    described = manifest.load(run(source, tmp_path / "model", quantization=quantization, prompts=prompts))
+    assert described.quantization.prompts is None
+    assert set(described.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+
+
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
     """The manifest holds what the source and the options say, and its hashes fit the files."""
     source = tiny.hugging_face(tmp_path / "Tiny-1M", dtype="bfloat16", sliding_window=128)
@@ -160,7 +186,9 @@ def test_manifest_describes_the_model(tmp_path: Path) -> None:
     assert not described.special_tokens.add_bos
     assert (described.kv.layers, described.kv.kv_heads, described.kv.head_dim) == (2, 2, 32)
     assert described.quantization.source == "bfloat16"
-    assert set(described.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+    graphs = {"model.onnx", "model.onnx.data", "prompt.onnx", "prompt.onnx.data"}
+    assert set(described.files) == {*graphs, "tokenizer.json"}
+    assert described.quantization.prompts == "float32"
 
 
 def broken_gguf(path: Path) -> Path:

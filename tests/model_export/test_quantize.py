@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_export.quantize import Packed, pack
+from model_export.quantize import Packed, mixing, pack, pack_rows
 from model_export.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
 
 
@@ -37,10 +37,10 @@ def test_eight_bit_source_is_kept_exactly() -> None:
 
 @pytest.mark.parametrize("form", ["int8", "int4z"])
 def test_integer_zero_point_is_kept_exactly(form: str) -> None:
-    """Four-bit codes around an integer zero point keep every weight, and need no block sums."""
+    """Four-bit codes around an integer zero point keep every weight, and need no block means."""
     matrix = blocks(-5 * 0.5, 0.5)
     packed = pack(matrix, form)
-    assert not packed.block_sums
+    assert not packed.block_means
     np.testing.assert_array_equal(unpack(packed).reshape(6, 64), dequantize(matrix))
 
 
@@ -52,13 +52,13 @@ def test_sixteen_levels_in_int8() -> None:
 
 
 def test_remainders_follow_in_int4z() -> None:
-    """In int4z, a block's own columns and the remainder that its sum is multiplied with make up the weights."""
+    """In int4z, a block's own columns and the remainder that its mean is multiplied with make up the weights."""
     matrix = blocks(-1.237, 0.17)
     packed = pack(matrix, "int4z")
     weights = unpack(packed)
-    assert packed.block_sums
+    assert packed.block_means
     assert packed.columns == 64 + 2 * 2
-    remainders = weights[:, 2, :2] + weights[:, 2, 2:4]
+    remainders = (weights[:, 2, :2] + weights[:, 2, 2:4]) / BLOCK
     np.testing.assert_allclose((weights[:, :2] + remainders[..., None]).reshape(6, 64), dequantize(matrix), atol=1e-6)
     assert not weights[:, 2, 4:].any()
 
@@ -75,8 +75,25 @@ def test_constant_and_zero_blocks() -> None:
     zeros = np.zeros((2, 32), np.float32)
     np.testing.assert_array_equal(unpack(pack(zeros, "int8")).reshape(2, 32), zeros)
     constant = unpack(pack(blocks(0.75, 0.0), "int4z"))
-    remainders = constant[:, 2, :2] + constant[:, 2, 2:4]
+    remainders = (constant[:, 2, :2] + constant[:, 2, 2:4]) / BLOCK
     np.testing.assert_allclose(constant[:, :2] + remainders[..., None], 0.75)
+
+
+def test_rows_in_eight_bits() -> None:
+    """With one scale a row, weights move by at most half a step of 1/255 of their row's range, zero included."""
+    matrix = np.random.default_rng(5).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
+    packed = pack_rows(matrix)
+    weights = packed.scales[:, None] * (packed.codes.T - packed.zero_points[:, None].astype(np.float32))
+    spread = np.ptp(matrix, axis=1, keepdims=True)
+    assert (np.abs(weights - matrix) <= spread / 255 * 0.51 + 1e-7).all()
+
+
+@pytest.mark.parametrize("size", [1, 64, 576])
+def test_mixing_spreads_an_outlier(size: int) -> None:
+    """Mixing keeps lengths and angles, and leaves no column with more than twice its share of any one column."""
+    mix = mixing(size)
+    np.testing.assert_allclose(mix @ mix.T, np.eye(size), atol=1e-5)
+    assert np.abs(mix).max() <= np.sqrt(2 / size) + 1e-6 or size == 1
 
 
 def test_rows_are_taken_and_stacked_as_blocks() -> None:
