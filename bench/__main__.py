@@ -1,7 +1,10 @@
-"""`python -m bench`: drives REST, gRPC and the bare engine with the same client, and prints medians and paired ratios.
+"""`python -m bench`: starts every peer alone, drives all with the same client, and prints medians and paired ratios.
 
-Each round starts every door alone, one after the other, so that a ratio compares runs that are minutes apart on the
-same machine.
+    python -m bench                 the comparison: every peer, every load, and the machine's limits
+    python -m bench limits          the machine's limits alone
+    python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
+
+A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
 
 from __future__ import annotations
@@ -9,83 +12,183 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
+import signal
 import sys
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench import load, peers
-from bench.load import Job, Result, Stream
+from tokenizers import Tokenizer
+
+from bench import cancel, genai, growth, limits, llama_cpp, loads, peers, report
+from bench.client import PeerError
+from bench.loads import Plan
+from bench.peers import Served, Setup, Start
+from bench.processes import memory
 from deploy import local
 from service import manifest
+from service.errors import StartupError
 
-Peer = Callable[[], AbstractContextManager[Stream]]
+MEMORY = "memory, most resident, all processes"
 
-PRODUCT = "REST through Envoy"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One thing to measure: its name in tables, how to start it, and the loads that it can take."""
+
+    title: str
+    start: Start
+    loads: tuple[str, ...] = tuple(loads.LOADS)
+
+
+PEERS = {
+    "rest": Peer(report.PRODUCT, peers.rest_through_envoy),
+    "grpc": Peer(report.GRPC, peers.grpc_direct),
+    "engine": Peer(report.ENGINE, peers.bare_engine, (*loads.LOADS, "cancel")),
+    "llama-q4_1": Peer("llama.cpp, same GGUF", llama_cpp.same_file),
+    "llama-q8_0": Peer("llama.cpp, Q8_0", llama_cpp.q8_0),
+    "genai": Peer("onnxruntime-genai", genai.static_batches, ("closed", "ttft")),
+}
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     options = _parser().parse_args()
-    model_dir = local.model_dir()
-    vocabulary = manifest.load(model_dir).vocab_size
-    chosen = _peers(model_dir, options)
-    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for number in range(options.rounds):
-        for name, peer in chosen.items():
-            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-            with peer() as stream:
-                for measure, value in asyncio.run(_measure(stream, vocabulary, options)).items():
-                    figures[measure, name].append(value)
-    _report(figures, list(chosen))
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
+    except (PeerError, StartupError, local.LaunchError) as error:
+        sys.exit(f"python -m bench: {error}")
 
 
-def _peers(model_dir: Path, options: argparse.Namespace) -> dict[str, Peer]:
-    return {
-        PRODUCT: partial(peers.rest_through_envoy, model_dir, options.threads),
-        "gRPC direct": partial(peers.grpc_direct, model_dir, options.threads),
-        "bare engine": partial(peers.bare_engine, model_dir, options.threads),
-    }
+def _compare(options: argparse.Namespace) -> None:
+    setup, plan = _setup(options), _plan(options)
+    results = report.Results(options.out, vars(options))
+    for number in range(1, options.rounds + 1):
+        if "limits" in options.loads:
+            _say(options, number, "the machine's limits")
+            results.add(number, report.MACHINE, "limits", limits.measure(setup.threads))
+        for name in options.peers:
+            peer = PEERS[name]
+            chosen = [load for load in options.loads if load in peer.loads]
+            if chosen:
+                _say(options, number, f"{peer.title}: {', '.join(chosen)}")
+                for load, outcome in _measure(peer, chosen, setup, plan):
+                    results.add(number, peer.title, load, outcome)
+                results.save()
+    limits.relate(results, setup.model_dir, setup.weights, plan)
+    results.finish()
 
 
-async def _measure(stream: Stream, vocabulary: int, options: argparse.Namespace) -> dict[str, float]:
-    """One peer's figures: higher is better for all of them (times as their inverse)."""
-    await load.timed(stream, Job((5, 6, 7, 8), 4))
-    found = {}
-    long = load.jobs(2, vocabulary, prompt_tokens=512, new_tokens=1)
-    first: Result = await load.closed_loop(stream, long, 1)
-    found["512-token prompts per second"] = 1 / first.first_seconds
-    for concurrency in options.concurrency:
-        work = load.jobs(max(2, concurrency), vocabulary)
-        result = await load.closed_loop(stream, work, concurrency)
-        found[f"tokens/s, {concurrency} at once"] = result.tokens_per_second
-    return found
+def _measure(peer: Peer, chosen: list[str], setup: Setup, plan: Plan) -> list[tuple[str, loads.Outcome]]:
+    """Starts a peer, drives it by the chosen loads, and stops it: what each load gave, and the memory it took."""
+    with peer.start(setup) as served:
+        outcomes = asyncio.run(_drive(served, chosen, plan))
+        used = sum(memory(pid) for pid in served.processes.values()) / 2**20
+    if used:
+        outcomes.append(("memory", loads.Outcome([loads.Figure(MEMORY, used, "MiB", "less")])))
+    return outcomes
 
 
-def _report(figures: dict[tuple[str, str], list[float]], names: list[str]) -> None:
-    """Medians per peer, and the product's ratio to each other peer, pair by pair of one round."""
-    for measure in dict.fromkeys(measure for measure, _ in figures):
-        print(f"\n{measure}")
-        ours = figures[measure, PRODUCT]
-        for name in names:
-            values = figures[measure, name]
-            ratios = [a / b for a, b in zip(ours, values, strict=True)]
-            spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-            ratio = "" if name == PRODUCT else f"   ours / this: {statistics.median(ratios):.2f} ({spread})"
-            print(f"  {name:24} {statistics.median(values):8.2f}{ratio}")
+async def _drive(served: Served, chosen: list[str], plan: Plan) -> list[tuple[str, loads.Outcome]]:
+    await loads.warm_up(served.stream, plan)
+    outcomes = []
+    for load in chosen:
+        try:
+            outcomes.append((load, await _run(load, served, plan)))
+        except TimeoutError:
+            raise PeerError(f"the load {load} did not end within {plan.limit} s") from None
+    return outcomes
+
+
+async def _run(load: str, served: Served, plan: Plan) -> loads.Outcome:
+    if load == "cancel":
+        assert served.engine is not None
+        return await cancel.cancel(served.engine, served.stream, plan)
+    return await loads.LOADS[load](served.stream, plan)
+
+
+def _limits(options: argparse.Namespace) -> None:
+    results = report.Results(options.out, vars(options))
+    for number in range(1, options.rounds + 1):
+        results.add(number, report.MACHINE, "limits", limits.measure(options.threads))
+    results.finish()
+
+
+def _growth(options: argparse.Namespace) -> None:
+    growth.run(_setup(options), _plan(options), options.rounds, options.curves, options.out)
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    return Setup(
+        model_dir=local.model_dir(),
+        weights=options.weights or local.default_weights(),
+        threads=options.threads,
+        slots=max(*options.concurrency, loads.CHATS, loads.STALL_STREAMS + 1),
+        context=loads.longest_sequence(_plan(options)),
+        cache=ROOT / ".cache" / "bench",
+        flash_attention=options.flash_attention,
+    )
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    tokenizer = Tokenizer.from_file(str(local.model_dir() / manifest.TOKENIZER_FILE))
+    return Plan(
+        tokenizer,
+        concurrency=tuple(options.concurrency),
+        requests_each=options.requests_each,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        rate=options.rate,
+        arrivals=options.arrivals,
+        ttft_objective=options.ttft_objective,
+        itl_objective=options.itl_objective,
+        seed=options.seed,
+        limit=options.limit,
+    )
+
+
+def _say(options: argparse.Namespace, number: int, what: str) -> None:
+    print(f"round {number} of {options.rounds}: {what}", file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it has to be 1 or more")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="how often every peer is started (%(default)s)")
-    parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[1, 8, 16, 32], help="requests at once (%(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every peer (%(default)s)"
-    )
+    runs = {"compare": _compare, "limits": _limits, "growth": _growth}
+    parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
+    add = parser.add_argument
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom to measure (all)")
+    every_load = ["limits", *loads.LOADS, "cancel"]
+    add("--loads", nargs="+", choices=every_load, default=every_load, help="by what (all)")
+    add("--rounds", type=_positive, default=3, help="how often every peer is started (%(default)s)")
+    add("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="of every peer (the cores)")
+    add("--concurrency", type=_positive, nargs="+", default=[1, 8, 16, 32], help="closed loop: requests at once")
+    add("--requests-each", type=_positive, default=1, help="closed loop: requests one after the other (%(default)s)")
+    add("--prompt-tokens", type=_positive, default=128, help="closed and open loop (%(default)s)")
+    add("--new-tokens", type=_positive, default=128, help="closed loop; half of it in the open loop (%(default)s)")
+    add("--rate", type=float, default=0.8, help="open loop: mean arrivals per second (%(default)s)")
+    add("--arrivals", type=_positive, default=32, help="open loop: requests (%(default)s)")
+    add("--ttft-objective", type=float, default=2.0, help="open loop: seconds to the first token (%(default)s)")
+    add("--itl-objective", type=float, default=0.1, help="open loop: mean seconds between tokens (%(default)s)")
+    add("--flash-attention", choices=["on", "off"], default="on", help="of llama.cpp (%(default)s)")
+    add("--curves", nargs="+", choices=growth.CURVES, default=list(growth.CURVES), help="growth: which (all)")
+    add("--weights", type=Path, help="the GGUF file that MODEL_DIR was exported from (the default model's)")
+    add("--seed", type=int, default=1, help="of prompts and arrivals (%(default)s)")
+    add("--limit", type=float, default=900.0, help="most seconds that one load may take (%(default)s)")
+    add("--out", type=Path, default=ROOT / "bench-results", help="folder for the raw JSON and the plots (%(default)s)")
+    parser.set_defaults(run=lambda options: runs[options.what](options))
     return parser
 
 

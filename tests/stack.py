@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy import local
+from deploy.local import free_ports
 from service.server import Server
 from service.settings import Settings
 
@@ -99,18 +99,6 @@ class Stack:
         return self.request("POST", "/v1/completions", json.dumps({"model": MODEL, **fields}), headers)
 
 
-def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
-
-
 @contextmanager
 def launched(model_dir: Path) -> Iterator[Stack]:
     """Service and Envoy as separate processes, by the launcher behind `make run`."""
@@ -185,11 +173,8 @@ class ServiceThread:
 @contextmanager
 def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[None]:
     """The real Envoy on `http_port` in front of a service on `grpc_port`."""
-    config = folder / "envoy.yaml"
-    config.write_text(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
-    child = local.Child(
-        "Envoy", [local.envoy_binary(), "-c", str(config), "--disable-hot-restart"], folder / "envoy.log"
-    )
+    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
+    child = local.Child("Envoy", local.envoy_command(local.envoy_binary(), ports, folder), folder / "envoy.log")
     try:
         yield
     finally:

@@ -1,0 +1,151 @@
+"""The client that drives every peer: streamed completions, timed piece by piece.
+
+It is small on purpose: it shares the cores with what it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+API_KEY = "bench"
+
+
+class PeerError(Exception):
+    """What a peer did wrong, for the person at the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request: prompts as token ids, and how many tokens each of its choices generates, whatever they are.
+
+    `reuse` says whether the peer may take prompt tokens from its cache; our service always may.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    n: int = 1
+    reuse: bool = False
+
+    @property
+    def expected_tokens(self) -> int:
+        """The tokens that a complete answer has, over all choices."""
+        return len(self.prompts) * self.n * self.new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of an answer: its text, None where it only counts tokens, and the tokens so far if told, else 0."""
+
+    text: str | None
+    tokens: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A finished request: when it began and when each of its pieces came, in seconds of one clock."""
+
+    began: float
+    at: tuple[float, ...]
+    tokens: int
+    cached: int
+    text: str
+
+    @property
+    def first(self) -> float:
+        """Seconds from sending to the first piece."""
+        return self.at[0] - self.began
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between pieces."""
+        return [after - before for before, after in pairwise(self.at)]
+
+    @property
+    def seconds_per_token(self) -> float:
+        """The mean time of a token after the first one."""
+        return (self.at[-1] - self.at[0]) / max(1, self.tokens - 1)
+
+
+Stream = Callable[[Job], AsyncGenerator[Piece, None]]
+
+
+async def timed(stream: Stream, job: Job) -> Timing:
+    """Runs one request to its end.
+
+    Raises PeerError when the answer has fewer or more tokens than were asked for: rates would not compare.
+    """
+    began, at, texts, tokens, cached = time.perf_counter(), [], [], 0, 0
+    async for piece in stream(job):
+        if piece.text is not None:
+            at.append(time.perf_counter())
+            texts.append(piece.text)
+        tokens, cached = piece.tokens or tokens, piece.cached or cached
+    if tokens != job.expected_tokens:
+        raise PeerError(f"an answer has {tokens} tokens, {job.expected_tokens} were asked for")
+    return Timing(began, tuple(at), tokens, cached, "".join(texts))
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that `percent` of `values` do not exceed, between neighbours in proportion."""
+    if len(values) < 2:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> Stream:
+    """Streams by OpenAI's API over HTTP/1.1 on loopback, one connection per request.
+
+    `uncached` are the fields by which this peer is told not to reuse earlier prompts.
+    """
+
+    async def stream(job: Job) -> AsyncGenerator[Piece, None]:
+        body = {
+            "model": model,
+            "prompt": list(job.prompts[0]) if len(job.prompts) == 1 else [list(prompt) for prompt in job.prompts],
+            "max_tokens": job.new_tokens,
+            "n": job.n,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **({} if job.reuse else uncached or {}),
+        }
+        data = json.dumps(body).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(head.encode() + data)
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise PeerError(f"the answer was {status!r}: {(await reader.read(2000))!r}")
+            async for piece in _pieces(reader):
+                yield piece
+        finally:
+            writer.close()
+
+    return stream
+
+
+async def _pieces(reader: asyncio.StreamReader) -> AsyncGenerator[Piece, None]:
+    """The pieces of an event stream."""
+    while line := await reader.readline():
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[len(b"data: ") :])
+        if "error" in event:
+            raise PeerError(f"the stream ended with {event['error']}")
+        usage = event.get("usage") or {}
+        text = "".join(choice["text"] for choice in event["choices"]) if event["choices"] else None
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        yield Piece(text, usage.get("completion_tokens", 0), cached)

@@ -1,0 +1,142 @@
+"""What the machine allows: memory bandwidth and arithmetic, and how much of both our engine uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.tape import Tape
+
+from bench.loads import Figure, Outcome, Plan
+from bench.report import MACHINE, OURS, Results
+from service import manifest
+
+BUFFER_BYTES = 1 << 29
+ROWS, COLUMNS, INNER = 512, 2048, 2048
+BLOCK = 32
+REPEATS = 5
+INT8_ACTIVATIONS = 4
+BANDWIDTH = "memory bandwidth, read"
+ARITHMETIC = "arithmetic"
+KERNELS = ("float32", "int8 blocks", "int4 blocks", "int8 x uint8")
+
+
+def measure(threads: int) -> Outcome:
+    """Reads a buffer much larger than the caches, and multiplies matrices too large to wait for memory."""
+    figures = [Figure(BANDWIDTH, _bandwidth(threads) / 1e9, "GB/s", "")]
+    figures += [
+        Figure(f"{ARITHMETIC}, {kernel}", _arithmetic(kernel, threads) / 1e9, "GMAC/s", "") for kernel in KERNELS
+    ]
+    return Outcome(figures)
+
+
+def _bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads read together, each its part of the buffer."""
+    parts = np.array_split(np.ones(BUFFER_BYTES // 4, np.float32), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return BUFFER_BYTES / _best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+
+
+def _arithmetic(kernel: str, threads: int) -> float:
+    """Multiply-adds per second of one of onnxruntime's matrix products."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(_product(kernel), options, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    values = np.random.default_rng(1).integers(0, 100, (ROWS, INNER))
+    feed = {entry.name: values.astype(np.uint8 if entry.type == "tensor(uint8)" else np.float32)}
+    return ROWS * COLUMNS * INNER / _best_seconds(lambda: session.run(None, feed))
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    """The fastest of some runs: a limit is what was reached once."""
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _product(kernel: str) -> bytes:
+    """A model that multiplies its input [ROWS, INNER] with a constant matrix."""
+    tape = Tape()
+    pick = np.random.default_rng(2)
+    kind = ir.DataType.UINT8 if kernel == "int8 x uint8" else ir.DataType.FLOAT
+    left = ir.val("left", kind, [ROWS, INNER])
+    result = ir.DataType.FLOAT
+    if kernel == "float32":
+        right = tape.initializer(ir.tensor(pick.random((INNER, COLUMNS), np.float32), name="right"))
+        product = tape.op("MatMul", [left, right])
+    elif kernel == "int8 x uint8":
+        # 7-bit weights, as a product of two bytes must not overflow its 16-bit half sums.
+        right = tape.initializer(ir.tensor(pick.integers(-64, 64, (INNER, COLUMNS), np.int8), name="right"))
+        product, result = tape.op("MatMulInteger", [left, right]), ir.DataType.INT32
+    else:
+        product = _blocks_product(tape, left, pick, bits=8 if kernel.startswith("int8") else 4)
+    product.name, product.dtype, product.shape = "product", result, ir.Shape([ROWS, COLUMNS])
+    graph = ir.Graph(
+        [left], [product], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 21, "com.microsoft": 1}
+    )
+    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+
+
+def _blocks_product(tape: Tape, left: ir.Value, pick: np.random.Generator, bits: int) -> ir.Value:
+    codes = pick.integers(0, 256, (COLUMNS, INNER // BLOCK, BLOCK * bits // 8), np.uint8)
+    scales = pick.random((COLUMNS, INNER // BLOCK), np.float32)
+    return tape.op(
+        "MatMulNBits",
+        [left, *_constants(tape, codes=codes, scales=scales)],
+        {"K": INNER, "N": COLUMNS, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS},
+        domain="com.microsoft",
+    )
+
+
+def _constants(tape: Tape, **arrays: npt.NDArray[np.generic]) -> list[ir.Value]:
+    return [tape.initializer(ir.tensor(array, name=name)) for name, array in arrays.items()]
+
+
+def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
+    """Adds what share of its own round's limits each output rate of ours takes.
+
+    A step reads all weights once, for all sequences in it. Arithmetic is that of the weights alone: a prompt token
+    takes the layers, a generated one the output table as well. Shares are of the fastest kernel that was measured.
+    """
+    stored = manifest.load(model_dir).files[manifest.WEIGHTS_FILE].bytes
+    layers, table = _multiply_adds(weights)
+    per_token = layers * (1 + plan.prompt_tokens / plan.new_tokens) + table
+    bandwidths = results.values(BANDWIDTH, MACHINE)
+    kernels = [results.values(f"{ARITHMETIC}, {kernel}", MACHINE) for kernel in KERNELS]
+    for peer in OURS:
+        for concurrency in plan.concurrency:
+            for number, rate in results.values(f"c{concurrency} output rate", peer).items():
+                if number not in bandwidths:
+                    continue
+                read = rate / concurrency * stored / 1e9
+                step = results.values(f"c{concurrency} between tokens, p50", peer)[number] / 1000
+                computed = rate * per_token / 1e9
+                fastest = max(kernel[number] for kernel in kernels)
+                name = f"c{concurrency} share of the machine's"
+                shares = [
+                    Figure(f"{name} bandwidth", 100 * read / bandwidths[number], "%", ""),
+                    Figure(f"{name} bandwidth, a step alone", 100 * stored / 1e9 / step / bandwidths[number], "%", ""),
+                    Figure(f"{name} arithmetic", 100 * computed / fastest, "%", ""),
+                ]
+                results.add(number, peer, "limits", Outcome(shares))
+
+
+def _multiply_adds(weights: Path) -> tuple[int, int]:
+    """Multiply-adds per token in the layers' matrices and in the output table, which may be the embedding's."""
+    sizes = {
+        tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(weights).tensors if len(tensor.shape) == 2
+    }
+    layers = sum(size for name, size in sizes.items() if name.startswith("blk."))
+    return layers, sizes.get("output.weight", sizes["token_embd.weight"])
