@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import manifest as manifests
+from service import memory
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -43,18 +44,33 @@ def load_model(settings: Settings) -> ServedModel:
         raise StartupError(
             f"context_length {context_length} is above the {manifest.context_length} of {settings.model_dir}"
         )
+    slots = _plan_memory(manifest, settings, context_length).slots
     tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         settings.model_dir,
         manifest,
-        slots=settings.max_running,
+        slots=slots,
         context_length=context_length,
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
     )
-    scheduler = Scheduler(KVCache(settings.max_running), settings.prompt_chunk)
+    scheduler = Scheduler(KVCache(slots), settings.prompt_chunk)
     engine = Engine(model, tokenizer, scheduler, max_waiting=settings.max_waiting)
     return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
+
+
+def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_length: int) -> memory.Plan:
+    """The memory's plan, also in the log."""
+    budget = memory.budget(settings)
+    plan = memory.plan(manifest, settings, context_length, budget)
+    fields = {"slots": plan.slots, "max_running": settings.max_running, "budget_mib": budget // memory.MIB}
+    sizes = ("total", "weights", "kv_slot", "logits", "other")
+    fields |= {f"{name}_mib": memory.mib(getattr(plan, name)) for name in sizes}
+    if plan.slots < settings.max_running:
+        _log.warning("the memory budget holds fewer slots than max_running", extra={"fields": fields})
+    else:
+        _log.info("the memory budget holds all slots", extra={"fields": fields})
+    return plan
 
 
 class Server:

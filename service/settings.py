@@ -35,7 +35,12 @@ class Settings(BaseSettings):
         None, ge=16, description="Most tokens of prompt and completion together; the model's own if not set."
     )
     max_running: int = Field(
-        32, ge=1, le=1024, description="Sequences that advance together, each with a slot of keys and values."
+        32, ge=1, le=1024, description="Most sequences that advance together, each with a slot of keys and values."
+    )
+    memory_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Memory for the process, in MiB: limits the slots; 3/4 of what there is if not set.",
     )
     max_waiting: int = Field(1024, ge=1, description="Sequences that may wait before requests are refused.")
     prompt_chunk: int = Field(

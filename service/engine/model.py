@@ -37,8 +37,9 @@ class _Call:
 class Model:
     """Runs the graphs of a model directory over slots of keys and values.
 
-    Rows of several tokens go through the graph for prompts where there is one. Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]. A call covers consecutive
-    slots and extends them in place. Not thread-safe: one thread owns it.
+    Rows of several tokens go through the graph for prompts where there is one. Keys and values are one buffer per
+    layer, [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and extends them in place. Not
+    thread-safe: one thread owns it.
     """
 
     def __init__(

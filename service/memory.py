@@ -1,0 +1,131 @@
+"""How much memory the process takes at most, and how many slots of keys and values that leaves. All sizes in bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from service.errors import StartupError
+from service.manifest import TOKENIZER_FILE, WEIGHTS_FILE, Manifest
+from service.settings import Settings
+
+MIB = 1 << 20
+
+# Where nothing else is asked for: the rest is for the system, its page cache and what else runs.
+DEFAULT_SHARE = 0.75
+
+# The factors below are upper bounds of what was measured with onnxruntime 1.32 on x86-64.
+# Interpreter, libraries, and messages on their way in and out.
+_PROCESS = 256 * MIB
+# Vocabulary and merges as objects, and the parsed file while they are made, per byte of tokenizer.json.
+_TOKENIZER_FACTOR = 20
+# onnxruntime packs the matrices anew; of the mapped file the token embeddings stay as well.
+_WEIGHTS_FACTOR = 1.5
+# A position's activations in the arena, which grows by doubling, per square root of the weights of a layer.
+_ACTIVATIONS_FACTOR = 64
+_BYTES_PER_WEIGHT = {"float32": 4.0, "int8": 1.0, "int4z": 0.5}
+# Rows of float64 that choosing a token works on, in rows of logits.
+_SAMPLER_ROWS = 8
+# A token of a waiting sequence: its id as an object, in the prompt and in the sequence, and its text.
+_WAITING_TOKEN = 64
+# A token of a running sequence: its score and alternatives as objects, and again in the answer.
+_RUNNING_TOKEN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the process takes at most while `slots` sequences run, each as long as the context.
+
+    `kv_slot` are the keys and values of one slot; the model has one slot more than sequences run. `other` is everything
+    that has no name here: the process itself, tokenizer, activations, and the tokens of running and waiting sequences.
+    """
+
+    slots: int
+    weights: int
+    kv_slot: int
+    logits: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + (self.slots + 1) * self.kv_slot + self.logits + self.other
+
+
+def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: int) -> Plan:
+    """The plan of the most slots, up to `max_running`, that stays within `allowed`.
+
+    Raises StartupError when not even one slot fits.
+    """
+    for slots in range(settings.max_running, 0, -1):
+        made = _plan(manifest, settings, context_length, slots)
+        if made.total <= allowed:
+            return made
+    raise StartupError(
+        f"the memory does not hold one sequence of {context_length} tokens: that takes {mib(made.total)} MiB"
+        f" ({mib(made.weights)} weights, 2 x {mib(made.kv_slot)} keys and values, {mib(made.logits)} logits,"
+        f" {mib(made.other)} other), and {allowed // MIB} MiB are allowed; lower context_length (--context-length),"
+        f" prompt_chunk (--prompt-chunk) or max_waiting (--max-waiting), or allow more (--memory-mib)"
+    )
+
+
+def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> Plan:
+    stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
+    parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
+    activations = _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
+    rows = max(settings.prompt_chunk, slots) + _SAMPLER_ROWS
+    tokens = context_length * (slots * _RUNNING_TOKEN + settings.max_waiting * _WAITING_TOKEN)
+    tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
+    return Plan(
+        slots=slots,
+        weights=int(stored * _WEIGHTS_FACTOR),
+        kv_slot=context_length * manifest.kv.bytes_per_token,
+        logits=rows * manifest.vocab_size * 4,
+        other=_PROCESS + tokenizer + (settings.prompt_chunk + slots + 1) * activations + tokens,
+    )
+
+
+def mib(size: int) -> int:
+    """The size in MiB, rounded up."""
+    return math.ceil(size / MIB)
+
+
+def budget(settings: Settings, root: Path = Path("/")) -> int:
+    """What the process may take: `memory_mib`, else its default share of the machine or container."""
+    if settings.memory_mib is not None:
+        return settings.memory_mib * MIB
+    return int(DEFAULT_SHARE * min([_physical(), *_group_limits(root)]))
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_limits(root: Path) -> Iterator[int]:
+    """The limits of the process's control groups, versions 1 and 2, and of the groups around them.
+
+    In a container the path is often the host's and leads nowhere; then the limit is that of the mounted root.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path)
+        for folder in (group, *group.parents):
+            try:
+                limit = (mount / folder.relative_to("/") / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if limit.isdecimal():  # version 2 says `max` for none
+                yield int(limit)

@@ -1,0 +1,42 @@
+"""`python -m tests.fill` with the service's flags: fills every slot of the engine and prints what the process took."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from service import settings, telemetry
+from service.server import load_model
+from service.types import Prompt
+from tests.engines import collect
+from tests.fakes import request
+
+GENERATED = 8
+
+
+async def fill(served):
+    """As many sequences as there are slots, each as long as the context, with scores for every token."""
+    engine = served.engine
+    length = engine._model.context_length - GENERATED
+    prompt = Prompt(tuple(range(1000, 1000 + length)), "")
+    engine.start(asyncio.get_running_loop())
+    slots = engine._model.slots
+    asked = request(prompt, n=slots, max_tokens=GENERATED, echo=True, logprobs=5, stop_token_ids=frozenset())
+    pieces = await collect(engine, asked)
+    engine.stop()
+    return slots, [each[-1].completion_tokens for each in pieces.values()]
+
+
+def peak_bytes():
+    """The most that this process ever held in memory; getrusage would count the parent's from before exec."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) << 10
+
+
+if __name__ == "__main__":
+    loaded = settings.load(sys.argv[1:])
+    telemetry.configure("info")
+    slots, generated = asyncio.run(fill(load_model(loaded)))
+    print(json.dumps({"slots": slots, "generated": generated, "peak": peak_bytes()}))
