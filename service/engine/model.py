@@ -20,6 +20,8 @@ from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128
+# From so many rows on float32 is faster for generated tokens too, as every weight is read for many of them.
+_MANY_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,9 @@ class _Call:
 class Model:
     """Runs the graphs of a model directory over slots of keys and values.
 
-    Rows of several tokens go through the graph for prompts where there is one. Keys and values are one buffer per
-    layer, [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and extends them in place. Not
-    thread-safe: one thread owns it.
+    Rows of several tokens go through the graph for prompts where there is one, and so do many rows where results may
+    depend on the batch. Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]; a call
+    covers consecutive slots and extends them in place. Not thread-safe: one thread owns it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Model:
         self.context_length = context_length
         self._layers = manifest.kv.layers
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
+        self._many_rows = math.inf if batch_invariant else _MANY_ROWS
         # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
         # empty row.
         shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
@@ -135,7 +138,7 @@ class Model:
         return call
 
     def _bind(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
-        session = self._decoding if width == 1 else self._prompts
+        session = self._prompts if width > 1 or rows >= self._many_rows else self._decoding
         call = _Call(
             session=session,
             binding=session.io_binding(),

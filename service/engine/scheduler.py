@@ -30,6 +30,10 @@ class DecodeBatch:
 # A prompt gives the same bits however it is cut, but for a chunk that leaves one token to a tile of the kernels.
 _TILE = 128
 _RECOMPUTE = 2
+# A call costs so much by itself that fewer tokens hardly make it shorter.
+_LEAST_CHUNK = 16
+# Behind so many positions attention costs a prompt token about as much again as the matrices do (default model, CPU).
+_HALF_SPEED = 2048
 
 Step = PromptChunk | DecodeBatch
 
@@ -67,7 +71,7 @@ class Scheduler:
         """The next step, or None when nothing is to be done."""
         decoding = any(sequence.decoding for sequence in self._holders)
         if not (decoding and self._decode_next):
-            chunk = self._next_chunk()
+            chunk = self._next_chunk(decoding)
             if chunk is not None:
                 self._decode_next = chunk.start < chunk.end
                 return chunk
@@ -100,19 +104,25 @@ class Scheduler:
             last.slot = slot
         return copies
 
-    def _next_chunk(self) -> PromptChunk | None:
+    def _next_chunk(self, decoding: bool) -> PromptChunk | None:
         copies: tuple[Copy, ...] = ()
         if self._prompting is None:
             if not self._waiting or self._cache.full:
                 return None
             self._prompting, copies = self._admit(self._waiting.popleft())
         sequence = self._prompting
-        length = self._chunk_length(sequence.prompt_length - sequence.computed)
+        length = self._chunk_length(sequence, decoding)
         return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
 
-    def _chunk_length(self, remaining: int) -> int:
-        """How many of the remaining tokens to compute next, so that none is ever alone in a tile."""
-        length = min(self._prompt_chunk, remaining)
+    def _chunk_length(self, sequence: Sequence, decoding: bool) -> int:
+        """How many prompt tokens to compute next, so that none is ever alone in a tile.
+
+        Beside running streams chunks shrink as the prompt grows, so that each takes about as long as the first.
+        """
+        remaining, most = sequence.prompt_length - sequence.computed, self._prompt_chunk
+        if decoding:
+            most = max(min(most, _LEAST_CHUNK), most * _HALF_SPEED // (_HALF_SPEED + sequence.computed))
+        length = min(most, remaining)
         while length > 1 and (length % _TILE == 1 or remaining - length == 1):
             length -= 1
         return length

@@ -14,13 +14,14 @@ from service.engine.cache import Copy
 from service.engine.model import Model
 
 CONTEXT = 192
+SLOTS = 33
 
 
 @pytest.fixture(scope="module")
 def model(model_dir):
-    """The default model with a few short slots."""
+    """The default model with short slots."""
     described = manifest.load(model_dir)
-    return Model(model_dir, described, slots=6, context_length=CONTEXT, threads=2, batch_invariant=True)
+    return Model(model_dir, described, slots=SLOTS, context_length=CONTEXT, threads=2, batch_invariant=True)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,31 @@ def test_decoding_gives_the_same_bits_in_any_company(model, tokens):
     assert np.array_equal(decode(model, [None, 6, None, 8], lengths), batch[[1, 3]])
 
 
+def test_decoding_gives_the_same_bits_in_a_batch_of_any_size(model, tokens):
+    """A row's logits are the same in batches of one to all slots, wherever in them it is."""
+    whole = prompt(model, 0, tokens[:40], [])
+    model.copy([Copy(source=0, target=slot, length=40) for slot in range(1, SLOTS)])
+    alone = decode(model, [5], [40])[0]
+    assert not np.array_equal(alone, whole)
+    for rows in range(2, SLOTS + 1):
+        batch = decode(model, [5] * rows, [40] * rows)
+        assert all(np.array_equal(row, alone) for row in batch), f"{rows} rows"
+
+
+def test_many_rows_go_through_the_prompt_graph_where_bits_may_differ(model, model_dir, tokens):
+    """Without batch invariance sixteen rows give other bits than one, and nearly the same distribution."""
+    free = Model(
+        model_dir, manifest.load(model_dir), slots=16, context_length=CONTEXT, threads=2, batch_invariant=False
+    )
+    results = []
+    for each in (model, free):
+        prompt(each, 0, tokens[:40], [])
+        each.copy([Copy(source=0, target=slot, length=40) for slot in range(1, 16)])
+        results.append(decode(each, [5] * 16, [40] * 16)[0])
+    assert not np.array_equal(*results)
+    assert np.corrcoef(*results)[0, 1] > 0.99
+
+
 def test_sitting_out_leaves_a_slot_as_it_is(model, tokens):
     """A slot whose row is empty decodes afterwards as if nothing had happened."""
     prompt(model, 0, tokens[:30], [])
@@ -90,8 +116,8 @@ def test_positions_beyond_the_slot_are_refused(model, tokens):
     """A call that would write beyond a slot or a buffer is an error before it runs."""
     with pytest.raises(ValueError, match=f"do not fit a slot of {CONTEXT}"):
         model.forward(0, [tokens[:30]], [CONTEXT - 29], [])
-    with pytest.raises(ValueError, match=r"not within 0\.\.5"):
-        model.forward(5, [[1], [1]], [0, 0], [])
+    with pytest.raises(ValueError, match=rf"not within 0\.\.{SLOTS - 1}"):
+        model.forward(SLOTS - 1, [[1], [1]], [0, 0], [])
 
 
 def test_unused_positions_take_no_memory(model_dir, tokens):

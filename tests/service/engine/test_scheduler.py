@@ -253,3 +253,25 @@ def test_no_token_is_alone_in_a_tile(prompt_chunk, length):
         scheduler.commit_chunk(chunk)
     assert max(lengths) <= prompt_chunk
     assert lengths == [1] or all(each % 128 != 1 for each in lengths)
+
+
+def test_chunks_beside_streams_shrink_as_the_prompt_grows():
+    """Beside a running stream later chunks are shorter, as attention takes its share; alone they stay as long."""
+    for beside, last in ((False, 128), (True, 128 * 2048 // (2048 + 1900))):
+        scheduler = Scheduler(KVCache(2), 128)
+        if beside:
+            (stream,) = sequences((1, 2), max_tokens=1000)
+            scheduler.add([stream])
+            scheduler.commit_chunk(scheduler.schedule())
+            stream.tokens.append(3)
+        (long,) = sequences(tuple(range(10, 3000)))
+        scheduler.add([long])
+        lengths = {}
+        while long.computed < 1900:
+            step = scheduler.schedule()
+            if isinstance(step, PromptChunk):
+                lengths[step.start] = step.end - step.start
+                scheduler.commit_chunk(step)
+        assert lengths[0] == 128
+        assert abs(list(lengths.values())[-1] - last) <= 2
+        assert min(lengths.values()) == list(lengths.values())[-1]
