@@ -107,10 +107,10 @@ def _constants(tape: Tape, **arrays: npt.NDArray[np.generic]) -> list[ir.Value]:
 def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
     """Adds what share of its own round's limits each output rate of ours takes.
 
-    A step reads all weights once, for all sequences in it. Arithmetic is that of the weights alone: a prompt token
+    A step reads its weights once, for all sequences in it. Arithmetic is that of the weights alone: a prompt token
     takes the layers, a generated one the output table as well. Shares are of the fastest kernel that was measured.
     """
-    stored = manifest.load(model_dir).files[manifest.WEIGHTS_FILE].bytes
+    stored = _bytes_per_step(model_dir)
     layers, table = _multiply_adds(weights)
     per_token = layers * (1 + plan.prompt_tokens / plan.new_tokens) + table
     bandwidths = results.values(BANDWIDTH, MACHINE)
@@ -131,6 +131,16 @@ def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None
                     Figure(f"{name} arithmetic", 100 * computed / fastest, "%", ""),
                 ]
                 results.add(number, peer, "limits", Outcome(shares))
+
+
+def _bytes_per_step(model_dir: Path) -> int:
+    """The weights that a generated token is multiplied with: all but the table that its embedding is looked up in."""
+    graph = ir.load(model_dir / manifest.MODEL_FILE).graph
+    return sum(
+        value.const_value.nbytes
+        for value in graph.initializers.values()
+        if value.const_value is not None and any(not use.node.op_type.startswith("Gather") for use in value.uses())
+    )
 
 
 def _multiply_adds(weights: Path) -> tuple[int, int]:

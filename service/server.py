@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +139,8 @@ class Server:
         await asyncio.to_thread(self.model.engine.stop)
         await stopped
         self._tokenizing.shutdown()
-        _log.info("stopped")
+        reuse = self.model.engine.reuse
+        _log.info("stopped", extra={"fields": dataclasses.asdict(reuse)})
 
     def _bind(self) -> None:
         try:

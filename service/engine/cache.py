@@ -27,6 +27,14 @@ class Allocation:
     copies: tuple[Copy, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Of `prompt_tokens` that slots were given for, `cached_tokens` were in some slot already."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
 @dataclass(slots=True)
 class _Slot:
     """What a slot's first `valid` positions were computed from; `used` orders slots by last use."""
@@ -49,6 +57,7 @@ class KVCache:
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0
         self.held = 0
+        self.reuse = Reuse(0, 0)
 
     @property
     def full(self) -> bool:
@@ -69,6 +78,7 @@ class KVCache:
                 copies.append(Copy(source, slot, cached))
         if cached:
             self._touch(source)
+        self.reuse = Reuse(self.reuse.prompt_tokens + len(prompt), self.reuse.cached_tokens + cached)
         self._slots[slot] = _Slot(identity, prompt, cached)
         self._touch(slot)
         self.held += 1

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
 from service.engine.model import Model
@@ -73,6 +74,11 @@ class Engine:
     def stats(self) -> Stats:
         """How many sequences there are at this moment."""
         return Stats(self._scheduler.running, self._scheduler.waiting)
+
+    @property
+    def reuse(self) -> Reuse:
+        """What the cache has saved since the start."""
+        return self._scheduler.reuse
 
     def submit(self, request: Request) -> Generation:
         """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""

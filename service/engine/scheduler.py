@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from service.engine.cache import Copy, KVCache
+from service.engine.cache import Copy, KVCache, Reuse
 from service.engine.sequence import Sequence
 
 
@@ -62,6 +62,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences that do not hold a slot yet."""
         return len(self._waiting)
+
+    @property
+    def reuse(self) -> Reuse:
+        """What the cache has saved so far."""
+        return self._cache.reuse
 
     def add(self, sequences: Seq[Sequence]) -> None:
         """Queues sequences."""

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from service.engine.cache import Reuse
 from service.types import FinishReason, SamplingParams
 from tests.engines import GatedModel, check_histories, collect, running, settled, texts
 from tests.fakes import LETTERS, FakeModel, request
@@ -81,6 +82,7 @@ async def test_prompt_is_cached_for_its_identity_alone(letters):
         for identity in ("me", "me", "you"):
             pieces = await collect(engine, request(prompt, identity=identity))
             cached.append(pieces[0, 0][-1].cached_tokens)
+        assert engine.reuse == Reuse(prompt_tokens=60, cached_tokens=18)
     assert cached == [0, 18, 0]
 
 

@@ -1,0 +1,105 @@
+"""The benchmark's arithmetic, on numbers that a reader can check, and its loads on the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from bench import loads, peers
+from bench.client import Job, PeerError, Piece, Stream, percentile, timed
+from bench.drive import closed_loop
+from bench.loads import Figure, Outcome, Plan
+from bench.report import PRODUCT, Results
+from service.manifest import TOKENIZER_FILE
+
+
+def paced(gaps: dict[int, list[float]]) -> Stream:
+    """A peer that sends a token after each of the gaps that a prompt's first token stands for."""
+
+    async def stream(job: Job) -> AsyncGenerator[Piece, None]:
+        for count, gap in enumerate(gaps[job.prompts[0][0]], 1):
+            await asyncio.sleep(gap)
+            yield Piece("x", count)
+
+    return stream
+
+
+async def test_times_of_a_stream() -> None:
+    """The first token, the gaps and the time per token are those of the stream."""
+    timing = await timed(paced({7: [0.1, 0.02, 0.06]}), Job(((7,),), 3))
+    assert timing.first == pytest.approx(0.1, abs=0.02)
+    assert timing.gaps == pytest.approx([0.02, 0.06], abs=0.02)
+    assert timing.seconds_per_token == pytest.approx(0.04, abs=0.02)
+    assert timing.text == "xxx"
+
+
+async def test_a_short_answer_is_an_error() -> None:
+    """Rates of answers with other lengths would not compare."""
+    with pytest.raises(PeerError, match="2 tokens, 3 were asked for"):
+        await timed(paced({7: [0, 0]}), Job(((7,),), 3))
+
+
+async def test_a_closed_loop_keeps_its_concurrency() -> None:
+    """Two at a time, the next begins when one ends: 0.2 s beside 0.05 s and then 0.05 s."""
+    stream = paced({1: [0.2], 2: [0.05], 3: [0.05]})
+    seconds, timings = await closed_loop(stream, [Job(((first,),), 1) for first in (1, 2, 3)], 2)
+    assert seconds == pytest.approx(0.2, abs=0.03)
+    began = sorted(timing.began - min(timing.began for timing in timings) for timing in timings)
+    assert began == pytest.approx([0, 0, 0.05], abs=0.03)
+
+
+def test_percentiles() -> None:
+    """Between neighbours in proportion; of one value that value."""
+    assert percentile([3.0], 95) == 3
+    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+    assert percentile([5.0, 1.0, 3.0], 50) == 3
+
+
+def test_ratios_are_taken_within_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above 1 the product wins, for rates and for times; the median is of the rounds' own ratios."""
+    results = Results(tmp_path / "out", {"rounds": 3})
+    for number, (ours, theirs) in enumerate([(10, 5), (30, 10), (80, 20)], 1):
+        for peer, value in ((PRODUCT, ours), ("other", theirs)):
+            rate, time = Figure("a rate", value, "1/s", "more"), Figure("a time", value, "s", "less")
+            results.add(number, peer, "closed", Outcome([rate, time]))
+    results.finish()
+    printed = capsys.readouterr().out
+    assert "ours is 3.00 times as good (2.00..4.00)" in printed
+    assert "ours is 0.33 times as good (0.25..0.50)" in printed
+    (raw,) = (tmp_path / "out").iterdir()
+    assert len(json.loads(raw.read_text())["measured"]) == 6
+
+
+@pytest.fixture
+def plan(model_dir: Path) -> Plan:
+    """A load of seconds."""
+    return Plan(
+        Tokenizer.from_file(str(model_dir / TOKENIZER_FILE)),
+        concurrency=(2,),
+        requests_each=1,
+        prompt_tokens=16,
+        new_tokens=4,
+        rate=50.0,
+        arrivals=4,
+        ttft_objective=60.0,
+        itl_objective=60.0,
+        seed=1,
+        limit=60.0,
+    )
+
+
+@pytest.mark.parametrize("load", [loads.closed, loads.open_loop])
+async def test_loads_on_the_real_engine(
+    load: Callable[[Stream, Plan], object], plan: Plan, model_dir: Path, tmp_path: Path
+) -> None:
+    """Every request of a load is answered in full, and every figure is a number above zero."""
+    setup = peers.Setup(model_dir, tmp_path / "unused.gguf", threads=2, slots=4, context=64, cache=tmp_path)
+    with peers.bare_engine(setup) as served:
+        outcome = await load(served.stream, plan)
+    assert len(outcome.timings) == 4
+    assert all(figure.value > 0 for figure in outcome.figures)
