@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from pathlib import Path
 
+from bench.processes import memory
 from service import settings, telemetry
 from service.server import load_model
 from service.types import Prompt
@@ -29,14 +30,8 @@ async def fill(served):
     return slots, [each[-1].completion_tokens for each in pieces.values()]
 
 
-def peak_bytes():
-    """The most that this process ever held in memory; getrusage would count the parent's from before exec."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) << 10
-
-
 if __name__ == "__main__":
     loaded = settings.load(sys.argv[1:])
     telemetry.configure("info")
     slots, generated = asyncio.run(fill(load_model(loaded)))
-    print(json.dumps({"slots": slots, "generated": generated, "peak": peak_bytes()}))
+    print(json.dumps({"slots": slots, "generated": generated, "peak": memory(os.getpid())}))

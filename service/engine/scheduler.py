@@ -30,7 +30,7 @@ class DecodeBatch:
 # A prompt gives the same bits however it is cut, but for a chunk that leaves one token to a tile of the kernels.
 _TILE = 128
 _RECOMPUTE = 2
-# A call costs so much by itself that fewer tokens hardly make it shorter.
+# A call costs so much by itself that fewer tokens hardly make it shorter; the setting allows no fewer either.
 _LEAST_CHUNK = 16
 # Behind so many positions attention costs a prompt token about as much again as the matrices do (default model, CPU).
 _HALF_SPEED = 2048
@@ -126,7 +126,7 @@ class Scheduler:
         """
         remaining, most = sequence.prompt_length - sequence.computed, self._prompt_chunk
         if decoding:
-            most = max(min(most, _LEAST_CHUNK), most * _HALF_SPEED // (_HALF_SPEED + sequence.computed))
+            most = max(_LEAST_CHUNK, most * _HALF_SPEED // (_HALF_SPEED + sequence.computed))
         length = min(most, remaining)
         while length > 1 and (length % _TILE == 1 or remaining - length == 1):
             length -= 1
