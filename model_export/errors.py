@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ExportError(Exception):
     """The source cannot be exported; the message is one sentence that says why."""
+
+
+class TooFarError(ExportError):
+    """The exported model gives other distributions than its source."""

@@ -15,17 +15,22 @@ from typing import Literal
 import onnx_ir as ir
 
 from model_export.checkpoint import Checkpoint
-from model_export.errors import ExportError
+from model_export.errors import ExportError, TooFarError
 from model_export.gguf_source import read_gguf
 from model_export.graph import build_graph, build_prompt_graph
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
+from model_export.operators import LinearForm
 from model_export.quantize import Form
 from model_export.verify import Report, verify
 from service import manifest
+from service.processor import has_byte_dot_products
 
-# Above this size of the matrices in float32 a second graph for prompts takes more memory than its speed is worth.
+PromptForm = Literal["int8", "float32"]
+
+# Above this size of its matrices a second graph for prompts takes more memory than its speed is worth.
 PROMPT_GRAPH_BYTES = 2 << 30
+BYTES_PER_WEIGHT: dict[PromptForm, int] = {"int8": 1, "float32": 4}
 FILL_IN_THE_MIDDLE = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -42,7 +47,7 @@ class Options:
     aliases: tuple[str, ...] = ()
     owned_by: str | None = None
     quantization: Form | Literal["auto"] = "auto"
-    prompts: Literal["auto", "float32", "none"] = "auto"
+    prompts: Literal["auto", "int8", "float32", "none"] = "auto"
     max_kl: float = 0.005
     overwrite: bool = False
 
@@ -60,23 +65,47 @@ def export(source: Path, directory: Path, options: Options, progress: Progress) 
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE) as data:
             ir.save(build_graph(checkpoint, form, data, progress("building", layers)), model)
-        prompts = work / manifest.PROMPT_MODEL_FILE if _has_prompt_graph(options.prompts, form, checkpoint) else None
-        if prompts is not None:
-            with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
-                ir.save(build_prompt_graph(checkpoint, form, data, progress("building for prompts", layers)), prompts)
         checkpoint.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
-        report = verify(checkpoint, model, prompts, options.max_kl, progress("verifying", layers))
-        _manifest(checkpoint, form, report, options, work).write(work)
+        prompts, report = _add_prompt_graph(checkpoint, form, options, work, progress)
+        _manifest(checkpoint, form, prompts, report, options=options, directory=work).write(work)
     return report
 
 
-def _has_prompt_graph(wanted: Literal["auto", "float32", "none"], form: Form, checkpoint: Checkpoint) -> bool:
-    """Whether a graph of float32 matrices is worth having beside one whose matrices are of `form`."""
+def _add_prompt_graph(
+    checkpoint: Checkpoint, form: Form, options: Options, work: Path, progress: Progress
+) -> tuple[PromptForm | None, Report]:
+    """Builds the first wanted graph for prompts that is close enough to the source. Gives its form and the report.
+
+    Raises TooFarError when none is, or when it is the generating graph that is too far.
+    """
+    layers, model = checkpoint.architecture.layers, work / manifest.MODEL_FILE
+    forms = _prompt_forms(options.prompts, form, checkpoint)
+    for prompts in forms:
+        graph = work / manifest.PROMPT_MODEL_FILE
+        with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
+            matrices: LinearForm = "int8_rows" if prompts == "int8" else "float32"
+            on_layer = progress(f"building for prompts, {prompts}", layers)
+            ir.save(build_prompt_graph(checkpoint, matrices, form, data, on_layer), graph)
+        try:
+            return prompts, verify(checkpoint, model, graph, options.max_kl, progress("verifying", layers))
+        except TooFarError:
+            if prompts == forms[-1]:
+                raise
+    return None, verify(checkpoint, model, None, options.max_kl, progress("verifying", layers))
+
+
+def _prompt_forms(
+    wanted: Literal["auto", "int8", "float32", "none"], form: Form, checkpoint: Checkpoint
+) -> list[PromptForm]:
+    """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
     if form == "float32" or wanted == "none":
-        return False
+        return []
+    if wanted != "auto":
+        return [wanted]
     names = [name for name in checkpoint.tensors if name.startswith("blk.")]
-    size = sum(4 * math.prod(checkpoint.tensors[name].shape) for name in names)
-    return wanted == "float32" or size <= PROMPT_GRAPH_BYTES
+    weights = sum(math.prod(checkpoint.tensors[name].shape) for name in names)
+    quick: list[PromptForm] = ["int8", "float32"] if has_byte_dot_products() else ["float32"]
+    return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
 
 def _check_destination(directory: Path, overwrite: bool) -> None:
@@ -124,7 +153,13 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
 
 
 def _manifest(
-    checkpoint: Checkpoint, form: Form, report: Report, options: Options, directory: Path
+    checkpoint: Checkpoint,
+    form: Form,
+    prompts: PromptForm | None,
+    report: Report,
+    *,
+    options: Options,
+    directory: Path,
 ) -> manifest.Manifest:
     architecture = checkpoint.architecture
     return manifest.Manifest(
@@ -145,7 +180,7 @@ def _manifest(
         ),
         quantization=manifest.Quantization(
             weights=form,
-            prompts="float32" if (directory / manifest.PROMPT_MODEL_FILE).exists() else None,
+            prompts=prompts,
             source=checkpoint.weights,
             min_rows=2 if form == "int4z" else 1,
         ),

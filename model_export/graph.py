@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from model_export.checkpoint import Architecture, Checkpoint
 from model_export.initializers import Initializers
-from model_export.operators import CONTRIB, Operators, Table
+from model_export.operators import CONTRIB, LinearForm, Operators, Table
 from model_export.quantize import Form
 from model_export.weights import stack_rows
 
@@ -40,14 +40,14 @@ def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer
 
 
 def build_prompt_graph(
-    checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]
+    checkpoint: Checkpoint, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
 ) -> ir.Model:
-    """The same model for calls of many positions of which few get logits: layers in float32, embedding in `form`.
+    """The same model for calls of many positions of which few get logits: its layers in `layers`, embedding in `form`.
 
     It reads and writes the same keys and values. What follows the last layer's attention is computed for the wanted
     positions alone.
     """
-    return _build(_Decoder(checkpoint, Operators(data, "float32", form), few_wanted=True), data, on_layer)
+    return _build(_Decoder(checkpoint, Operators(data, layers, form), few_wanted=True), data, on_layer)
 
 
 def _build(decoder: _Decoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
@@ -93,20 +93,25 @@ class _Decoder:
         for layer in range(self.architecture.layers):
             attended, *keys_and_values = self._attention(layer, hidden)
             present += keys_and_values
-            if self.few_wanted and layer == self.architecture.layers - 1:
+            few = self.few_wanted and layer == self.architecture.layers - 1
+            if few:
                 attended, residual = self._wanted_positions(attended), self._wanted_positions(residual)
-            attended = self._linear(attended, f"blk.{layer}.attn_output")
+            attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few)
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
-            hidden, residual = self._add_and_norm(self._mlp(layer, hidden), residual, self._norm_after(layer))
+            added = self._mlp(layer, hidden, few_rows=few)
+            hidden, residual = self._add_and_norm(added, residual, self._norm_after(layer))
             on_layer()
         wanted = hidden if self.few_wanted else self._wanted_positions(hidden)
         logits = self._head(wanted, table)
         return [_declare(logits, "logits", ["R", self.architecture.vocab_size]), *present]
 
     def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
-        if self.architecture.tied_embedding:
-            return self.operators.head(hidden, "output.weight", self.checkpoint.matrix("token_embd.weight"), embedding)
-        return self.operators.head(hidden, "output.weight", self.checkpoint.matrix("output.weight"))
+        """The logits of `hidden` [R, columns]. Where they are few, twice the arithmetic is no price for exactness."""
+        tied = self.architecture.tied_embedding
+        matrix = self.checkpoint.matrix("token_embd.weight" if tied else "output.weight")
+        return self.operators.head(
+            hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.few_wanted
+        )
 
     def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
         """The attended values [B, S, heads * head_dim], and the layer's present keys and values."""
@@ -151,18 +156,20 @@ class _Decoder:
         normed = self.operators.rms_norm(heads, self._vector(f"{name}.weight"), self.architecture.norm_epsilon)
         return self.operators.apply("Reshape", normed, self.operators.sizes(f"{name}.merged", 0, 0, -1))
 
-    def _mlp(self, layer: int, hidden: ir.Value) -> ir.Value:
+    def _mlp(self, layer: int, hidden: ir.Value, *, few_rows: bool) -> ir.Value:
         prefix = f"blk.{layer}."
-        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up")
+        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up", few_rows=few_rows)
         gate, up = self.operators.apply_many("Split", both, outputs=2, axis=-1, num_outputs=2)
         activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
-        return self._linear(self.operators.apply("Mul", activated, up), prefix + "ffn_down")
+        product = self.operators.apply("Mul", activated, up)
+        return self._linear(product, prefix + "ffn_down", outliers=True, few_rows=few_rows)
 
-    def _linear(self, value: ir.Value, *names: str) -> ir.Value:
+    def _linear(self, value: ir.Value, *names: str, outliers: bool = False, few_rows: bool = False) -> ir.Value:
         """The layers of these names side by side, as one product."""
         matrix = stack_rows([self.checkpoint.matrix(f"{name}.weight") for name in names])
         biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
-        return self.operators.linear(value, "+".join(names), matrix, np.concatenate(biases) if biases else None)
+        bias = np.concatenate(biases) if biases else None
+        return self.operators.linear(value, "+".join(names), matrix, bias, outliers=outliers, few_rows=few_rows)
 
     def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         return self.operators.add_and_rms_norm(value, residual, self._vector(name), self.architecture.norm_epsilon)

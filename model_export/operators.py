@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from model_export.initializers import Initializers
-from model_export.quantize import Form, Packed, mixing, pack, pack_rows
+from model_export.quantize import (
+    Form,
+    Packed,
+    PackedRows,
+    mixed_columns,
+    mixing,
+    pack,
+    pack_rows,
+    pack_signed_rows,
+)
 from model_export.weights import BLOCK, Floats, Matrix, dequantize
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4
+
+# The forms of matrices, and 8 bits with one scale a row for graphs that read prompts.
+LinearForm = Form | Literal["int8_rows"]
+
+# A row's largest number, where it is less: a row of zeros stays one.
+_LEAST = 1e-30
+# What a first byte leaves over is at most half a step; this many steps of a second byte hold a whole one.
+_FINE_STEPS = 254
 
 
 @dataclass(frozen=True)
@@ -36,10 +53,11 @@ class Operators:
     The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`.
     """
 
-    def __init__(self, data: Initializers, form: Form, tables: Form) -> None:
+    def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
         self._data = data
         self._form = form
         self._tables = tables
+        self._mixings: dict[int, ir.Value] = {}
         self._tape = Tape()
 
     @property
@@ -75,13 +93,31 @@ class Operators:
         )
         return normed, total
 
-    def linear(self, value: ir.Value, name: str, matrix: Matrix, bias: Floats | None = None) -> ir.Value:
-        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows]."""
+    def linear(
+        self,
+        value: ir.Value,
+        name: str,
+        matrix: Matrix,
+        bias: Floats | None = None,
+        *,
+        outliers: bool = False,
+        few_rows: bool = False,
+    ) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows].
+
+        `outliers` says that `value` holds numbers far larger than the rest: in 8 bits with one scale a row it then
+        takes two bytes. With `few_rows` those would gain nothing, and float32 takes their place.
+        """
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
-        if self._form == "float32":
+        if self._form in {"int4z", "int8"}:
+            return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
+        if self._form == "float32" or few_rows:
             product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
-            return product if offset is None else self.apply("Add", product, offset)
-        packed = pack(matrix, self._form)
+        else:
+            product = self._linear_in_bytes(value, name, dequantize(matrix), two_bytes=outliers)
+        return product if offset is None else self.apply("Add", product, offset)
+
+    def _linear_in_blocks(self, value: ir.Value, name: str, packed: Packed, offset: ir.Value | None) -> ir.Value:
         if packed.block_means:
             means = self.apply("AveragePool", value, kernel_shape=[BLOCK], strides=[BLOCK])
             value = self.apply("Concat", value, *[means] * packed.block_means, axis=-1)
@@ -111,7 +147,9 @@ class Operators:
             quantize_axis=1,
         )
 
-    def head(self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None) -> ir.Value:
+    def head(
+        self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None, *, two_bytes: bool = False
+    ) -> ir.Value:
         """The product of `value` [rows, columns] with the transpose of `matrix`, of which there may be a `table`.
 
         In integers each row of `value` is mixed and scaled to 8 bits by its own largest number: sums of integers are
@@ -121,21 +159,47 @@ class Operators:
             weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
             return self.apply("Gemm", value, weights, transB=1)
         mix = mixing(matrix.shape[1])
-        packed = pack_rows(dequantize(matrix) @ mix)
         mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
-        largest = self.apply("ReduceMax", self.apply("Abs", mixed), self.sizes(f"{name}.last_axis", -1), keepdims=1)
+        return self._multiply_bytes(mixed, name, pack_rows(dequantize(matrix) @ mix), two_bytes=two_bytes)
+
+    def _linear_in_bytes(self, value: ir.Value, name: str, weights: Floats, *, two_bytes: bool) -> ir.Value:
+        """The product of `value` with the transpose of `weights`, both mixed by groups of columns."""
+        rows, columns = weights.shape
+        size = mixed_columns(columns)
+        mix = mixing(size)
+        if size not in self._mixings:
+            self._mixings[size] = self._data.add(f"mixing.{size}", mix)
+        groups = self.apply("Reshape", value, self.sizes(f"{name}.groups", -1, size))
+        mixed = self.apply("MatMul", groups, self._mixings[size])
+        mixed = self.apply("Reshape", mixed, self.apply("Shape", value))
+        packed = pack_signed_rows((weights.reshape(-1, size) @ mix).reshape(rows, columns))
+        return self._multiply_bytes(mixed, name, packed, two_bytes=two_bytes)
+
+    def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows, *, two_bytes: bool = False) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `packed`.
+
+        Each row of `value` is scaled to 8 bits by its own largest number, or to 15 with a second byte for what the
+        first leaves over.
+        """
+        largest = self.apply("ReduceMax", self.apply("Abs", value), self.sizes(f"{name}.last_axis", -1), keepdims=1)
+        largest = self.apply("Max", largest, self._data.constant(f"{name}.least", np.array(_LEAST, np.float32)))
         step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
         zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
-        product = self.apply(
-            "MatMulIntegerToFloat",
-            self.apply("QuantizeLinear", self.apply("Div", mixed, largest), step, zero),
-            self._data.add(f"{name}.row_codes", packed.codes),
-            step,
-            self._data.add(f"{name}.row_scales", packed.scales),
-            zero,
-            self._data.add(f"{name}.row_zero_points", packed.zero_points),
-            domain=CONTRIB,
-        )
+        codes = self._data.add(f"{name}.row_codes", packed.codes)
+        scales = self._data.add(f"{name}.row_scales", packed.scales)
+        zeros = None if packed.zero_points is None else self._data.add(f"{name}.row_zero_points", packed.zero_points)
+
+        def multiply(quantized: ir.Value, unit: ir.Value) -> ir.Value:
+            return self.apply("MatMulIntegerToFloat", quantized, codes, unit, scales, zero, zeros, domain=CONTRIB)
+
+        scaled = self.apply("Div", value, largest)
+        coarse = self.apply("QuantizeLinear", scaled, step, zero)
+        product = multiply(coarse, step)
+        if two_bytes:
+            fine_step = self._data.constant(f"{name}.fine_step", np.array(1 / 127 / _FINE_STEPS, np.float32))
+            rest = self.apply("Sub", scaled, self.apply("DequantizeLinear", coarse, step, zero))
+            fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step)
+            product = self.apply("Add", product, fine)
         return self.apply("Mul", product, largest)
 
     def _store(self, name: str, packed: Packed) -> StoredBlocks:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
 
@@ -13,6 +14,9 @@ Form = Literal["float32", "int8", "int4z"]
 
 # Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
 MEAN_COPIES = 2
+
+# Mixing more columns at a time takes longer, fewer leave outliers in place.
+LEAST_MIXED, MOST_MIXED = 32, 256
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,36 @@ class Packed:
 class PackedRows:
     """A matrix [rows, columns] in 8 bits with one scale a row: a weight is `scale * (code - zero point)` of its row.
 
-    `codes` is [columns, rows]; `scales` and `zero_points` are [rows].
+    `codes` is [columns, rows]; `scales` and `zero_points` are [rows]. Codes are signed where there are no zero points.
     """
 
-    codes: Bytes
+    codes: Bytes | NDArray[np.int8]
     scales: Floats
-    zero_points: Bytes
+    zero_points: Bytes | None
 
 
 def pack_rows(weights: Floats) -> PackedRows:
     """Packs `weights` [rows, columns] by rounding to nearest. Rows should be free of outliers: see `mixing`."""
     codes, scales, zeros = _round_to_nearest(weights)
     return PackedRows(np.ascontiguousarray(codes.T), scales, zeros)
+
+
+def pack_signed_rows(weights: Floats) -> PackedRows:
+    """The same around zero: what processors multiply fastest with unsigned bytes."""
+    scales = np.abs(weights).max(axis=1) / np.float32(127)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.rint(weights * inverse[:, None]).astype(np.int8)
+    return PackedRows(np.ascontiguousarray(codes.T), scales, None)
+
+
+def mixed_columns(columns: int) -> int:
+    """How many columns to mix at a time: as many as cost little, in an even number of groups, else all.
+
+    An even number of groups never leaves one of them alone in a kernel's tile, so that results do not depend on how
+    many rows a call has.
+    """
+    sizes = [size for size in range(LEAST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
+    return max(sizes, default=columns)
 
 
 def mixing(size: int) -> Floats:

@@ -9,6 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from model_export.weights import Floats
+from service.processor import byte_options
 
 
 class Runner:
@@ -18,10 +19,9 @@ class Runner:
     """
 
     def __init__(self, model: Path, capacity: int, prompts: Path | None = None) -> None:
-        self._decoding = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        self._reading = self._decoding
+        self._decoding = self._reading = _session(model)
         if prompts is not None:
-            self._reading = onnxruntime.InferenceSession(prompts, providers=["CPUExecutionProvider"])
+            self._reading = _session(prompts)
         self._caches = {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros((1, entry.shape[1], capacity, entry.shape[3]), np.float32)
@@ -55,3 +55,10 @@ class Runner:
         session.run_with_iobinding(binding)
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
+
+
+def _session(graph: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    for name, value in byte_options().items():
+        options.add_session_config_entry(name, value)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

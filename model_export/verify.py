@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.checkpoint import Checkpoint
-from model_export.errors import ExportError
+from model_export.errors import ExportError, TooFarError
 from model_export.reference import reference_logits
 from model_export.runner import Runner
 from model_export.weights import Floats
@@ -49,8 +49,8 @@ def verify(
 ) -> Report:
     """Measures `model`, and the `prompts` graph if it has one, against `checkpoint`.
 
-    Raises ExportError when a divergence exceeds `max_kl` nats per token: that of a text read in chunks by either graph
-    or decoded from the source, or that of a text read in chunks from the same text read whole.
+    Raises TooFarError when a divergence from the source exceeds `max_kl` nats per token, that of a text read in chunks
+    by either graph or decoded, and ExportError when a text read in chunks is as far from the same text read whole.
     """
     tokens = _tokens(checkpoint)
     expected = reference_logits(checkpoint, tokens, on_layer)
@@ -73,7 +73,7 @@ def verify(
         max_logit_error=float(np.abs(chunked - expected).max()),
     )
     if not max(report.kl, report.prompt_kl, report.decode_kl) <= max_kl:
-        raise ExportError(f"the exported model is too far from its source (at most {max_kl} allowed): {report}")
+        raise TooFarError(f"the exported model is too far from its source (at most {max_kl} allowed): {report}")
     return report
 
 

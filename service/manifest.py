@@ -76,7 +76,7 @@ class Quantization(_Part):
     """
 
     weights: Literal["float32", "int8", "int4z"]
-    prompts: Literal["float32"] | None = None
+    prompts: Literal["float32", "int8"] | None = None
     source: str
     min_rows: int = Field(ge=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ import onnxruntime as ort
 from service.engine.cache import Copy
 from service.errors import ModelDirectoryError
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
+from service.processor import byte_options
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128
-# From so many rows on float32 is faster for generated tokens too, as every weight is read for many of them.
-_MANY_ROWS = 16
+# Numbers of rows at which the graph for prompts may be the faster one for generated tokens too, and by how much at
+# least: every weight is read for many of them.
+_MANY_ROWS = (8, 16, 32)
+_WORTH_CHANGING = 0.95
+_TIMED_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,10 @@ class _Call:
 class Model:
     """Runs the graphs of a model directory over slots of keys and values.
 
-    Rows of several tokens go through the graph for prompts where there is one, and so do many rows where results may
-    depend on the batch. Keys and values are one buffer per layer, [slots, kv_heads, context_length, head_dim]; a call
-    covers consecutive slots and extends them in place. Not thread-safe: one thread owns it.
+    Rows of several tokens go through the graph for prompts where there is one. So do many rows where results may depend
+    on the batch, from the number on at which that was faster when it was tried at the start. Keys and values are one
+    buffer per layer, [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and extends them in
+    place. Not thread-safe: one thread owns it.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class Model:
         self.context_length = context_length
         self._layers = manifest.kv.layers
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
-        self._many_rows = math.inf if batch_invariant else _MANY_ROWS
+        self._many_rows = math.inf
         # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
         # empty row.
         shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
@@ -74,6 +80,28 @@ class Model:
         self._decoding = self._prompts = self._load(directory / MODEL_FILE, threads)
         if manifest.quantization.prompts is not None:
             self._prompts = self._load(directory / PROMPT_MODEL_FILE, threads)
+            if not batch_invariant:
+                self._many_rows = self._faster_from()
+
+    def _faster_from(self) -> float:
+        """From how many rows on the graph for prompts generates tokens faster on this machine."""
+        for rows in _MANY_ROWS:
+            if rows <= self.slots and self._step_seconds(rows, rows) < _WORTH_CHANGING * self._step_seconds(
+                rows, math.inf
+            ):
+                return rows
+        return math.inf
+
+    def _step_seconds(self, rows: int, many_rows: float) -> float:
+        """The least time of some steps of `rows` rows, when so many rows take the graph for prompts."""
+        self._many_rows = many_rows
+        self._calls.clear()
+        seconds = []
+        for _ in range(_TIMED_STEPS):
+            began = time.perf_counter()
+            self.forward(0, [[0]] * rows, [0] * rows, [(row, 0) for row in range(rows)])
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
 
     @staticmethod
     def _load(graph: Path, threads: int) -> ort.InferenceSession:
@@ -82,6 +110,8 @@ class Model:
         options.inter_op_num_threads = 1
         # Threads that still spin after a call would take the cores from the other graph's next call.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        for name, value in byte_options().items():
+            options.add_session_config_entry(name, value)
         try:
             return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated types

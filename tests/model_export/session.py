@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from service.processor import byte_options
+
 
 class Session:
     """An exported model with keys and values of five rows of 128 positions, kept in place."""
@@ -15,6 +17,8 @@ class Session:
     def __init__(self, directory: Path, rows: int = 5, capacity: int = 128, graph: str = "model.onnx") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
+        for name, value in byte_options().items():
+            options.add_session_config_entry(name, value)
         self.session = onnxruntime.InferenceSession(directory / graph, options)
         self.caches = {
             entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), np.float32)

@@ -46,10 +46,11 @@ def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarr
 
 
 def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray) -> None:
-    """Of a prompt's own next-token distribution the graph for prompts loses less than a third of that."""
+    """So is the graph for prompts, and within less than a third of that where its layers are in float32."""
     session = Session(model_dir, rows=1, capacity=256, graph="prompt.onnx")
     expected = reference_logits(read_source(local.default_weights()), tokens, lambda: None)
-    assert kl_divergence(expected, session.forward([tokens], past=[0])) <= 0.0015
+    in_bytes = manifest.load(model_dir).quantization.prompts == "int8"
+    assert kl_divergence(expected, session.forward([tokens], past=[0])) <= (0.005 if in_bytes else 0.0015)
 
 
 def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from gguf import GGMLQuantizationType
 
+from model_export import export as exporting
 from model_export.__main__ import main
-from model_export.errors import ExportError
+from model_export.checkpoint import Checkpoint
+from model_export.errors import ExportError, TooFarError
 from model_export.export import Options, export, read_source
 from model_export.reference import reference_logits
+from model_export.verify import Report, verify
 from service import manifest
 from tests.model_export import tiny
 from tests.model_export.session import Session
@@ -149,11 +154,14 @@ def test_only_wanted_positions_get_logits(tmp_path: Path) -> None:
     assert session.forward([text(6)], past=[0], wanted=[]).shape == (0, tiny.VOCAB)
 
 
+@pytest.mark.parametrize("form", ["float32", "int8"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_prompt_graph_is_the_source(family: str, tmp_path: Path) -> None:
+def test_prompt_graph_is_the_source(family: str, form: str, tmp_path: Path) -> None:
     """The graph for prompts is close to the source; any chunks and wanted positions give bit-equal results."""
     source = tiny.hugging_face(tmp_path / "Tiny", family, **VARIANTS[family])
-    session = Session(run(source, tmp_path / "model", quantization="int8"), graph="prompt.onnx")
+    exported = run(source, tmp_path / "model", quantization="int8", prompts=form)
+    assert manifest.load(exported).quantization.prompts == form
+    session = Session(exported, graph="prompt.onnx")
     tokens = text(100)
     wanted = expected(source, tokens)
     whole = session.forward([tokens], past=[0])
@@ -175,6 +183,31 @@ def test_no_prompt_graph(quantization: str, prompts: str, tmp_path: Path) -> Non
     assert set(described.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
 
 
+def multiplies_bytes(graph: Path) -> bool:
+    """Whether the layers of a graph for prompts are in 8 bits."""
+    return any(name.startswith("mixing.") for name in ir.load(graph).graph.initializers)
+
+
+@pytest.mark.parametrize(
+    ("quick", "close", "form"), [(True, True, "int8"), (True, False, "float32"), (False, True, "float32")]
+)
+def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
+    quick: bool, close: bool, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On processors that are quick with bytes prompts are read in bytes, unless that is too far from the source."""
+
+    def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any) -> Report:
+        if multiplies_bytes(prompts) and not close:
+            raise TooFarError("too far")
+        return verify(checkpoint, model, prompts, *rest)
+
+    monkeypatch.setattr(exporting, "has_byte_dot_products", lambda: quick)
+    monkeypatch.setattr(exporting, "verify", check)
+    exported = run(tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "model", quantization="int8")
+    assert manifest.load(exported).quantization.prompts == form
+    assert multiplies_bytes(exported / "prompt.onnx") == (form == "int8")
+
+
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
     """The manifest holds what the source and the options say, and its hashes fit the files."""
     source = tiny.hugging_face(tmp_path / "Tiny-1M", dtype="bfloat16", sliding_window=128)
@@ -188,7 +221,7 @@ def test_manifest_describes_the_model(tmp_path: Path) -> None:
     assert described.quantization.source == "bfloat16"
     graphs = {"model.onnx", "model.onnx.data", "prompt.onnx", "prompt.onnx.data"}
     assert set(described.files) == {*graphs, "tokenizer.json"}
-    assert described.quantization.prompts == "float32"
+    assert described.quantization.prompts in ("float32", "int8")
 
 
 def broken_gguf(path: Path) -> Path:

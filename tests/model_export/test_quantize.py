@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_export.quantize import Packed, mixing, pack, pack_rows
+from model_export.quantize import Packed, mixed_columns, mixing, pack, pack_rows, pack_signed_rows
 from model_export.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
 
 
@@ -86,6 +86,24 @@ def test_rows_in_eight_bits() -> None:
     weights = packed.scales[:, None] * (packed.codes.T - packed.zero_points[:, None].astype(np.float32))
     spread = np.ptp(matrix, axis=1, keepdims=True)
     assert (np.abs(weights - matrix) <= spread / 255 * 0.51 + 1e-7).all()
+
+
+def test_rows_in_signed_bytes() -> None:
+    """Around zero, weights move by at most half of 1/127 of their row's largest; a row of zeros stays one."""
+    matrix = np.random.default_rng(6).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
+    packed = pack_signed_rows(matrix)
+    assert packed.zero_points is None
+    assert packed.codes.shape == (48, 3)
+    error = np.abs(packed.scales[:, None] * packed.codes.T - matrix)
+    assert (error <= np.abs(matrix).max(axis=1, keepdims=True) / 127 * 0.501).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "size"), [(576, 144), (1536, 256), (2048, 256), (896, 224), (64, 32), (96, 48), (57, 57)]
+)
+def test_columns_mixed_at_a_time(columns: int, size: int) -> None:
+    """The most columns up to 256 that part all of them into an even number of groups; all where there is no such."""
+    assert mixed_columns(columns) == size
 
 
 @pytest.mark.parametrize("size", [1, 64, 576])
