@@ -193,7 +193,8 @@ class World:
         try:
             visit.generation = self.engine.submit(made)
         except OverloadedError:
-            there = sum(len(each.expected) for each in self.visits) + self.engine._commands.qsize()
+            here, known = self.visits, self.engine._sequences.values()
+            there = max(sum(len(each.expected) for each in here), sum(map(len, known))) + self.engine._commands.qsize()
             check(there >= self.max_waiting, "refused although there was room", there)
             self._count("refused")
             return
