@@ -1,5 +1,6 @@
 # make run    the service behind Envoy on this machine, from nothing to an answered request
 # make test   every check and test
+# make soak   a mixed load for MINUTES, and whether it leaves anything behind
 # make bench  the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
 
@@ -11,7 +12,7 @@ DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint stubs check-stubs bench clean
+.PHONY: run test lint stubs check-stubs soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -34,6 +35,10 @@ check-stubs: $(VENV)/.test
 stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from proto/.
 	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
+
+MINUTES ?= 2
+soak: $(VENV)/.run ## MINUTES=20 soaks for longer.
+	$(PYTHON) -m bench soak --minutes $(MINUTES)
 
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)

@@ -3,6 +3,7 @@
     python -m bench                 the comparison: every peer, every load, and the machine's limits
     python -m bench limits          the machine's limits alone
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
+    python -m bench soak            a mixed load for --minutes, and what it leaves behind
 
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from bench import cancel, genai, growth, limits, llama_cpp, loads, peers, report
+from bench import cancel, genai, growth, limits, llama_cpp, loads, peers, report, soak
 from bench.client import PeerError
 from bench.loads import Plan
 from bench.peers import Served, Setup, Start
@@ -122,6 +123,11 @@ def _growth(options: argparse.Namespace) -> None:
     growth.run(_setup(options), _plan(options), options.rounds, options.curves, options.out)
 
 
+def _soak(options: argparse.Namespace) -> None:
+    if not soak.run(options.minutes, options.seed, soak.Bounds()):
+        raise PeerError("the soak broke its bounds")
+
+
 def _setup(options: argparse.Namespace) -> Setup:
     return Setup(
         model_dir=local.model_dir(),
@@ -166,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = {"compare": _compare, "limits": _limits, "growth": _growth}
+    runs = {"compare": _compare, "limits": _limits, "growth": _growth, "soak": _soak}
     parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
     add = parser.add_argument
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom to measure (all)")
@@ -184,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--itl-objective", type=float, default=0.1, help="open loop: mean seconds between tokens (%(default)s)")
     add("--flash-attention", choices=["on", "off"], default="on", help="of llama.cpp (%(default)s)")
     add("--curves", nargs="+", choices=growth.CURVES, default=list(growth.CURVES), help="growth: which (all)")
+    add("--minutes", type=float, default=2.0, help="soak: how long (%(default)s)")
     add("--weights", type=Path, help="the GGUF file that MODEL_DIR was exported from (the default model's)")
     add("--seed", type=int, default=1, help="of prompts and arrivals (%(default)s)")
     add("--limit", type=float, default=900.0, help="most seconds that one load may take (%(default)s)")

@@ -150,5 +150,6 @@ def _settings(setup: Setup) -> Settings:
 def _service(setup: Setup, port: int) -> Iterator[local.Child]:
     command = [sys.executable, "-m", "service", "--model-dir", str(setup.model_dir), "--port", str(port)]
     command += ["--threads", str(setup.threads), "--max-running", str(setup.slots), "--log-level", "warning"]
+    command += ["--drain-delay-seconds", "0"]
     with running("the service", command) as child:
         yield child

@@ -226,6 +226,7 @@ def run(service_args: list[str]) -> None:
         gateway = Child("Envoy", envoy_command(envoy, chosen, folder), folder / "envoy.log")
         cleanup.callback(gateway.stop)
         command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
+        command += ["--drain-delay-seconds", "0"]  # there is no other replica to send requests to meanwhile
         service = Child("the service", [*command, *service_args], folder / "service.log")
         # Runs before the gateway's: the service drains while Envoy still carries its answers.
         cleanup.callback(service.stop)

@@ -37,8 +37,20 @@ class UnavailableError(ServiceError):
     """The service is stopping or its engine has died."""
 
 
+class DeadlineError(ServiceError):
+    """The call's deadline has come."""
+
+
+class SlowReaderError(ServiceError):
+    """The caller reads too slowly: what waits for it grew too large or too old."""
+
+
 class EngineFaultError(Exception):
     """The model failed on this request; the cause is logged and never shown to the caller."""
+
+
+class NotFiniteError(EngineFaultError):
+    """The model's logits are not numbers: of such a row nothing can be trusted."""
 
 
 class EngineDiedError(Exception):

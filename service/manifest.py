@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service import external_data
 from service.errors import ModelDirectoryError
 
 FILE_NAME = "manifest.json"
@@ -154,12 +155,27 @@ def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None
         raise ModelDirectoryError(f"{path} is outside the model directory {directory}; refusing to load it")
     if not path.is_file():
         raise ModelDirectoryError(f"{path} does not exist; {hint}")
+    if path.stat().st_nlink > 1:
+        raise ModelDirectoryError(f"{path} has other names (hard links), by which it may change; copy it instead")
     size = path.stat().st_size
     if size != entry.bytes:
         raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {hint}")
     digest = file_sha256(path)
     if digest != entry.sha256:
         raise ModelDirectoryError(f"{path} has SHA-256 {digest}, expected {entry.sha256}; {hint}")
+
+
+def check_external_data(directory: Path, manifest: Manifest) -> None:
+    """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not vouch for."""
+    for name in [MODEL_FILE, *([PROMPT_MODEL_FILE] if manifest.quantization.prompts else [])]:
+        path = directory / name
+        try:
+            outside = external_data.locations(path.read_bytes()) - set(manifest.files)
+        except ValueError as error:
+            raise ModelDirectoryError(f"{path} is not an ONNX graph: {error}") from None
+        if outside:
+            message = f"{path} takes tensors from {min(outside)!r}, which {FILE_NAME} does not vouch for"
+            raise ModelDirectoryError(f"{message}; refusing to load it")
 
 
 def file_sha256(path: Path) -> str:

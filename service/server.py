@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import faulthandler
 import logging
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
@@ -15,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import manifest as manifests
-from service import memory
+from service import memory, ports, watchdog
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -35,11 +38,13 @@ SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].f
 _HEALTH_NAMES = (SERVICE_NAME, "")
 
 _LAST_WORDS_SECONDS = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def load_model(settings: Settings) -> ServedModel:
     """The model that the settings name, checked and ready to start. Raises StartupError."""
     manifest = manifests.load(settings.model_dir)
+    manifests.check_external_data(settings.model_dir, manifest)
     context_length = settings.context_length or manifest.context_length
     if context_length > manifest.context_length:
         raise StartupError(
@@ -56,7 +61,13 @@ def load_model(settings: Settings) -> ServedModel:
         batch_invariant=settings.batch_invariant,
     )
     scheduler = Scheduler(KVCache(slots), settings.prompt_chunk)
-    engine = Engine(model, tokenizer, scheduler, max_waiting=settings.max_waiting)
+    engine = Engine(
+        model,
+        tokenizer,
+        scheduler,
+        max_waiting=settings.max_waiting,
+        send_timeout=settings.send_timeout_seconds,
+    )
     return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
 
 
@@ -74,6 +85,28 @@ def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_lengt
     return plan
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """Health whose watches can be ended: they would hold up a drain for as long as their callers like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[Any]] = set()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802, the contract's name
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watches.discard(task)
+
+    def end_watches(self) -> None:
+        """Ends every watch."""
+        for task in self._watches:
+            task.cancel()
+
+
 class Server:
     """The running service. As an async context manager it serves inside the block and drains at its end."""
 
@@ -86,7 +119,7 @@ class Server:
             )
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
         self._add_services()
 
@@ -132,21 +165,44 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.announce_end()
         # No new calls from here on. Those that outlast the drain hear why from the engine, before gRPC cuts them off.
-        stopped = asyncio.ensure_future(self._server.stop(self._settings.drain_seconds + _LAST_WORDS_SECONDS))
-        await asyncio.wait([stopped], timeout=self._settings.drain_seconds)
-        await asyncio.to_thread(self.model.engine.stop)
+        engine = self.model.engine
+        seconds = 0.0 if engine.died.is_set() else self._settings.drain_seconds
+        stopped = asyncio.ensure_future(self._server.stop(seconds + _LAST_WORDS_SECONDS))
+        asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS / 4, self._health.end_watches)
+        await asyncio.wait([stopped], timeout=seconds)
+        await asyncio.to_thread(engine.stop)
         await stopped
         self._tokenizing.shutdown()
-        reuse = self.model.engine.reuse
-        _log.info("stopped", extra={"fields": dataclasses.asdict(reuse)})
+        fields = {**dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults)}
+        _log.info("stopped", extra={"fields": fields})
 
     def _bind(self) -> None:
         try:
             self._server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise StartupError(f"cannot listen on {self.address}: is the port in use? ({error})") from None
+            pid = ports.listener(self._settings.port)
+            if pid is None:
+                raise StartupError(f"cannot listen on {self.address}: is the port in use? ({error})") from None
+            message = f"cannot listen on {self.address}: port {self._settings.port} is in use (pid {pid})"
+            raise StartupError(f"{message}; stop that process, or choose another port (--port)") from None
+
+    async def announce_end(self) -> None:
+        """Has health say NOT_SERVING, so that who asks sends no new requests; they are still taken."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def end_if_hung(self) -> None:
+        """Watches the engine. When a step never ends, every caller hears of it, and the process exits with 1."""
+        engine, seconds = self.model.engine, self._settings.watchdog_seconds
+        await watchdog.hung(lambda: engine.turn, seconds)
+        _log.critical("the engine hangs", extra={"fields": {"seconds": seconds, **dataclasses.asdict(engine.stats)}})
+        await self.announce_end()
+        engine.abandon()
+        faulthandler.dump_traceback(all_threads=True)
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        logging.shutdown()
+        os._exit(1)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in _HEALTH_NAMES:
@@ -154,21 +210,32 @@ class Server:
 
 
 async def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests finish.
+    """Serves until SIGTERM or SIGINT, then lets running requests finish; a second signal ends the process at once.
 
     Raises EngineDiedError when there is no engine to serve with any more: a supervisor should start the process again.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    async with Server(settings) as server:
-        died = server.model.engine.died
-        ends = [asyncio.ensure_future(event.wait()) for event in (stop, died)]
-        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in pending:
-            end.cancel()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # a second signal ends the process at once
-    if died.is_set():
+    server = Server(settings)
+    engine = server.model.engine
+    watching = asyncio.ensure_future(server.end_if_hung())
+    async with server:
+        await _first(stop, engine.died)
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, os._exit, 128 + number)
+        _log.info("draining", extra={"fields": dataclasses.asdict(engine.stats)})
+        await server.announce_end()
+        await _first(engine.died, within=settings.drain_delay_seconds)
+    watching.cancel()
+    if engine.died.is_set():
         raise EngineDiedError("the engine has died; the log says of what")
+
+
+async def _first(*events: asyncio.Event, within: float | None = None) -> None:
+    """Waits until one of the events is set, or for so many seconds."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

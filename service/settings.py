@@ -56,8 +56,19 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(
         16 << 20, ge=1 << 16, description="Largest request message, in bytes; JSON of 2 MiB can grow to 12 MiB."
     )
+    send_timeout_seconds: float = Field(
+        60.0, gt=0, description="How long a stream's pieces may wait for a caller that reads nothing, in seconds."
+    )
+    watchdog_seconds: float = Field(
+        30.0, gt=0, description="How long one step of the engine may take before the process ends with 1, in seconds."
+    )
+    drain_delay_seconds: float = Field(
+        5.0,
+        ge=0,
+        description="How long requests are still taken after SIGTERM, while health says NOT_SERVING, in seconds.",
+    )
     drain_seconds: float = Field(
-        30.0, ge=0, description="How long running requests may take to finish after SIGTERM, in seconds."
+        30.0, ge=0, description="How long running requests may take to finish after that, in seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

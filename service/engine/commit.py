@@ -7,7 +7,7 @@ import math
 from service.engine import sampler
 from service.engine.sampler import Floats, Score
 from service.engine.sequence import Sequence
-from service.errors import EngineFaultError
+from service.errors import NotFiniteError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Piece, Transcript
 from service.types import Delta, FinishReason, Prompt, Token
@@ -50,7 +50,7 @@ class Committer:
     def advance(self, sequence: Sequence, logits: Floats) -> Delta | None:
         """Samples the next token from `logits` [vocabulary] and gives what became final by it, if anything.
 
-        Raises EngineFaultError when the logits are not numbers.
+        Raises NotFiniteError when the logits are not numbers.
         """
         request = sequence.request
         token = self._sample(sequence, logits)
@@ -117,4 +117,4 @@ class Committer:
 def _check_finite(logits: Floats) -> None:
     """Of a row with one number that is not finite, none can be trusted; minus infinity is a token that cannot be."""
     if not math.isfinite(logits.max()):
-        raise EngineFaultError("the model's logits are not finite")
+        raise NotFiniteError("the model's logits are not finite")

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from service.engine.model import Model
 from service.engine.sampler import Floats
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
-from service.errors import EngineFaultError, OverloadedError, UnavailableError
+from service.errors import EngineFaultError, NotFiniteError, OverloadedError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
@@ -36,39 +37,82 @@ class Stats:
     waiting: int
 
 
+@dataclass(slots=True)
+class Faults:
+    """What went wrong since the start.
+
+    Calls of the model that failed, sequences whose logits were not numbers, and requests whose callers read too slowly.
+    """
+
+    failed_steps: int = 0
+    not_finite: int = 0
+    slow_readers: int = 0
+
+
 class Engine:
     """Continuous batching: requests join and leave between steps of the model.
 
     `died` is set when the step thread has ended by an error: there is no answer from this engine any more.
 
     The event loop's thread submits and aborts; the step thread plans, runs and commits, and sends each step's pieces
-    back in one call. Only the step thread touches sequences, scheduler and model.
+    back in one call. Only the step thread touches sequences, scheduler and model. `clock` counts seconds; a caller
+    that takes nothing for `send_timeout` of them while pieces wait for it is given up.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, scheduler: Scheduler, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        *,
+        max_waiting: int,
+        send_timeout: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._model = model
         self._committer = Committer(tokenizer)
         self._scheduler = scheduler
         self._max_waiting = max_waiting
+        self._send_timeout = send_timeout
+        self._clock = clock
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._sequences: dict[Generation, set[Sequence]] = {}
         self._outbox: list[Command] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._post: Callable[..., object] | None = None
+        self._turns = 0
+        self._in_turn = False
+        self.faults = Faults()
         self.died = asyncio.Event()
 
     # --- the event loop's side ---
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Starts the step thread; pieces are delivered on `loop`."""
-        self._loop = loop
+        self.attach(loop.call_soon_threadsafe)
         self._thread.start()
+
+    def attach(self, post: Callable[..., object]) -> None:
+        """Has calls for the event loop's side go through `post`. Whoever calls `step` then is the step thread."""
+        self._post = post
 
     def stop(self) -> None:
         """Ends the step thread after its current step; what is unfinished ends with UnavailableError."""
         self._commands.put(self._stop)
         self._thread.join()
+        self._take_commands()
+        self._flush()
+
+    def abandon(self) -> None:
+        """Tells every caller that there will be no answer, when the step thread hangs and never will."""
+        for generation in list(self._sequences):
+            generation.fail(UnavailableError(_STOPPED))
+
+    @property
+    def turn(self) -> int | None:
+        """The number of the step that is under way, if one is: the same number for long means that it hangs."""
+        return self._turns if self._in_turn else None
 
     @property
     def stats(self) -> Stats:
@@ -82,15 +126,19 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
-        if not self._thread.is_alive():
+        if self._stopping:
             raise UnavailableError(_STOPPED)
         if self._scheduler.waiting + self._commands.qsize() >= self._max_waiting:
             raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
-        generation = Generation(len(request.prompts) * request.best_of, self._abort)
+        candidates = len(request.prompts) * request.best_of
+        generation = Generation(candidates, self._abort, self._send_timeout, self._clock)
         self._commands.put(lambda: self._begin_request(request, generation))
         return generation
 
     def _abort(self, generation: Generation) -> None:
+        if generation.given_up:
+            self.faults.slow_readers += 1
+            _log.warning("a request is given up: its caller reads too slowly")
         self._commands.put(lambda: self._end_request(generation))
 
     def _bury(self) -> None:
@@ -106,23 +154,34 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._take_commands()
-                step = self._scheduler.schedule()
-                if step is not None:
-                    self._advance(step)
-                self._flush()
+                if not (self._scheduler.running or self._scheduler.waiting):
+                    self._commands.get()()
+                self.step()
         except Exception:
             _log.critical("the engine has died", exc_info=True)
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._bury)
+            assert self._post is not None
+            self._post(self._bury)
+
+    def step(self) -> bool:
+        """One turn: does what has been asked for, advances what is next, and sends the pieces.
+
+        Returns whether anything advanced.
+        """
+        self._turns += 1
+        self._in_turn = True
+        self._take_commands()
+        step = self._scheduler.schedule()
+        if step is not None:
+            self._advance(step)
+        self._flush()
+        self._in_turn = False
+        return step is not None
 
     def _take_commands(self) -> None:
-        """Runs what has been asked for; waits for something when there is nothing else to do."""
-        idle = not (self._scheduler.running or self._scheduler.waiting)
+        """Runs what has been asked for."""
         try:
             while True:
-                self._commands.get(block=idle)()
-                idle = False
+                self._commands.get_nowait()()
         except queue.Empty:
             return
 
@@ -132,6 +191,9 @@ class Engine:
             self._fail(generation, UnavailableError(_STOPPED))
 
     def _begin_request(self, request: Request, generation: Generation) -> None:
+        if self._stopping:
+            self._outbox.append(lambda: generation.fail(UnavailableError(_STOPPED)))
+            return
         sequences = []
         for prompt_index, prompt in enumerate(request.prompts):
             group = PromptGroup(prompt, unstarted=request.best_of)
@@ -153,21 +215,35 @@ class Engine:
             self._model.copy(self._scheduler.remove(sequence))
 
     def _fail(self, generation: Generation, error: Exception) -> None:
+        for sequence in self._sequences.get(generation, ()):
+            self._scheduler.forget(sequence)
         self._end_request(generation)
         self._outbox.append(lambda: generation.fail(error))
 
     def _advance(self, step: Step) -> None:
-        """Runs one step; what fails in it ends the requests that were part of it, and no others."""
+        """Runs one step. Of a batch that fails each row is tried alone: only what fails by itself ends its request."""
         sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
         try:
             if isinstance(step, PromptChunk):
                 self._advance_prompt(step)
             else:
                 self._advance_decode(step)
-        except Exception:
-            _log.exception("a step of the model failed")
-            for generation in {sequence.generation for sequence in sequences}:
-                self._fail(generation, EngineFaultError("the model failed"))
+        except Exception as error:
+            self._note(error)
+            _log.exception("a step of the model failed", extra={"fields": {"rows": len(sequences)}})
+            if len(sequences) == 1:
+                self._fail(sequences[0].generation, EngineFaultError("the model failed"))
+                return
+            for sequence in sequences:
+                if sequence.slot is not None:  # else a sibling's fault has ended it, or its own last token
+                    self._advance(DecodeBatch((None,) * sequence.slot + (sequence,)))
+
+    def _note(self, error: Exception) -> None:
+        """Counts a fault."""
+        if isinstance(error, NotFiniteError):
+            self.faults.not_finite += 1
+        else:
+            self.faults.failed_steps += 1
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
         sequence, group = chunk.sequence, chunk.sequence.group
@@ -206,7 +282,8 @@ class Engine:
             return
         try:
             self._send(sequence, self._committer.advance(sequence, logits))
-        except Exception:
+        except Exception as error:
+            self._note(error)
             _log.exception("a sequence failed", extra={"fields": {"request_id": sequence.request.id}})
             self._fail(sequence.generation, EngineFaultError("the model failed"))
 
@@ -226,8 +303,8 @@ class Engine:
         """Sends everything of this step to the event loop in one call."""
         if self._outbox:
             outbox, self._outbox = self._outbox, []
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(_run_all, outbox)
+            assert self._post is not None
+            self._post(_run_all, outbox)
 
 
 def _run_all(commands: list[Command]) -> None:

@@ -3,40 +3,79 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
+from service.errors import SlowReaderError
 from service.types import Delta
+
+# What may wait for a reader, in bytes per candidate: at any time, and where it has taken nothing for some seconds.
+_MOST = 2 << 20
+_MOST_UNTOUCHED = 256 << 10
+_UNTOUCHED_SECONDS = 5.0
+# About what a piece takes, and each scored token and alternative in it.
+_PIECE, _TOKEN, _ALTERNATIVE = 256, 256, 192
 
 
 class Generation:
     """An iterator over the pieces of a request's answer; used as a context manager, it frees the request at exit.
 
-    Everything but construction happens on the event loop's thread.
+    Everything but construction happens on the event loop's thread. A reader that lets pieces grow too many, or wait
+    for more than `send_timeout` seconds of `clock`, gets SlowReaderError in their place, and the request is freed.
     """
 
-    def __init__(self, candidates: int, abort: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        candidates: int,
+        abort: Callable[[Generation], None],
+        send_timeout: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._unfinished = candidates
         self._abort = abort
+        self._send_timeout = send_timeout
+        self._clock = clock
         self._arrived: deque[Delta] = deque()
+        self._backlog = 0
+        self._candidates = candidates
+        self._taken_at = 0.0
         self._error: Exception | None = None
+        self.given_up = False
         self._event = asyncio.Event()
 
     def deliver(self, delta: Delta) -> None:
         """Takes in a piece."""
+        if self._error is not None:
+            return
+        if not self._arrived:
+            self._taken_at, self._backlog = self._clock(), 0
         self._arrived.append(delta)
+        self._backlog += _size(delta)
         self._event.set()
+        if self._reads_too_slowly():
+            self._arrived.clear()
+            self.given_up = True
+            self.fail(SlowReaderError("The answer was not read fast enough, and was given up."))
+            self._abort(self)
+
+    def _reads_too_slowly(self) -> bool:
+        waited, each = self._clock() - self._taken_at, self._backlog / self._candidates
+        return waited > self._send_timeout or each > (_MOST_UNTOUCHED if waited > _UNTOUCHED_SECONDS else _MOST)
 
     def fail(self, error: Exception) -> None:
-        """Ends the iteration with `error` after what has arrived."""
-        self._error = error
+        """Ends the iteration with `error` after what has arrived; the first error counts."""
+        self._error = self._error or error
         self._event.set()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while self._unfinished:
             while self._arrived:
                 delta = self._arrived.popleft()
+                self._taken_at = self._clock()
+                self._backlog -= _size(delta)
                 self._unfinished -= delta.finish_reason is not None
                 yield delta
             if self._unfinished:
@@ -51,5 +90,12 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._unfinished:
+        if self._unfinished and not self.given_up:
             self._abort(self)
+
+
+def _size(delta: Delta) -> int:
+    """About how many bytes a piece takes; those of an echo, the first piece, are the request's own."""
+    if not delta.completion_tokens:
+        return _PIECE
+    return _PIECE + sum(_TOKEN + _ALTERNATIVE * len(token.top or ()) for token in delta.tokens)

@@ -109,6 +109,11 @@ class Scheduler:
             last.slot = slot
         return copies
 
+    def forget(self, sequence: Sequence) -> None:
+        """Sees to it that nothing is reused of what was computed for a sequence that fails: it may be wrong."""
+        if sequence.slot is not None:
+            self._cache.record(sequence.slot, 0)
+
     def _next_chunk(self, decoding: bool) -> PromptChunk | None:
         copies: tuple[Copy, ...] = ()
         if self._prompting is None:

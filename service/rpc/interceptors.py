@@ -140,8 +140,10 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
 
 
 def failure(error: Exception) -> pb.Error:
-    """What to tell the caller of a failure after the answer has begun."""
-    return _explain(error)[1]
+    """What to tell the caller of a failure after the answer has begun; the call's line in the log names its status."""
+    code, message = _explain(error)
+    call_notes.get()["code"] = code.name  # in place of the call's own, which ends well as far as gRPC can see
+    return message
 
 
 def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from completion.v1 import completion_pb2 as pb
@@ -12,7 +13,8 @@ from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
-from service.errors import InvalidRequestError, ModelNotFoundError
+from service.engine.generation import Generation
+from service.errors import DeadlineError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
 from service.rpc.checks import shown
@@ -21,6 +23,9 @@ from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, Request
+
+# An event of the deadline's passing must be on its way before the deadline: then the stream is cut off.
+_LAST_EVENT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, streaming=True)
-        with model.engine.submit(parsed) as generation:
+        with model.engine.submit(parsed) as generation, _ending_by_deadline(generation, context):
             async for event in _events(parsed, aiter(generation)):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
@@ -114,6 +119,21 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
         return model
+
+
+@contextmanager
+def _ending_by_deadline(generation: Generation, context: Context) -> Iterator[None]:
+    """Has a generation fail just before its call's deadline, so that a stream of events can say so."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        yield
+        return
+    error = DeadlineError("The request took longer than it may.")
+    timer = asyncio.get_running_loop().call_later(max(0.0, remaining - _LAST_EVENT_SECONDS), generation.fail, error)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _events(request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:

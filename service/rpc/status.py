@@ -10,10 +10,12 @@ from google.rpc import status_pb2
 
 from service.errors import (
     AuthenticationError,
+    DeadlineError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
     ServiceError,
+    SlowReaderError,
     UnavailableError,
 )
 
@@ -25,6 +27,8 @@ _TABLE: dict[type[ServiceError], tuple[grpc.StatusCode, str]] = {
     ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
     UnavailableError: (grpc.StatusCode.UNAVAILABLE, "server_error"),
+    DeadlineError: (grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
+    SlowReaderError: (grpc.StatusCode.ABORTED, "server_error"),
 }
 
 

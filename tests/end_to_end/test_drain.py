@@ -27,7 +27,8 @@ ENDLESS = {"model": MODEL, "prompt": "Once", "max_tokens": 6000, "ignore_eos": T
 def serving(model_dir: Path, folder: Path, *arguments: str) -> Iterator[tuple[Stack, subprocess.Popen[bytes]]]:
     """A service process of its own behind a real Envoy."""
     http_port, grpc_port = free_ports(2)
-    command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(grpc_port), *arguments]
+    command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(grpc_port)]
+    command += ["--drain-delay-seconds", "0", *arguments]
     with (folder / "service.log").open("wb") as log, envoy(http_port, grpc_port, folder):
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import EngineFaultError, OverloadedError, UnavailableError
-from service.types import Prompt
+from service.engine.generation import Generation
+from service.errors import EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
+from service.types import Delta, Prompt, Token
 from tests.engines import GatedModel, check_histories, running, settled, texts
 from tests.fakes import END, LETTERS, FakeModel, ids, request
 
@@ -196,3 +197,147 @@ def test_fake_model_notices_misuse():
     with pytest.raises(AssertionError, match="never computed"):
         model.forward(0, [[1]], [1], [(0, 0)])
     assert np.argmax(model.forward(0, [ids("ab")], [0], [(0, 1)])) == ids("c")[0]
+
+
+class FailsOn(FakeModel):
+    """A fake model that fails on calls that `blames` says so of, by the tokens of their rows."""
+
+    def __init__(self, blames):
+        super().__init__()
+        self.blames = blames
+
+    def forward(self, first_slot, rows, past, logits_at):
+        if self.blames([row for row in rows if row]):
+            raise MemoryError("told to fail")
+        return super().forward(first_slot, rows, past, logits_at)
+
+
+async def test_one_row_that_fails_takes_no_neighbour_along(letters):
+    """The batch fails as a whole; tried alone, only the row at fault fails again."""
+    model = FailsOn(lambda rows: ids("m") in rows and len(rows) >= 1)
+    async with running(letters, model) as engine:
+        results = await asyncio.gather(
+            *(texts(engine, request(prompt, max_tokens=8)) for prompt in ("bc", "jk", "rs")), return_exceptions=True
+        )
+        assert results[0] == ["defghijk"]
+        assert isinstance(results[1], EngineFaultError)
+        assert results[2] == ["tuvwxyza"]
+        await settled(engine)
+        assert engine.faults.failed_steps >= 1
+
+
+async def test_a_batch_that_is_too_large_is_done_row_by_row(letters):
+    """Where memory does not suffice for all at once everyone still gets the whole text."""
+    model = FailsOn(lambda rows: len(rows) > 1)
+    async with running(letters, model) as engine:
+        results = await asyncio.gather(*(texts(engine, request(prompt, max_tokens=8)) for prompt in "abc"))
+        assert results == [["bcdefghi"], ["cdefghij"], ["defghijk"]]
+        assert engine.faults.failed_steps > 0
+
+
+async def test_faults_are_counted_by_kind(letters):
+    """Logits that are not numbers, and calls that fail."""
+    model = FakeModel()
+    model.broken, model.fault = {ids("d")[0]}, ids("t")[0]
+    async with running(letters, model) as engine:
+        for prompt in ("c", "s", "s"):
+            with pytest.raises(EngineFaultError):
+                await texts(engine, request(prompt))
+        assert (engine.faults.not_finite, engine.faults.failed_steps) == (1, 2)
+
+
+async def test_what_a_failed_request_computed_is_not_reused(letters):
+    """Its keys and values may be wrong: the next request computes the same prompt anew."""
+    model, prompt = FakeModel(), LETTERS[:20]
+    model.broken = {ids("t")[0]}
+    async with running(letters, model) as engine:
+        with pytest.raises(EngineFaultError):
+            await texts(engine, request(prompt))
+        model.broken = set()
+        await texts(engine, request(prompt))
+        assert engine.reuse.cached_tokens == 0
+
+
+async def test_a_caller_that_leaves_the_queue_costs_nothing(letters):
+    """A deadline that passes in the queue: its prompt is never computed."""
+    model = GatedModel(slots=1)
+    async with running(letters, model) as engine:
+        first = asyncio.create_task(texts(engine, request("a")))
+        await model.reached()
+        with engine.submit(request("mnop")):
+            await asyncio.sleep(0)
+        model.gate.release(1000)
+        assert await first == ["bcd"]
+        await settled(engine)
+        assert all(history[0] == ids("a")[0] for history in model.histories)
+
+
+async def test_a_request_behind_the_stop_hears_of_it(letters):
+    """What is asked for between the stop and the end of the thread is not left waiting."""
+    async with running(letters) as engine:
+        engine._commands.put(engine._stop)
+        generation = engine.submit(request("a"))
+        with pytest.raises(UnavailableError):
+            await anext(aiter(generation))
+
+
+def piece(text="x", tokens=()):
+    return Delta(0, 0, text, tokens, None, completion_tokens=1, cached_tokens=0)
+
+
+def test_a_reader_that_takes_nothing_is_given_up():
+    """After the timeout the next piece ends the request: once, and whatever waits is let go."""
+    now, aborted = [0.0], []
+    generation = Generation(1, aborted.append, send_timeout=10, clock=lambda: now[0])
+    generation.deliver(piece())
+    now[0] = 10
+    generation.deliver(piece())
+    assert not aborted
+    now[0] = 10.5
+    generation.deliver(piece())
+    generation.deliver(piece())
+    assert aborted == [generation]
+    with pytest.raises(SlowReaderError):
+        anext(aiter(generation)).send(None)
+    generation.__exit__(None, None, None)
+    assert aborted == [generation]
+
+
+def test_a_slow_reader_that_reads_is_not_given_up():
+    """It is the time since it took its last piece that counts."""
+    now = [0.0]
+    generation = Generation(1, lambda _: pytest.fail("given up"), send_timeout=10, clock=lambda: now[0])
+    pieces = aiter(generation)
+    generation.deliver(piece())
+    for _ in range(100):
+        now[0] += 9
+        generation.deliver(piece())
+        with pytest.raises(StopIteration):
+            anext(pieces).send(None)
+
+
+SCORED = Token("x", 0, -1.0, tuple((letter, -1.0) for letter in "abcde"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "candidates", "waited", "most"),
+    [((), 1, 0, 8192), ((), 1, 6, 1024), ((SCORED,), 1, 0, 1424), ((SCORED,), 1, 6, 178), ((SCORED,), 3, 6, 534)],
+)
+def test_what_waits_for_a_reader_is_bounded(tokens, candidates, waited, most):
+    """In bytes per candidate, so that scores count for what they are; less where nothing is read at all."""
+    now, aborted = [0.0], []
+    generation = Generation(candidates, aborted.append, clock=lambda: now[0])
+    generation.deliver(piece(tokens=tokens))
+    now[0] = waited
+    count = 1
+    while not aborted:
+        generation.deliver(piece(tokens=tokens))
+        count += 1
+    assert count == most + 1
+
+
+def test_a_long_echo_is_no_backlog():
+    """The scores of a whole prompt come as one piece per candidate, however many they are."""
+    generation = Generation(4, lambda _: pytest.fail("given up"))
+    for candidate in range(4):
+        generation.deliver(Delta(0, candidate, "x" * 8000, (SCORED,) * 8000, None, 0, 0))

@@ -16,6 +16,8 @@ TABLE = [
     (errors.ModelNotFoundError("m"), grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     (errors.OverloadedError("m", retry_after=1), grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
     (errors.UnavailableError("m"), grpc.StatusCode.UNAVAILABLE, "server_error"),
+    (errors.DeadlineError("m"), grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
+    (errors.SlowReaderError("m"), grpc.StatusCode.ABORTED, "server_error"),
 ]
 
 

@@ -1,0 +1,235 @@
+"""`python -m bench soak --minutes 2`: a mixed load through Envoy for minutes, and what it leaves behind.
+
+Whole answers, streams, batches, callers who leave and requests that are refused come from a few clients at random.
+The service's memory, open files and threads are sampled meanwhile; at the end it is stopped, and its log says what was
+still held. The exit code is 1 when a bound is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.client import API_KEY, PeerError, percentile
+from bench.processes import answers, memory, running, wait_until
+from deploy import local
+
+MIB = 1 << 20
+CLIENTS = 6
+SAMPLE_SECONDS = 1.0
+# Caches, arenas and pools fill at first: what happens before this share of the time is not judged.
+WARM_UP = 0.25
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What may happen in a soak, warm-up left out.
+
+    Memory in MiB per minute, fitted over the whole time; the rest is the end beside the beginning. `p99_drift` is the
+    second half's 99th percentile of a whole answer's time over the first half's.
+    """
+
+    rss_slope: float = 10.0
+    files: int = 8
+    threads: int = 2
+    held: int = 0
+    p99_drift: float = 2.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A look at the service: seconds since the start, bytes resident, open files and threads."""
+
+    at: float
+    rss: int
+    files: int
+    threads: int
+
+
+@dataclass
+class Record:
+    """What a soak has seen so far: outcomes by kind, and when each whole answer was asked for and how long it took."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    latencies: list[tuple[float, float]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A soak's figures, and the bounds that they break, in words."""
+
+    figures: dict[str, float]
+    broken: list[str]
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The least-squares slope of the points (x, y)."""
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
+    """What the record says, beside the bounds."""
+    start = WARM_UP * record.samples[-1].at
+    samples = [sample for sample in record.samples if sample.at >= start]
+    halves: tuple[list[float], list[float]] = ([], [])
+    middle = (start + samples[-1].at) / 2
+    for at, seconds in record.latencies:
+        if at >= start:
+            halves[at >= middle].append(seconds)
+    if len(samples) < 4 or not all(halves):
+        raise PeerError("the soak was too short to be judged: give it more --minutes")
+    figures = {
+        "RSS slope, MiB/min": slope([(sample.at / 60, sample.rss / MIB) for sample in samples]),
+        "RSS at the end, MiB": samples[-1].rss / MIB,
+        "open files, growth": samples[-1].files - samples[0].files,
+        "threads, growth": samples[-1].threads - samples[0].threads,
+        "sequences held at the end": held,
+        "p99 of whole answers, first half, s": percentile(halves[0], 99),
+        "p99 drift": percentile(halves[1], 99) / percentile(halves[0], 99),
+    }
+    limits = {
+        "RSS slope, MiB/min": bounds.rss_slope,
+        "open files, growth": bounds.files,
+        "threads, growth": bounds.threads,
+        "sequences held at the end": bounds.held,
+        "p99 drift": bounds.p99_drift,
+    }
+    broken = [
+        f"{name}: {figures[name]:.2f}, at most {most} allowed" for name, most in limits.items() if figures[name] > most
+    ]
+    broken += [f"unexpected: {what}" for what in record.unexpected[:10]]
+    return Verdict(figures, broken)
+
+
+def run(minutes: float, seed: int, bounds: Bounds) -> bool:
+    """Soaks the product for so many minutes, prints what came of it, and says whether all bounds hold."""
+    http_port, grpc_port = local.free_ports(2)
+    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
+    command = [sys.executable, "-m", "service", "--model-dir", str(local.model_dir()), "--port", str(grpc_port)]
+    command += ["--max-running", "8", "--context-length", "1024", "--drain-delay-seconds", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        gateway = local.envoy_command(local.envoy_binary(), ports, Path(folder))
+        with running("the service", command) as service, running("Envoy", gateway):
+            wait_until(lambda: answers(http_port, "/v1/models"), service)
+            record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
+            service.stop()
+            held = _held(service.log)
+    verdict = judge(record, held, bounds)
+    print(f"{minutes:g} minutes, seed {seed}: {dict(sorted(record.outcomes.items()))}")
+    for name, value in verdict.figures.items():
+        print(f"{name:40} {value:10.2f}")
+    for problem in verdict.broken:
+        print(f"BROKEN {problem}")
+    return not verdict.broken
+
+
+def _held(log: Path) -> int:
+    """The sequences that the service still had when it was told to stop, by its own word."""
+    for line in log.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            found = json.loads(line)
+            if found["message"] == "draining":
+                return int(found["running"]) + int(found["waiting"])
+    raise PeerError("the service did not say what it held when it was told to stop")
+
+
+async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
+    record, began = Record(), time.monotonic()
+    clients = [asyncio.ensure_future(_client(port, record, began, seconds, f"{seed} {i}")) for i in range(CLIENTS)]
+    while time.monotonic() < began + seconds:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        if service.process.poll() is not None:
+            raise PeerError("the service ended in the middle")
+        record.samples.append(_sample(service.process.pid, time.monotonic() - began))
+        for client in clients:
+            if client.done():
+                client.result()
+    await asyncio.gather(*clients)
+    await asyncio.sleep(1)  # what callers have left is freed within a step
+    return record
+
+
+def _sample(pid: int, at: float) -> Sample:
+    folder = Path(f"/proc/{pid}")
+    files = len(list((folder / "fd").iterdir()))
+    return Sample(at, memory(pid, "VmRSS"), files, len(list((folder / "task").iterdir())))
+
+
+async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:
+    """One request after the other, of random kinds."""
+    draw = random.Random(seed)
+    kinds = {"whole": 40, "stream": 25, "batch": 10, "leaves": 15, "refused": 10}
+    while (now := time.monotonic() - began) < seconds:
+        (kind,) = draw.choices(list(kinds), kinds.values())
+        body, expected = _request(draw, kind)
+        status, data = await _exchange(port, body, leave_after=draw.uniform(0, 1) if kind == "leaves" else None)
+        record.outcomes[f"{kind} {status or 'left'}"] += 1
+        if kind == "whole":
+            record.latencies.append((now, time.monotonic() - began - now))
+        if kind != "leaves" and (status != expected or (kind == "stream" and not data.rstrip().endswith(b"[DONE]"))):
+            record.unexpected.append(f"{kind} got {status}: {data[-200:]!r}")
+
+
+def _request(draw: random.Random, kind: str) -> tuple[dict[str, Any], int]:
+    """A request of a kind, and the status that it must get."""
+    prompt = "Once upon a time " * draw.choice((1, 1, 2, 8, 30))
+    body: dict[str, Any] = {"model": local.MODEL, "prompt": prompt, "max_tokens": draw.randrange(4, 32)}
+    body |= draw.choice(({}, {"temperature": 0}, {"logprobs": 3}, {"stop": ["\n", "the"]}, {"echo": True}))
+    if kind == "whole":
+        body |= {"max_tokens": 16, "temperature": 0}
+    elif kind == "batch":
+        body |= {"prompt": [prompt, f"{prompt}there", "Hello"], "n": draw.randrange(1, 3)}
+    elif kind in {"stream", "leaves"}:
+        body |= {"stream": kind == "stream" or draw.random() < 0.7, "ignore_eos": True}
+        body |= {"max_tokens": 400} if kind == "leaves" else {}
+    elif kind == "refused":
+        body |= draw.choice(({"temperature": 3}, {"max_tokens": 10**6}, {"prompt": [[10**6]]}, {"stop": [""]}))
+        return body, 400
+    return body, 200
+
+
+async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) -> tuple[int, bytes]:
+    """The status and body of a request; status 0 where the caller hung up before."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
+    try:
+        writer.write(head.encode() + data)
+        async with asyncio.timeout(leave_after or 120):
+            answer = await reader.read()
+        headers, _, content = answer.partition(b"\r\n\r\n")
+        if b"transfer-encoding: chunked" in headers.lower():
+            content = _unchunked(content)
+        return int(headers.split(b" ", 2)[1]), content
+    except TimeoutError:
+        if leave_after is None:
+            raise PeerError("a request got no answer within 120 s") from None
+        return 0, b""
+    finally:
+        writer.close()
+
+
+def _unchunked(data: bytes) -> bytes:
+    """The content of a chunked body."""
+    content = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        length = int(size, 16)
+        content, data = content + data[:length], data[length + 2 :]
+    return content

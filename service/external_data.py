@@ -1,0 +1,74 @@
+"""Which files an ONNX graph takes tensors from, read from the protobuf of the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# Of each message the fields that can hold, however deep, a tensor: by number, what they are (onnx.proto).
+_FIELDS = {
+    "Model": {7: "Graph", 25: "Function"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+    "Entry": {1: "key", 2: "value"},
+}
+
+
+def locations(model: bytes) -> set[str]:
+    """The `location` of every tensor that is stored outside the graph. Raises ValueError when it is no such file."""
+    return set(_locations(memoryview(model), "Model"))
+
+
+def _locations(data: memoryview, message: str) -> Iterator[str]:
+    entry: dict[str, str] = {}
+    for number, value in _fields(data):
+        kind = _FIELDS[message].get(number)
+        if kind is None:
+            continue
+        if message == "Entry":
+            entry[kind] = bytes(value).decode()
+        else:
+            yield from _locations(value, kind)
+    if entry.get("key") == "location":
+        yield entry.get("value", "")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The fields of a message that hold bytes; all others are passed over."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        length = 0
+        match tag & 7:
+            case 0:
+                _, at = _varint(data, at)
+                continue
+            case 1:
+                length = 8
+            case 5:
+                length = 4
+            case 2:
+                length, at = _varint(data, at)
+            case kind:
+                raise ValueError(f"wire type {kind} at byte {at}")
+        if at + length > len(data):
+            raise ValueError(f"a field of {length} bytes at byte {at} goes beyond the end")
+        if tag & 7 == 2:
+            yield tag >> 3, data[at : at + length]
+        at += length
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError(f"a number without end at byte {at}")

@@ -1,0 +1,94 @@
+"""The soak's arithmetic, on numbers that a reader can check, and a short one on the real product."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import soak
+from bench.client import PeerError
+from bench.soak import MIB, Bounds, Record, Sample, judge, slope
+
+
+def record(rss: float = 0.0, files: float = 0.0, threads: float = 0.0, slower: float = 1.0) -> Record:
+    """Two minutes, a look a second, with so much growth a minute; answers of the second half are `slower`."""
+    made = Record()
+    for at in range(1, 121):
+        grown = at / 60
+        made.samples.append(
+            Sample(at, round((500 + rss * grown) * MIB), 50 + round(files * grown), 20 + round(threads * grown))
+        )
+        # Of 120 s the first 30 warm up; the second half begins at 75.
+        made.latencies.append((at, 9.0 if at < 30 else 0.5 if at < 75 else 0.5 * slower))
+    return made
+
+
+def broken(made: Record, held: int = 0) -> list[str]:
+    return judge(made, held, Bounds(rss_slope=10, files=8, threads=2, held=0, p99_drift=2)).broken
+
+
+def test_slope() -> None:
+    """Of a straight line it is the line's; noise that sums up to nothing does not matter."""
+    assert slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
+    assert slope([(0, 1), (1, -1), (2, -1), (3, 1)]) == pytest.approx(0)
+
+
+def test_figures() -> None:
+    """Each by hand."""
+    figures = judge(record(rss=6, files=2, threads=2, slower=1.5), 0, Bounds()).figures
+    assert figures["RSS slope, MiB/min"] == pytest.approx(6, rel=0.01)
+    assert figures["RSS at the end, MiB"] == pytest.approx(512)
+    assert figures["open files, growth"] == 54 - 51
+    assert figures["threads, growth"] == 24 - 21
+    assert figures["p99 of whole answers, first half, s"] == pytest.approx(0.5)
+    assert figures["p99 drift"] == pytest.approx(1.5)
+
+
+def test_nothing_broken() -> None:
+    """A service that stays as it is passes, whatever the warm-up was like."""
+    assert broken(record()) == []
+
+
+@pytest.mark.parametrize(
+    ("made", "held", "what"),
+    [
+        (record(rss=11), 0, "RSS slope, MiB/min: 11.0"),
+        (record(files=8), 0, "open files, growth: 12.0"),
+        (record(threads=3), 0, "threads, growth: 4.0"),
+        (record(slower=2.5), 0, "p99 drift: 2.5"),
+        (record(), 1, "sequences held at the end: 1.0"),
+    ],
+)
+def test_each_bound(made: Record, held: int, what: str) -> None:
+    """What is broken is named with its value and the bound."""
+    (problem,) = broken(made, held)
+    assert problem.startswith(what)
+    assert "allowed" in problem
+
+
+def test_unexpected_answers() -> None:
+    """One is enough."""
+    made = record()
+    made.unexpected.append("whole got 500")
+    assert broken(made) == ["unexpected: whole got 500"]
+
+
+def test_too_short() -> None:
+    """No verdict without something to judge by."""
+    made = record()
+    made.latencies = made.latencies[:40]
+    with pytest.raises(PeerError, match="too short"):
+        broken(made)
+
+
+def test_chunks() -> None:
+    """A chunked body is joined."""
+    assert soak._unchunked(b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
+
+
+def test_a_soak_of_the_product(capsys: pytest.CaptureFixture[str]) -> None:
+    """A few seconds of it: every kind of request gets what it should, and nothing is held at the end."""
+    generous = Bounds(rss_slope=1e9, files=1000, threads=1000, p99_drift=1e9)
+    assert soak.run(0.2, 1, generous), capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "'whole 200'" in said
+    assert "sequences held at the end                      0.00" in said

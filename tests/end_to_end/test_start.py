@@ -1,0 +1,163 @@
+"""What keeps the service from starting: said before the port opens, with what to change, and the exit code for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service import manifest
+from service.errors import StartupError
+from service.manifest import FileEntry
+from service.server import load_model
+from service.settings import Settings
+from tests.model_export import tiny
+from tests.processes import TINY, export_tiny
+from tests.stack import ROOT
+
+DATA = manifest.WEIGHTS_FILE
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture
+def model(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be harmed."""
+    return Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+def start(model_dir: Path, port: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(port)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def refused(model_dir: Path) -> str:
+    """The error with which the service refuses a model directory: with 78, and before it so much as tries the port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = start(model_dir, taken.getsockname()[1])
+    assert done.returncode == 78, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def truncate(path: Path) -> tuple[str, ...]:
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    return (f"{size - 1} bytes, expected {size}",)
+
+
+def flip(path: Path) -> tuple[str, ...]:
+    expected, data = manifest.file_sha256(path), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return (f"SHA-256 {manifest.file_sha256(path)}", f"expected {expected}")
+
+
+def remove(path: Path) -> tuple[str, ...]:
+    path.unlink()
+    return ("does not exist",)
+
+
+def link(path: Path) -> tuple[str, ...]:
+    path.with_suffix(".other").hardlink_to(path)
+    return ("hard links",)
+
+
+def lead_outside(path: Path) -> tuple[str, ...]:
+    outside = path.parent.parent / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+    return ("outside the model directory",)
+
+
+@pytest.mark.parametrize("name", [manifest.MODEL_FILE, DATA, manifest.TOKENIZER_FILE])
+@pytest.mark.parametrize("harm", [truncate, flip, remove, link, lead_outside])
+def test_a_harmed_file(model: Path, name: str, harm: Callable[[Path], tuple[str, ...]]) -> None:
+    """File, what was found, what was expected, and what to do."""
+    said = harm(model / name)
+    with pytest.raises(StartupError) as caught:
+        load_model(Settings(model_dir=model))
+    for part in (str(model / name), *said):
+        assert part in str(caught.value)
+
+
+def vouch(model_dir: Path, name: str) -> None:
+    """Makes the manifest name a file as it is."""
+    path = model_dir / name
+    entry = FileEntry(bytes=path.stat().st_size, sha256=manifest.file_sha256(path))
+    found = manifest.Manifest.model_validate_json((model_dir / manifest.FILE_NAME).read_bytes())
+    found.model_copy(update={"files": {**found.files, name: entry}}).write(model_dir)
+
+
+def test_a_flipped_bit_in_a_real_process(model: Path) -> None:
+    """The service ends with 78; both hashes are on standard error."""
+    said = flip(model / DATA)
+    message = refused(model)
+    assert all(part in message for part in said)
+    assert "python -m model_export" in message
+
+
+@pytest.mark.parametrize("location", [f"../{DATA}", "/etc/passwd", "other.onnx.data"])
+def test_a_graph_that_takes_tensors_from_elsewhere(model: Path, location: str) -> None:
+    """A graph is refused whose tensors lie in a file that the manifest does not vouch for, wherever that is."""
+    onnx_ir = pytest.importorskip("onnx_ir")
+    path = model / manifest.MODEL_FILE
+    proto = onnx_ir.serde.serialize_model(onnx_ir.load(path))
+    tensor = next(each for each in proto.graph.initializer if each.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    path.write_bytes(proto.SerializeToString())
+    (model.parent / DATA).write_bytes((model / DATA).read_bytes())
+    vouch(model, manifest.MODEL_FILE)
+    assert f"{path} takes tensors from {location!r}" in refused(model)
+
+
+def test_a_graph_that_is_none(model: Path) -> None:
+    """What cannot be read as a graph is not handed to the runtime."""
+    (model / manifest.MODEL_FILE).write_bytes(b"weights")
+    vouch(model, manifest.MODEL_FILE)
+    assert "is not an ONNX graph" in refused(model)
+
+
+def test_a_port_in_use(exported: Path) -> None:
+    """The message names the port and the process that has it; the exit code is 1: another start may help."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = start(exported, port)
+    assert done.returncode == 1
+    assert f"port {port} is in use (pid {os.getpid()})" in done.stderr
+    assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.15, 0.3, 0.45])
+def test_an_export_that_is_killed(tmp_path: Path, seconds: float) -> None:
+    """Killed at any moment it leaves a whole model or none at that name, and the next export is not in its way."""
+    source, target = tiny.hugging_face(tmp_path / "source"), tmp_path / "model"
+    command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", TINY, "--max-kl", "1"]
+    command += ["--quantization", "float32", "--prompts", "none"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        begun = time.monotonic() + 30
+        while not list(tmp_path.glob(".model.*")) and process.poll() is None and time.monotonic() < begun:
+            time.sleep(0.005)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    if target.exists():
+        manifest.load(target)
+        return
+    for left in tmp_path.glob(".model.*"):
+        with pytest.raises(StartupError):
+            manifest.load(left)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest.load(target)

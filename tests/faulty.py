@@ -1,0 +1,87 @@
+"""The service with a fault in it: `python -m tests.faulty FAULT STEP_SECONDS [arguments of the service]`.
+
+The fault happens once, in the next step after SIGUSR1; every step takes STEP_SECONDS longer than it would, so that
+there is a time to do it in. Everything else is the service as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from service import __main__
+from service.engine.model import Model
+from service.engine.scheduler import Scheduler
+
+armed = False
+forward, schedule = Model.forward, Scheduler.schedule
+
+
+def arm(*_: object) -> None:
+    global armed  # noqa: PLW0603
+    armed = True
+
+
+def fired() -> bool:
+    """Whether the fault is due, which it then is no more."""
+    global armed
+    due, armed = armed, False
+    return due
+
+
+def hang(model, first_slot, rows, past, logits_at):
+    if fired():
+        time.sleep(1000)
+    return forward(model, first_slot, rows, past, logits_at)
+
+
+def fail(model, first_slot, rows, past, logits_at):
+    """Fails as long as the sequence of slot 0 is in the batch, up to where it is alone."""
+    if armed and first_slot == 0 and rows[0]:
+        if sum(map(bool, rows)) == 1:
+            fired()
+        raise RuntimeError("secret: told to fail")
+    return forward(model, first_slot, rows, past, logits_at)
+
+
+def nan(model, first_slot, rows, past, logits_at):
+    logits = forward(model, first_slot, rows, past, logits_at)
+    if fired():
+        logits[0, 5] = float("nan")
+    return logits
+
+
+def die(scheduler):
+    if fired():
+        raise RuntimeError("told to die")
+    return schedule(scheduler)
+
+
+def forbid_children(event: str, _: object) -> None:
+    """Ends the process when it is to become two: nothing may be forked from a process with threads of gRPC."""
+    if event in {"os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"}:
+        os.write(2, f"{event} was called\n".encode())
+        os._exit(99)
+
+
+def main() -> int:
+    fault, seconds, *sys.argv[1:] = sys.argv[1:]
+    signal.signal(signal.SIGUSR1, arm)
+    inner = {"hang": hang, "fail": fail, "nan": nan}.get(fault, forward)
+    if fault == "die":
+        Scheduler.schedule = die  # type: ignore[method-assign]
+    if fault == "spawn":
+        sys.addaudithook(forbid_children)
+
+    def slowly(*arguments):
+        time.sleep(float(seconds))
+        return inner(*arguments)
+
+    Model.forward = slowly  # type: ignore[method-assign]
+    return __main__.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A service process of its own for tests that harm it, with a tiny model that answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from model_export.export import Options, export
+from tests.model_export import tiny
+from tests.stack import AUTHORIZED, ROOT, free_ports
+
+TINY = "tiny"
+METADATA = tuple(AUTHORIZED.items())
+
+
+def export_tiny(folder: Path) -> Path:
+    """A tiny random model of 4096 positions, exported into `folder`."""
+    source = tiny.hugging_face(folder / "source", max_position_embeddings=4096)
+    options = Options(id=TINY, quantization="float32", prompts="none", max_kl=1.0)
+    export(source, folder / "model", options, lambda *_: lambda: None)
+    return folder / "model"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service: its gRPC port, process, output (standard output, then errors) and a channel to it."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    folder: Path
+    channel: grpc.Channel
+
+    @property
+    def stub(self) -> completion_pb2_grpc.CompletionServiceStub:
+        return completion_pb2_grpc.CompletionServiceStub(self.channel)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What it has logged so far."""
+        return [json.loads(line) for line in (self.folder / "out").read_text().splitlines()]
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def logged(self, message: str) -> dict[str, Any]:
+        """The one line of the log with this message."""
+        (found,) = [line for line in self.log if line["message"] == message]
+        return found
+
+    def wait_until_ready(self) -> None:
+        ready = grpc.channel_ready_future(self.channel)
+        deadline = time.monotonic() + 60
+        while not ready.done():
+            assert self.process.poll() is None, self.errors
+            assert time.monotonic() < deadline, "not ready within 60 s"
+            time.sleep(0.05)
+
+    def stream(self, **fields: Any) -> Any:
+        return self.stub.StreamCompletion(self._request(fields), metadata=METADATA)
+
+    def complete(self, timeout: float = 30, **fields: Any) -> pb.CreateCompletionResponse:
+        return self.stub.CreateCompletion(self._request(fields), metadata=METADATA, timeout=timeout)
+
+    def watch(self) -> Any:
+        """The service's health, as it changes."""
+        return health_pb2_grpc.HealthStub(self.channel).Watch(health_pb2.HealthCheckRequest())
+
+    @staticmethod
+    def _request(fields: dict[str, Any]) -> pb.CreateCompletionRequest:
+        values = {"model": TINY, "text": "the", "ignore_eos": True, "temperature": 0, **fields}
+        return pb.CreateCompletionRequest(**values)
+
+    def exit_code(self, seconds: float = 20) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.exit_code() == 0, self.errors
+
+
+@contextmanager
+def service(
+    model_dir: Path, folder: Path, *arguments: str, fault: str = "", step_seconds: float = 0.0, **popen: Any
+) -> Iterator[Service]:
+    """A service that serves, from `tests.faulty` where it is to have a fault; killed at the end if it still runs."""
+    (port,) = free_ports(1)
+    module = ["tests.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
+    flags = ["--model-dir", str(model_dir), "--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
+    command = [sys.executable, "-m", *module, *flags, *arguments]
+    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+        process = subprocess.Popen(command, cwd=ROOT, **{"stdout": out, "stderr": err, **popen})
+    with process:
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                made = Service(port, process, folder, channel)
+                made.wait_until_ready()
+                yield made
+        finally:
+            process.kill()
