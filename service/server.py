@@ -94,8 +94,9 @@ class Server:
         return [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            # Between a soft and a hard limit gRPC refuses at random: these are the same.
             ("grpc.max_metadata_size", 8 << 10),
-            ("grpc.absolute_max_metadata_size", 16 << 10),
+            ("grpc.absolute_max_metadata_size", 8 << 10),
             # Envoy's pings keep quiet streams open; without these the server takes them for an attack.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -104,8 +105,7 @@ class Server:
         ]
 
     def _add_services(self) -> None:
-        manifest = self.model.manifest
-        models = dict.fromkeys((manifest.id, *manifest.aliases), self.model)
+        models = dict.fromkeys(self.model.names, self.model)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
             CompletionServicer(models, self._tokenizing), self._server
         )

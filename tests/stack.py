@@ -171,12 +171,12 @@ class ServiceThread:
 
 
 @contextmanager
-def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[None]:
-    """The real Envoy on `http_port` in front of a service on `grpc_port`."""
+def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[int]:
+    """The real Envoy on `http_port` in front of a service on `grpc_port`; gives its process id."""
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     child = local.Child("Envoy", local.envoy_command(local.envoy_binary(), ports, folder), folder / "envoy.log")
     try:
-        yield
+        yield child.process.pid
     finally:
         child.stop()
 

@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 
 from service.errors import (
     AuthenticationError,
+    ForbiddenError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -22,6 +23,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 _TABLE: dict[type[ServiceError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     AuthenticationError: (grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
+    ForbiddenError: (grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error"),
     ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
     UnavailableError: (grpc.StatusCode.UNAVAILABLE, "server_error"),

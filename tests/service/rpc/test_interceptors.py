@@ -19,7 +19,7 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.rpc.interceptors import CallInterceptor
-from service.rpc.keys import KeyRing
+from service.rpc.keys import KeyHolder, KeyRing
 from service.rpc.parse import Limits
 from service.rpc.servicer import CompletionServicer, ServedModel
 from tests.fakes import END, FakeModel, manifest
@@ -36,7 +36,7 @@ class Served:
         self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
         self.tokenizing = ThreadPoolExecutor(1)
         served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
-        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): "team"})
+        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): KeyHolder("team", None)})
         self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
         servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(servicer, self.server)
