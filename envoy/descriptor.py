@@ -103,7 +103,9 @@ def replace_typed_prompt(request: DescriptorProto) -> None:
 
 def replace_typed_stop(request: DescriptorProto) -> None:
     """Drops the typed `stop` and gives its name to `json_stop`: the transcoder would flatten and convert."""
-    kept = [FieldDescriptorProto.FromString(field.SerializeToString()) for field in request.field if field.name != "stop"]
+    kept = [
+        FieldDescriptorProto.FromString(field.SerializeToString()) for field in request.field if field.name != "stop"
+    ]
     for field in kept:
         if field.name == "json_stop":
             field.name = field.json_name = "stop"

@@ -32,9 +32,13 @@ end
 -- The transcoder reads `maxTokens` as `max_tokens`; of both in one body it is not said which counts. A quote within a
 -- JSON string is escaped, so what looks like a key is one.
 local function given_twice(text)
+  local aliased
   for alias in text:gmatch('"(%l+%u%a*)"%s*:') do
-    local name = alias:gsub("%u", function(letter) return "_" .. letter:lower() end)
-    if text:find('"' .. name .. '"%s*:') then
+    aliased = aliased or {}
+    aliased[alias:gsub("%u", "_%0"):lower()] = true
+  end
+  for name in aliased and text:gmatch('"([%l_]+)"%s*:') or function() end do
+    if aliased[name] then
       return name
     end
   end

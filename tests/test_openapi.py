@@ -13,6 +13,8 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from service.rpc.bounds import rules
+from service.settings import Settings
 from tests.stack import ROOT, Answer, Stack
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
@@ -138,6 +140,68 @@ def test_null_is_unset() -> None:
     for name in ("CreateCompletionRequest", "StreamOptions"):
         for field, schema in SCHEMAS[name]["properties"].items():
             assert ("null" in types(schema)) == (field != "model"), field
+
+
+# What the document calls the sizes of a JSON value of each kind.
+SIZES = {
+    "string": {"min_len": "minLength", "max_len": "maxLength"},
+    "repeated": {"min_items": "minItems", "max_items": "maxItems"},
+    "map": {"max_pairs": "maxProperties"},
+}
+NUMBERS = {"gte": "minimum", "gt": "exclusiveMinimum", "lte": "maximum"}
+OF_ITS_TYPE = {("maximum", 2**31 - 1), ("minimum", -(2**63)), ("maximum", 2**63 - 1)}
+KEYWORDS = {"exclusiveMinimum", *NUMBERS.values(), *(word for words in SIZES.values() for word in words.values())}
+
+
+def bounds(rule: Any) -> dict[str, float]:
+    """The JSON schema keywords that say what `buf.validate` rules say of one value, without its items."""
+    kind = rule.WhichOneof("type")
+    words = SIZES.get(kind, NUMBERS)
+    given = {field.name: value for field, value in getattr(rule, kind).ListFields()} if kind else {}
+    return {words[name]: value for name, value in given.items() if name not in {"items", "values", "finite"}}
+
+
+def said(schema: dict[str, Any]) -> dict[str, float]:
+    """The keywords of a schema, but for the ends of the integer types."""
+    return {word: schema[word] for word in KEYWORDS & set(schema) if (word, schema[word]) not in OF_ITS_TYPE}
+
+
+REQUEST = SCHEMAS["CreateCompletionRequest"]["properties"]
+PROMPT, STOP = REQUEST["prompt"]["oneOf"], REQUEST["stop"]["oneOf"]
+STOP_RULES = rules(pb.CreateCompletionRequest, "stop").repeated.items
+RANGES = {
+    **{
+        name: (schema, rules(pb.CreateCompletionRequest, name))
+        for name, schema in REQUEST.items()
+        if "oneOf" not in schema
+    },
+    "values of logit_bias": (
+        REQUEST["logit_bias"]["additionalProperties"],
+        rules(pb.CreateCompletionRequest, "logit_bias").map.values,
+    ),
+    "items of stop_token_ids": (
+        REQUEST["stop_token_ids"]["items"],
+        rules(pb.CreateCompletionRequest, "stop_token_ids").repeated.items,
+    ),
+    "texts": (PROMPT[2], rules(pb.TextBatch, "texts")),
+    "tokens": (PROMPT[3], rules(pb.Tokens, "ids")),
+    "token batch": (PROMPT[4], rules(pb.TokenBatch, "prompts")),
+    "items of token batch": (PROMPT[4]["items"], rules(pb.Tokens, "ids")),
+    "one stop": (STOP[1], STOP_RULES),
+    "items of stop": (STOP[2]["items"], STOP_RULES),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name: str) -> None:
+    """Each range is the one in the contract, and where the contract has none it is the type's."""
+    schema, rule = RANGES[name]
+    assert said(schema) == bounds(rule)
+
+
+def test_number_of_stops() -> None:
+    """The most entries of `stop` are a setting, of which the document says the default."""
+    assert said(STOP[2]) == {"maxItems": Settings.model_fields["max_stops"].default}
 
 
 def described(answer: Answer, path: str, verb: str) -> None:

@@ -52,12 +52,12 @@ def _refusal(path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestErro
         return invalid(name, f"{name} cannot contain an empty string.", "empty_string")
     if last.subscript and last.subscript.field == "string_key":
         name = f"{name}.{last.subscript.value}"
-    return _number(name, value, getattr(_leaf(path), rule.split(".")[0]))
+    return _number(name, value, getattr(_leaf(path), rule.split(".", maxsplit=1)[0]))
 
 
 def _leaf(path: Any) -> Any:
     """The rules that hold for the value at a path: a field's own, or those of its items or values."""
-    message = _REQUEST
+    message: Any = _REQUEST
     for element in path[:-1]:
         message = message.fields_by_name[element.field_name].message_type
     last = path[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from service.errors import AuthenticationError, StartupError
 
-_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})(\s+models=(?P<models>[^\s,]+(,[^\s,]+)*))?$")
+_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})(\s+models=(?P<models>\S+))?$")
 _EXPECTED = "'<64 hex digits> <name>', and perhaps 'models=<id>,<id>'"
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
 

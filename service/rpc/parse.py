@@ -44,7 +44,8 @@ def parse(
 ) -> Request:
     """The request as the engine takes it; InvalidRequestError names the field, the bound and what was given.
 
-    `request` is taken over: its JSON `stop` becomes typed. `streaming` says whether the answer is to be sent in pieces, which some fields depend on.
+    `request` is taken over: its JSON `stop` becomes typed. `streaming` says whether the answer is to be sent in pieces,
+    which some fields depend on.
     """
     _take_json_stop(request)
     bounds.check(request)

@@ -120,11 +120,10 @@ def test_grpc(watched: Watched, row: Row) -> None:
         answer = watched.stub.CreateCompletion(request, metadata=metadata)
         assert row.holds(json_of(answer)), answer
     else:
+        stream = row.ask.fields.get("stream")
+        call = watched.stub.StreamCompletion if stream else watched.stub.CreateCompletion
         with pytest.raises(grpc.RpcError) as caught:
-            if row.ask.fields.get("stream"):
-                list(watched.stub.StreamCompletion(request, metadata=metadata))
-            else:
-                watched.stub.CreateCompletion(request, metadata=metadata)
+            list(call(request, metadata=metadata))
         check_status(caught.value, row)
     watched.check_nothing_left()
 
@@ -214,11 +213,11 @@ def encoded_length(data: bytes) -> bytes:
 def test_bytes_that_are_no_message(watched: Watched, number: int, data: bytes) -> None:
     """INVALID_ARGUMENT, in words of the service's own."""
     with grpc.insecure_channel(watched.stack.grpc_address) as channel:
-        for method in ("CreateCompletion", "StreamCompletion"):
-            make = channel.unary_unary if method == "CreateCompletion" else channel.unary_stream
-            call = make(f"/completion.v1.CompletionService/{method}")(data, metadata=METADATA)
+        unary = channel.unary_unary("/completion.v1.CompletionService/CreateCompletion")
+        stream = channel.unary_stream("/completion.v1.CompletionService/StreamCompletion")
+        for call in (unary, lambda *given, **more: list(stream(*given, **more))):
             with pytest.raises(grpc.RpcError) as caught:
-                list(call)
+                call(data, metadata=METADATA)
             check_status(caught.value, Row(number, Ask(), "SVC", 400, says="not a valid protobuf message"))
     watched.check_nothing_left()
 
