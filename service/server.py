@@ -21,6 +21,7 @@ from service.engine.engine import Engine
 from service.engine.model import Model
 from service.engine.scheduler import Scheduler
 from service.errors import EngineDiedError, StartupError
+from service.rpc import tls
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.parse import Limits
@@ -88,6 +89,7 @@ class Server:
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
+        self._credentials = tls.credentials(settings)
         self._add_services()
 
     def _options(self) -> list[tuple[str, int]]:
@@ -144,7 +146,10 @@ class Server:
 
     def _bind(self) -> None:
         try:
-            self._server.add_insecure_port(self.address)
+            if self._credentials is None:
+                self._server.add_insecure_port(self.address)
+            else:
+                self._server.add_secure_port(self.address, self._credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {self.address}: is the port in use? ({error})") from None
 

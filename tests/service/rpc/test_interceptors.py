@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,7 @@ from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyHolder, KeyRing
 from service.rpc.parse import Limits
 from service.rpc.servicer import CompletionServicer, ServedModel
-from tests.fakes import END, FakeModel, manifest
+from tests.fakes import END, VOCABULARY, FakeModel, manifest
 
 KEY = (("authorization", "Bearer sk-right"),)
 METHOD = "/completion.v1.CompletionService/CreateCompletion"
@@ -148,6 +149,15 @@ async def test_refusal_names_the_field(served, fields):
     error = await refused(served.stub.CreateCompletion(asked(**fields), metadata=KEY))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert detail(error).param == next(iter(fields))
+
+
+async def test_bias_against_the_whole_vocabulary(served):
+    """Where every token is equally unwanted the answer is what it would be without, up to `max_tokens`."""
+    bias = {str(token): -100.0 for token in range(VOCABULARY)}
+    response = await served.stub.CreateCompletion(asked(max_tokens=3, logit_bias=bias, logprobs=0), metadata=KEY)
+    (choice,) = response.choices
+    assert (choice.text, choice.finish_reason) == ("cde", pb.FINISH_REASON_LENGTH)
+    assert all(math.isfinite(score.logprob) for score in choice.logprobs.token_logprobs)
 
 
 async def test_bytes_that_are_no_message(served):
