@@ -1,6 +1,6 @@
 """The table of what callers get wrong, and of what only looks wrong: data for test_bad_input.py.
 
-Rows have a number per kind of input; a number may have many rows. The first letter of `by` says who answers:
+Rows have a number per kind of input; a number may have many rows. `by` says who answers:
 
     EDGE   Envoy refuses, with the service's envelope. REST only.
     SVC    the service refuses: asked by REST, and by gRPC where a typed message can say the same.
@@ -110,7 +110,8 @@ def from_the_end_token(answer: dict[str, Any]) -> bool:
     return bool(answer["usage"]["prompt_tokens"] == 1)
 
 
-# fmt: off: one row, one line.
+# One row, one line.
+# fmt: off
 
 ROOT = "Root element must be a message"
 MODEL_MISSING = (400, None, "model", "you must provide a model parameter")
@@ -138,21 +139,12 @@ BODIES = [
     edge(8, raw(json.dumps(GOOD).encode("utf-16")), 400),
     *(edge(9, raw(b'{"model":"' + bad + b'"}'), 400, "non UTF-8") for bad in (b"\xff", b"\xc3", b"\xed\xa0\x80")),
     *(edge(10, having(f'"user":"{lone}"'), 400) for lone in ("\\ud800", "\\udc00", "a\\ud83d b")),
-    *(
-        good(11, {"prompt": prompt, "max_tokens": 8, "stream": stream}, typed=not stream)
-        for prompt in ("\U0001f600", "שלום עולם", "👩‍👩‍👧 family", "\U0001f600" * 20)
-        for stream in (False, True)
-    ),
+    *(good(11, {"prompt": prompt, "max_tokens": 8, "stream": stream}, typed=not stream) for prompt in ("\U0001f600", "שלום עולם", "👩‍👩‍👧 family", "\U0001f600" * 20) for stream in (False, True)),
     Row(12, having('"suffix":"", "prompt":"a\\u0000b"'), "OK"),
     Row(12, having('"prompt":"a\0b"'), "OK"),
     svc(13, {"model": "gpt\0"}, 404, "model_not_found", None, "The model `gpt\\x00` does not exist"),
     svc(13, {"user": "me\0"}, 400, "invalid_value", "user", "must not contain control characters"),
-    Row(
-        14,
-        raw('{"model":"x","model":"%s","prompt":"b","prompt":"a","max_tokens":9,"max_tokens":1}'),
-        "OK",
-        holds=tokens(1),
-    ),
+    Row(14, raw('{"model":"x","model":"%s","prompt":"b","prompt":"a","max_tokens":9,"max_tokens":1}'), "OK", holds=tokens(1)),
     Row(15, having('"foo": 1, "bar": {"model": "x"}'), "OK", holds=paris),
     Row(16, raw('{"model":"%s","prompt":"a","maxTokens":1}'), "OK", holds=tokens(1)),
     edge(17, having('"maxTokens": 2'), 400, "'max_tokens' is given twice"),
@@ -167,79 +159,26 @@ BODIES = [
     Row(25, sent("/v1/completions/"), "OK", holds=paris, typed=False),
     *(edge(26, sent(path), 404, "Unknown URL") for path in ("/", "/v1/chat/completions", "/v1/completions:stream")),
     edge(26, sent("/v2/models", "GET"), 404, "Unknown URL"),
-    Row(
-        26,
-        sent("/v1/models/nobody%2Fnothing", "GET"),
-        "SVC",
-        404,
-        "model_not_found",
-        None,
-        "`nobody/nothing`",
-        typed=False,
-    ),
+    Row(26, sent("/v1/models/nobody%2Fnothing", "GET"), "SVC", 404, "model_not_found", None, "`nobody/nothing`", typed=False),
     edge(26, sent("/v1/models/%00", "GET"), 400, "valid path"),
     *(edge(27, sent(method=method), 405, "POST") for method in ("GET", "PUT", "DELETE")),
     edge(27, sent("/v1/models", "DELETE"), 405, "GET"),
-    *(
-        edge(28, sent(path, method), 400, "Query")
-        for path, method in (("/v1/completions?x=1", "POST"), ("/v1/models?x=1", "GET"))
-    ),
+    *(edge(28, sent(path, method), 400, "Query") for path, method in (("/v1/completions?x=1", "POST"), ("/v1/models?x=1", "GET"))),
     edge(29, sent("/v1/completions?max_tokens=5"), 400, "Query"),
-    *(
-        edge(30, sent(content_type=kind), 415, "application/json")
-        for kind in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "Multipart/Mixed")
-    ),
+    *(edge(30, sent(content_type=kind), 415, "application/json") for kind in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "Multipart/Mixed")),
     edge(31, Ask(body=gzip.compress(json.dumps(GOOD).encode()), headers={**JSON, "content-encoding": "gzip"}), 415),
     edge(31, Ask(body=gzip.compress(bytes(2 << 20)), headers={**JSON, "content-encoding": "gzip"}), 415),
-    *(
-        Row(32, Ask(headers=headers), "OK", holds=paris)
-        for headers in (AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"})
-    ),
+    *(Row(32, Ask(headers=headers), "OK", holds=paris) for headers in (AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"})),
     edge(33, sent("/completion.v1.CompletionService/CreateCompletion"), 404, "Unknown URL"),
 ]
 
 KEYS = [
-    *(
-        Row(34, Ask(headers=headers), "SVC", 401, "invalid_api_key", None, "provide", typed=False)
-        for headers in (
-            {},
-            {"authorization": "test-key"},
-            {"authorization": "Basic test-key"},
-            {"authorization": "Bearer"},
-        )
-    ),
-    *(
-        Row(
-            35,
-            Ask(headers={"authorization": f"Bearer {key}"}),
-            "SVC",
-            401,
-            "invalid_api_key",
-            None,
-            "Incorrect",
-            typed=False,
-        )
-        for key in ("test-kez", "test-key1", "test-ke", "x" * 100)
-    ),
-    Row(
-        36,
-        Ask(headers={"authorization": "Bearer limited-key"}),
-        "SVC",
-        403,
-        "model_not_allowed",
-        "model",
-        f"may not use the model `{MODEL}`",
-    ),
+    *(Row(34, Ask(headers=headers), "SVC", 401, "invalid_api_key", None, "provide", typed=False) for headers in ({}, {"authorization": "test-key"}, {"authorization": "Basic test-key"}, {"authorization": "Bearer"})),
+    *(Row(35, Ask(headers={"authorization": f"Bearer {key}"}), "SVC", 401, "invalid_api_key", None, "Incorrect", typed=False) for key in ("test-kez", "test-key1", "test-ke", "x" * 100)),
+    Row(36, Ask(headers={"authorization": "Bearer limited-key"}), "SVC", 403, "model_not_allowed", "model", f"may not use the model `{MODEL}`"),
     *(svc(38, {"model": model}, *MODEL_MISSING) for model in (LEFT_OUT, "", None)),
     *(edge(39, having(f'"model": {value}'), 400) for value in ("5", "true", "{}", "[]")),
-    svc(
-        40,
-        {"model": "x"},
-        404,
-        "model_not_found",
-        None,
-        "The model `x` does not exist or you do not have access to it.",
-    ),
+    svc(40, {"model": "x"}, 404, "model_not_found", None, "The model `x` does not exist or you do not have access to it."),
     svc(41, {"model": "../../etc/passwd"}, 404, "model_not_found", None, "`../../etc/passwd`"),
     svc(41, {"model": "m" * 10_000}, 404, "model_not_found", None, "`" + "m" * 64 + "...`"),
     svc(41, {"model": "\U0001f600\n"}, 404, "model_not_found", None, "`\U0001f600\\n`"),
@@ -257,20 +196,11 @@ PROMPTS = [
     svc(48, {"prompt": [1e300]}, *UNKNOWN_ID, f"is out of vocabulary (0..{VOCABULARY - 1})"),
     *(
         svc(49, {"prompt": [token]}, *UNKNOWN_ID, f"Token id {shown} is out of vocabulary (0..{VOCABULARY - 1})")
-        for token, shown in (
-            (-1, "-1"),
-            (VOCABULARY, str(VOCABULARY)),
-            (5279552648203111001, "5279552648203111424"),
-        )  # a JSON number
+        for token, shown in ((-1, "-1"), (VOCABULARY, str(VOCABULARY)), (5279552648203111001, "5279552648203111424"))  # a JSON number
     ),
     svc(50, {"prompt": ["a"] * 129}, 400, "array_above_max_length", "prompt", "at most 128 prompts, but got 129"),
     svc(51, {"prompt": ["a"] * 64, "n": 4}, 400, "invalid_value", "n", "prompts*best_of must be <= 128"),
-    svc(
-        52,
-        {"prompt": [5] * 10, "max_tokens": CONTEXT},
-        *TOO_LONG,
-        "8192 tokens, however you requested 8202 tokens (10 in",
-    ),
+    svc(52, {"prompt": [5] * 10, "max_tokens": CONTEXT}, *TOO_LONG, "8192 tokens, however you requested 8202 tokens (10 in"),
     svc(52, {"max_tokens": 2**31 - 1}, *TOO_LONG, "however you requested 2147483652 tokens"),
     svc(53, {"prompt": [5] * CONTEXT, "max_tokens": LEFT_OUT}, *TOO_LONG, "however you requested 8208 tokens (8192 in"),
     svc(54, {"prompt": "a" * 2_000_000}, *TOO_LONG, "2000000 characters, more than the 65536 that could fit"),
@@ -278,48 +208,14 @@ PROMPTS = [
 ]
 
 NUMBERS = [
-    good(
-        56,
-        {"max_tokens": 0},
-        lambda a: (
-            (text(a), a["choices"][0]["finish_reason"]) == ("", "length") and a["usage"]["completion_tokens"] == 0
-        ),
-    ),
-    good(
-        57,
-        {"max_tokens": 0, "echo": True, "logprobs": 1},
-        lambda a: a["choices"][0]["logprobs"]["token_logprobs"][0] is None and text(a) == GOOD["prompt"],
-    ),
-    svc(
-        58,
-        {"max_tokens": -1},
-        400,
-        LOW,
-        "max_tokens",
-        "integer below minimum value. Expected a value >= 0, but got -1 instead.",
-    ),
-    *(
-        edge(59, having(f'"max_tokens": {value}'), 400)
-        for value in ("1.5", "true", "[]", "{}", '""', "2147483648", "1e10")
-    ),
-    *(
-        Row(
-            60,
-            raw('{"model":"%s","prompt":"a","ignore_eos":true,"max_tokens":' + value + "}"),
-            "OK",
-            holds=tokens(int(float(value.strip('"')))),
-        )
-        for value in ('"16"', "16.0", "1e1")
-    ),
+    good(56, {"max_tokens": 0}, lambda a: (text(a), a["choices"][0]["finish_reason"]) == ("", "length") and a["usage"]["completion_tokens"] == 0),
+    good(57, {"max_tokens": 0, "echo": True, "logprobs": 1}, lambda a: a["choices"][0]["logprobs"]["token_logprobs"][0] is None and text(a) == GOOD["prompt"]),
+    svc(58, {"max_tokens": -1}, 400, LOW, "max_tokens", "integer below minimum value. Expected a value >= 0, but got -1 instead."),
+    *(edge(59, having(f'"max_tokens": {value}'), 400) for value in ("1.5", "true", "[]", "{}", '""', "2147483648", "1e10")),
+    *(Row(60, raw('{"model":"%s","prompt":"a","ignore_eos":true,"max_tokens":' + value + "}"), "OK", holds=tokens(int(float(value.strip('"'))))) for value in ('"16"', "16.0", "1e1")),
     good(61, {"max_tokens": None, "ignore_eos": True}, tokens(16)),
-    *(
-        edge(62, raw('{"model":"%s","prompt":"a","temperature":' + value + "}"), 400)
-        for value in ("NaN", "1e400", "1e39", "true")
-    ),
-    *(
-        svc(63, {"temperature": value}, 400, "invalid_value", "temperature", f"{FINITE} {value}")
-        for value in (NAN, "Infinity", "-Infinity")
-    ),
+    *(edge(62, raw('{"model":"%s","prompt":"a","temperature":' + value + "}"), 400) for value in ("NaN", "1e400", "1e39", "true")),
+    *(svc(63, {"temperature": value}, 400, "invalid_value", "temperature", f"{FINITE} {value}") for value in (NAN, "Infinity", "-Infinity")),
     svc(64, {"temperature": -0.1}, 400, DECIMAL_LOW, "temperature", "Expected a value >= 0, but got -0.1 instead."),
     svc(64, {"temperature": 2.1}, 400, DECIMAL_HIGH, "temperature", "Expected a value <= 2, but got 2.1 instead."),
     *(good(65, {"temperature": value}, paris) for value in (0, -0.0)),
@@ -340,89 +236,31 @@ NUMBERS = [
     *(svc(73, {"logprobs": value}, 400, HIGH, "logprobs", f"<= 5, but got {value}") for value in (6, 10**6)),
     edge(73, having('"logprobs": true'), 400, "logprobs"),
     good(74, {"logprobs": 0}, lambda answer: list(answer["choices"][0]["logprobs"]["top_logprobs"][0]) == [" Paris"]),
-    *(
-        svc(75, {"logit_bias": {key: 1}}, *BIAS_KEY, f"key '{key}' is not a token id within 0..49151")
-        for key in ("abc", "-5", "1.5", "00005", "49152", "")
-    ),
+    *(svc(75, {"logit_bias": {key: 1}}, *BIAS_KEY, f"key '{key}' is not a token id within 0..49151") for key in ("abc", "-5", "1.5", "00005", "49152", "")),
     edge(76, having('"logit_bias": {"5": "x"}'), 400),
     svc(76, {"logit_bias": {"5": NAN}}, 400, "invalid_value", "logit_bias.5", FINITE),
     svc(76, {"logit_bias": {"5": 101}}, 400, DECIMAL_HIGH, "logit_bias.5", "<= 100, but got 101"),
     svc(76, {"logit_bias": {"5": -101}}, 400, DECIMAL_LOW, "logit_bias.5", ">= -100, but got -101"),
     good(77, {"logit_bias": {"5": None}}, paris, typed=False),
     *(edge(78, having(f'"logit_bias": {value}'), 400) for value in ('{"5": 1, "5": 2}', "[1]", "5")),
-    svc(
-        79,
-        {"logit_bias": dict.fromkeys(map(str, range(1025)), 1)},
-        400,
-        "object_above_max_properties",
-        "logit_bias",
-        "at most 1024 entries, but got 1025",
-    ),
-    *(
-        svc(81, {"stop": stop}, 400, "empty_string", "stop", "stop cannot contain an empty string")
-        for stop in ("", ["a", ""])
-    ),
+    svc(79, {"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, 400, "object_above_max_properties", "logit_bias", "at most 1024 entries, but got 1025"),
+    *(svc(81, {"stop": stop}, 400, "empty_string", "stop", "stop cannot contain an empty string") for stop in ("", ["a", ""])),
     svc(82, {"stop": list("abcde")}, 400, "array_above_max_length", "stop", "at most 4 entries, but got 5"),
-    svc(
-        83,
-        {"stop": ["a", "é" * 257]},
-        400,
-        "string_above_max_length",
-        "stop",
-        "at most 256 characters per entry, but got 257",
-    ),
-    *(
-        Row(
-            83,
-            having(f'"stop": {stop}'),
-            "SVC",
-            400,
-            "invalid_type",
-            "stop",
-            "expected a string or an array of strings",
-            typed=False,
-        )
-        for stop in ("5", '{"a": 1}', '[["a"]]', '["a", null]', "[5]", "true")
-    ),
+    svc(83, {"stop": ["a", "é" * 257]}, 400, "string_above_max_length", "stop", "at most 256 characters per entry, but got 257"),
+    *(Row(83, having(f'"stop": {stop}'), "SVC", 400, "invalid_type", "stop", "expected a string or an array of strings", typed=False) for stop in ("5", '{"a": 1}', '[["a"]]', '["a", null]', "[5]", "true")),
     *(good(84, {"stop": stop}, paris) for stop in (None, [])),
-    *(
-        good(85, {"stop": stop, "max_tokens": 4}, lambda answer: text(answer) == " Pa")
-        for stop in ("ris", ["is", "ri"], ["ri", "is"], ["zzz", "ris.", "ri"])
-    ),
-    good(
-        86,
-        {"stop": " Paris", "logprobs": 2, "max_tokens": 4},
-        lambda a: text(a) == "" and a["choices"][0]["logprobs"]["tokens"] == [],
-    ),
+    *(good(85, {"stop": stop, "max_tokens": 4}, lambda answer: text(answer) == " Pa") for stop in ("ris", ["is", "ri"], ["ri", "is"], ["zzz", "ris.", "ri"])),
+    good(86, {"stop": " Paris", "logprobs": 2, "max_tokens": 4}, lambda a: text(a) == "" and a["choices"][0]["logprobs"]["tokens"] == []),
     *(good(87, {"seed": seed, "temperature": 1}) for seed in (-1, 2**63 - 1, -(2**63))),
     *(edge(88, having(f'"seed": {seed}'), 400, "seed") for seed in (str(2**63), "1.5")),
-    *(
-        svc(89, {name: value}, 400, code, name, says)
-        for name in ("frequency_penalty", "presence_penalty")
-        for value, code, says in (
-            (2.01, DECIMAL_HIGH, "<= 2, but got 2.01"),
-            (-2.01, DECIMAL_LOW, ">= -2, but got -2.01"),
-            (NAN, "invalid_value", FINITE),
-        )
-    ),
+    *(svc(89, {name: value}, 400, code, name, says) for name in ("frequency_penalty", "presence_penalty") for value, code, says in ((2.01, DECIMAL_HIGH, "<= 2, but got 2.01"), (-2.01, DECIMAL_LOW, ">= -2, but got -2.01"), (NAN, "invalid_value", FINITE))),
 ]
 
 COMBINATIONS = [
     svc(90, {"echo": True, "suffix": "b"}, 400, "invalid_value", "suffix", "cannot be combined"),
     svc(91, {"suffix": "b"}, 400, "unsupported_parameter", "suffix", "not supported with this model"),
-    svc(
-        92,
-        {"stream_options": {"include_usage": True}},
-        400,
-        "invalid_value",
-        "stream_options",
-        "only allowed when 'stream' is true",
-    ),
-    Row(
-        93,
-        having('"stream": true, "stream_options": {"include_usage":true,"continuous_usage_stats":true,"foo":1}'),
-        "OK",
-    ),
+    svc(92, {"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options", "only allowed when 'stream' is true"),
+    Row(93, having('"stream": true, "stream_options": {"include_usage":true,"continuous_usage_stats":true,"foo":1}'), "OK"),
     edge(94, having('"stream": 1'), 400, "stream"),
     Row(94, having('"stream": "true"'), "OK"),
     svc(95, {"user": "u" * 10_000}, 400, "string_above_max_length", "user", "at most 256 characters, but got 10000"),
@@ -438,15 +276,16 @@ COMBINATIONS = [
     svc(96, {"min_tokens": -1}, 400, LOW, "min_tokens", ">= 0, but got -1"),
     edge(96, having('"ignore_eos": 5'), 400, "ignore_eos"),
     svc(96, {"stop_token_ids": [VOCABULARY]}, 400, HIGH, "stop_token_ids", f"<= {VOCABULARY - 1}"),
-    svc(
-        96,
-        {"stop_token_ids": [1] * 129},
-        400,
-        "array_above_max_length",
-        "stop_token_ids",
-        "at most 128 entries, but got 129",
-    ),
+    svc(96, {"stop_token_ids": [1] * 129}, 400, "array_above_max_length", "stop_token_ids", "at most 128 entries, but got 129"),
     *(Row(97, sent(grpc_timeout=value), "OK", holds=paris, typed=False) for value in ("junk", "1n", "99999999999999H")),
 ]
 
+# What no row of this table can say, and where it is tested.
+ELSEWHERE = {
+    **dict.fromkeys((20, 21, *range(99, 105)), "test_bad_input.py"),
+    37: "limits per key",
+    80: "tests/service/rpc/test_interceptors.py",
+    98: "test_forged_headers.py",
+    105: "test_generated_input.py",
+}
 ROWS = [*BODIES, *KEYS, *PROMPTS, *NUMBERS, *COMBINATIONS]

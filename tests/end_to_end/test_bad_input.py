@@ -26,7 +26,7 @@ from grpc_status import rpc_status
 
 from service.rpc import render
 from service.settings import Settings
-from tests.end_to_end.bad_input import GOOD, ROWS, Ask, Row, paris
+from tests.end_to_end.bad_input import ELSEWHERE, GOOD, ROWS, Ask, Row, paris
 from tests.stack import AUTHORIZED, KEY, MODEL, Answer, ServiceThread, Stack, envoy, free_ports
 
 METADATA = list(AUTHORIZED.items())
@@ -82,6 +82,11 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def name(row: Row) -> str:
     shown = row.ask.fields or (row.ask.body or b"")[-40:] or row.ask.path
     return f"{row.number}-{row.by}-{str(shown)[:60]}"
+
+
+def test_no_kind_of_input_is_missing() -> None:
+    """Every number from 1 to 105 is in the table, or has a test of its own."""
+    assert sorted({row.number for row in ROWS} | set(ELSEWHERE)) == list(range(1, 106))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
