@@ -100,7 +100,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def _parse(self, request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[ServedModel, Request]:
         """The model and the valid request; tokenizing happens off the event loop."""
         if not request.model:
-            bounds.check(request)
+            bounds.check(request)  # raises: the contract requires a model
         model = self._find(request.model)
         if request.user:
             call_notes.get()["user"] = pseudonym(request.user)
