@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ def test_the_service_knows_envoy(secured: Stack, certificates: Path, who: str) -
 
 
 SECRETS = {
-    "prompt": "zanzibar-prompt",
+    "prompt": "zanzibar-prompt. Once upon a time there was",
     "suffix": "zanzibar-suffix",
     "stop": "zanzibar-stop",
     "user": "zanzibar-user",
@@ -150,17 +151,25 @@ def test_logs_hold_no_secrets(secured: Stack, certificates: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="400"):
             complete(secured, context, **fields)
     with pytest.raises(urllib.error.HTTPError, match="400"):
-        complete(secured, context, path=f"/v1/completions?prompt={SECRETS['prompt']}")
+        complete(secured, context, path="/v1/completions?prompt=zanzibar")
     with pytest.raises(urllib.error.HTTPError, match="401"):
         complete(secured, context, headers={"authorization": "zanzibar-key"})
     complete(secured, context, headers={"authorization": "Bearer zanzibar-key"})  # without a key file any is taken
     credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
     with grpc.secure_channel(secured.envoy_address, credentials) as channel:
         ask(channel, SECRETS["prompt"])
-    for log in ((secured.logs / f"{name}.log").read_text() for name in ("service", "envoy")):
-        assert "/CreateCompletion" in log  # the calls are there
+    for log in (written(secured.logs / f"{name}.log") for name in ("service", "envoy")):
         for secret in ("zanzibar", text, KEY, hashlib.sha256(KEY.encode()).hexdigest()):
             assert secret not in log, [line for line in log.splitlines() if secret in line]
+
+
+def written(log: Path) -> str:
+    """A log, once the typed call is in it: Envoy writes its lines a little later."""
+    deadline = time.monotonic() + 20
+    while "/CreateCompletion" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return log.read_text()
 
 
 def test_envoy_knows_the_service(model_dir: Path, certificates: Path, tmp_path: Path) -> None:
