@@ -17,10 +17,6 @@ from service.rpc.prompts import check_characters, parse_prompts
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
-_TOKEN_IDS = 128
-MAX_LOGIT_BIAS = 1024
-MAX_USER_CHARACTERS = 256
-
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
