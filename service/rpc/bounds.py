@@ -10,7 +10,7 @@ from buf.validate import validate_pb2
 from completion.v1 import completion_pb2 as pb
 
 from service.errors import InvalidRequestError
-from service.rpc.checks import at_most, invalid, not_finite, out_of_range, shortest
+from service.rpc.checks import at_most, invalid, not_finite, out_of_range, shortest, shown
 
 _VALIDATOR = protovalidate.Validator()
 _REQUEST = pb.CreateCompletionRequest.DESCRIPTOR
@@ -51,7 +51,7 @@ def _refusal(path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestErro
     if rule == "string.min_len":
         return invalid(name, f"{name} cannot contain an empty string.", "empty_string")
     if last.subscript and last.subscript.field == "string_key":
-        name = f"{name}.{last.subscript.value}"
+        name = f"{name}.{shown(last.subscript.value)}"
     return _number(name, value, getattr(_leaf(path), rule.split(".", maxsplit=1)[0]))
 
 

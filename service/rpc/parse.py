@@ -43,12 +43,11 @@ def parse(
     `request` is taken over: its JSON `stop` becomes typed. `streaming` says whether the answer is to be sent in pieces,
     which some fields depend on.
     """
-    _take_json_stop(request)
+    _take_stop(request, limits.stops)
     bounds.check(request)
     max_tokens = request.max_tokens if request.HasField("max_tokens") else 16
     n, best_of = _candidates(request, streaming=streaming)
     include_usage, continuous_usage = _stream_options(request, streaming=streaming)
-    stop = _stop(request, limits.stops)
     sampling = _sampling(request, manifest.vocab_size)
     stop_token_ids = _stop_token_ids(request, manifest)
     min_tokens = integer("min_tokens", request.min_tokens, 0, max_tokens)
@@ -74,7 +73,7 @@ def parse(
         continuous_usage=continuous_usage,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         echo=request.echo,
-        stop=stop,
+        stop=tuple(request.stop),
         stop_token_ids=stop_token_ids,
         min_tokens=min_tokens,
         sampling=sampling,
@@ -101,24 +100,19 @@ def _stream_options(request: pb.CreateCompletionRequest, *, streaming: bool) -> 
     return request.stream_options.include_usage, request.stream_options.continuous_usage_stats
 
 
-def _take_json_stop(request: pb.CreateCompletionRequest) -> None:
-    """Moves `stop` as REST callers send it to where typed callers have it."""
+def _take_stop(request: pb.CreateCompletionRequest, limit: int) -> None:
+    """Moves `stop` as REST callers send it to where typed callers have it; too many are refused unread."""
     given = request.json_stop
     kind = given.WhichOneof("kind")
-    if kind in {None, "null_value"}:
-        return
-    if request.stop:
+    entries = given.list_value.values if kind == "list_value" else () if kind in {None, "null_value"} else (given,)
+    if entries and request.stop:
         raise invalid("stop", "set either stop or json_stop, not both.")
-    entries = given.list_value.values if kind == "list_value" else [given]
+    count = len(entries) or len(request.stop)
+    if count > limit:
+        raise at_most("stop", "entries", count, limit, "array_above_max_length")
     if any(entry.WhichOneof("kind") != "string_value" for entry in entries):
         raise invalid("stop", "expected a string or an array of strings.", "invalid_type")
     request.stop.extend(entry.string_value for entry in entries)
-
-
-def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
-    if len(request.stop) > limit:
-        raise at_most("stop", "entries", len(request.stop), limit, "array_above_max_length")
-    return tuple(request.stop)
 
 
 def _sampling(request: pb.CreateCompletionRequest, vocabulary: int) -> SamplingParams:
