@@ -12,7 +12,7 @@ DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint stubs check-stubs soak bench clean
+.PHONY: run test lint audit stubs check-stubs soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -23,6 +23,7 @@ test: lint check-stubs
 lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/bandit -q -c pyproject.toml -r service model_export deploy envoy
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
@@ -39,6 +40,12 @@ stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from
 MINUTES ?= 2
 soak: $(VENV)/.run ## MINUTES=20 soaks for longer.
 	$(PYTHON) -m bench soak --minutes $(MINUTES)
+
+# Needs the network: a dependency that the service of vulnerabilities does not know is a failure, not a pass.
+audit: $(VENV)/.test ## Known vulnerabilities of all that is installed.
+	$(PYTHON) -m pip install --quiet --editable '.[audit]'
+	$(PYTHON) -m pip freeze --exclude-editable > $(VENV)/audited.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt
 
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)

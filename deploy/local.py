@@ -3,8 +3,9 @@
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
 MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file of
-keys, and ADMIN_PORT opens Envoy's admin pages. Prints a line that starts with `ready` once a completion has come
-through Envoy, then serves until Ctrl-C or SIGTERM.
+keys, ADMIN_PORT opens Envoy's admin pages, and TLS_DIR turns on TLS at the door and between the two, with the
+certificates in that folder (docs/security.md); START_SECONDS is how long both may take to get ready. Prints a line that
+starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,9 @@ MODEL = "gpt-3.5-turbo-instruct"
 ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
-START_SECONDS = 120
+ENVOY_CONFIG = ROOT / "envoy" / "envoy.yaml"
+
+START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
 DRAIN_SECONDS = 45
 
 
@@ -144,9 +148,29 @@ def default_weights() -> Path:
     return weights[0]
 
 
+def tls_dir() -> Path | None:
+    """The folder of certificates, if there is to be TLS."""
+    return Path(os.environ["TLS_DIR"]).resolve() if "TLS_DIR" in os.environ else None
+
+
+def service_tls_args(folder: Path | None) -> list[str]:
+    """What the service has to be told so that it speaks TLS, and with Envoy alone."""
+    if folder is None:
+        return []
+    files = {"certificate": "service.pem", "key": "service.key", "client-ca": "ca.pem"}
+    return [argument for name, file in files.items() for argument in (f"--tls-{name}", str(folder / file))]
+
+
+def add_tls(config: dict[str, Any], folder: Path) -> None:
+    """Adds TLS, with the certificates in a folder, to Envoy's listener and to its cluster."""
+    sockets = yaml.safe_load((ROOT / "envoy" / "tls.yaml").read_text().replace("FOLDER", str(folder)))
+    config["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = sockets["door"]
+    config["static_resources"]["clusters"][0]["transport_socket"] = sockets["service"]
+
+
 def envoy_config(ports: dict[str, int]) -> str:
-    """envoy.yaml on loopback and with the chosen ports."""
-    config = yaml.safe_load((ROOT / "envoy" / "envoy.yaml").read_text())
+    """envoy.yaml on loopback, with the chosen ports and, if there is a folder of certificates, with TLS."""
+    config = yaml.safe_load(ENVOY_CONFIG.read_text())
     resources = config["static_resources"]
     listen_on(resources["listeners"][0], ports["HTTP_PORT"])
     host = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
@@ -155,6 +179,8 @@ def envoy_config(ports: dict[str, int]) -> str:
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
         del config["admin"]
+    if folder := tls_dir():
+        add_tls(config, folder)
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
@@ -174,7 +200,10 @@ def call(url: str, body: Any = None) -> Any:
     request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)  # noqa: S310 - our own
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", f"Bearer {os.environ.get('API_KEY', ANY_KEY)}")
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    folder = tls_dir()
+    trusted = ssl.create_default_context(cafile=folder / "ca.pem" if folder else None)
+    handlers = (urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
+    direct = urllib.request.build_opener(*handlers)
     with direct.open(request, timeout=START_SECONDS) as answer:
         return json.load(answer)
 
@@ -206,10 +235,15 @@ def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], 
         time.sleep(0.2)
 
 
+def rest_address(ports: dict[str, int]) -> str:
+    return f"{'https' if tls_dir() else 'http'}://127.0.0.1:{ports['HTTP_PORT']}"
+
+
 def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: Path) -> None:
-    rest, grpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
+    rest, grpc = rest_address(ports), f"127.0.0.1:{ports['GRPC_PORT']}"
     key = "$API_KEY" if "API_KEY" in os.environ else ANY_KEY
-    print(f"\ncurl -X POST {rest}/v1/completions \\")
+    trust = f"--cacert {shlex.quote(str(folder / 'ca.pem'))} " if (folder := tls_dir()) else ""
+    print(f"\ncurl {trust}-X POST {rest}/v1/completions \\")
     print(f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\')
     print(f"  -d {shlex.quote(json.dumps(request))}\n")
     print(json.dumps(answer, indent=2, ensure_ascii=False))
@@ -227,12 +261,13 @@ def run(service_args: list[str]) -> None:
         cleanup.callback(gateway.stop)
         command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
         command += ["--drain-delay-seconds", "0"]  # there is no other replica to send requests to meanwhile
+        command += service_tls_args(tls_dir())
         service = Child("the service", [*command, *service_args], folder / "service.log")
         # Runs before the gateway's: the service drains while Envoy still carries its answers.
         cleanup.callback(service.stop)
 
         children = [service, gateway]
-        announce(chosen, *first_completion(f"http://127.0.0.1:{chosen['HTTP_PORT']}", children), folder)
+        announce(chosen, *first_completion(rest_address(chosen), children), folder)
         while True:
             for child in children:
                 child.check()
@@ -242,12 +277,19 @@ def run(service_args: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("service_args", nargs="*", help="arguments for the service, after `--`")
-    service_args = parser.parse_args().service_args
+    tls_help = "only print envoy.yaml with TLS and the certificates in this folder"
+    parser.add_argument("--envoy-with-tls", type=Path, metavar="FOLDER", help=tls_help)
+    arguments = parser.parse_args()
+    if arguments.envoy_with_tls:
+        config = yaml.safe_load(ENVOY_CONFIG.read_text())
+        add_tls(config, arguments.envoy_with_tls)
+        yaml.safe_dump(config, sys.stdout, sort_keys=False)
+        return
     # SIGINT too: shells start background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        run(service_args)
+        run(arguments.service_args)
     except KeyboardInterrupt:
         print("Stopped.")
     except LaunchError as error:

@@ -24,6 +24,8 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "envoy" / "completion.binpb"
 CONTRACT = "completion/v1/completion.proto"
+# The service enforces the rules, not the transcoder.
+RULES = "buf/validate/validate.proto"
 
 # Requests keep protobuf's camelCase JSON names: the transcoder reads a field by either of its names, and prints none.
 REQUESTS = {"CreateCompletionRequest", "StreamOptions", "GetModelRequest", "ListModelsRequest"}
@@ -66,9 +68,15 @@ def compile_contract() -> FileDescriptorSet:
 
 def json_view(file: FileDescriptorProto) -> None:
     """Rewrites the contract's file into the JSON view."""
+    file.dependency.remove(RULES)
     for message in file.message_type:
+        for field in message.field:
+            field.ClearField("options")
+        if message.name in REQUESTS:
+            let_last_win(message)
         if message.name == "CreateCompletionRequest":
             replace_typed_prompt(message)
+            replace_typed_stop(message)
         if any(message.name == owner for owner, _ in NULLS):
             message.options.deprecated_legacy_json_field_conflicts = True
         for field in message.field:
@@ -85,14 +93,39 @@ def replace_typed_prompt(request: DescriptorProto) -> None:
     typed = names.index("prompt")
     kept = [field for field in request.field if not in_oneof(field, typed)]
     for field in kept:
-        if field.HasField("oneof_index") and field.oneof_index > typed:
-            field.oneof_index -= 1
         if field.name == "json_prompt":
             field.name = field.json_name = "prompt"
     fields = [FieldDescriptorProto.FromString(field.SerializeToString()) for field in kept]
     del request.field[:]
     request.field.extend(fields)
     del request.oneof_decl[typed]
+
+
+def replace_typed_stop(request: DescriptorProto) -> None:
+    """Drops the typed `stop` and gives its name to `json_stop`: the transcoder would flatten and convert."""
+    kept = [
+        FieldDescriptorProto.FromString(field.SerializeToString()) for field in request.field if field.name != "stop"
+    ]
+    for field in kept:
+        if field.name == "json_stop":
+            field.name = field.json_name = "stop"
+    del request.field[:]
+    request.field.extend(kept)
+
+
+def let_last_win(request: DescriptorProto) -> None:
+    """Makes `optional` fields plain ones, of which the last in a body counts: the transcoder refuses two of a oneof.
+
+    What a body says is sent all the same, also zeros, so that the service sees what was said.
+    """
+    optional = {field.oneof_index for field in request.field if field.proto3_optional}
+    for field in request.field:
+        if field.proto3_optional:
+            field.ClearField("proto3_optional")
+            field.ClearField("oneof_index")
+    # protoc numbers these after the real ones.
+    assert all(index >= len(request.oneof_decl) - len(optional) for index in optional)
+    del request.oneof_decl[len(request.oneof_decl) - len(optional) :]
 
 
 def in_oneof(field: FieldDescriptorProto, index: int) -> bool:
@@ -111,8 +144,10 @@ def view_response_field(message: str, field: FieldDescriptorProto) -> None:
 
 def derive() -> bytes:
     files = compile_contract()
-    json_view(next(file for file in files.file if file.name == CONTRACT))
-    return files.SerializeToString(deterministic=True)
+    named = {file.name: file for file in files.file}
+    json_view(named[CONTRACT])
+    view = FileDescriptorSet(file=[file for name, file in named.items() if name != RULES])
+    return view.SerializeToString(deterministic=True)
 
 
 def main() -> None:

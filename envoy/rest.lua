@@ -29,15 +29,41 @@ local function may_stream(text)
   return text:find("stream", 1, true) or text:find("\\u", 1, true)
 end
 
+-- The transcoder reads `maxTokens` as `max_tokens`; of both in one body it is not said which counts. A quote within a
+-- JSON string is escaped, so what looks like a key is one.
+local function given_twice(text)
+  local aliased
+  for alias in text:gmatch('"(%l+%u%a*)"%s*:') do
+    aliased = aliased or {}
+    aliased[alias:gsub("%u", "_%0"):lower()] = true
+  end
+  for name in aliased and text:gmatch('"([%l_]+)"%s*:') or function() end do
+    if aliased[name] then
+      return name
+    end
+  end
+end
+
+local function refuse(handle, message)
+  local json = string.format('{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":null}}', message)
+  handle:respond({ [":status"] = "400", ["content-type"] = "application/json" }, json)
+end
+
 function envoy_on_request(handle)
   -- body() invalidates header handles taken before it.
   local body = handle:headers():get(":method") == "POST" and handle:body()
+  local text = body and body:getBytes(0, body:length()) or ""
   local headers = handle:headers()
   drop_headers(headers)
+  local twice = given_twice(text)
+  if twice then
+    refuse(handle, string.format("Invalid body: '%s' is given twice, also by its other name.", twice))
+    return
+  end
 
   local path = headers:get(":path"):gsub("/+$", "")
   handle:streamInfo():dynamicMetadata():set("rest", "path", path)
-  if body and may_stream(body:getBytes(0, body:length())) then
+  if may_stream(text) then
     path = path .. ":stream"
   end
   headers:replace(":path", path)

@@ -12,6 +12,8 @@ from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parent
 CONTRACT = "completion/v1/completion.proto"
+# What the contract's stubs import and no package provides.
+RULES = "buf/validate/validate.proto"
 
 
 def generate(target: Path) -> None:
@@ -24,13 +26,11 @@ def generate(target: Path) -> None:
         f"-I{files('grpc_tools') / '_proto'}",
         *(f"--plugin=protoc-gen-{name}={path}" for name, path in plugins.items()),
         f"--python_out={target}",
-        f"--grpc_python_out={target}",
-        f"--mypy_out=quiet:{target}",
-        f"--mypy_grpc_out=quiet:{target}",
-        CONTRACT,
     ]
-    if protoc.main(arguments) != 0:
-        sys.exit(f"protoc failed on {PROTO / CONTRACT}")
+    typed = [f"--grpc_python_out={target}", f"--mypy_out=quiet:{target}", f"--mypy_grpc_out=quiet:{target}"]
+    for run in ([*arguments, *typed, CONTRACT], [*arguments, RULES]):
+        if protoc.main(run) != 0:
+            sys.exit(f"protoc failed on {run[-1]}")
 
 
 def stale(fresh: Path) -> list[str]:

@@ -25,6 +25,10 @@ class AuthenticationError(ServiceError):
     """The caller sent no valid key."""
 
 
+class ForbiddenError(ServiceError):
+    """The caller's key does not allow what it asks for."""
+
+
 class OverloadedError(ServiceError):
     """The queue is full; after `retry_after` seconds it is worth another try."""
 

@@ -24,6 +24,7 @@ from service.engine.engine import Engine
 from service.engine.model import Model
 from service.engine.scheduler import Scheduler
 from service.errors import EngineDiedError, StartupError
+from service.rpc import tls
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.parse import Limits
@@ -121,14 +122,16 @@ class Server:
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = _Health()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
+        self._credentials = tls.credentials(settings)
         self._add_services()
 
     def _options(self) -> list[tuple[str, int]]:
         return [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            # Between a soft and a hard limit gRPC refuses at random: these are the same.
             ("grpc.max_metadata_size", 8 << 10),
-            ("grpc.absolute_max_metadata_size", 16 << 10),
+            ("grpc.absolute_max_metadata_size", 8 << 10),
             # Envoy's pings keep quiet streams open; without these the server takes them for an attack.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -137,8 +140,7 @@ class Server:
         ]
 
     def _add_services(self) -> None:
-        manifest = self.model.manifest
-        models = dict.fromkeys((manifest.id, *manifest.aliases), self.model)
+        models = dict.fromkeys(self.model.names, self.model)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
             CompletionServicer(models, self._tokenizing), self._server
         )
@@ -180,7 +182,10 @@ class Server:
 
     def _bind(self) -> None:
         try:
-            self._server.add_insecure_port(self.address)
+            if self._credentials is None:
+                self._server.add_insecure_port(self.address)
+            else:
+                self._server.add_secure_port(self.address, self._credentials)
         except RuntimeError as error:
             pid = ports.listener(self._settings.port)
             if pid is None:

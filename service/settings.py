@@ -31,6 +31,14 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="File of accepted API keys, `<SHA-256 in hex> <name>` per line; without it any key is taken."
     )
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file of the service's certificate and its chain; without it nothing is encrypted.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of the authority that issues callers' certificates; with it callers must have one."
+    )
     context_length: int | None = Field(
         None, ge=16, description="Most tokens of prompt and completion together; the model's own if not set."
     )

@@ -49,10 +49,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a running service can be reached: `http` and `grpc` are ports on 127.0.0.1."""
+    """Where a running service can be reached: `http` and `grpc` are ports on 127.0.0.1; `logs` holds its log files."""
 
     http: int
     grpc: int
+    logs: Path | None = None
 
     @property
     def base_url(self) -> str:
@@ -100,7 +101,7 @@ class Stack:
 
 
 @contextmanager
-def launched(model_dir: Path) -> Iterator[Stack]:
+def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[Stack]:
     """Service and Envoy as separate processes, by the launcher behind `make run`."""
     http_port, grpc_port = free_ports(2)
     environment = {
@@ -109,14 +110,16 @@ def launched(model_dir: Path) -> Iterator[Stack]:
         "GRPC_PORT": str(grpc_port),
         "MODEL_DIR": str(model_dir),
         "API_KEY": KEY,
+        **variables,
     }
-    command = [sys.executable, "deploy/local.py"]
+    command = [sys.executable, "deploy/local.py", "--", *service_args]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        wait_until_ready(process)
-        yield Stack(http_port, grpc_port)
+        output = wait_until_ready(process)
+        (logs,) = re.findall(r"^logs +(.*)$", output, re.MULTILINE)
+        yield Stack(http_port, grpc_port, Path(logs))
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -171,12 +174,12 @@ class ServiceThread:
 
 
 @contextmanager
-def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[None]:
-    """The real Envoy on `http_port` in front of a service on `grpc_port`."""
+def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[int]:
+    """The real Envoy on `http_port` in front of a service on `grpc_port`; gives its process id."""
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     child = local.Child("Envoy", local.envoy_command(local.envoy_binary(), ports, folder), folder / "envoy.log")
     try:
-        yield
+        yield child.process.pid
     finally:
         child.stop()
 

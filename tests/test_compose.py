@@ -83,3 +83,12 @@ def test_image_gets_what_it_copies() -> None:
     for path in (path for paths in copied for path in paths):
         assert (ROOT / path).exists()
         assert path in allowed
+
+
+def test_image_is_not_root() -> None:
+    """The image runs as a user of its own also without compose, and holds nothing that it could write to."""
+    stage = (ROOT / "deploy" / "Dockerfile").read_text().rsplit("\nFROM ", 1)[1]
+    (user,) = [line.split()[1] for line in stage.splitlines() if line.startswith("USER ")]
+    assert int(user.split(":")[0]) > 0
+    assert "--chown" not in stage
+    assert "RUN " not in stage

@@ -9,20 +9,26 @@ import numpy as np
 from service.errors import InvalidRequestError
 
 
-def integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
+def integer(name: str, value: int, low: int, high: int) -> int:
     """`value`, if it is within `low`..`high`."""
-    _bounds(name, "integer", value, given=str(value), low=low, high=high)
+    if value < low:
+        raise out_of_range(name, "integer", "below minimum", f">= {low}", str(value))
+    if value > high:
+        raise out_of_range(name, "integer", "above maximum", f"<= {high}", str(value))
     return value
 
 
-def decimal(name: str, value: float, low: float, high: float) -> float:
-    """`value`, if it is a finite number within `low`..`high`."""
-    if not math.isfinite(value):
-        given = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-        message = f"Invalid '{name}': must be a finite number, but got {given} instead."
-        raise InvalidRequestError(message, param=name, code="invalid_value")
-    _bounds(name, "decimal", value, given=shortest(value), low=low, high=high)
-    return value
+def out_of_range(name: str, kind: str, problem: str, expected: str, given: str) -> InvalidRequestError:
+    """The refusal of a number: `kind` is integer or decimal, `problem` "below minimum" or "above maximum"."""
+    message = f"Invalid '{name}': {kind} {problem} value. Expected a value {expected}, but got {given} instead."
+    code = f"{kind}_{'below_min' if problem == 'below minimum' else 'above_max'}_value"
+    return InvalidRequestError(message, param=name, code=code)
+
+
+def not_finite(name: str, value: float) -> InvalidRequestError:
+    """The refusal of NaN and infinities."""
+    given = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return invalid(name, f"must be a finite number, but got {given} instead.", "invalid_value")
 
 
 def shortest(value: float) -> str:
@@ -30,22 +36,9 @@ def shortest(value: float) -> str:
     return str(np.float32(value))
 
 
-def _bounds(name: str, kind: str, value: float, *, given: str, low: float | None, high: float | None) -> None:
-    if low is not None and value < low:
-        problem, expected, code = "below minimum", f">= {low}", "below_min"
-    elif high is not None and value > high:
-        problem, expected, code = "above maximum", f"<= {high}", "above_max"
-    else:
-        return
-    message = f"Invalid '{name}': {kind} {problem} value. Expected a value {expected}, but got {given} instead."
-    raise InvalidRequestError(message, param=name, code=f"{kind}_{code}_value")
-
-
-def at_most(name: str, what: str, count: int, limit: int, code: str) -> None:
-    """Refuses more than `limit` of `what`."""
-    if count > limit:
-        message = f"Invalid '{name}': at most {limit} {what}, but got {count} instead."
-        raise InvalidRequestError(message, param=name, code=code)
+def at_most(name: str, what: str, count: int, limit: int, code: str) -> InvalidRequestError:
+    """The refusal of more than `limit` of `what`."""
+    return invalid(name, f"at most {limit} {what}, but got {count} instead.", code)
 
 
 def invalid(name: str, problem: str, code: str | None = None) -> InvalidRequestError:

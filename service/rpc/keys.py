@@ -11,7 +11,8 @@ from pathlib import Path
 
 from service.errors import AuthenticationError, StartupError
 
-_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})$")
+_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})(\s+models=(?P<models>\S+))?$")
+_EXPECTED = "'<64 hex digits> <name>', and perhaps 'models=<id>,<id>'"
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
 
 
@@ -20,16 +21,29 @@ _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart."""
+    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart, None as `models` allows all of them."""
 
     name: str
     identity: str
+    models: frozenset[str] | None = None
+
+    def may_use(self, *names: str) -> bool:
+        """Whether the caller may use the model that has these names."""
+        return self.models is None or not self.models.isdisjoint(names)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHolder:
+    """Whose a key is, and which models it may use: by id or alias, None for all."""
+
+    name: str
+    models: frozenset[str] | None
 
 
 class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to the caller's name; None takes any key."""
+    """The keys that open the service: `keys` maps their SHA-256 to whose they are; None takes any key."""
 
-    def __init__(self, keys: dict[bytes, str] | None) -> None:
+    def __init__(self, keys: dict[bytes, KeyHolder] | None) -> None:
         self._keys = keys
 
     @property
@@ -39,7 +53,10 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path | None) -> KeyRing:
-        """Reads a key file: a SHA-256 in hex and a name per line; empty lines and `#` comments are skipped."""
+        """Reads a key file: per line a SHA-256 in hex, a name, and perhaps `models=` with ids or aliases.
+
+        Empty lines and `#` comments are skipped.
+        """
         if path is None:
             return cls(None)
         try:
@@ -53,8 +70,9 @@ class KeyRing:
                 continue
             match = _LINE.match(entry)
             if match is None:
-                raise StartupError(f"API key file {path}, line {number}: expected '<64 hex digits> <name>'")
-            keys[bytes.fromhex(match["digest"])] = match["name"]
+                raise StartupError(f"API key file {path}, line {number}: expected {_EXPECTED}")
+            models = frozenset(match["models"].split(",")) if match["models"] else None
+            keys[bytes.fromhex(match["digest"])] = KeyHolder(match["name"], models)
         if not keys:
             raise StartupError(f"API key file {path} holds no key")
         return cls(keys)
@@ -71,13 +89,13 @@ class KeyRing:
         digest = hashlib.sha256(match["key"].encode()).digest()
         if self._keys is None:
             return Caller("anonymous", digest.hex())
-        name = None
+        holder = None
         for known, owner in self._keys.items():
             if hmac.compare_digest(known, digest):
-                name = owner
-        if name is None:
+                holder = owner
+        if holder is None:
             raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
-        return Caller(name, digest.hex())
+        return Caller(holder.name, digest.hex(), holder.models)
 
 
 def pseudonym(user: str) -> str:

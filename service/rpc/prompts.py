@@ -9,12 +9,14 @@ from completion.v1 import completion_pb2 as pb
 from google.protobuf import struct_pb2
 
 from service.errors import InvalidRequestError
+from service.rpc.bounds import rules
 from service.rpc.checks import at_most, invalid, shown
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt
 
-MAX_PROMPTS = 128
-MAX_SEQUENCES = 128
+# JSON prompts have the bounds of typed ones.
+MAX_PROMPTS = rules(pb.TextBatch, "texts").repeated.max_items
+MAX_SEQUENCES = rules(pb.CreateCompletionRequest, "n").int32.lte
 # No text has more characters than this per token of context that could still fit; checked before tokenizing, which
 # takes seconds for megabytes without a space.
 MAX_CHARACTERS_PER_TOKEN = 8
@@ -33,7 +35,8 @@ def parse_prompts(
     if typed and json_set:
         raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
     given = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
-    at_most("prompt", "prompts", len(given), MAX_PROMPTS, "array_above_max_length")
+    if len(given) > MAX_PROMPTS:
+        raise at_most("prompt", "prompts", len(given), MAX_PROMPTS, "array_above_max_length")
     if len(given) * best_of > MAX_SEQUENCES:
         problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(given)} prompts and {best_of} for each."
         raise invalid("n", problem, "invalid_value")
@@ -47,10 +50,9 @@ def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Ite
         return [request.text]
     if form == "tokens":
         return [request.tokens.ids]
-    batch: Sequence[str | Iterable[int]] = (
-        request.texts.texts if form == "texts" else [prompt.ids for prompt in request.token_batch.prompts]
-    )
-    return _not_empty(batch)
+    if form == "texts":
+        return request.texts.texts
+    return [prompt.ids for prompt in request.token_batch.prompts]
 
 
 def _json(value: struct_pb2.Value) -> Sequence[str | list[int]]:

@@ -14,9 +14,9 @@ from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
 from service.engine.generation import Generation
-from service.errors import DeadlineError, InvalidRequestError, ModelNotFoundError
+from service.errors import DeadlineError, ForbiddenError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
-from service.rpc import render
+from service.rpc import bounds, render
 from service.rpc.checks import shown
 from service.rpc.interceptors import Context, call_notes, current_caller, failure
 from service.rpc.keys import pseudonym
@@ -36,6 +36,11 @@ class ServedModel:
     tokenizer: Tokenizer
     engine: Engine
     limits: Limits
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its id and its aliases."""
+        return (self.manifest.id, *self.manifest.aliases)
 
 
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
@@ -82,7 +87,8 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        data = [_describe(name, model) for name, model in self._models.items()]
+        caller = current_caller.get()
+        data = [_describe(name, model) for name, model in self._models.items() if caller.may_use(*model.names)]
         return pb.ListModelsResponse(object="list", data=data)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
@@ -99,7 +105,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def _parse(self, request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[ServedModel, Request]:
         """The model and the valid request; tokenizing happens off the event loop."""
         if not request.model:
-            raise InvalidRequestError("you must provide a model parameter", param="model")
+            bounds.check(request)  # raises: the contract requires a model
         model = self._find(request.model)
         if request.user:
             call_notes.get()["user"] = pseudonym(request.user)
@@ -118,6 +124,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if model is None:
             message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
+        if not current_caller.get().may_use(*model.names):
+            message = f"This key may not use the model `{shown(name)}`."
+            raise ForbiddenError(message, param="model", code="model_not_allowed")
         return model
 
 

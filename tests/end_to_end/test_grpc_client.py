@@ -96,57 +96,6 @@ def test_stream_false_answers_whole(stub: Stub) -> None:
     assert only.HasField("usage")
 
 
-@pytest.mark.parametrize(
-    ("fields", "status", "param", "code"),
-    [
-        ({"model": "nothing"}, grpc.StatusCode.NOT_FOUND, None, "model_not_found"),
-        ({"model": ""}, grpc.StatusCode.INVALID_ARGUMENT, "model", None),
-        ({"n": 0}, grpc.StatusCode.INVALID_ARGUMENT, "n", "integer_below_min_value"),
-        ({"temperature": float("nan")}, grpc.StatusCode.INVALID_ARGUMENT, "temperature", "invalid_value"),
-        ({"tokens": pb.Tokens()}, grpc.StatusCode.INVALID_ARGUMENT, "prompt", "empty_array"),
-        ({"tokens": pb.Tokens(ids=[49152])}, grpc.StatusCode.INVALID_ARGUMENT, "prompt", "invalid_value"),
-        ({"stream": True}, grpc.StatusCode.INVALID_ARGUMENT, "stream", "invalid_value"),
-        ({"max_tokens": 8192}, grpc.StatusCode.INVALID_ARGUMENT, "prompt", "context_length_exceeded"),
-    ],
-)
-def test_errors_are_typed(stub: Stub, fields, status, param, code) -> None:
-    """A refusal has the standard status and one detail with OpenAI's four fields."""
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.CreateCompletion(pb.CreateCompletionRequest(**{"model": MODEL, **fields}))
-    found, error = refusal(caught.value)
-    assert found == status
-    assert error.type == "invalid_request_error"
-    assert (error.param if error.HasField("param") else None) == param
-    assert (error.code if error.HasField("code") else None) == code
-
-
-def test_two_prompts_at_once_are_refused(stub: Stub) -> None:
-    """A typed prompt and json_prompt together are INVALID_ARGUMENT."""
-    request = greedy(text="a", json_prompt=struct_pb2.Value(string_value="b"))
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.CreateCompletion(request)
-    assert refusal(caught.value)[1].param == "prompt"
-
-
-def test_zero_is_not_unset(stub: Stub) -> None:
-    """Temperature 0 is greedy and max_tokens 0 generates nothing, while unset ones take their defaults."""
-    assert stub.CreateCompletion(pb.CreateCompletionRequest(model=MODEL, text="a", max_tokens=0)).choices[0].text == ""
-    request = pb.CreateCompletionRequest(model=MODEL, text="a", ignore_eos=True)
-    assert stub.CreateCompletion(request).usage.completion_tokens == 16
-    request.temperature = 0
-    assert len({stub.CreateCompletion(request).choices[0].text for _ in range(2)}) == 1
-
-
-def test_garbage_is_invalid_argument(stack: Stack) -> None:
-    """Bytes that are no message are INVALID_ARGUMENT, and the answer tells nothing of the inside."""
-    with grpc.insecure_channel(stack.grpc_address) as channel:
-        call = channel.unary_unary("/completion.v1.CompletionService/CreateCompletion")
-        with pytest.raises(grpc.RpcError) as caught:
-            call(b"\xff\xff\xff", metadata=list(AUTHORIZED.items()))
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "not a valid protobuf message" in caught.value.details()
-
-
 def test_key_is_required_but_for_health(stack: Stack) -> None:
     """Without a key completions, models and reflection are UNAUTHENTICATED; health answers."""
     with grpc.insecure_channel(stack.grpc_address) as channel:

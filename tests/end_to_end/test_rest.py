@@ -7,7 +7,6 @@ import re
 import socket
 import time
 
-import pytest
 from completion.v1 import completion_pb2 as pb
 
 from tests.stack import AUTHORIZED, MODEL, Answer, Stack
@@ -97,86 +96,6 @@ def test_stream_refusal_has_its_status(stack: Stack) -> None:
     answer = stack.complete(prompt="a", stream=True, n=0)
     assert answer.status == 400
     assert assert_envelope(answer)["param"] == "n"
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "param", "code", "message"),
-    [
-        ("", 400, "model", None, "you must provide a model parameter"),
-        ("{}", 400, "model", None, "you must provide a model parameter"),
-        ("[]", 400, None, None, "Root element must be a message"),
-        ('{"model":', 400, None, None, "Unexpected end of string"),
-        ('{"model":"%s","prompt":"a"} x', 400, None, None, "Parsing terminated before end of input"),
-        (b'{"model":"\xff"}', 400, None, None, "non UTF-8"),
-        ('{"model":"nothing","prompt":"a"}', 404, None, "model_not_found", "The model `nothing` does not exist"),
-        ('{"model":"%s","prompt":[]}', 400, "prompt", "empty_array", "must not be empty"),
-        ('{"model":"%s","prompt":[1,"a"]}', 400, "prompt", "invalid_type", "array of strings, an array of tokens"),
-        ('{"model":"%s","prompt":[1.5]}', 400, "prompt", "invalid_type", "token ids must be integers"),
-        ('{"model":"%s","prompt":"a","max_tokens":-1}', 400, "max_tokens", "integer_below_min_value", ">= 0"),
-        ('{"model":"%s","prompt":"a","max_tokens":"x"}', 400, None, None, "max_tokens"),
-        ('{"model":"%s","prompt":"a","temperature":"NaN"}', 400, "temperature", "invalid_value", "finite"),
-        ('{"model":"%s","prompt":"a","logprobs":6}', 400, "logprobs", "integer_above_max_value", "<= 5"),
-        ('{"model":"%s","prompt":"a","stop":["a",""]}', 400, "stop", "empty_string", "empty string"),
-        ('{"model":"%s","prompt":"a","logit_bias":{"x":1}}', 400, "logit_bias", "invalid_value", "'x'"),
-        ('{"model":"%s","prompt":"a","stream_options":{}}', 400, "stream_options", "invalid_value", "stream"),
-        ('{"model":"%s","prompt":"a","best_of":2,"n":3}', 400, "best_of", "invalid_value", "greater than or equal"),
-    ],
-)
-def test_refused_bodies(stack: Stack, body, status, param, code, message) -> None:
-    """Each refusal has its status, the four keys, and a message that says what is wrong."""
-    if isinstance(body, str):
-        body = body.replace("%s", MODEL)
-    answer = post(stack, body)
-    assert answer.status == status
-    error = assert_envelope(answer)
-    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
-    assert message in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/", 404),
-        ("GET", "/v2/models", 404),
-        ("POST", "/v1/completions:stream", 404),
-        ("GET", "/v1/completions", 405),
-        ("DELETE", "/v1/models", 405),
-        ("POST", "/v1/completions?max_tokens=5", 400),
-        ("GET", "/v1/models?x=1", 400),
-        ("POST", "/v1%2Fcompletions", 400),
-        ("GET", "/v1/models/nobody%2Fnothing", 404),
-        ("GET", "/v1/models/%00", 400),
-    ],
-)
-def test_refused_paths(stack: Stack, method: str, path: str, status: int) -> None:
-    """Unknown paths, wrong methods and query strings end in the envelope."""
-    body = MINIMAL if method == "POST" else None
-    answer = stack.request(method, path, body, JSON)
-    assert answer.status == status
-    assert_envelope(answer)
-    if status == 405:
-        assert answer.headers["allow"]
-
-
-def test_refused_media(stack: Stack) -> None:
-    """Forms and compressed bodies are 415, bodies over 2 MiB 413, headers over 32 KiB 431."""
-    form = {**AUTHORIZED, "content-type": "application/x-www-form-urlencoded"}
-    packed = {**JSON, "content-encoding": "gzip"}
-    large = json.dumps({"model": MODEL, "prompt": "a" * (2 << 20)})
-    cases = [
-        (post(stack, MINIMAL, form), 415),
-        (post(stack, MINIMAL, packed), 415),
-        (post(stack, large), 413),
-        (post(stack, MINIMAL, {**JSON, "x-large": "x" * 40000}), 431),
-    ]
-    for answer, status in cases:
-        assert answer.status == status
-        assert_envelope(answer)
-
-
-def test_body_without_content_type(stack: Stack) -> None:
-    """JSON is read as such also when no content type says so."""
-    assert post(stack, MINIMAL, AUTHORIZED).status == 200
 
 
 def test_slow_headers_time_out(stack: Stack) -> None:

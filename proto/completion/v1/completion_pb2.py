@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63ompletion/v1/completion.proto\x12\rcompletion.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xeb\x08\n\x17\x43reateCompletionRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x05texts\x18\x03 \x01(\x0b\x32\x18.completion.v1.TextBatchH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.completion.v1.TokensH\x00\x12\x30\n\x0btoken_batch\x18\x05 \x01(\x0b\x32\x19.completion.v1.TokenBatchH\x00\x12+\n\x0bjson_prompt\x18\x06 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x13\n\x06suffix\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\t \x01(\x02H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\n \x01(\x02H\x05\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\x05H\x06\x88\x01\x01\x12\x13\n\x06stream\x18\x0c \x01(\x08H\x07\x88\x01\x01\x12\x34\n\x0estream_options\x18\r \x01(\x0b\x32\x1c.completion.v1.StreamOptions\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x08\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0f \x01(\x08H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x1d\n\x10presence_penalty\x18\x11 \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x12 \x01(\x02H\x0b\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x13 \x01(\x05H\x0c\x88\x01\x01\x12I\n\nlogit_bias\x18\x14 \x03(\x0b\x32\x35.completion.v1.CreateCompletionRequest.LogitBiasEntry\x12\x11\n\x04seed\x18\x15 \x01(\x03H\r\x88\x01\x01\x12\x11\n\x04user\x18\x16 \x01(\tH\x0e\x88\x01\x01\x12\x12\n\x05top_k\x18\x17 \x01(\x05H\x0f\x88\x01\x01\x12\x12\n\x05min_p\x18\x18 \x01(\x02H\x10\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x19 \x01(\x02H\x11\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x1a \x01(\x05H\x12\x88\x01\x01\x12\x17\n\nignore_eos\x18\x1b \x01(\x08H\x13\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x1c \x03(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\x08\n\x06_modelB\t\n\x07_suffixB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x04\n\x02_nB\t\n\x07_streamB\x0b\n\t_logprobsB\x07\n\x05_echoB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\n\n\x08_best_ofB\x07\n\x05_seedB\x07\n\x05_userB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"\x1a\n\tTextBatch\x12\r\n\x05texts\x18\x01 \x03(\t\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"4\n\nTokenBatch\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.completion.v1.Tokens\"}\n\rStreamOptions\x12\x1a\n\rinclude_usage\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinuous_usage_stats\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_include_usageB\x19\n\x17_continuous_usage_stats\"\xa3\x01\n\x18\x43reateCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06object\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12&\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x15.completion.v1.Choice\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.completion.v1.Usage\"\xc3\x01\n\x06\x43hoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x17.completion.v1.LogprobsH\x00\x12\x31\n\x0bno_logprobs\x18\x04 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.completion.v1.FinishReasonB\x08\n\x06scores\"\x94\x01\n\x08Logprobs\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x31\n\x0etoken_logprobs\x18\x02 \x03(\x0b\x32\x19.completion.v1.TokenScore\x12\x30\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1a.completion.v1.TopLogprobs\x12\x13\n\x0btext_offset\x18\x04 \x03(\x05\"S\n\nTokenScore\x12*\n\x04null\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x11\n\x07logprob\x18\x02 \x01(\x01H\x00\x42\x06\n\x04kind\"{\n\x0bTopLogprobs\x12*\n\x04null\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x38\n\x0c\x61lternatives\x18\x05 \x01(\x0b\x32 .completion.v1.TokenAlternativesH\x00\x42\x06\n\x04kind\"J\n\x11TokenAlternatives\x12\x35\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32\x1f.completion.v1.TokenAlternative\"K\n\x10TokenAlternative\x12\r\n\x05token\x18\x01 \x01(\t\x12(\n\x05score\x18\x02 \x01(\x0b\x32\x19.completion.v1.TokenScore\"\x92\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x05\x12\x41\n\x15prompt_tokens_details\x18\x04 \x01(\x0b\x32\".completion.v1.PromptTokensDetails\",\n\x13PromptTokensDetails\x12\x15\n\rcached_tokens\x18\x01 \x01(\x05\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\"\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x14.completion.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"]\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06object\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x10\n\x08owned_by\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\"4\n\rErrorResponse\x12#\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.completion.v1.Error\"\xc7\x01\n\x05\x45rror\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x05param\x18\x03 \x01(\tH\x00\x12.\n\x08no_param\x18\x04 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x0e\n\x04\x63ode\x18\x05 \x01(\tH\x01\x12-\n\x07no_code\x18\x06 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x01\x42\x0f\n\rparam_or_nullB\x0e\n\x0c\x63ode_or_null*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc0\x04\n\x11\x43ompletionService\x12\x7f\n\x10\x43reateCompletion\x12&.completion.v1.CreateCompletionRequest\x1a\'.completion.v1.CreateCompletionResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*\x12\x65\n\x10StreamCompletion\x12&.completion.v1.CreateCompletionRequest\x1a\'.completion.v1.CreateCompletionResponse0\x01\x12{\n\x16StreamCompletionEvents\x12&.completion.v1.CreateCompletionRequest\x1a\x14.google.api.HttpBody\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/v1/completions:stream:\x01*0\x01\x12\x65\n\nListModels\x12 .completion.v1.ListModelsRequest\x1a!.completion.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12_\n\x08GetModel\x12\x1e.completion.v1.GetModelRequest\x1a\x14.completion.v1.Model\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63ompletion/v1/completion.proto\x12\rcompletion.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb1\x0b\n\x17\x43reateCompletionRequest\x12\x1e\n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x02\x10\x01\xc8\x01\x01H\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x05texts\x18\x03 \x01(\x0b\x32\x18.completion.v1.TextBatchH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.completion.v1.TokensH\x00\x12\x30\n\x0btoken_batch\x18\x05 \x01(\x0b\x32\x19.completion.v1.TokenBatchH\x00\x12\x33\n\x0bjson_prompt\x18\x06 \x01(\x0b\x32\x16.google.protobuf.ValueB\x06\xbaH\x03\xd8\x01\x03\x12\x13\n\x06suffix\x18\x07 \x01(\tH\x02\x88\x01\x01\x12 \n\nmax_tokens\x18\x08 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00H\x03\x88\x01\x01\x12+\n\x0btemperature\x18\t \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x00@-\x00\x00\x00\x00@\x01H\x04\x88\x01\x01\x12%\n\x05top_p\x18\n \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x80?-\x00\x00\x00\x00@\x01H\x05\x88\x01\x01\x12\x1a\n\x01n\x18\x0b \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x80\x01(\x01H\x06\x88\x01\x01\x12\x13\n\x06stream\x18\x0c \x01(\x08H\x07\x88\x01\x01\x12\x34\n\x0estream_options\x18\r \x01(\x0b\x32\x1c.completion.v1.StreamOptions\x12 \n\x08logprobs\x18\x0e \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x05(\x00H\x08\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0f \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x04stop\x18\x10 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\"\x07r\x05\x10\x01\x18\x80\x02\x12\x30\n\x10presence_penalty\x18\x11 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x00@-\x00\x00\x00\xc0@\x01H\n\x88\x01\x01\x12\x31\n\x11\x66requency_penalty\x18\x12 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x00@-\x00\x00\x00\xc0@\x01H\x0b\x88\x01\x01\x12\x1f\n\x07\x62\x65st_of\x18\x13 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x01H\x0c\x88\x01\x01\x12\x64\n\nlogit_bias\x18\x14 \x03(\x0b\x32\x35.completion.v1.CreateCompletionRequest.LogitBiasEntryB\x19\xbaH\x16\x9a\x01\x13\x10\x80\x08*\x0e\n\x0c\x1d\x00\x00\xc8\x42-\x00\x00\xc8\xc2@\x01\x12\x11\n\x04seed\x18\x15 \x01(\x03H\r\x88\x01\x01\x12\x1b\n\x04user\x18\x16 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02H\x0e\x88\x01\x01\x12$\n\x05top_k\x18\x17 \x01(\x05\x42\x10\xbaH\r\x1a\x0b(\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01H\x0f\x88\x01\x01\x12%\n\x05min_p\x18\x18 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x80?-\x00\x00\x00\x00@\x01H\x10\x88\x01\x01\x12\x32\n\x12repetition_penalty\x18\x19 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x00@%\x00\x00\x00\x00@\x01H\x11\x88\x01\x01\x12 \n\nmin_tokens\x18\x1a \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00H\x12\x88\x01\x01\x12\x17\n\nignore_eos\x18\x1b \x01(\x08H\x13\x88\x01\x01\x12\'\n\x0estop_token_ids\x18\x1c \x03(\x05\x42\x0f\xbaH\x0c\x92\x01\t\x10\x80\x01\"\x04\x1a\x02(\x00\x12\x31\n\tjson_stop\x18\x1d \x01(\x0b\x32\x16.google.protobuf.ValueB\x06\xbaH\x03\xd8\x01\x03\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\x08\n\x06_modelB\t\n\x07_suffixB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x04\n\x02_nB\t\n\x07_streamB\x0b\n\t_logprobsB\x07\n\x05_echoB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\n\n\x08_best_ofB\x07\n\x05_seedB\x07\n\x05_userB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"\'\n\tTextBatch\x12\x1a\n\x05texts\x18\x01 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x01\"\x1f\n\x06Tokens\x12\x15\n\x03ids\x18\x01 \x03(\x05\x42\x08\xbaH\x05\x92\x01\x02\x08\x01\"A\n\nTokenBatch\x12\x33\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.completion.v1.TokensB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x01\"}\n\rStreamOptions\x12\x1a\n\rinclude_usage\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinuous_usage_stats\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_include_usageB\x19\n\x17_continuous_usage_stats\"\xa3\x01\n\x18\x43reateCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06object\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12&\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x15.completion.v1.Choice\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.completion.v1.Usage\"\xc3\x01\n\x06\x43hoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x17.completion.v1.LogprobsH\x00\x12\x31\n\x0bno_logprobs\x18\x04 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.completion.v1.FinishReasonB\x08\n\x06scores\"\x94\x01\n\x08Logprobs\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x31\n\x0etoken_logprobs\x18\x02 \x03(\x0b\x32\x19.completion.v1.TokenScore\x12\x30\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1a.completion.v1.TopLogprobs\x12\x13\n\x0btext_offset\x18\x04 \x03(\x05\"S\n\nTokenScore\x12*\n\x04null\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x11\n\x07logprob\x18\x02 \x01(\x01H\x00\x42\x06\n\x04kind\"{\n\x0bTopLogprobs\x12*\n\x04null\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x38\n\x0c\x61lternatives\x18\x05 \x01(\x0b\x32 .completion.v1.TokenAlternativesH\x00\x42\x06\n\x04kind\"J\n\x11TokenAlternatives\x12\x35\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32\x1f.completion.v1.TokenAlternative\"K\n\x10TokenAlternative\x12\r\n\x05token\x18\x01 \x01(\t\x12(\n\x05score\x18\x02 \x01(\x0b\x32\x19.completion.v1.TokenScore\"\x92\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x05\x12\x41\n\x15prompt_tokens_details\x18\x04 \x01(\x0b\x32\".completion.v1.PromptTokensDetails\",\n\x13PromptTokensDetails\x12\x15\n\rcached_tokens\x18\x01 \x01(\x05\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\"\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x14.completion.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"]\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06object\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x10\n\x08owned_by\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\"4\n\rErrorResponse\x12#\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.completion.v1.Error\"\xc7\x01\n\x05\x45rror\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x05param\x18\x03 \x01(\tH\x00\x12.\n\x08no_param\x18\x04 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x0e\n\x04\x63ode\x18\x05 \x01(\tH\x01\x12-\n\x07no_code\x18\x06 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x01\x42\x0f\n\rparam_or_nullB\x0e\n\x0c\x63ode_or_null*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc0\x04\n\x11\x43ompletionService\x12\x7f\n\x10\x43reateCompletion\x12&.completion.v1.CreateCompletionRequest\x1a\'.completion.v1.CreateCompletionResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*\x12\x65\n\x10StreamCompletion\x12&.completion.v1.CreateCompletionRequest\x1a\'.completion.v1.CreateCompletionResponse0\x01\x12{\n\x16StreamCompletionEvents\x12&.completion.v1.CreateCompletionRequest\x1a\x14.google.api.HttpBody\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/v1/completions:stream:\x01*0\x01\x12\x65\n\nListModels\x12 .completion.v1.ListModelsRequest\x1a!.completion.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12_\n\x08GetModel\x12\x1e.completion.v1.GetModelRequest\x1a\x14.completion.v1.Model\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._loaded_options = None
   _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['model']._serialized_options = b'\272H\007r\002\020\001\310\001\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['json_prompt']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['json_prompt']._serialized_options = b'\272H\003\330\001\003'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['max_tokens']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['max_tokens']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['temperature']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['temperature']._serialized_options = b'\272H\016\n\014\035\000\000\000@-\000\000\000\000@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['top_p']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['top_p']._serialized_options = b'\272H\016\n\014\035\000\000\200?-\000\000\000\000@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['n']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['n']._serialized_options = b'\272H\007\032\005\030\200\001(\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['logprobs']._serialized_options = b'\272H\006\032\004\030\005(\000'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['stop']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['stop']._serialized_options = b'\272H\014\222\001\t\"\007r\005\020\001\030\200\002'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['presence_penalty']._serialized_options = b'\272H\016\n\014\035\000\000\000@-\000\000\000\300@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['frequency_penalty']._serialized_options = b'\272H\016\n\014\035\000\000\000@-\000\000\000\300@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['best_of']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['best_of']._serialized_options = b'\272H\006\032\004\030\024(\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['logit_bias']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['logit_bias']._serialized_options = b'\272H\026\232\001\023\020\200\010*\016\n\014\035\000\000\310B-\000\000\310\302@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['user']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['user']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['top_k']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['top_k']._serialized_options = b'\272H\r\032\013(\377\377\377\377\377\377\377\377\377\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['min_p']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['min_p']._serialized_options = b'\272H\016\n\014\035\000\000\200?-\000\000\000\000@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['repetition_penalty']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['repetition_penalty']._serialized_options = b'\272H\016\n\014\035\000\000\000@%\000\000\000\000@\001'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['min_tokens']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['min_tokens']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['stop_token_ids']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['stop_token_ids']._serialized_options = b'\272H\014\222\001\t\020\200\001\"\004\032\002(\000'
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['json_stop']._loaded_options = None
+  _globals['_CREATECOMPLETIONREQUEST'].fields_by_name['json_stop']._serialized_options = b'\272H\003\330\001\003'
+  _globals['_TEXTBATCH'].fields_by_name['texts']._loaded_options = None
+  _globals['_TEXTBATCH'].fields_by_name['texts']._serialized_options = b'\272H\010\222\001\005\010\001\020\200\001'
+  _globals['_TOKENS'].fields_by_name['ids']._loaded_options = None
+  _globals['_TOKENS'].fields_by_name['ids']._serialized_options = b'\272H\005\222\001\002\010\001'
+  _globals['_TOKENBATCH'].fields_by_name['prompts']._loaded_options = None
+  _globals['_TOKENBATCH'].fields_by_name['prompts']._serialized_options = b'\272H\010\222\001\005\010\001\020\200\001'
   _globals['_COMPLETIONSERVICE'].methods_by_name['CreateCompletion']._loaded_options = None
   _globals['_COMPLETIONSERVICE'].methods_by_name['CreateCompletion']._serialized_options = b'\202\323\344\223\002\024\"\017/v1/completions:\001*'
   _globals['_COMPLETIONSERVICE'].methods_by_name['StreamCompletionEvents']._loaded_options = None
@@ -44,50 +89,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPLETIONSERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/models'
   _globals['_COMPLETIONSERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_COMPLETIONSERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\027\022\025/v1/models/{model=**}'
-  _globals['_FINISHREASON']._serialized_start=3055
-  _globals['_FINISHREASON']._serialized_end=3150
-  _globals['_CREATECOMPLETIONREQUEST']._serialized_start=137
-  _globals['_CREATECOMPLETIONREQUEST']._serialized_end=1268
-  _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._serialized_start=963
-  _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._serialized_end=1011
-  _globals['_TEXTBATCH']._serialized_start=1270
-  _globals['_TEXTBATCH']._serialized_end=1296
-  _globals['_TOKENS']._serialized_start=1298
-  _globals['_TOKENS']._serialized_end=1319
-  _globals['_TOKENBATCH']._serialized_start=1321
-  _globals['_TOKENBATCH']._serialized_end=1373
-  _globals['_STREAMOPTIONS']._serialized_start=1375
-  _globals['_STREAMOPTIONS']._serialized_end=1500
-  _globals['_CREATECOMPLETIONRESPONSE']._serialized_start=1503
-  _globals['_CREATECOMPLETIONRESPONSE']._serialized_end=1666
-  _globals['_CHOICE']._serialized_start=1669
-  _globals['_CHOICE']._serialized_end=1864
-  _globals['_LOGPROBS']._serialized_start=1867
-  _globals['_LOGPROBS']._serialized_end=2015
-  _globals['_TOKENSCORE']._serialized_start=2017
-  _globals['_TOKENSCORE']._serialized_end=2100
-  _globals['_TOPLOGPROBS']._serialized_start=2102
-  _globals['_TOPLOGPROBS']._serialized_end=2225
-  _globals['_TOKENALTERNATIVES']._serialized_start=2227
-  _globals['_TOKENALTERNATIVES']._serialized_end=2301
-  _globals['_TOKENALTERNATIVE']._serialized_start=2303
-  _globals['_TOKENALTERNATIVE']._serialized_end=2378
-  _globals['_USAGE']._serialized_start=2381
-  _globals['_USAGE']._serialized_end=2527
-  _globals['_PROMPTTOKENSDETAILS']._serialized_start=2529
-  _globals['_PROMPTTOKENSDETAILS']._serialized_end=2573
-  _globals['_LISTMODELSREQUEST']._serialized_start=2575
-  _globals['_LISTMODELSREQUEST']._serialized_end=2594
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2596
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2668
-  _globals['_GETMODELREQUEST']._serialized_start=2670
-  _globals['_GETMODELREQUEST']._serialized_end=2702
-  _globals['_MODEL']._serialized_start=2704
-  _globals['_MODEL']._serialized_end=2797
-  _globals['_ERRORRESPONSE']._serialized_start=2799
-  _globals['_ERRORRESPONSE']._serialized_end=2851
-  _globals['_ERROR']._serialized_start=2854
-  _globals['_ERROR']._serialized_end=3053
-  _globals['_COMPLETIONSERVICE']._serialized_start=3153
-  _globals['_COMPLETIONSERVICE']._serialized_end=3729
+  _globals['_FINISHREASON']._serialized_start=3446
+  _globals['_FINISHREASON']._serialized_end=3541
+  _globals['_CREATECOMPLETIONREQUEST']._serialized_start=166
+  _globals['_CREATECOMPLETIONREQUEST']._serialized_end=1623
+  _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._serialized_start=1318
+  _globals['_CREATECOMPLETIONREQUEST_LOGITBIASENTRY']._serialized_end=1366
+  _globals['_TEXTBATCH']._serialized_start=1625
+  _globals['_TEXTBATCH']._serialized_end=1664
+  _globals['_TOKENS']._serialized_start=1666
+  _globals['_TOKENS']._serialized_end=1697
+  _globals['_TOKENBATCH']._serialized_start=1699
+  _globals['_TOKENBATCH']._serialized_end=1764
+  _globals['_STREAMOPTIONS']._serialized_start=1766
+  _globals['_STREAMOPTIONS']._serialized_end=1891
+  _globals['_CREATECOMPLETIONRESPONSE']._serialized_start=1894
+  _globals['_CREATECOMPLETIONRESPONSE']._serialized_end=2057
+  _globals['_CHOICE']._serialized_start=2060
+  _globals['_CHOICE']._serialized_end=2255
+  _globals['_LOGPROBS']._serialized_start=2258
+  _globals['_LOGPROBS']._serialized_end=2406
+  _globals['_TOKENSCORE']._serialized_start=2408
+  _globals['_TOKENSCORE']._serialized_end=2491
+  _globals['_TOPLOGPROBS']._serialized_start=2493
+  _globals['_TOPLOGPROBS']._serialized_end=2616
+  _globals['_TOKENALTERNATIVES']._serialized_start=2618
+  _globals['_TOKENALTERNATIVES']._serialized_end=2692
+  _globals['_TOKENALTERNATIVE']._serialized_start=2694
+  _globals['_TOKENALTERNATIVE']._serialized_end=2769
+  _globals['_USAGE']._serialized_start=2772
+  _globals['_USAGE']._serialized_end=2918
+  _globals['_PROMPTTOKENSDETAILS']._serialized_start=2920
+  _globals['_PROMPTTOKENSDETAILS']._serialized_end=2964
+  _globals['_LISTMODELSREQUEST']._serialized_start=2966
+  _globals['_LISTMODELSREQUEST']._serialized_end=2985
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2987
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3059
+  _globals['_GETMODELREQUEST']._serialized_start=3061
+  _globals['_GETMODELREQUEST']._serialized_end=3093
+  _globals['_MODEL']._serialized_start=3095
+  _globals['_MODEL']._serialized_end=3188
+  _globals['_ERRORRESPONSE']._serialized_start=3190
+  _globals['_ERRORRESPONSE']._serialized_end=3242
+  _globals['_ERROR']._serialized_start=3245
+  _globals['_ERROR']._serialized_end=3444
+  _globals['_COMPLETIONSERVICE']._serialized_start=3544
+  _globals['_COMPLETIONSERVICE']._serialized_end=4120
 # @@protoc_insertion_point(module_scope)

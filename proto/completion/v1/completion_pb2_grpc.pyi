@@ -6,6 +6,9 @@ The completion service: OpenAI's text completions (`/v1/completions`) as typed m
 One contract, two doors. gRPC callers use the typed messages as they stand here. REST callers send and get
 OpenAI's JSON; Envoy transcodes it from a JSON view that is derived from this file and wire-compatible with it.
 
+Bounds that hold whatever the model stand with their fields as `buf.validate` rules. The service enforces them from here, and
+protovalidate can check them in a client before anything is sent.
+
 Presence: every scalar of a request is `optional`. Unset means the default named in the comment; zero means zero.
 Refusals: a value outside the stated range ends the call with INVALID_ARGUMENT (REST: 400) and an `ErrorResponse`
 detail that names the field, the bound and the value given.

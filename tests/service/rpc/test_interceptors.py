@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,10 +20,10 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.rpc.interceptors import CallInterceptor
-from service.rpc.keys import KeyRing
+from service.rpc.keys import KeyHolder, KeyRing
 from service.rpc.parse import Limits
 from service.rpc.servicer import CompletionServicer, ServedModel
-from tests.fakes import END, FakeModel, manifest
+from tests.fakes import END, VOCABULARY, FakeModel, manifest
 
 KEY = (("authorization", "Bearer sk-right"),)
 METHOD = "/completion.v1.CompletionService/CreateCompletion"
@@ -36,7 +37,7 @@ class Served:
         self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
         self.tokenizing = ThreadPoolExecutor(1)
         served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
-        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): "team"})
+        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): KeyHolder("team", None)})
         self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
         servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(servicer, self.server)
@@ -148,6 +149,15 @@ async def test_refusal_names_the_field(served, fields):
     error = await refused(served.stub.CreateCompletion(asked(**fields), metadata=KEY))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert detail(error).param == next(iter(fields))
+
+
+async def test_bias_against_the_whole_vocabulary(served):
+    """Where every token is equally unwanted the answer is what it would be without, up to `max_tokens`."""
+    bias = {str(token): -100.0 for token in range(VOCABULARY)}
+    response = await served.stub.CreateCompletion(asked(max_tokens=3, logit_bias=bias, logprobs=0), metadata=KEY)
+    (choice,) = response.choices
+    assert (choice.text, choice.finish_reason) == ("cde", pb.FINISH_REASON_LENGTH)
+    assert all(math.isfinite(score.logprob) for score in choice.logprobs.token_logprobs)
 
 
 async def test_bytes_that_are_no_message(served):

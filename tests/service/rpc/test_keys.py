@@ -32,6 +32,13 @@ def test_known_key(load):
     assert not keys.open
 
 
+def test_models_of_a_key(load):
+    """A key may be limited to models, which have several names each; without the limit it may use all."""
+    caller = load(f"{DIGEST} team models=a,org/b\n").authenticate("Bearer sk-right")
+    assert [caller.may_use(*names) for names in (("a", "x"), ("x", "org/b"), ("x", "b"))] == [True, True, False]
+    assert load(f"{DIGEST} team\n").authenticate("Bearer sk-right").may_use("anything")
+
+
 @pytest.mark.parametrize(
     "header", [None, "", "sk-right", "Bearer", "Bearer ", "Basic sk-right", "Bearer a b", "Bearer é"]
 )
@@ -70,6 +77,8 @@ def test_without_a_file_any_key_will_do():
         (f"{DIGEST} me\n{DIGEST[:-1]} you\n", "line 2"),
         (f"{DIGEST.upper()} me\n", "line 1"),
         (f"{DIGEST} two words\n", "line 1"),
+        (f"{DIGEST} me models=\n", "line 1"),
+        (f"{DIGEST} me models=a b\n", "line 1"),
     ],
 )
 def test_bad_file(load, content, problem):

@@ -237,7 +237,7 @@ def test_suffix_where_the_model_can(tmp_path):
     tokenizer, described = letters_tokenizer(tmp_path, special), manifest(special_tokens=special)
 
     def run(suffix):
-        message = pb.CreateCompletionRequest(text="a", suffix=suffix)
+        message = pb.CreateCompletionRequest(model="alphabet", text="a", suffix=suffix)
         return parse(message, described, tokenizer, LIMITS, identity="", streaming=False).prompts[0].token_ids
 
     assert run("bc") == (FILL.prefix, *ids("a"), FILL.suffix, *ids("bc"), FILL.middle)

@@ -1,0 +1,230 @@
+"""TLS at the door and between Envoy and the service, with certificates made here; and what the logs then hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import ssl
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+import yaml
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+
+from deploy import local
+from service.errors import StartupError
+from service.rpc import tls
+from service.settings import Settings
+from tests.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, launched
+
+METADATA = list(AUTHORIZED.items())
+SERVICE = "completion-service"
+
+
+def issue(authority: trustme.CA, folder: Path, name: str, *identities: str) -> None:
+    """Writes NAME.pem and NAME.key."""
+    made = authority.issue_cert(*identities)
+    made.private_key_pem.write_to_path(folder / f"{name}.key")
+    (folder / f"{name}.pem").write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issue(authority, folder, "door", "127.0.0.1", "localhost")
+    issue(authority, folder, "service", SERVICE)
+    issue(authority, folder, "envoy", "envoy")
+    issue(trustme.CA(), folder, "stranger", "envoy")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(model_dir: Path, certificates: Path) -> Iterator[Stack]:
+    """Service and Envoy as the launcher starts them with TLS_DIR: its first completion came over TLS."""
+    with launched(model_dir, TLS_DIR=str(certificates), START_SECONDS="30") as running:
+        yield running
+
+
+def trusting(certificates: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificates / "ca.pem")
+
+
+def complete(
+    stack: Stack, context: ssl.SSLContext | None, scheme="https", path="/v1/completions", headers=AUTHORIZED, **fields
+) -> dict:
+    good = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+    url = f"{scheme}://127.0.0.1:{stack.http}{path}"
+    body = json.dumps({**good, **fields}).encode()
+    request = urllib.request.Request(url, body, {**headers, "content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+        return json.load(answer)
+
+
+def ask(channel: grpc.Channel, prompt: str = "The capital of France is") -> str:
+    request = pb.CreateCompletionRequest(model=MODEL, text=prompt, max_tokens=1, temperature=0)
+    stub = completion_pb2_grpc.CompletionServiceStub(channel)
+    return stub.CreateCompletion(request, metadata=METADATA, timeout=10).choices[0].text
+
+
+def test_rest_over_tls(secured: Stack, certificates: Path) -> None:
+    """A caller who trusts the authority is answered; one who does not, and one without TLS, are not."""
+    assert complete(secured, trusting(certificates))["choices"][0]["text"] == " Paris"
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        complete(secured, ssl.create_default_context())
+    with pytest.raises(OSError):  # noqa: PT011, however the connection ends
+        complete(secured, None, "http")
+
+
+def test_old_protocols_are_refused(secured: Stack, certificates: Path) -> None:
+    """TLS below 1.2 is not spoken."""
+    context = trusting(certificates)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(OSError):  # noqa: PT011, however the handshake fails
+        complete(secured, context)
+
+
+def test_grpc_over_tls(secured: Stack, certificates: Path) -> None:
+    """Typed callers come through the same door."""
+    credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
+    with grpc.secure_channel(secured.envoy_address, credentials) as channel:
+        assert ask(channel) == " Paris"
+
+
+@pytest.mark.parametrize("who", ["envoy", "stranger", "nobody", "plain"])
+def test_the_service_knows_envoy(secured: Stack, certificates: Path, who: str) -> None:
+    """The service's own port takes callers whose certificate its authority has issued, and no others."""
+    root = (certificates / "ca.pem").read_bytes()
+    pair = (
+        [(certificates / f"{who}.{end}").read_bytes() for end in ("key", "pem")] if who in {"envoy", "stranger"} else []
+    )
+    named = [("grpc.ssl_target_name_override", SERVICE)]
+    if who == "plain":
+        channel = grpc.insecure_channel(secured.grpc_address)
+    else:
+        channel = grpc.secure_channel(secured.grpc_address, grpc.ssl_channel_credentials(root, *pair), named)
+    with channel:
+        if who == "envoy":
+            assert ask(channel) == " Paris"
+        else:
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(channel)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+SECRETS = {
+    "prompt": "zanzibar-prompt. Once upon a time there was",
+    "suffix": "zanzibar-suffix",
+    "stop": "zanzibar-stop",
+    "user": "zanzibar-user",
+}
+
+
+def test_logs_hold_no_secrets(secured: Stack, certificates: Path) -> None:
+    """After all kinds of requests no log of either process holds a prompt, an answer, a key, or a user's name."""
+    context = trusting(certificates)
+    answered = complete(secured, context, prompt=SECRETS["prompt"], user=SECRETS["user"], max_tokens=16)
+    text = json.dumps(answered["choices"][0]["text"])[1:-1]
+    assert len(text) > 20
+    for fields in (
+        {**SECRETS, "stream": True},
+        {"prompt": SECRETS["prompt"], "n": 0},
+        {"user": SECRETS["user"] * 100},
+        {"logit_bias": {SECRETS["prompt"]: 1}},
+        {"model": {SECRETS["prompt"]: 5}},
+        {"max_tokens": SECRETS["prompt"]},
+        {SECRETS["prompt"] + "\ud800": 1},
+    ):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            complete(secured, context, **fields)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        complete(secured, context, path="/v1/completions?prompt=zanzibar")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        complete(secured, context, headers={"authorization": "zanzibar-key"})
+    complete(secured, context, headers={"authorization": "Bearer zanzibar-key"})  # without a key file any is taken
+    credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
+    with grpc.secure_channel(secured.envoy_address, credentials) as channel:
+        ask(channel, SECRETS["prompt"])
+    for log in (written(secured.logs / f"{name}.log") for name in ("service", "envoy")):
+        for secret in ("zanzibar", text, KEY, hashlib.sha256(KEY.encode()).hexdigest()):
+            assert secret not in log, [line for line in log.splitlines() if secret in line]
+
+
+def written(log: Path) -> str:
+    """A log, once the typed call is in it: Envoy writes its lines a little later."""
+    deadline = time.monotonic() + 20
+    while "/CreateCompletion" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return log.read_text()
+
+
+def test_envoy_knows_the_service(model_dir: Path, certificates: Path, tmp_path: Path) -> None:
+    """Envoy sends nothing to a service whose certificate has another name."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name, identity in (("door", "127.0.0.1"), ("envoy", "envoy"), ("service", "another-service")):
+        issue(authority, tmp_path, name, identity)
+    with (
+        pytest.raises(AssertionError, match="no completion within"),
+        launched(model_dir, TLS_DIR=str(tmp_path), START_SECONDS="6"),
+    ):
+        pass
+
+
+def test_printed_configuration(certificates: Path, tmp_path: Path) -> None:
+    """The launcher prints envoy.yaml with TLS, and Envoy accepts it."""
+    command = [sys.executable, "deploy/local.py", "--envoy-with-tls", str(certificates)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(printed)["static_resources"]["clusters"][0]["transport_socket"]
+    (tmp_path / "envoy-tls.yaml").write_text(printed)
+    command = [local.envoy_binary(), "--mode", "validate", "-c", str(tmp_path / "envoy-tls.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_documented_certificates(tmp_path: Path) -> None:
+    """The commands in docs/security.md make certificates that Envoy and the service accept."""
+    document = (ROOT / "docs" / "security.md").read_text()
+    (block,) = re.findall(r"^    mkdir -p certificates.*?(?=\n\n)", document, re.MULTILINE | re.DOTALL)
+    commands = "set -e\n" + textwrap.dedent(block)
+    done = subprocess.run(["bash", "-c", commands], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "certificates"
+    for name, identity in (("door", "IP Address:127.0.0.1"), ("service", f"DNS:{SERVICE}"), ("envoy", "DNS:envoy")):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+        shown = ["openssl", "x509", "-in", str(folder / f"{name}.pem"), "-noout", "-ext", "subjectAltName"]
+        assert identity in subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        checked = ["openssl", "verify", "-CAfile", str(folder / "ca.pem"), str(folder / f"{name}.pem")]
+        subprocess.run(checked, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"tls_certificate": "service.pem"}, "needs both"),
+        ({"tls_key": "service.key"}, "needs both"),
+        ({"tls_client_ca": "ca.pem"}, "needs both"),
+        ({"tls_certificate": "none.pem", "tls_key": "service.key"}, "none.pem cannot be read"),
+        ({"tls_certificate": "service.key", "tls_key": "service.key"}, "service.key holds no certificate"),
+        ({"tls_certificate": "service.pem", "tls_key": "ca.pem"}, "ca.pem holds no private key"),
+    ],
+)
+def test_incomplete_settings(certificates: Path, given: dict[str, str], problem: str) -> None:
+    """Half a configuration is an error, never an unencrypted port."""
+    files = {name: certificates / file for name, file in given.items()}
+    with pytest.raises(StartupError, match=problem):
+        tls.credentials(Settings(model_dir=certificates, **files))
