@@ -8,16 +8,21 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
+VIEWER := openapi-explorer@2.4.820
+SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint stubs check-stubs bench clean
+.PHONY: run test test-browser lint stubs check-stubs viewer bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
 test: lint check-stubs
 	$(BIN)/pytest
+
+test-browser: $(VENV)/.browser ## The pages in a real Chromium, which apt-get installs if it is missing.
+	$(BIN)/pytest -m browser
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -34,6 +39,11 @@ check-stubs: $(VENV)/.test
 stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from proto/.
 	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
+
+viewer: ## Fetches the viewer behind /docs again, and checks that it is the committed one.
+	folder=$$(mktemp -d) && cd $$folder && npm pack --silent $(VIEWER) && tar -xzf *.tgz && \
+	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
+	cd envoy/static/vendor && sha256sum --check SHA256SUMS
 
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)
@@ -56,4 +66,10 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.run
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.browser: pyproject.toml | $(VENV)/.test
+	$(PYTHON) -m pip install --quiet --editable '.[browser]'
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
+	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
 	touch $@

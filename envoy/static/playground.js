@@ -46,6 +46,7 @@ function clearError() {
   }
 }
 
+/** Shows the error, marks the field at fault, if this page has it, and gives that field. */
 function showError(error) {
   if (!(error instanceof ApiError)) throw error;
   const facts = [error.status && `HTTP ${error.status}`, error.type, error.code, error.param, error.requestId];
@@ -53,9 +54,10 @@ function showError(error) {
   detail.textContent = facts.filter(Boolean).join(" · ");
   $("error").replaceChildren(error.message, detail);
   $("error").hidden = false;
-  const field = error.code === "invalid_api_key" ? $("key") : error.param && form.elements.namedItem(error.param);
-  field?.setAttribute?.("aria-invalid", "true");
-  field?.setAttribute?.("aria-errormessage", "error");
+  const field = error.status === 401 ? $("key") : form.querySelector(`[name="${CSS.escape(error.param ?? "")}"]`);
+  field?.setAttribute("aria-invalid", "true");
+  field?.setAttribute("aria-errormessage", "error");
+  return field;
 }
 
 async function loadModels() {
@@ -70,6 +72,7 @@ async function loadModels() {
     $("model").value = models.includes(chosen) ? chosen : models[0];
     $("model-hint").textContent = `${models.length} ids and aliases are served.`;
   } catch (error) {
+    // Whoever types elsewhere by now goes on typing.
     showError(error);
   }
 }
@@ -152,7 +155,7 @@ async function start() {
     await run(request, running.signal);
   } catch (error) {
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
-    if (error.name !== "AbortError") showError(error);
+    if (error.name !== "AbortError") showError(error)?.focus();
   } finally {
     running = null;
     showRunning(false);
