@@ -1,6 +1,7 @@
-# make run    the service behind Envoy on this machine, from nothing to an answered request
-# make test   every check and test
-# make bench  the service beside what one would pick instead
+# make run           the service behind Envoy on this machine, from nothing to an answered request
+# make test          every check and test
+# make test-browser  the pages in a real Chromium; installs what they need, without which `make test` skips them
+# make bench         the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
 
 PYTHON3 ?= python3
@@ -21,7 +22,7 @@ run: $(VENV)/.run
 test: lint check-stubs
 	$(BIN)/pytest
 
-test-browser: $(VENV)/.browser ## The pages in a real Chromium, which apt-get installs if it is missing.
+test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
 
 lint: $(VENV)/.test

@@ -132,6 +132,7 @@ async function run(request, signal) {
           $("status").textContent = "Receiving …";
         }
         choices.get(choice.index).append(choice);
+        if (choice.logprobs) $("legend").hidden = false;
         if (choice.finish_reason) reasons.add(choice.finish_reason);
       }
     }
@@ -149,7 +150,7 @@ async function start() {
   const request = fields();
   $("answer").replaceChildren();
   $("figures").hidden = true;
-  $("legend").hidden = request.logprobs === undefined;
+  $("legend").hidden = true;
   showRunning(true);
   try {
     await run(request, running.signal);

@@ -237,6 +237,21 @@ def test_a_wrong_key_is_refused_in_the_services_words(page: Page, guarded: Guard
     assert not page.find("#error").is_displayed()
 
 
+def test_a_service_out_of_reach_is_told(page: Page) -> None:
+    """Without a connection the page says so, and completes again once there is one."""
+    page.fill(key=KEY, **GREEDY)
+    page.wait(lambda: page.text("#model-hint").endswith("are served."))
+    page.driver.set_network_conditions(offline=True, latency=0, throughput=0)
+    try:
+        page.find("#complete").click()
+        page.wait_for_status("Failed.")
+        assert page.text("#error").startswith("The service cannot be reached.")
+    finally:
+        page.driver.delete_network_conditions()
+    page.find("#complete").click()
+    page.wait_for_status("Finished")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "sent"),
     [("temperature", "3", 3), ("max_tokens", "-1", -1), ("n", "many", "many"), ("top_p", "1,5", "1,5")],
