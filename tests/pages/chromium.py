@@ -50,6 +50,8 @@ def chromium(binary: str, driver: str) -> Iterator[Chrome]:
 class Page:
     """One tab on the pages of `origin`. Whatever a test does must keep to that origin: `check` says so."""
 
+    keys = Keys
+
     def __init__(self, driver: Chrome, origin: str, key: str) -> None:
         self.driver = driver
         self.origin = origin
@@ -105,6 +107,16 @@ class Page:
 
     def choose(self, name: str, option: str) -> None:
         Select(self.find(f"#{name}")).select_by_visible_text(option)
+
+    def complete(self, **fields: str) -> None:
+        """Types the key and the fields, and asks for a completion."""
+        self.fill(key=self.key, **fields)
+        self.find("#complete").click()
+
+    def tip_rows(self) -> dict[str, str]:
+        """The alternatives that the card beside a token tells, and their probabilities."""
+        rows = [row.find_elements(By.CSS_SELECTOR, "code, :last-child") for row in self.all("#tip li")]
+        return {cells[0].text: cells[-1].text for cells in rows}
 
     def hover(self, element: WebElement) -> None:
         ActionChains(self.driver).move_to_element(element).perform()
