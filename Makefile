@@ -1,7 +1,8 @@
-# make run    the service behind Envoy on this machine, from nothing to an answered request
-# make test   every check and test
-# make soak   a mixed load for MINUTES, and whether it leaves anything behind
-# make bench  the service beside what one would pick instead
+# make run           the service behind Envoy on this machine, from nothing to an answered request
+# make test          every check and test
+# make test-browser  the pages in a real Chromium; installs what they need, without which `make test` skips them
+# make soak          a mixed load for MINUTES, and whether it leaves anything behind
+# make bench         the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
 
 PYTHON3 ?= python3
@@ -9,16 +10,21 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
+VIEWER := openapi-explorer@2.4.820
+SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint audit stubs check-stubs soak bench clean
+.PHONY: run test test-browser lint audit stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
 test: lint check-stubs
 	$(BIN)/pytest
+
+test-browser: $(VENV)/.browser
+	$(BIN)/pytest -m browser
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -47,6 +53,11 @@ audit: $(VENV)/.test ## Known vulnerabilities of all that is installed.
 	$(PYTHON) -m pip freeze --exclude-editable > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt
 
+viewer: ## Fetches the viewer behind /docs again, and checks that it is the committed one.
+	folder=$$(mktemp -d) && cd $$folder && npm pack --silent $(VIEWER) && tar -xzf *.tgz && \
+	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
+	cd envoy/static/vendor && sha256sum --check SHA256SUMS
+
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)
 
@@ -68,4 +79,10 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.run
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.browser: pyproject.toml | $(VENV)/.test
+	$(PYTHON) -m pip install --quiet --editable '.[browser]'
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
+	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
 	touch $@
