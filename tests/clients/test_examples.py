@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.documented import DOCUMENT
 from tests.stack import KEY, MODEL, ROOT, Stack
 
 pytestmark = pytest.mark.clients
@@ -79,6 +80,7 @@ def expected(stack: Stack) -> str:
 @pytest.mark.parametrize("language", COMPILERS)
 def test_every_language_says_what_rest_says(stack: Stack, language: str, door: str) -> None:
     """Text, stream, scores, typed error, deadline and cancellation are the same in every language, by both doors."""
+    assert f"| `make -C examples {language} run-{language}` |" in DOCUMENT
     build(language)
     address = {"COMPLETION_ADDRESS": getattr(stack, door), "API_KEY": KEY}
     done = run("make", "-s", "-C", EXAMPLES, f"run-{language}", **address)
@@ -98,6 +100,13 @@ def test_csharp_stubs_have_the_client() -> None:
         assert method in code
     assert "CompletionServiceBase" not in code
     assert "StreamCompletionEvents" not in code
+
+
+def test_one_command_makes_all_stubs() -> None:
+    """The documented command runs the generator for all languages, or for those named."""
+    assert "\n    make client-stubs\n" in DOCUMENT
+    assert run("make", "-n", "client-stubs").stdout.strip().endswith("proto/clients.py")
+    assert run("make", "-n", "client-stubs", "LANGUAGES=go java").stdout.strip().endswith("proto/clients.py go java")
 
 
 def test_a_missing_generator_is_named() -> None:
