@@ -23,7 +23,7 @@ test: lint check-stubs
 
 test-clients: $(VENV)/.test $(CLIENTS)/.installed
 	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
-	$(BIN)/pytest -m clients
+	$(BIN)/pytest -m clients tests/clients
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -128,6 +128,20 @@ def test_lm_eval_metrics_follow_from_the_scores(evaluated: Path) -> None:
     assert results["facts_text"]["bits_per_byte,none"] == pytest.approx(bits / size)
 
 
+def test_what_load_tools_send(stack: Stack) -> None:
+    """`stop: null`, `ignore_eos` and `continuous_usage_stats` give every token asked for, counted in every event."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    certain_end = {str(END_OF_TEXT): 100}
+    fields = {"prompt": "Once", "max_tokens": 6, "stop": None, "stream": True, "logit_bias": certain_end}
+    *events, done = stack.complete(**fields, ignore_eos=True, stream_options=options).events
+    assert done == "[DONE]"
+    counts = [json.loads(event)["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+    *_, last, _ = stack.complete(**fields, ignore_eos=False, stream_options=options).events
+    assert json.loads(last)["usage"]["completion_tokens"] == 0
+
+
 def test_guidellm(here: Workplace, evaluated: Path) -> None:
     """GuideLLM's run has no errors; every request has exactly the tokens asked for, and its figures fit together."""
     here.needs("guidellm")
