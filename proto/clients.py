@@ -30,7 +30,7 @@ SEARCH = [EXAMPLES / "typescript" / "node_modules" / ".bin", ROOT / "build" / "b
 
 DEBIAN = "install it with examples/install-toolchains.sh (Debian 12)"
 NPM = "run `npm ci` in examples/typescript"
-PIP = "run `make .venv/.test`"
+PIP = "run `make client-stubs`, which installs it into .venv"
 
 
 class MissingToolError(Exception):
@@ -50,7 +50,7 @@ class Tool:
         folders = ":".join(map(str, SEARCH))
         found = shutil.which(self.program, path=folders) or shutil.which(self.program)
         if found is None:
-            raise MissingToolError(f"{self.program} {self.version} is missing: {self.source}")
+            raise MissingToolError(f"{f'{self.program} {self.version}'.strip()} is missing: {self.source}")
         if self.version:
             printed = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.strip()
             if self.version not in re.findall(r"\d[\d.]*", printed):
@@ -138,6 +138,7 @@ def callers_view() -> descriptor_pb2.FileDescriptorSet:
             needed = [name for name in file.dependency if name.startswith("google/protobuf/")]
             del file.dependency[:]
             file.dependency.extend(needed)
+            # What the contract leaves to its callers: where the stubs stand in languages that name packages apart.
             file.options.java_multiple_files = True
             file.options.java_package = "completion.v1"
             file.options.go_package = "completion.example/stubs/completion/v1;completionv1"
@@ -182,7 +183,10 @@ def main() -> None:
         parser.error(f"no such language: {', '.join(unknown)}; there are {', '.join(LANGUAGES)}")
     missing = []
     with tempfile.TemporaryDirectory() as folder:
-        view = write_view(Path(folder))
+        try:
+            view = write_view(Path(folder))
+        except MissingToolError as problem:
+            sys.exit(f"no stubs: {problem}")
         for name in names:
             try:
                 print(f"{name}: {generate(name, view).relative_to(ROOT)}")
