@@ -96,7 +96,8 @@ async Task Cancel()
     {
         await foreach (var piece in call.ResponseStream.ReadAllAsync())
         {
-            if (++pieces == 3) stop.Cancel();
+            // What had already come when the stream was cancelled is not counted.
+            if (pieces < 3 && ++pieces == 3) stop.Cancel();
         }
     }
     catch (RpcException failure) when (failure.StatusCode == StatusCode.Cancelled)
