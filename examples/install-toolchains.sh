@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs what generates and builds the examples on Debian 12, as root: Go, Java, C++, C#'s generator, and the browser
+# that the tests of gRPC-Web drive.
+# TypeScript's comes with `npm ci` in examples/typescript, Python's with `make client-stubs`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(
+  protobuf-compiler
+  golang-go protoc-gen-go protoc-gen-go-grpc golang-github-golang-protobuf-1-5-dev golang-google-grpc-dev
+  default-jdk-headless protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java
+  libnetty-java libperfmark-java libgeronimo-annotation-1.3-spec-java
+  g++ cmake pkg-config protobuf-compiler-grpc libgrpc++-dev libprotobuf-dev libprotoc-dev
+  chromium
+)
+
+if ! dpkg-query --show "${packages[@]}" > /dev/null 2>&1; then
+  apt-get update --quiet
+  DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends "${packages[@]}"
+fi
+
+mkdir -p build/bin
+g++ -O1 examples/csharp/grpc_csharp_plugin.cpp -o build/bin/grpc_csharp_plugin -lgrpc_plugin_support -lprotoc -lprotobuf

@@ -1,0 +1,200 @@
+"""Generates the callers' stubs into examples/<language>/stubs: for all languages, or for those named.
+
+The stubs are made from the callers' view of the contract: without the options that only the service and Envoy read, and
+without the method that only Envoy calls. So they need nothing but the language's own protobuf and gRPC libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+CONTRACT = "completion/v1/completion.proto"
+# gRPC's envelope of typed error details, for the languages whose gRPC library has no class for it.
+STATUS = "google/rpc/status.proto"
+ENVOYS_METHOD = "completion.v1.CompletionService.StreamCompletionEvents"
+
+BIN = Path(sys.executable).parent
+SEARCH = [EXAMPLES / "typescript" / "node_modules" / ".bin", ROOT / "build" / "bin", BIN]
+
+DEBIAN = "install it with examples/install-toolchains.sh (Debian 12)"
+NPM = "run `npm ci` in examples/typescript"
+PIP = "run `make client-stubs`, which installs it into .venv"
+
+
+class MissingToolError(Exception):
+    """Which tool is missing or has another version, and where it comes from."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program that generates code, where it comes from, and its pinned version where it can tell its own."""
+
+    program: str
+    source: str
+    version: str = ""
+
+    def path(self) -> str:
+        """Where it is, once it has shown that it is the pinned version."""
+        folders = ":".join(map(str, SEARCH))
+        found = shutil.which(self.program, path=folders) or shutil.which(self.program)
+        if found is None:
+            raise MissingToolError(f"{f'{self.program} {self.version}'.strip()} is missing: {self.source}")
+        if self.version:
+            printed = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+            if self.version not in re.findall(r"\d[\d.]*", printed):
+                raise MissingToolError(f"{found} is {printed!r}, {self.version} is needed: {self.source}")
+        return found
+
+
+PROTOC = Tool("protoc", DEBIAN, "3.21.12")
+GRPC_TOOLS_PROTOC = [sys.executable, "-m", "grpc_tools.protoc"]
+
+
+@dataclass(frozen=True)
+class Language:
+    """How protoc makes one language's stubs: its output flags, {out} being the folder, and its plugins by flag."""
+
+    flags: tuple[str, ...]
+    plugins: dict[str, Tool]
+    protoc: Tool | None = None  # None: the one inside grpcio-tools
+    sources: tuple[str, ...] = (CONTRACT,)
+
+
+LANGUAGES = {
+    "python": Language(
+        ("--python_out={out}", "--grpc_python_out={out}", "--mypy_out=quiet:{out}", "--mypy_grpc_out=quiet:{out}"),
+        {name: Tool(f"protoc-gen-{name}", PIP) for name in ("mypy", "mypy_grpc")},
+    ),
+    "typescript": Language(
+        ("--es_out={out}", "--es_opt=target=ts,import_extension=js"),
+        {"es": Tool("protoc-gen-es", NPM, "2.12.0")},
+    ),
+    "go": Language(
+        (
+            "--go_out={out}",
+            "--go_opt=paths=source_relative",
+            "--go-grpc_out={out}",
+            "--go-grpc_opt=paths=source_relative",
+        ),
+        {"go": Tool("protoc-gen-go", DEBIAN, "1.28.1"), "go-grpc": Tool("protoc-gen-go-grpc", DEBIAN, "1.0")},
+        PROTOC,
+    ),
+    "java": Language(
+        ("--java_out={out}", "--grpc_out={out}"),
+        {"grpc": Tool("grpc_java_plugin", DEBIAN)},
+        PROTOC,
+        (CONTRACT, STATUS),
+    ),
+    "cpp": Language(
+        ("--cpp_out={out}", "--grpc_out={out}"),
+        {"grpc": Tool("grpc_cpp_plugin", DEBIAN)},
+        PROTOC,
+        (CONTRACT, STATUS),
+    ),
+    "csharp": Language(
+        ("--csharp_out={out}", "--grpc_out={out}", "--grpc_opt=no_server"),
+        {"grpc": Tool("grpc_csharp_plugin", DEBIAN)},
+        PROTOC,
+    ),
+}
+
+
+def run(*command: str | Path) -> bytes:
+    """The command's standard output; ends the program with what it complained of when it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{Path(command[0]).name} failed:\n{done.stderr.decode()}")
+    return done.stdout
+
+
+def built(*flags: str) -> descriptor_pb2.FileDescriptorSet:
+    """The contract and what it imports, comments kept, as buf builds them."""
+    command = [Tool("buf", PIP).path(), "build", "--as-file-descriptor-set", "--path", f"proto/{CONTRACT}"]
+    return descriptor_pb2.FileDescriptorSet.FromString(run(*command, *flags, "-o", "-"))
+
+
+def callers_view() -> descriptor_pb2.FileDescriptorSet:
+    """The contract and what it imports, as callers need it."""
+    (contract,) = [file for file in built().file if file.name == CONTRACT]
+    methods = [f"{service.name}.{method.name}" for service in contract.service for method in service.method]
+    kept = [f"{contract.package}.{name}" for name in (*methods, *(message.name for message in contract.message_type))]
+    view = built(*(f"--type={name}" for name in kept if name != ENVOYS_METHOD))
+    # Custom options are unknown fields here, since nothing imports the code that declares them.
+    view.DiscardUnknownFields()
+    for file in view.file:
+        if file.name == CONTRACT:
+            needed = [name for name in file.dependency if name.startswith("google/protobuf/")]
+            del file.dependency[:]
+            file.dependency.extend(needed)
+            # What the contract leaves to its callers: where the stubs stand in languages that name packages apart.
+            file.options.java_multiple_files = True
+            file.options.java_package = "completion.v1"
+            file.options.go_package = "completion.example/stubs/completion/v1;completionv1"
+    return view
+
+
+def status_file(folder: Path) -> descriptor_pb2.FileDescriptorSet:
+    """google.rpc.Status and what it imports, as the googleapis-common-protos package has it."""
+    site = sysconfig.get_path("purelib")
+    path = folder / "status.binpb"
+    includes = [f"-I{site}", f"-I{site}/grpc_tools/_proto"]
+    run(*GRPC_TOOLS_PROTOC, *includes, f"--descriptor_set_out={path}", "--include_imports", STATUS)
+    return descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes())
+
+
+def write_view(folder: Path) -> Path:
+    """Writes all that protoc needs, each file once, into `folder`."""
+    every = {file.name: file for part in (status_file(folder), callers_view()) for file in part.file}
+    path = folder / "view.binpb"
+    path.write_bytes(descriptor_pb2.FileDescriptorSet(file=every.values()).SerializeToString())
+    return path
+
+
+def generate(name: str, view: Path) -> Path:
+    """Writes one language's stubs, afresh, and gives back their folder."""
+    language = LANGUAGES[name]
+    protoc = [language.protoc.path()] if language.protoc else GRPC_TOOLS_PROTOC
+    plugins = [f"--plugin=protoc-gen-{flag}={tool.path()}" for flag, tool in language.plugins.items()]
+    out = EXAMPLES / name / "stubs"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    flags = [flag.format(out=out) for flag in language.flags]
+    run(*protoc, f"--descriptor_set_in={view}", *plugins, *flags, *language.sources)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("languages", nargs="*", metavar="language", help=f"of {', '.join(LANGUAGES)}; default: all")
+    names = parser.parse_args().languages or list(LANGUAGES)
+    if unknown := [name for name in names if name not in LANGUAGES]:
+        parser.error(f"no such language: {', '.join(unknown)}; there are {', '.join(LANGUAGES)}")
+    missing = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            view = write_view(Path(folder))
+        except MissingToolError as problem:
+            sys.exit(f"no stubs: {problem}")
+        for name in names:
+            try:
+                print(f"{name}: {generate(name, view).relative_to(ROOT)}")
+            except MissingToolError as problem:
+                missing.append(f"{name}: {problem}")
+    if missing:
+        sys.exit("no stubs for\n  " + "\n  ".join(missing))
+
+
+if __name__ == "__main__":
+    main()
