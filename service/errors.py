@@ -26,11 +26,19 @@ class AuthenticationError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The queue is full; after `retry_after` seconds it is worth another try."""
+    """The queue is full, or a limit of the caller reached; after `retry_after` seconds it is worth another try."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, code="rate_limit_exceeded")
         self.retry_after = retry_after
+
+
+class TokensExceededError(OverloadedError):
+    """The caller has used its tokens per minute; after `retry_after` seconds there are enough again."""
+
+
+class DeadlineError(ServiceError):
+    """The caller's deadline passes before the request could begin."""
 
 
 class UnavailableError(ServiceError):

@@ -56,7 +56,13 @@ def load_model(settings: Settings) -> ServedModel:
         batch_invariant=settings.batch_invariant,
     )
     scheduler = Scheduler(KVCache(slots), settings.prompt_chunk)
-    engine = Engine(model, tokenizer, scheduler, max_waiting=settings.max_waiting)
+    engine = Engine(
+        model,
+        tokenizer,
+        scheduler,
+        max_waiting=settings.max_waiting,
+        max_queue_seconds=settings.max_queue_seconds,
+    )
     return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
 
 

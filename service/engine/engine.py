@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from service.engine.admission import Admission, Ticket, Work
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
@@ -16,7 +19,7 @@ from service.engine.model import Model
 from service.engine.sampler import Floats
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
-from service.errors import EngineFaultError, OverloadedError, UnavailableError
+from service.errors import EngineFaultError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
@@ -45,11 +48,21 @@ class Engine:
     back in one call. Only the step thread touches sequences, scheduler and model.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, scheduler: Scheduler, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        *,
+        max_waiting: int,
+        max_queue_seconds: float = math.inf,
+    ) -> None:
         self._model = model
         self._committer = Committer(tokenizer)
         self._scheduler = scheduler
-        self._max_waiting = max_waiting
+        # The event loop's thread alone knows who queues; the step thread tells it through the outbox.
+        self._admission = Admission(max_waiting, max_queue_seconds)
+        self._tickets: dict[Generation, Ticket] = {}
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._sequences: dict[Generation, set[Sequence]] = {}
         self._outbox: list[Command] = []
@@ -80,18 +93,39 @@ class Engine:
         """What the cache has saved since the start."""
         return self._scheduler.reuse
 
-    def submit(self, request: Request) -> Generation:
-        """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
+    def check(self, identity: str, deadline: float | None = None) -> None:
+        """Raises what `submit` would, at once and before there is a request to submit."""
         if not self._thread.is_alive():
             raise UnavailableError(_STOPPED)
-        if self._scheduler.waiting + self._commands.qsize() >= self._max_waiting:
-            raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
+        self._admission.check(identity, self._scheduler.room(identity), self._scheduler.next_end(), deadline)
+
+    def submit(self, request: Request, deadline: float | None = None) -> Generation:
+        """Starts a request that its caller gives `deadline` seconds, or as long as it takes.
+
+        Raises OverloadedError when too much waits already, DeadlineError when the deadline is shorter than the
+        estimated wait, UnavailableError after `stop`. None of these reaches the step thread.
+        """
+        self.check(request.identity, deadline)
         generation = Generation(len(request.prompts) * request.best_of, self._abort)
+        self._tickets[generation] = self._admission.enter(request.identity, _work(request))
         self._commands.put(lambda: self._begin_request(request, generation))
         return generation
 
     def _abort(self, generation: Generation) -> None:
+        self._leave_queue(generation)
         self._commands.put(lambda: self._end_request(generation))
+
+    def _started(self, generation: Generation) -> None:
+        ticket = self._tickets.get(generation)
+        if ticket is not None:
+            self._admission.started(ticket)
+            if not ticket.waiting:
+                del self._tickets[generation]
+
+    def _leave_queue(self, generation: Generation) -> None:
+        ticket = self._tickets.pop(generation, None)
+        if ticket is not None:
+            self._admission.leave(ticket)
 
     def _bury(self) -> None:
         """After the step thread has died of an error: ends every request, also those that it has not seen."""
@@ -143,6 +177,7 @@ class Engine:
         if request.max_tokens or sequences[0].scores_prompt:
             self._scheduler.add(sequences)
             return
+        self._outbox.append(lambda: self._leave_queue(generation))
         for sequence in sequences:
             self._send(sequence, self._committer.begin(sequence))
 
@@ -154,23 +189,36 @@ class Engine:
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         self._end_request(generation)
+        self._outbox.append(lambda: self._leave_queue(generation))
         self._outbox.append(lambda: generation.fail(error))
 
     def _advance(self, step: Step) -> None:
         """Runs one step; what fails in it ends the requests that were part of it, and no others."""
         sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
+        began = time.monotonic()
         try:
             if isinstance(step, PromptChunk):
                 self._advance_prompt(step)
             else:
                 self._advance_decode(step)
+            self._learn(step, len(sequences), time.monotonic() - began)
         except Exception:
             _log.exception("a step of the model failed")
             for generation in {sequence.generation for sequence in sequences}:
                 self._fail(generation, EngineFaultError("the model failed"))
 
+    def _learn(self, step: Step, rows: int, seconds: float) -> None:
+        pace = self._admission.pace
+        if isinstance(step, DecodeBatch):
+            self._outbox.append(lambda: pace.step(rows, seconds))
+        elif step.start < step.end:
+            self._outbox.append(lambda: pace.chunk(step.end - step.start, seconds))
+
     def _advance_prompt(self, chunk: PromptChunk) -> None:
         sequence, group = chunk.sequence, chunk.sequence.group
+        if chunk.start == sequence.cached:
+            self._outbox.append(lambda: self._started(sequence.generation))
+            self._flush()  # who comes meanwhile waits for this prompt no longer than for any step
         self._model.copy(chunk.copies)
         logits = group.logits
         if chunk.start < chunk.end:
@@ -216,6 +264,8 @@ class Engine:
             return
         self._outbox.append(lambda: sequence.generation.deliver(delta))
         if delta.finish_reason is not None:
+            generated, allowed = sequence.generated, sequence.request.max_tokens
+            self._outbox.append(lambda: self._admission.pace.ended(generated, allowed))
             self._model.copy(self._scheduler.remove(sequence))
             members = self._sequences[sequence.generation]
             members.discard(sequence)
@@ -228,6 +278,13 @@ class Engine:
             outbox, self._outbox = self._outbox, []
             assert self._loop is not None
             self._loop.call_soon_threadsafe(_run_all, outbox)
+
+
+def _work(request: Request) -> Iterator[Work]:
+    """The work of each of a request's sequences; candidates of one prompt share its computation."""
+    for prompt in request.prompts:
+        for candidate in range(request.best_of):
+            yield Work(1, 0 if candidate else len(prompt.token_ids), request.max_tokens)
 
 
 def _run_all(commands: list[Command]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -46,17 +47,18 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.stream:
             message = "CreateCompletion answers once: call StreamCompletion to stream."
             raise InvalidRequestError(message, param="stream", code="invalid_value")
-        return await self._whole(request)
+        return await self._whole(request, _Deadline(context))
 
     async def StreamCompletion(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[pb.CreateCompletionResponse]:
+        deadline = _Deadline(context)
         if request.HasField("stream") and not request.stream:
-            yield await self._whole(request)
+            yield await self._whole(request, deadline)
             return
-        model, parsed = await self._parse(request, streaming=True)
+        model, parsed = await self._parse(request, deadline, streaming=True)
         pieces = render.Pieces(parsed)
-        with model.engine.submit(parsed) as generation:
+        with model.engine.submit(parsed, deadline.left) as generation:
             async for delta in generation:
                 yield pieces.message(delta)
         if parsed.include_usage:
@@ -65,12 +67,13 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        deadline = _Deadline(context)
         if not request.stream:
-            body = render.to_bytes(render.response_json(await self._whole(request), usage_key=True))
+            body = render.to_bytes(render.response_json(await self._whole(request, deadline), usage_key=True))
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
-        model, parsed = await self._parse(request, streaming=True)
-        with model.engine.submit(parsed) as generation:
+        model, parsed = await self._parse(request, deadline, streaming=True)
+        with model.engine.submit(parsed, deadline.left) as generation:
             async for event in _events(parsed, aiter(generation)):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
@@ -83,22 +86,25 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
 
-    async def _whole(self, request: pb.CreateCompletionRequest) -> pb.CreateCompletionResponse:
-        model, parsed = await self._parse(request, streaming=False)
+    async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
+        model, parsed = await self._parse(request, deadline, streaming=False)
         answer = render.Answer(parsed)
-        with model.engine.submit(parsed) as generation:
+        with model.engine.submit(parsed, deadline.left) as generation:
             async for delta in generation:
                 answer.add(delta)
         return answer.response()
 
-    async def _parse(self, request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[ServedModel, Request]:
-        """The model and the valid request; tokenizing happens off the event loop."""
+    async def _parse(
+        self, request: pb.CreateCompletionRequest, deadline: _Deadline, *, streaming: bool
+    ) -> tuple[ServedModel, Request]:
+        """The model and the valid request; tokenizing happens off the event loop, and only if the request may queue."""
         if not request.model:
             raise InvalidRequestError("you must provide a model parameter", param="model")
         model = self._find(request.model)
         if request.user:
             call_notes.get()["user"] = pseudonym(request.user)
         identity = current_caller.get().identity
+        model.engine.check(identity, deadline.left)
         loop = asyncio.get_running_loop()
         parsed = await loop.run_in_executor(
             self._tokenizing,
@@ -114,6 +120,19 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
         return model
+
+
+class _Deadline:
+    """Until when a call is to be answered, on the monotonic clock: gRPC tells it by the wall clock."""
+
+    def __init__(self, context: Context) -> None:
+        left = context.time_remaining()
+        self._at = None if left is None else time.monotonic() + left
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, None where there is no deadline."""
+        return None if self._at is None else self._at - time.monotonic()
 
 
 async def _events(request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:

@@ -196,7 +196,7 @@ async def test_fault_in_mid_stream(served):
 
 async def test_overload(served):
     """RESOURCE_EXHAUSTED, and when to come back."""
-    served.engine._max_waiting = 0
+    served.engine._admission._max_sequences = 0
     error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "1"
