@@ -24,6 +24,7 @@ from service.errors import EngineDiedError, StartupError
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.parse import Limits
+from service.rpc.quota import Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].f
 _HEALTH_NAMES = (SERVICE_NAME, "")
 
 _LAST_WORDS_SECONDS = 2.0
+# More calls at once than Envoy sends to all replicas together: a bound on memory for who comes without it.
+_MAX_CALLS = 8192
 
 
 def load_model(settings: Settings) -> ServedModel:
@@ -85,15 +88,19 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys = KeyRing.load(settings.api_keys_file)
-        if self._keys.open and not settings.host.is_loopback:
+        self.keys = KeyRing.load(settings.api_keys_file)
+        if self.keys.open and not settings.host.is_loopback:
             raise StartupError(
                 f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
             )
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.keys)],
+            options=self._options(),
+            maximum_concurrent_rpcs=_MAX_CALLS,
+        )
         self._add_services()
 
     def _options(self) -> list[tuple[str, int]]:
@@ -112,8 +119,9 @@ class Server:
     def _add_services(self) -> None:
         manifest = self.model.manifest
         models = dict.fromkeys((manifest.id, *manifest.aliases), self.model)
+        quota = Quota(self._settings.tokens_per_minute, self._settings.max_sequences)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(models, self._tokenizing), self._server
+            CompletionServicer(models, self._tokenizing, quota), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -131,7 +139,7 @@ class Server:
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
-        if self._keys.open:
+        if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
 
@@ -169,6 +177,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with Server(settings) as server:
+        loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
         died = server.model.engine.died
         ends = [asyncio.ensure_future(event.wait()) for event in (stop, died)]
         _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -22,10 +22,17 @@ class Generation:
         self._arrived: deque[Delta] = deque()
         self._error: Exception | None = None
         self._event = asyncio.Event()
+        self._completion_tokens: dict[tuple[int, int], int] = {}
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens in the pieces that have arrived."""
+        return sum(self._completion_tokens.values())
 
     def deliver(self, delta: Delta) -> None:
         """Takes in a piece."""
         self._arrived.append(delta)
+        self._completion_tokens[delta.prompt_index, delta.candidate] = delta.completion_tokens
         self._event.set()
 
     def fail(self, error: Exception) -> None:

@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.errors import AuthenticationError, StartupError
+from service.rpc.quota import UNLIMITED, Quota
 
-_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})$")
+_log = logging.getLogger(__name__)
+
+_LINE = re.compile(
+    r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"
+    r"(?P<limits>(\s+(tokens_per_minute|max_sequences)=[1-9][0-9]{0,11})*)$"
+)
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
 
-
+_LOOK_SECONDS = 1.0
 _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart."""
+    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart, `quota` are the key's own limits."""
 
     name: str
     identity: str
+    quota: Quota = UNLIMITED
 
 
 class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to the caller's name; None takes any key."""
+    """The keys that open the service: `keys` maps their SHA-256 to the caller; None takes any key.
 
-    def __init__(self, keys: dict[bytes, str] | None) -> None:
+    Keys from a file follow it: within a second of a call after it has changed. While the new file is not valid the
+    keys stay as they were.
+    """
+
+    def __init__(self, keys: Mapping[bytes, Caller] | None, file: Path | None = None) -> None:
         self._keys = keys
+        self._file = file
+        self._seen = _signature(file)
+        self._looked = time.monotonic()
 
     @property
     def open(self) -> bool:
@@ -39,25 +56,28 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path | None) -> KeyRing:
-        """Reads a key file: a SHA-256 in hex and a name per line; empty lines and `#` comments are skipped."""
-        if path is None:
-            return cls(None)
+        """Reads a key file: a SHA-256 in hex, a name, and limits per line; empty lines and `#` comments are skipped."""
+        return cls(None) if path is None else cls(_read(path), path)
+
+    def reload(self) -> None:
+        """Reads the file again, if there is one; of one that is not valid the log says why, and nothing changes."""
+        if self._file is None:
+            return
+        self._seen = _signature(self._file)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartupError(f"API key file {path} cannot be read: {error}") from error
-        keys = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            entry = line.strip()
-            if not entry or entry.startswith("#"):
-                continue
-            match = _LINE.match(entry)
-            if match is None:
-                raise StartupError(f"API key file {path}, line {number}: expected '<64 hex digits> <name>'")
-            keys[bytes.fromhex(match["digest"])] = match["name"]
-        if not keys:
-            raise StartupError(f"API key file {path} holds no key")
-        return cls(keys)
+            self._keys = _read(self._file)
+        except StartupError as error:
+            _log.error("the API keys stay as they were: %s", error)
+        else:
+            _log.info("API keys read", extra={"fields": {"keys": len(self._keys)}})
+
+    def _follow(self) -> None:
+        """Reloads a file that has changed, looking once a second."""
+        now = time.monotonic()
+        if self._file is not None and now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            if _signature(self._file) != self._seen:
+                self.reload()
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller that an `authorization` header names; AuthenticationError when it names none."""
@@ -68,16 +88,50 @@ class KeyRing:
                 "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
             )
             raise AuthenticationError(message, code="invalid_api_key")
+        self._follow()
         digest = hashlib.sha256(match["key"].encode()).digest()
         if self._keys is None:
             return Caller("anonymous", digest.hex())
-        name = None
+        caller = None
         for known, owner in self._keys.items():
             if hmac.compare_digest(known, digest):
-                name = owner
-        if name is None:
+                caller = owner
+        if caller is None:
             raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
-        return Caller(name, digest.hex())
+        return caller
+
+
+def _read(path: Path) -> dict[bytes, Caller]:
+    """The callers of a key file by their keys' digests. Raises StartupError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"API key file {path} cannot be read: {error}") from error
+    keys = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        match = _LINE.match(entry)
+        if match is None:
+            raise StartupError(
+                f"API key file {path}, line {number}: expected '<64 hex digits> <name>', and after it at most "
+                "'tokens_per_minute=<number>' and 'max_sequences=<number>'"
+            )
+        limits = {name: int(number) for name, number in (each.split("=") for each in match["limits"].split())}
+        keys[bytes.fromhex(match["digest"])] = Caller(match["name"], match["digest"], Quota(**limits))
+    if not keys:
+        raise StartupError(f"API key file {path} holds no key")
+    return keys
+
+
+def _signature(path: Path | None) -> tuple[int, ...] | None:
+    """What changes with a file's content; None where there is no file."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None
 
 
 def pseudonym(user: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from completion.v1 import completion_pb2 as pb
@@ -13,13 +14,15 @@ from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
+from service.engine.generation import Generation
 from service.errors import InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
 from service.rpc.checks import shown
-from service.rpc.interceptors import Context, call_notes, current_caller, failure
+from service.rpc.interceptors import Context, answer_headers, call_notes, current_caller, failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
+from service.rpc.quota import UNLIMITED, Meter, Quota
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, Request
 
@@ -37,9 +40,10 @@ class ServedModel:
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
-    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor, quota: Quota = UNLIMITED) -> None:
         self._models = models
         self._tokenizing = tokenizing
+        self._meter = Meter(quota)
 
     async def CreateCompletion(  # noqa: N802, the contract's name
         self, request: pb.CreateCompletionRequest, context: Context
@@ -58,7 +62,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
         pieces = render.Pieces(parsed)
-        with model.engine.submit(parsed, deadline.left) as generation:
+        with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 yield pieces.message(delta)
         if parsed.include_usage:
@@ -73,7 +77,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
-        with model.engine.submit(parsed, deadline.left) as generation:
+        with self._submitted(model, parsed, deadline) as generation:
             async for event in _events(parsed, aiter(generation)):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
@@ -89,7 +93,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
         answer = render.Answer(parsed)
-        with model.engine.submit(parsed, deadline.left) as generation:
+        with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 answer.add(delta)
         return answer.response()
@@ -113,6 +117,25 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             ),
         )
         return model, parsed
+
+    @contextmanager
+    def _submitted(self, model: ServedModel, request: Request, deadline: _Deadline) -> Iterator[Generation]:
+        """A request in the engine, charged to its caller: with all that it may use, in the end with what it used."""
+        caller = current_caller.get()
+        sequences = len(request.prompts) * request.best_of
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
+        charged = prompt_tokens + sequences * request.max_tokens
+        try:
+            self._meter.take(caller.identity, caller.quota, charged, sequences)
+        finally:
+            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
+        generation = None
+        try:
+            with model.engine.submit(request, deadline.left) as generation:
+                yield generation
+        finally:
+            used = prompt_tokens + generation.completion_tokens if generation is not None else 0
+            self._meter.give_back(caller.identity, charged - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
         model = self._models.get(name)
