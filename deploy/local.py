@@ -3,14 +3,15 @@
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
 MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file of
-keys, and ADMIN_PORT opens Envoy's admin pages. Prints a line that starts with `ready` once a completion has come
-through Envoy, then serves until Ctrl-C or SIGTERM.
+keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits every key at Envoy. Prints a line that starts
+with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ MODEL = "gpt-3.5-turbo-instruct"
 # The service takes any key unless it is given a file of keys.
 ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+RATE_LIMIT_FILTERS = tuple(
+    f"envoy.filters.http.{name}" for name in ("header_mutation", "header_to_metadata", "local_ratelimit")
+)
+MOST_PER_MINUTE = 1200
 
 START_SECONDS = 120
 DRAIN_SECONDS = 45
@@ -144,13 +151,17 @@ def default_weights() -> Path:
     return weights[0]
 
 
-def envoy_config(ports: dict[str, int]) -> str:
-    """envoy.yaml on loopback and with the chosen ports."""
+def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None) -> str:
+    """envoy.yaml on loopback and with the chosen ports; `replicas` are the gRPC ports of further service processes."""
     config = yaml.safe_load((ROOT / "envoy" / "envoy.yaml").read_text())
     resources = config["static_resources"]
     listen_on(resources["listeners"][0], ports["HTTP_PORT"])
-    host = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
-    listen_on(host["endpoint"], ports["GRPC_PORT"])
+    hosts: list[dict[str, Any]] = [{"endpoint": {"address": {}}} for _ in range(1 + len(replicas))]
+    for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
+        listen_on(host["endpoint"], grpc_port)
+    resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
+    if requests_per_minute is not None:
+        limit_requests(resources["listeners"][0], requests_per_minute)
     if "ADMIN_PORT" in ports:
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
@@ -158,10 +169,34 @@ def envoy_config(ports: dict[str, int]) -> str:
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
-def envoy_command(binary: str, ports: dict[str, int], folder: Path) -> list[str]:
+def limit_requests(listener: dict[str, Any], per_minute: int) -> None:
+    """Turns the limit of requests per minute and key on, which envoy.yaml has but leaves off."""
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    for item in manager["http_filters"]:
+        if item["name"] in RATE_LIMIT_FILTERS:
+            del item["disabled"]
+        if item["name"] == RATE_LIMIT_FILTERS[-1]:
+            interval = 60 / per_minute
+            bucket = {"max_tokens": per_minute, "tokens_per_fill": 1, "fill_interval": f"{interval:.3f}s"}
+            item["typed_config"]["descriptors"][0]["token_bucket"] = bucket
+            item["typed_config"]["response_headers_to_add"][0]["header"]["value"] = str(math.ceil(interval))
+
+
+def requests_per_minute() -> int | None:
+    """What REQUESTS_PER_MINUTE says, if it is set."""
+    text = os.environ.get("REQUESTS_PER_MINUTE")
+    if text is None:
+        return None
+    # Envoy fills its buckets at most every 50 ms.
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PER_MINUTE:
+        raise LaunchError(f"REQUESTS_PER_MINUTE={text} is not a limit: it has to be 1..{MOST_PER_MINUTE}")
+    return int(text)
+
+
+def envoy_command(binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = ()) -> list[str]:
     """What runs Envoy on the chosen ports; its configuration is written into `folder`."""
     config = folder / "envoy.yaml"
-    config.write_text(envoy_config(ports))
+    config.write_text(envoy_config(ports, replicas, requests_per_minute()))
     return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
 
 
