@@ -147,7 +147,7 @@ def outcome(connection: http.client.HTTPConnection, response: http.client.HTTPRe
 
 
 def test_streams_of_a_killed_replica_end_with_an_error(pair: Pair) -> None:
-    """Half of the streams hear that theirs broke, over REST and over gRPC; the others go on to their end."""
+    """Those whose replica is gone hear that theirs broke, over REST and over gRPC; the others go on to their end."""
     streams = [open_stream(pair.stack) for _ in range(4)]
     with grpc.insecure_channel(pair.stack.envoy_address) as channel:
         request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=100, ignore_eos=True)
@@ -160,7 +160,8 @@ def test_streams_of_a_killed_replica_end_with_an_error(pair: Pair) -> None:
         outcomes = Counter(outcome(*stream) for stream in streams)
     pair.replicas[1].start()
     pair.wait_until_both_serve()
-    assert outcomes == {"error": 2, "done": 2}
+    # Each of Envoy's two threads takes turns for itself, so both replicas have streams, but not always as many.
+    assert set(outcomes) == {"error", "done"}
     assert codes == {grpc.StatusCode.UNAVAILABLE: 2, grpc.StatusCode.OK: 2}
 
 
@@ -188,7 +189,7 @@ def test_a_rolling_restart_loses_nothing(pair: Pair) -> None:
 
 def test_a_frozen_replica_is_given_up(pair: Pair) -> None:
     """A replica that stops answering without a word: its streams end and its requests move on within 20 s."""
-    streams = [open_stream(pair.stack) for _ in range(2)]
+    streams = [open_stream(pair.stack) for _ in range(4)]
     frozen = pair.replicas[0]
     began = time.monotonic()
     frozen.process.send_signal(signal.SIGSTOP)
@@ -201,7 +202,7 @@ def test_a_frozen_replica_is_given_up(pair: Pair) -> None:
         frozen.process.send_signal(signal.SIGCONT)
         pair.wait_until_both_serve()
     assert answers == [200] * 8
-    assert outcomes == {"error": 1, "done": 1}
+    assert set(outcomes) == {"error", "done"}
 
 
 def test_without_replicas_envoy_says_when_to_retry(pair: Pair) -> None:
