@@ -101,12 +101,12 @@ def test_tokens_per_minute(limited: Limited) -> None:
 
 def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
     """Who would wait longer than allowed is told how long, at once; the queue does not grow, and others get in."""
-    request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=600, n=16, ignore_eos=True)
+    request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=600, n=32, ignore_eos=True)
     metadata = [("authorization", "Bearer full")]
     with grpc.insecure_channel(limited.stack.grpc_address) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
-        # Two requests of sixteen sequences, of which fifteen run; a third would wait for all others.
-        held = [stub.CreateCompletion.future(request, metadata=metadata) for _ in range(2)]
+        # Of its sequences fifteen run; another request would wait for all others.
+        held = stub.CreateCompletion.future(request, metadata=metadata)
         wait_for(lambda: limited.engine.stats.waiting == 17)
         time.sleep(1)  # some steps, by which the engine knows its pace
         began = time.monotonic()
@@ -116,8 +116,7 @@ def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.CreateCompletion(request, metadata=metadata, timeout=60)
         other = limited.ask("other", prompt="a", max_tokens=1)
-        for call in held:
-            call.cancel()
+        held.cancel()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]
     for answer in refused:
