@@ -27,8 +27,8 @@ QUEUE_SECONDS = 4.0
 OBJECTIVE_SECONDS = 2 * QUEUE_SECONDS
 LOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 # Arrivals last so long, and answers count that end after the first part of it: then the queue is as full as it gets.
-ARRIVAL_SECONDS = 30.0
-SETTLE_SECONDS = 10.0
+ARRIVAL_SECONDS = 22.0
+SETTLE_SECONDS = 7.0
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         model = self._find(request.model)
         if request.user:
             call_notes.get()["user"] = pseudonym(request.user)
-        identity = current_caller.get().identity
+        caller = current_caller.get()
+        identity = caller.identity
+        answer_headers.get()[:] = self._meter.headers(identity, caller.quota)
         model.engine.check(identity, deadline.left)
         loop = asyncio.get_running_loop()
         parsed = await loop.run_in_executor(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -19,7 +21,7 @@ from completion.v1 import completion_pb2_grpc
 
 from service.engine.engine import Engine
 from service.settings import Settings
-from tests.stack import MODEL, Answer, ServiceThread, Stack, envoy, free_ports
+from tests.stack import MODEL, Answer, Replica, ServiceThread, Stack, envoy, free_ports
 
 PER_MINUTE = 6
 
@@ -164,6 +166,43 @@ def test_a_flood_does_not_keep_others_waiting(limited: Limited) -> None:
     assert max(waits) < 2
     assert codes[grpc.StatusCode.OK] > 0
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+def test_keys_change_without_a_restart(model_dir: Path, tmp_path: Path) -> None:
+    """SIGHUP, or the file's change alone, brings new keys in and old ones out; a file that is gone changes nothing."""
+    keys = tmp_path / "keys"
+
+    def write(key: str) -> None:
+        keys.write_text(f"{hashlib.sha256(key.encode()).hexdigest()} {key}\n")
+
+    def opens(key: str) -> bool:
+        metadata = [("authorization", f"Bearer {key}")]
+        code = stub.ListModels.future(pb.ListModelsRequest(), metadata=metadata).code()
+        assert code in {grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED}
+        return code is grpc.StatusCode.OK
+
+    write("first")
+    (port,) = free_ports(1)
+    service = Replica(model_dir, port, tmp_path, "--api-keys-file", str(keys))
+    service.start()
+    try:
+        service.wait_until_serving()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = completion_pb2_grpc.CompletionServiceStub(channel)
+            assert [opens(key) for key in ("first", "second")] == [True, False]
+            write("second")
+            service.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: opens("second"))
+            assert not opens("first")
+            write("third")
+            wait_for(lambda: opens("third"))
+            keys.unlink()
+            service.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: "stay as they were" in service.log.read_text())
+            assert opens("third")
+        assert service.process.poll() is None
+    finally:
+        service.kill()
 
 
 def wait_for(condition) -> None:

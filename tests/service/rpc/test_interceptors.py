@@ -207,6 +207,9 @@ async def test_overload(served):
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "1"
     assert detail(error).code == "rate_limit_exceeded"
+    served.limit(Quota(tokens_per_minute=600))
+    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
+    assert dict(error.trailing_metadata())["x-ratelimit-remaining-tokens"] == "600"
 
 
 @pytest.mark.parametrize("method", ["CreateCompletion", "StreamCompletion", "StreamCompletionEvents"])
