@@ -120,11 +120,11 @@ def summed_up(
 def _print(points: Sequence[Point]) -> None:
     best = max(point.goodput for point in points)
     heads = ("load", "offered/s", "goodput/s", "of the best", "refused", "first p50, s", "p95, s", "whole p95, s")
-    print("".join(f"{head:>14}" for head in (*heads, "refusal p95, ms", "resident, MiB")))
+    print("".join(f"{head:>16}" for head in (*heads, "refusal p95, ms", "resident, MiB")))
     for each in points:
-        shares = f"{each.goodput / best:14.0%}{each.refused:14.0%}"
-        times = f"{each.first_p50:14.2f}{each.first_p95:14.2f}{each.whole_p95:14.2f}{1000 * each.refusal_p95:14.1f}"
-        print(f"{each.load:14.1f}{each.offered:14.2f}{each.goodput:14.2f}{shares}{times}{each.resident >> 20:14}")
+        shares = f"{each.goodput / best:16.0%}{each.refused:16.0%}"
+        times = f"{each.first_p50:16.2f}{each.first_p95:16.2f}{each.whole_p95:16.2f}{1000 * each.refusal_p95:16.1f}"
+        print(f"{each.load:16.1f}{each.offered:16.2f}{each.goodput:16.2f}{shares}{times}{each.resident >> 20:16}")
 
 
 def _save(points: Sequence[Point], out: Path) -> None:
