@@ -30,7 +30,9 @@ class Pair:
     admin: int
 
     def wait_until_both_serve(self) -> None:
-        """Returns once Envoy sends requests to both."""
+        """Returns once both answer and Envoy sends requests to both; of a quick restart it does not know."""
+        for replica in self.replicas:
+            replica.wait_until_serving()
         deadline = time.monotonic() + 60
         while self._health() != [True, True]:
             assert time.monotonic() < deadline, "a replica is not healthy within a minute"
