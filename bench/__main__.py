@@ -4,6 +4,7 @@
     python -m bench limits          the machine's limits alone
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and what it leaves behind
+    python -m bench overload        our goodput and latency when more is asked for than can be done
 
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from bench import cancel, genai, growth, limits, llama_cpp, loads, peers, report, soak
+from bench import cancel, genai, growth, limits, llama_cpp, loads, overload, peers, report, soak
 from bench.client import PeerError
 from bench.loads import Plan
 from bench.peers import Served, Setup, Start
@@ -128,6 +129,10 @@ def _soak(options: argparse.Namespace) -> None:
         raise PeerError("the soak broke its bounds")
 
 
+def _overload(options: argparse.Namespace) -> None:
+    overload.run(_setup(options), _plan(options), options.out)
+
+
 def _setup(options: argparse.Namespace) -> Setup:
     return Setup(
         model_dir=local.model_dir(),
@@ -172,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = {"compare": _compare, "limits": _limits, "growth": _growth, "soak": _soak}
+    runs = {"compare": _compare, "limits": _limits, "growth": _growth, "overload": _overload, "soak": _soak}
     parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
     add = parser.add_argument
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom to measure (all)")

@@ -21,6 +21,10 @@ class PeerError(Exception):
     """What a peer did wrong, for the person at the terminal."""
 
 
+class RefusedError(PeerError):
+    """The peer has too much to do, and said so before it began."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request: prompts as token ids, and how many tokens each of its choices generates, whatever they are.
@@ -127,6 +131,8 @@ def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> St
         try:
             writer.write(head.encode() + data)
             status = await reader.readline()
+            if b" 429 " in status:
+                raise RefusedError("the peer refused a request: it has too much to do")
             if b" 200 " not in status:
                 raise PeerError(f"the answer was {status!r}: {(await reader.read(2000))!r}")
             async for piece in _pieces(reader):

@@ -28,7 +28,7 @@ class Setup:
     """What every peer is started with: the same weights and threads, and room for the same load.
 
     `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` keeps converted
-    models.
+    models. Our service refuses what would wait longer than `queue_seconds`: by default nothing.
     """
 
     model_dir: Path
@@ -38,6 +38,12 @@ class Setup:
     context: int
     cache: Path
     flash_attention: Literal["on", "off"] = "on"
+    queue_seconds: float = 3600.0
+
+    @property
+    def max_running(self) -> int:
+        """Our service's setting for so many slots: it keeps one of sixteen for callers who hold none."""
+        return self.slots + self.slots // 15
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,14 @@ def request(job: Job) -> Request:
 
 
 def _settings(setup: Setup) -> Settings:
-    return Settings(model_dir=setup.model_dir, threads=setup.threads, max_running=setup.slots)
+    return Settings(model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running)
 
 
 @contextmanager
 def _service(setup: Setup, port: int) -> Iterator[local.Child]:
     command = [sys.executable, "-m", "service", "--model-dir", str(setup.model_dir), "--port", str(port)]
-    command += ["--threads", str(setup.threads), "--max-running", str(setup.slots), "--log-level", "warning"]
+    command += ["--threads", str(setup.threads), "--max-running", str(setup.max_running)]
+    command += ["--max-queue-seconds", str(setup.queue_seconds), "--log-level", "warning"]
     command += ["--drain-delay-seconds", "0"]
     with running("the service", command) as child:
         yield child

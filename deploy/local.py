@@ -2,16 +2,18 @@
 
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
-MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file of
-keys, ADMIN_PORT opens Envoy's admin pages, and TLS_DIR turns on TLS at the door and between the two, with the
-certificates in that folder (docs/security.md); START_SECONDS is how long both may take to get ready. Prints a line that
-starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
+MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file
+of keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits every key at Envoy. TLS_DIR turns on
+TLS at the door and between the two, with the certificates in that folder (docs/security.md). START_SECONDS is how
+long both may take to get ready. Prints a line that starts with `ready` once a completion has come through Envoy,
+then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,6 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,10 @@ ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 ENVOY_CONFIG = ROOT / "envoy" / "envoy.yaml"
+RATE_LIMIT_FILTERS = tuple(
+    f"envoy.filters.http.{name}" for name in ("header_mutation", "header_to_metadata", "local_ratelimit")
+)
+MOST_PER_MINUTE = 1200
 
 START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
 DRAIN_SECONDS = 45
@@ -168,13 +175,20 @@ def add_tls(config: dict[str, Any], folder: Path) -> None:
     config["static_resources"]["clusters"][0]["transport_socket"] = sockets["service"]
 
 
-def envoy_config(ports: dict[str, int]) -> str:
-    """envoy.yaml on loopback, with the chosen ports and, if there is a folder of certificates, with TLS."""
+def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None) -> str:
+    """envoy.yaml on loopback, with the chosen ports and, if there is a folder of certificates, with TLS.
+
+    `replicas` are the gRPC ports of further service processes.
+    """
     config = yaml.safe_load(ENVOY_CONFIG.read_text())
     resources = config["static_resources"]
     listen_on(resources["listeners"][0], ports["HTTP_PORT"])
-    host = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
-    listen_on(host["endpoint"], ports["GRPC_PORT"])
+    hosts: list[dict[str, Any]] = [{"endpoint": {"address": {}}} for _ in range(1 + len(replicas))]
+    for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
+        listen_on(host["endpoint"], grpc_port)
+    resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
+    if requests_per_minute is not None:
+        limit_requests(resources["listeners"][0], requests_per_minute)
     if "ADMIN_PORT" in ports:
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
@@ -184,10 +198,34 @@ def envoy_config(ports: dict[str, int]) -> str:
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
-def envoy_command(binary: str, ports: dict[str, int], folder: Path) -> list[str]:
+def limit_requests(listener: dict[str, Any], per_minute: int) -> None:
+    """Turns the limit of requests per minute and key on, which envoy.yaml has but leaves off."""
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    for item in manager["http_filters"]:
+        if item["name"] in RATE_LIMIT_FILTERS:
+            del item["disabled"]
+        if item["name"] == RATE_LIMIT_FILTERS[-1]:
+            interval = 60 / per_minute
+            bucket = {"max_tokens": per_minute, "tokens_per_fill": 1, "fill_interval": f"{interval:.3f}s"}
+            item["typed_config"]["descriptors"][0]["token_bucket"] = bucket
+            item["typed_config"]["response_headers_to_add"][0]["header"]["value"] = str(math.ceil(interval))
+
+
+def requests_per_minute() -> int | None:
+    """What REQUESTS_PER_MINUTE says, if it is set."""
+    text = os.environ.get("REQUESTS_PER_MINUTE")
+    if text is None:
+        return None
+    # Envoy fills its buckets at most every 50 ms.
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PER_MINUTE:
+        raise LaunchError(f"REQUESTS_PER_MINUTE={text} is not a limit: it has to be 1..{MOST_PER_MINUTE}")
+    return int(text)
+
+
+def envoy_command(binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = ()) -> list[str]:
     """What runs Envoy on the chosen ports; its configuration is written into `folder`."""
     config = folder / "envoy.yaml"
-    config.write_text(envoy_config(ports))
+    config.write_text(envoy_config(ports, replicas, requests_per_minute()))
     return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
 
 

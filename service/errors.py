@@ -30,11 +30,15 @@ class ForbiddenError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The queue is full; after `retry_after` seconds it is worth another try."""
+    """The queue is full, or a limit of the caller reached; after `retry_after` seconds it is worth another try."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, code="rate_limit_exceeded")
         self.retry_after = retry_after
+
+
+class TokensExceededError(OverloadedError):
+    """The caller has used its tokens per minute; after `retry_after` seconds there are enough again."""
 
 
 class UnavailableError(ServiceError):
@@ -42,7 +46,7 @@ class UnavailableError(ServiceError):
 
 
 class DeadlineError(ServiceError):
-    """The call's deadline has come."""
+    """The call's deadline has come, or comes before the request could begin."""
 
 
 class SlowReaderError(ServiceError):

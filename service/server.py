@@ -28,6 +28,7 @@ from service.rpc import tls
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.parse import Limits
+from service.rpc.quota import Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ _HEALTH_NAMES = (SERVICE_NAME, "")
 
 _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# More calls at once than Envoy sends to all replicas together: a bound on memory for who comes without it.
+_MAX_CALLS = 8192
 
 
 def load_model(settings: Settings) -> ServedModel:
@@ -68,6 +71,7 @@ def load_model(settings: Settings) -> ServedModel:
         scheduler,
         max_waiting=settings.max_waiting,
         send_timeout=settings.send_timeout_seconds,
+        max_queue_seconds=settings.max_queue_seconds,
     )
     return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
 
@@ -113,15 +117,19 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys = KeyRing.load(settings.api_keys_file)
-        if self._keys.open and not settings.host.is_loopback:
+        self.keys = KeyRing.load(settings.api_keys_file)
+        if self.keys.open and not settings.host.is_loopback:
             raise StartupError(
                 f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
             )
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = _Health()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self._keys)], options=self._options())
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.keys)],
+            options=self._options(),
+            maximum_concurrent_rpcs=_MAX_CALLS,
+        )
         self._credentials = tls.credentials(settings)
         self._add_services()
 
@@ -141,8 +149,9 @@ class Server:
 
     def _add_services(self) -> None:
         models = dict.fromkeys(self.model.names, self.model)
+        quota = Quota(self._settings.tokens_per_minute, self._settings.max_sequences)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(models, self._tokenizing), self._server
+            CompletionServicer(models, self._tokenizing, quota), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -160,7 +169,7 @@ class Server:
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
-        if self._keys.open:
+        if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
 
@@ -224,6 +233,7 @@ async def serve(settings: Settings) -> None:
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
     server = Server(settings)
+    loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
     engine = server.model.engine
     watching = asyncio.ensure_future(server.end_if_hung())
     async with server:

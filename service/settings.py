@@ -50,7 +50,18 @@ class Settings(BaseSettings):
         ge=1,
         description="Memory for the process, in MiB: limits the slots; 3/4 of what there is if not set.",
     )
-    max_waiting: int = Field(1024, ge=1, description="Sequences that may wait before requests are refused.")
+    max_waiting: int = Field(
+        1024, ge=1, description="Sequences that may wait before requests are refused; one caller's alone half of them."
+    )
+    max_queue_seconds: float = Field(
+        30.0, gt=0, description="Longest estimated wait for a slot, in seconds, before a caller's requests are refused."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Most tokens of prompts and answers per minute and key; no limit if not set."
+    )
+    max_sequences: int | None = Field(
+        None, ge=1, description="Most sequences of one key at once, running and waiting; no limit if not set."
+    )
     prompt_chunk: int = Field(
         128, ge=16, le=4096, description="Most prompt tokens per step: what running streams wait for between tokens."
     )

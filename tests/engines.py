@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from contextlib import asynccontextmanager
 
@@ -31,10 +32,10 @@ class GatedModel(FakeModel):
 
 
 @asynccontextmanager
-async def running(tokenizer, model=None, max_waiting=1000):
+async def running(tokenizer, model=None, max_waiting=1000, max_queue_seconds=math.inf):
     model = model or FakeModel()
     scheduler = Scheduler(KVCache(len(model.slots)), 16)
-    engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting)
+    engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting, max_queue_seconds=max_queue_seconds)
     engine.start(asyncio.get_running_loop())
     engine.fake = model
     try:
@@ -65,7 +66,7 @@ async def texts(engine, made):
 async def settled(engine):
     """Waits until the engine has nothing left, and checks that it keeps nothing of what has ended."""
     for _ in range(500):
-        if engine.stats.running == engine.stats.waiting == 0 and not engine._sequences:
+        if engine.stats.running == engine.stats.waiting == 0 and not (engine._sequences or engine._tickets):
             return
         await asyncio.sleep(0.002)
     raise AssertionError(f"still {engine.stats}")

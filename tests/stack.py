@@ -12,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy import local
 from deploy.local import free_ports
@@ -174,14 +177,62 @@ class ServiceThread:
 
 
 @contextmanager
-def envoy(http_port: int, grpc_port: int, folder: Path) -> Iterator[int]:
-    """The real Envoy on `http_port` in front of a service on `grpc_port`; gives its process id."""
+def envoy(
+    http_port: int, grpc_port: int, folder: Path, replicas: Sequence[int] = (), admin_port: int | None = None
+) -> Iterator[local.Child]:
+    """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`."""
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
-    child = local.Child("Envoy", local.envoy_command(local.envoy_binary(), ports, folder), folder / "envoy.log")
+    if admin_port is not None:
+        ports["ADMIN_PORT"] = admin_port
+    command = local.envoy_command(local.envoy_binary(), ports, folder, replicas)
+    child = local.Child("Envoy", command, folder / "envoy.log")
     try:
-        yield child.process.pid
+        yield child
     finally:
         child.stop()
+
+
+class Replica:
+    """A service process on a port of its own, to be stopped, killed and started again."""
+
+    def __init__(self, model_dir: Path, port: int, folder: Path, *arguments: str) -> None:
+        self.port = port
+        self.log = folder / f"service-{port}.log"
+        self._command = [
+            sys.executable,
+            "-m",
+            "service",
+            "--model-dir",
+            str(model_dir),
+            "--port",
+            str(port),
+            *arguments,
+        ]
+        self.process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        """Starts the process; `wait_until_serving` tells when it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait_until_serving(self, seconds: float = 60) -> None:
+        """Returns once the service says of itself that it is healthy."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def kill(self) -> None:
+        """SIGKILL: no drain, no word."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        """SIGTERM, the drain to its end, and a new start."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0
+        self.start()
+        self.wait_until_serving()
 
 
 def ports_of(ready_output: str) -> tuple[int, int]:

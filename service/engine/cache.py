@@ -60,9 +60,9 @@ class KVCache:
         self.reuse = Reuse(0, 0)
 
     @property
-    def full(self) -> bool:
-        """Whether every slot is held."""
-        return self.held == len(self._slots)
+    def free(self) -> int:
+        """How many slots are not held."""
+        return len(self._slots) - self.held
 
     def allocate(self, prompt: Sequence[int], identity: str, recompute: int) -> Allocation:
         """Gives the next slot to a sequence, with as much of its prompt as some slot already has.

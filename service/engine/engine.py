@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from service.engine.admission import Admission, Ticket, Work
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
@@ -17,7 +19,7 @@ from service.engine.model import Model
 from service.engine.sampler import Floats
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
-from service.errors import EngineFaultError, NotFiniteError, OverloadedError, UnavailableError
+from service.errors import EngineFaultError, NotFiniteError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
@@ -66,13 +68,16 @@ class Engine:
         scheduler: Scheduler,
         *,
         max_waiting: int,
+        max_queue_seconds: float = math.inf,
         send_timeout: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._committer = Committer(tokenizer)
         self._scheduler = scheduler
-        self._max_waiting = max_waiting
+        # The event loop's thread alone knows who queues; the step thread tells it through the outbox.
+        self._admission = Admission(max_waiting, max_queue_seconds)
+        self._tickets: dict[Generation, Ticket] = {}
         self._send_timeout = send_timeout
         self._clock = clock
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -124,14 +129,22 @@ class Engine:
         """What the cache has saved since the start."""
         return self._scheduler.reuse
 
-    def submit(self, request: Request) -> Generation:
-        """Starts a request. Raises OverloadedError when too many wait already, UnavailableError after `stop`."""
+    def check(self, identity: str, deadline: float | None = None) -> None:
+        """Raises what `submit` would, at once and before there is a request to submit."""
         if self._stopping:
             raise UnavailableError(_STOPPED)
-        if self._scheduler.waiting + self._commands.qsize() >= self._max_waiting:
-            raise OverloadedError("The service is overloaded: too many requests are waiting.", retry_after=1.0)
+        self._admission.check(identity, self._scheduler.room(identity), self._scheduler.next_end(), deadline)
+
+    def submit(self, request: Request, deadline: float | None = None) -> Generation:
+        """Starts a request that its caller gives `deadline` seconds, or as long as it takes.
+
+        Raises OverloadedError when too much waits already, DeadlineError when the deadline is shorter than the
+        estimated wait, UnavailableError after `stop`. None of these reaches the step thread.
+        """
+        self.check(request.identity, deadline)
         candidates = len(request.prompts) * request.best_of
         generation = Generation(candidates, self._abort, self._send_timeout, self._clock)
+        self._tickets[generation] = self._admission.enter(request.identity, _work(request))
         self._commands.put(lambda: self._begin_request(request, generation))
         return generation
 
@@ -139,7 +152,20 @@ class Engine:
         if generation.given_up:
             self.faults.slow_readers += 1
             _log.warning("a request is given up: its caller reads too slowly")
+        self._leave_queue(generation)
         self._commands.put(lambda: self._end_request(generation))
+
+    def _started(self, generation: Generation) -> None:
+        ticket = self._tickets.get(generation)
+        if ticket is not None:
+            self._admission.started(ticket)
+            if not ticket.waiting:
+                del self._tickets[generation]
+
+    def _leave_queue(self, generation: Generation) -> None:
+        ticket = self._tickets.pop(generation, None)
+        if ticket is not None:
+            self._admission.leave(ticket)
 
     def _bury(self) -> None:
         """After the step thread has died of an error: ends every request, also those that it has not seen."""
@@ -205,6 +231,7 @@ class Engine:
         if request.max_tokens or sequences[0].scores_prompt:
             self._scheduler.add(sequences)
             return
+        self._outbox.append(lambda: self._leave_queue(generation))
         for sequence in sequences:
             self._send(sequence, self._committer.begin(sequence))
 
@@ -218,16 +245,19 @@ class Engine:
         for sequence in self._sequences.get(generation, ()):
             self._scheduler.forget(sequence)
         self._end_request(generation)
+        self._outbox.append(lambda: self._leave_queue(generation))
         self._outbox.append(lambda: generation.fail(error))
 
     def _advance(self, step: Step) -> None:
         """Runs one step. Of a batch that fails each row is tried alone: only what fails by itself ends its request."""
         sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
+        began = self._clock()
         try:
             if isinstance(step, PromptChunk):
                 self._advance_prompt(step)
             else:
                 self._advance_decode(step)
+            self._learn(step, len(sequences), self._clock() - began)
         except Exception as error:
             self._note(error)
             _log.exception("a step of the model failed", extra={"fields": {"rows": len(sequences)}})
@@ -245,8 +275,18 @@ class Engine:
         else:
             self.faults.failed_steps += 1
 
+    def _learn(self, step: Step, rows: int, seconds: float) -> None:
+        pace = self._admission.pace
+        if isinstance(step, DecodeBatch):
+            self._outbox.append(lambda: pace.step(rows, seconds))
+        elif step.start < step.end:
+            self._outbox.append(lambda: pace.chunk(step.end - step.start, seconds))
+
     def _advance_prompt(self, chunk: PromptChunk) -> None:
         sequence, group = chunk.sequence, chunk.sequence.group
+        if chunk.start == sequence.cached:
+            self._outbox.append(lambda: self._started(sequence.generation))
+            self._flush()  # who comes meanwhile waits for this prompt no longer than for any step
         self._model.copy(chunk.copies)
         logits = group.logits
         if chunk.start < chunk.end:
@@ -293,6 +333,8 @@ class Engine:
             return
         self._outbox.append(lambda: sequence.generation.deliver(delta))
         if delta.finish_reason is not None:
+            generated, allowed = sequence.generated, sequence.request.max_tokens
+            self._outbox.append(lambda: self._admission.pace.ended(generated, allowed))
             self._model.copy(self._scheduler.remove(sequence))
             members = self._sequences[sequence.generation]
             members.discard(sequence)
@@ -305,6 +347,13 @@ class Engine:
             outbox, self._outbox = self._outbox, []
             assert self._post is not None
             self._post(_run_all, outbox)
+
+
+def _work(request: Request) -> Iterator[Work]:
+    """The work of each of a request's sequences; candidates of one prompt share its computation."""
+    for prompt in request.prompts:
+        for candidate in range(request.best_of):
+            yield Work(1, 0 if candidate else len(prompt.token_ids), request.max_tokens)
 
 
 def _run_all(commands: list[Command]) -> None:

@@ -45,6 +45,12 @@ class Generation:
         self._error: Exception | None = None
         self.given_up = False
         self._event = asyncio.Event()
+        self._completion_tokens: dict[tuple[int, int], int] = {}
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens in the pieces that have arrived."""
+        return sum(self._completion_tokens.values())
 
     def deliver(self, delta: Delta) -> None:
         """Takes in a piece."""
@@ -54,6 +60,7 @@ class Generation:
             self._taken_at, self._backlog = self._clock(), 0
         self._arrived.append(delta)
         self._backlog += _size(delta)
+        self._completion_tokens[delta.prompt_index, delta.candidate] = delta.completion_tokens
         self._event.set()
         if self._reads_too_slowly():
             self._arrived.clear()

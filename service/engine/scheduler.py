@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.engine.cache import Copy, KVCache, Reuse
 from service.engine.sequence import Sequence
@@ -35,22 +35,47 @@ _LEAST_CHUNK = 16
 # Behind so many positions attention costs a prompt token about as much again as the matrices do (default model, CPU).
 _HALF_SPEED = 2048
 
+# A generated token takes about as long as three of a prompt (default model, CPU, 8 and more rows).
+_GENERATED_COST = 3
+# Of so many slots one is kept for callers who hold none: a long answer cannot be interrupted, only not begun.
+_SLOTS_PER_RESERVED = 16
+
 Step = PromptChunk | DecodeBatch
 
 
-class Scheduler:
-    """First come, first served, with prompts in chunks between decode steps.
+@dataclass(slots=True)
+class _Caller:
+    """What one caller has in the scheduler; `served` is the work done for it, in prompt tokens."""
 
-    Invariants: `holders[i]` is the sequence in slot i; at most one holder is still computing its prompt; while
-    sequences decode, no two prompt chunks that compute follow each other.
+    served: int
+    waiting: deque[Sequence] = field(default_factory=deque)
+    prompting: Sequence | None = None
+    held: int = 0
+
+    @property
+    def backlogged(self) -> bool:
+        """Whether there are prompts to compute."""
+        return bool(self.waiting) or self.prompting is not None
+
+
+class Scheduler:
+    """Shares the model between callers, each served in order, with prompts in chunks between decode steps.
+
+    Every prompt chunk, and with it a free slot, goes to the caller for whom the least work was done. Who comes, or
+    comes back with nothing waiting, starts level with those who wait: time away earns nothing.
+
+    Invariants: `holders[i]` is the sequence in slot i; at most one holder per caller is still computing its prompt;
+    a caller is known exactly as long as it has sequences; the reserved slots are held by callers who held none when
+    they got them; while sequences decode, no two prompt chunks that compute follow each other.
     """
 
     def __init__(self, cache: KVCache, prompt_chunk: int) -> None:
         self._cache = cache
         self._prompt_chunk = prompt_chunk
-        self._waiting: deque[Sequence] = deque()
+        self._reserved = cache.free // _SLOTS_PER_RESERVED
+        self._callers: dict[str, _Caller] = {}
         self._holders: list[Sequence] = []
-        self._prompting: Sequence | None = None
+        self._waiting = 0
         self._decode_next = False
 
     @property
@@ -61,16 +86,33 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences that do not hold a slot yet."""
-        return len(self._waiting)
+        return self._waiting
 
     @property
     def reuse(self) -> Reuse:
         """What the cache has saved so far."""
         return self._cache.reuse
 
+    def room(self, identity: str) -> int:
+        """How many slots the caller could take now. May be asked from any thread."""
+        caller = self._callers.get(identity)
+        general = max(0, self._cache.free - self._reserved)
+        return general if caller is not None and caller.held else max(general, min(1, self._cache.free))
+
+    def next_end(self) -> int:
+        """After how many decode steps the first holder has ended at the latest. May be asked from any thread."""
+        return min((each.request.max_tokens - each.generated for each in tuple(self._holders)), default=0)
+
     def add(self, sequences: Seq[Sequence]) -> None:
-        """Queues sequences."""
-        self._waiting.extend(sequences)
+        """Queues the sequences of one request."""
+        identity = sequences[0].request.identity
+        caller = self._callers.get(identity)
+        if caller is None or not caller.backlogged:
+            level = self._level(without=caller)
+            caller = self._callers.setdefault(identity, _Caller(level))
+            caller.served = max(caller.served, level)
+        caller.waiting.extend(sequences)
+        self._waiting += len(sequences)
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing is to be done."""
@@ -89,18 +131,32 @@ class Scheduler:
         sequence.computed = chunk.end
         assert sequence.slot is not None
         self._cache.record(sequence.slot, chunk.end)
+        caller = self._caller(sequence)
+        caller.served += chunk.end - chunk.start
         if chunk.end == sequence.prompt_length:
-            self._prompting = None
+            caller.prompting = None
 
     def remove(self, sequence: Sequence) -> tuple[Copy, ...]:
         """Ends a sequence in whatever state it is; the copies close the hole that it leaves among the slots."""
         sequence.finished = True
-        if sequence is self._prompting:
-            self._prompting = None
-        if sequence.slot is None:
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
+        caller = self._callers.get(sequence.request.identity)
+        if caller is None:
             return ()
+        copies: tuple[Copy, ...] = ()
+        if sequence is caller.prompting:
+            caller.prompting = None
+        if sequence.slot is not None:
+            caller.held -= 1
+            copies = self._release(sequence)
+        elif sequence in caller.waiting:
+            caller.waiting.remove(sequence)
+            self._waiting -= 1
+        if not (caller.waiting or caller.held):
+            del self._callers[sequence.request.identity]
+        return copies
+
+    def _release(self, sequence: Sequence) -> tuple[Copy, ...]:
+        assert sequence.slot is not None
         slot, sequence.slot = sequence.slot, None
         last = self._holders.pop()
         copies = self._cache.release(slot, last.computed)
@@ -114,15 +170,33 @@ class Scheduler:
         if sequence.slot is not None:
             self._cache.record(sequence.slot, 0)
 
+    def _caller(self, sequence: Sequence) -> _Caller:
+        return self._callers[sequence.request.identity]
+
+    def _level(self, without: _Caller | None) -> int:
+        """Where a caller with nothing waiting starts: the least done for any other who waits, else for any other."""
+        others = [caller for caller in self._callers.values() if caller is not without]
+        waiting = [caller.served for caller in others if caller.backlogged]
+        return min(waiting or [caller.served for caller in others], default=0)
+
     def _next_chunk(self, decoding: bool) -> PromptChunk | None:
+        able = [caller for caller in self._callers.values() if self._may_advance(caller)]
+        if not able:
+            return None
+        caller = min(able, key=lambda each: each.served)
         copies: tuple[Copy, ...] = ()
-        if self._prompting is None:
-            if not self._waiting or self._cache.full:
-                return None
-            self._prompting, copies = self._admit(self._waiting.popleft())
-        sequence = self._prompting
+        if caller.prompting is None:
+            caller.prompting, copies = self._admit(caller.waiting.popleft())
+            caller.held += 1
+            self._waiting -= 1
+        sequence = caller.prompting
         length = self._chunk_length(sequence, decoding)
         return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
+
+    def _may_advance(self, caller: _Caller) -> bool:
+        """Whether a caller has a prompt in its slot, or one waiting and a slot that it may take."""
+        needed = self._reserved if caller.held else 0
+        return caller.prompting is not None or (bool(caller.waiting) and self._cache.free > needed)
 
     def _chunk_length(self, sequence: Sequence, decoding: bool) -> int:
         """How many prompt tokens to compute next, so that none is ever alone in a tile.
@@ -153,6 +227,9 @@ class Scheduler:
 
     def _decode_batch(self) -> DecodeBatch:
         rows = [sequence if sequence.decoding else None for sequence in self._holders]
+        for row in rows:
+            if row is not None:
+                self._caller(row).served += _GENERATED_COST
         while rows[-1] is None:
             rows.pop()
         return DecodeBatch(tuple(rows))

@@ -28,6 +28,8 @@ current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current
 current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_request_id")
 # What the call's line in the log says besides: never content, keys, or names in clear.
 call_notes: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("call_notes")
+# What goes with the answer besides: sent before its first message, or with the error.
+answer_headers: contextvars.ContextVar[list[tuple[str, str]]] = contextvars.ContextVar("answer_headers")
 
 
 class _Malformed:
@@ -56,7 +58,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def unary(request: Any, context: Context) -> Any:
             async with self._call(method, context):
                 _check_decoded(request)
-                return await inner(request, context)
+                answer = await inner(request, context)
+                await _send_headers(context)
+                return answer
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with self._call(method, context):
@@ -66,6 +70,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _check_decoded(request)
                 async with aclosing(inner(request, context)) as messages:
                     async for message in messages:
+                        await _send_headers(context)
                         yield message
 
         request_kind = "stream" if handler.request_streaming else "unary"
@@ -84,6 +89,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         current_request_id.set(request_id)
         notes: dict[str, str] = {}
         call_notes.set(notes)
+        headers: list[tuple[str, str]] = []
+        answer_headers.set(headers)
         context.set_trailing_metadata((("x-request-id", request_id),))
         name, code = "", grpc.StatusCode.CANCELLED
         try:
@@ -96,7 +103,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             code, message = _explain(error)
-            metadata_out = (("x-request-id", request_id), *trailing_metadata(code, message, error))
+            metadata_out = (("x-request-id", request_id), *headers, *trailing_metadata(code, message, error))
             await context.abort(code, message.message, metadata_out)
         finally:
             fields = {
@@ -108,6 +115,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 **notes,
             }
             _log.info("call", extra={"fields": fields})
+
+
+async def _send_headers(context: Context) -> None:
+    """Sends the answer's headers, once: Envoy calls another replica only as long as there are none."""
+    headers = answer_headers.get()
+    if headers:
+        await context.send_initial_metadata(tuple(headers))
+        headers.clear()
 
 
 def _request_id(given: str | None) -> str:

@@ -4,47 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.errors import AuthenticationError, StartupError
+from service.rpc.quota import UNLIMITED, Quota
 
-_LINE = re.compile(r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})(\s+models=(?P<models>\S+))?$")
-_EXPECTED = "'<64 hex digits> <name>', and perhaps 'models=<id>,<id>'"
+_log = logging.getLogger(__name__)
+
+_LINE = re.compile(
+    r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"
+    r"(?P<options>(\s+(models=\S+|(tokens_per_minute|max_sequences)=[1-9][0-9]{0,11}))*)$"
+)
+_EXPECTED = (
+    "'<64 hex digits> <name>', and after it at most 'models=<id>,<id>', 'tokens_per_minute=<number>' and "
+    "'max_sequences=<number>'"
+)
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
 
-
+_LOOK_SECONDS = 1.0
 _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart, None as `models` allows all of them."""
+    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart.
+
+    `models` are what the key may use, by id or alias, None for all; `quota` are its own limits.
+    """
 
     name: str
     identity: str
     models: frozenset[str] | None = None
+    quota: Quota = UNLIMITED
 
     def may_use(self, *names: str) -> bool:
         """Whether the caller may use the model that has these names."""
         return self.models is None or not self.models.isdisjoint(names)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyHolder:
-    """Whose a key is, and which models it may use: by id or alias, None for all."""
-
-    name: str
-    models: frozenset[str] | None
-
-
 class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to whose they are; None takes any key."""
+    """The keys that open the service: `keys` maps their SHA-256 to the caller; None takes any key.
 
-    def __init__(self, keys: dict[bytes, KeyHolder] | None) -> None:
+    Keys from a file follow it: within a second of a call after it has changed. While the new file is not valid the
+    keys stay as they were.
+    """
+
+    def __init__(self, keys: Mapping[bytes, Caller] | None, file: Path | None = None) -> None:
         self._keys = keys
+        self._file = file
+        self._seen = _signature(file)
+        self._looked = time.monotonic()
 
     @property
     def open(self) -> bool:
@@ -53,29 +68,31 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path | None) -> KeyRing:
-        """Reads a key file: per line a SHA-256 in hex, a name, and perhaps `models=` with ids or aliases.
+        """Reads a key file: per line a SHA-256 in hex, a name, and perhaps models and limits.
 
         Empty lines and `#` comments are skipped.
         """
-        if path is None:
-            return cls(None)
+        return cls(None) if path is None else cls(_read(path), path)
+
+    def reload(self) -> None:
+        """Reads the file again, if there is one; of one that is not valid the log says why, and nothing changes."""
+        if self._file is None:
+            return
+        self._seen = _signature(self._file)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartupError(f"API key file {path} cannot be read: {error}") from error
-        keys = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            entry = line.strip()
-            if not entry or entry.startswith("#"):
-                continue
-            match = _LINE.match(entry)
-            if match is None:
-                raise StartupError(f"API key file {path}, line {number}: expected {_EXPECTED}")
-            models = frozenset(match["models"].split(",")) if match["models"] else None
-            keys[bytes.fromhex(match["digest"])] = KeyHolder(match["name"], models)
-        if not keys:
-            raise StartupError(f"API key file {path} holds no key")
-        return cls(keys)
+            self._keys = _read(self._file)
+        except StartupError as error:
+            _log.error("the API keys stay as they were: %s", error)
+        else:
+            _log.info("API keys read", extra={"fields": {"keys": len(self._keys)}})
+
+    def _follow(self) -> None:
+        """Reloads a file that has changed, looking once a second."""
+        now = time.monotonic()
+        if self._file is not None and now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            if _signature(self._file) != self._seen:
+                self.reload()
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller that an `authorization` header names; AuthenticationError when it names none."""
@@ -86,16 +103,53 @@ class KeyRing:
                 "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
             )
             raise AuthenticationError(message, code="invalid_api_key")
+        self._follow()
         digest = hashlib.sha256(match["key"].encode()).digest()
         if self._keys is None:
             return Caller("anonymous", digest.hex())
-        holder = None
+        caller = None
         for known, owner in self._keys.items():
             if hmac.compare_digest(known, digest):
-                holder = owner
-        if holder is None:
+                caller = owner
+        if caller is None:
             raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
-        return Caller(holder.name, digest.hex(), holder.models)
+        return caller
+
+
+def _read(path: Path) -> dict[bytes, Caller]:
+    """The callers of a key file by their keys' digests. Raises StartupError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"API key file {path} cannot be read: {error}") from error
+    keys = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        match = _LINE.match(entry)
+        if match is None:
+            raise StartupError(f"API key file {path}, line {number}: expected {_EXPECTED}")
+        keys[bytes.fromhex(match["digest"])] = _caller(match["name"], match["digest"], match["options"])
+    if not keys:
+        raise StartupError(f"API key file {path} holds no key")
+    return keys
+
+
+def _caller(name: str, identity: str, options: str) -> Caller:
+    given = dict(option.split("=", 1) for option in options.split())
+    models = given.pop("models", None)
+    quota = Quota(**{limit: int(number) for limit, number in given.items()})
+    return Caller(name, identity, None if models is None else frozenset(models.split(",")), quota)
+
+
+def _signature(path: Path | None) -> tuple[int, ...] | None:
+    """What changes with a file's content; None where there is no file."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None
 
 
 def pseudonym(user: str) -> str:

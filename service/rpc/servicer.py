@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from service.errors import DeadlineError, ForbiddenError, InvalidRequestError, M
 from service.manifest import Manifest
 from service.rpc import bounds, render
 from service.rpc.checks import shown
-from service.rpc.interceptors import Context, call_notes, current_caller, failure
+from service.rpc.interceptors import Context, answer_headers, call_notes, current_caller, failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
+from service.rpc.quota import UNLIMITED, Meter, Quota
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, Request
 
@@ -46,9 +48,10 @@ class ServedModel:
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
-    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor, quota: Quota = UNLIMITED) -> None:
         self._models = models
         self._tokenizing = tokenizing
+        self._meter = Meter(quota)
 
     async def CreateCompletion(  # noqa: N802, the contract's name
         self, request: pb.CreateCompletionRequest, context: Context
@@ -56,17 +59,18 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.stream:
             message = "CreateCompletion answers once: call StreamCompletion to stream."
             raise InvalidRequestError(message, param="stream", code="invalid_value")
-        return await self._whole(request)
+        return await self._whole(request, _Deadline(context))
 
     async def StreamCompletion(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[pb.CreateCompletionResponse]:
+        deadline = _Deadline(context)
         if request.HasField("stream") and not request.stream:
-            yield await self._whole(request)
+            yield await self._whole(request, deadline)
             return
-        model, parsed = await self._parse(request, streaming=True)
+        model, parsed = await self._parse(request, deadline, streaming=True)
         pieces = render.Pieces(parsed)
-        with model.engine.submit(parsed) as generation:
+        with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 yield pieces.message(delta)
         if parsed.include_usage:
@@ -75,12 +79,13 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        deadline = _Deadline(context)
         if not request.stream:
-            body = render.to_bytes(render.response_json(await self._whole(request), usage_key=True))
+            body = render.to_bytes(render.response_json(await self._whole(request, deadline), usage_key=True))
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
-        model, parsed = await self._parse(request, streaming=True)
-        with model.engine.submit(parsed) as generation, _ending_by_deadline(generation, context):
+        model, parsed = await self._parse(request, deadline, streaming=True)
+        with self._submitted(model, parsed, deadline) as generation, _ending_by_deadline(generation, deadline):
             async for event in _events(parsed, aiter(generation)):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
@@ -94,22 +99,27 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
 
-    async def _whole(self, request: pb.CreateCompletionRequest) -> pb.CreateCompletionResponse:
-        model, parsed = await self._parse(request, streaming=False)
+    async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
+        model, parsed = await self._parse(request, deadline, streaming=False)
         answer = render.Answer(parsed)
-        with model.engine.submit(parsed) as generation:
+        with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 answer.add(delta)
         return answer.response()
 
-    async def _parse(self, request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[ServedModel, Request]:
-        """The model and the valid request; tokenizing happens off the event loop."""
+    async def _parse(
+        self, request: pb.CreateCompletionRequest, deadline: _Deadline, *, streaming: bool
+    ) -> tuple[ServedModel, Request]:
+        """The model and the valid request; tokenizing happens off the event loop, and only if the request may queue."""
         if not request.model:
             bounds.check(request)  # raises: the contract requires a model
         model = self._find(request.model)
         if request.user:
             call_notes.get()["user"] = pseudonym(request.user)
-        identity = current_caller.get().identity
+        caller = current_caller.get()
+        identity = caller.identity
+        answer_headers.get()[:] = self._meter.headers(identity, caller.quota)
+        model.engine.check(identity, deadline.left)
         loop = asyncio.get_running_loop()
         parsed = await loop.run_in_executor(
             self._tokenizing,
@@ -118,6 +128,25 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             ),
         )
         return model, parsed
+
+    @contextmanager
+    def _submitted(self, model: ServedModel, request: Request, deadline: _Deadline) -> Iterator[Generation]:
+        """A request in the engine, charged to its caller: with all that it may use, in the end with what it used."""
+        caller = current_caller.get()
+        sequences = len(request.prompts) * request.best_of
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
+        charged = prompt_tokens + sequences * request.max_tokens
+        try:
+            self._meter.take(caller.identity, caller.quota, charged, sequences)
+        finally:
+            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
+        generation = None
+        try:
+            with model.engine.submit(request, deadline.left) as generation:
+                yield generation
+        finally:
+            used = prompt_tokens + generation.completion_tokens if generation is not None else 0
+            self._meter.give_back(caller.identity, charged - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
         model = self._models.get(name)
@@ -130,15 +159,28 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         return model
 
 
+class _Deadline:
+    """Until when a call is to be answered, on the monotonic clock: gRPC tells it by the wall clock."""
+
+    def __init__(self, context: Context) -> None:
+        left = context.time_remaining()
+        self._at = None if left is None else time.monotonic() + left
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, None where there is no deadline."""
+        return None if self._at is None else self._at - time.monotonic()
+
+
 @contextmanager
-def _ending_by_deadline(generation: Generation, context: Context) -> Iterator[None]:
+def _ending_by_deadline(generation: Generation, deadline: _Deadline) -> Iterator[None]:
     """Has a generation fail just before its call's deadline, so that a stream of events can say so."""
-    remaining = context.time_remaining()
-    if remaining is None:
+    left = deadline.left
+    if left is None:
         yield
         return
     error = DeadlineError("The request took longer than it may.")
-    timer = asyncio.get_running_loop().call_later(max(0.0, remaining - _LAST_EVENT_SECONDS), generation.fail, error)
+    timer = asyncio.get_running_loop().call_later(max(0.0, left - _LAST_EVENT_SECONDS), generation.fail, error)
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 from completion.v1 import completion_pb2 as pb
 from google.protobuf import any_pb2
@@ -17,6 +19,7 @@ from service.errors import (
     OverloadedError,
     ServiceError,
     SlowReaderError,
+    TokensExceededError,
     UnavailableError,
 )
 
@@ -28,6 +31,7 @@ _TABLE: dict[type[ServiceError], tuple[grpc.StatusCode, str]] = {
     ForbiddenError: (grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error"),
     ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
+    TokensExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens"),
     UnavailableError: (grpc.StatusCode.UNAVAILABLE, "server_error"),
     DeadlineError: (grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     SlowReaderError: (grpc.StatusCode.ABORTED, "server_error"),
@@ -64,8 +68,9 @@ def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) 
     status = status_pb2.Status(code=code.value[0], message=error.message, details=[detail])
     metadata: Metadata = (("grpc-status-details-bin", status.SerializeToString()),)
     if isinstance(cause, OverloadedError):
-        milliseconds = round(cause.retry_after * 1000)
-        metadata += (("retry-after", f"{max(1, round(cause.retry_after))}"), ("retry-after-ms", f"{milliseconds}"))
+        milliseconds = f"{max(1, math.ceil(cause.retry_after * 1000))}"
+        metadata += (("retry-after", f"{max(1, math.ceil(cause.retry_after))}"), ("retry-after-ms", milliseconds))
+        metadata += (("grpc-retry-pushback-ms", milliseconds),)
     if isinstance(cause, AuthenticationError):
         metadata += (("www-authenticate", "Bearer"),)
     return metadata

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from bench import loads, peers
-from bench.client import Job, PeerError, Piece, Stream, percentile, timed
+from bench import loads, overload, peers
+from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
 from bench.drive import closed_loop
 from bench.loads import Figure, Outcome, Plan
 from bench.report import PRODUCT, Results
@@ -103,3 +103,19 @@ async def test_loads_on_the_real_engine(
         outcome = await load(served.stream, plan)
     assert len(outcome.timings) == 4
     assert all(figure.value > 0 for figure in outcome.figures)
+
+
+def test_goodput_counts_what_came_in_time() -> None:
+    """Of four answers one ended before the queue was full, and one's first token came too late."""
+    settled, began = overload.SETTLE_SECONDS, 100.0
+
+    def answer(first: float, end: float) -> Timing:
+        return Timing(began + end - 5, (began + end - 5 + first, began + end), 2, 0, "")
+
+    answers = [answer(1, settled - 1), answer(2, settled + 1), answer(3, settled + 2), answer(60, settled + 3)]
+    point = overload.summed_up(2.0, 4.0, answers, [0.001, 0.003], began=began, resident=0)
+    assert point.goodput == pytest.approx(2 / (overload.ARRIVAL_SECONDS - settled))
+    assert point.refused == pytest.approx(2 / 6)
+    assert point.first_p50 == pytest.approx(2.5)
+    assert point.whole_p95 == pytest.approx(5.0)
+    assert point.refusal_p95 == pytest.approx(0.0029)

@@ -72,11 +72,11 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     http_port, grpc_port = free_ports(2)
     settings = Settings(model_dir=model_dir, port=grpc_port, api_keys_file=keys)
-    with ServiceThread(settings) as service, envoy(http_port, grpc_port, folder) as pid:
+    with ServiceThread(settings) as service, envoy(http_port, grpc_port, folder) as gateway:
         stack = Stack(http_port, grpc_port)
         stack.wait_until_ready()
         with grpc.insecure_channel(stack.grpc_address) as channel:
-            yield Watched(stack, pid, service, completion_pb2_grpc.CompletionServiceStub(channel))
+            yield Watched(stack, gateway.process.pid, service, completion_pb2_grpc.CompletionServiceStub(channel))
 
 
 def name(row: Row) -> str:

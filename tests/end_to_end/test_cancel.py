@@ -47,7 +47,10 @@ IDLE = Stats(running=0, waiting=0)
 def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A real server in this process behind a real Envoy."""
     http_port, grpc_port = free_ports(2)
-    settings = Settings(model_dir=model_dir, port=grpc_port, max_running=8, drain_seconds=1)
+    # What leaves early may queue as long as it likes: the estimate expects all 4,000 tokens of each.
+    settings = Settings(
+        model_dir=model_dir, port=grpc_port, max_running=8, max_queue_seconds=3600 * 24, drain_seconds=1
+    )
     with ServiceThread(settings) as service, envoy(http_port, grpc_port, tmp_path_factory.mktemp("envoy")):
         stack = Stack(http_port, grpc_port)
         stack.wait_until_ready()

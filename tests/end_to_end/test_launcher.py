@@ -63,6 +63,18 @@ def test_taken_port_is_a_clear_error() -> None:
     assert "HTTP_PORT" in output
 
 
+@pytest.mark.parametrize("limit", ["0", "1201", "many", "-1", "1.5"])
+def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
+    """A limit that Envoy cannot keep is named with its range."""
+    http_port, grpc_port = free_ports(2)
+    process = launch(
+        HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), REQUESTS_PER_MINUTE=limit
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"REQUESTS_PER_MINUTE={limit} is not a limit: it has to be 1..1200" in output
+
+
 def test_failing_service_is_reported(tmp_path: Path) -> None:
     """A service that cannot start is named with its exit code and its own words."""
     http_port, grpc_port = free_ports(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine.generation import Generation
-from service.errors import EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
+from service.errors import DeadlineError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.types import Delta, Prompt, Token
 from tests.engines import GatedModel, check_histories, running, settled, texts
 from tests.fakes import END, LETTERS, FakeModel, ids, request
@@ -153,7 +154,7 @@ async def test_stop_ends_everything(letters):
 async def test_too_many_waiting(letters):
     """Beyond the limit a request is refused at once, also when the step thread has not seen the others yet."""
     model = GatedModel(slots=1)
-    async with running(letters, model, max_waiting=3) as engine:
+    async with running(letters, model, max_waiting=6) as engine:
         tasks = [asyncio.create_task(texts(engine, request("a")))]
         await model.reached()
         tasks += [asyncio.create_task(texts(engine, request("b"))) for _ in range(3)]
@@ -341,3 +342,49 @@ def test_a_long_echo_is_no_backlog():
     generation = Generation(4, lambda _: pytest.fail("given up"))
     for candidate in range(4):
         generation.deliver(Delta(0, candidate, "x" * 8000, (SCORED,) * 8000, None, 0, 0))
+
+
+async def test_queue_is_bounded_by_estimated_work(letters):
+    """Once the pace is known, what would wait longer than allowed is refused, and nothing of it is kept."""
+    model = GatedModel(slots=1)
+    async with running(letters, model, max_queue_seconds=1.0) as engine:
+        engine._admission.pace.step(1, 0.1)
+        first = asyncio.create_task(texts(engine, request("a", max_tokens=4)))
+        await model.reached()
+        second = asyncio.create_task(texts(engine, request("a", max_tokens=7)))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as caught:  # at most 4 steps until the slot is free, and 7 tokens ahead
+            engine.submit(request("b"))
+        assert caught.value.retry_after == pytest.approx(1.1)
+        engine.check("another")
+        with pytest.raises(DeadlineError):
+            engine.submit(request("b", identity="another"), deadline=0.3)
+        second.cancel()
+        await asyncio.sleep(0.01)
+        engine.check("caller", deadline=0.5)
+        model.gate.release(1000)
+        assert await first == ["bcde"]
+        await settled(engine)
+        assert engine._admission._queued == {}
+        assert engine._tickets == {}
+
+
+async def test_refusing_takes_no_time(letters):
+    """With a thousand callers queueing, a refusal takes less than 5 ms."""
+    model = GatedModel(slots=1)
+    async with running(letters, model, max_waiting=2000) as engine:
+        tasks = [asyncio.create_task(texts(engine, request("a", identity=f"caller {i}"))) for i in range(1000)]
+        await model.reached()
+        await asyncio.sleep(0)
+        waits = []
+        for _ in range(20):
+            began = time.perf_counter()
+            with pytest.raises(DeadlineError):
+                engine.submit(request("a", identity="caller 999"), deadline=-1.0)
+            waits.append(time.perf_counter() - began)
+        assert min(waits) < 0.005
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        model.gate.release(1000)
+        await settled(engine)

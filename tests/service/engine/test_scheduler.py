@@ -128,7 +128,7 @@ def test_random_requests_and_aborts(seed, slots, prompt_chunk):
         if draw.random() < 0.25:
             length = draw.choice([0, 0, 17, 30])
             prompt = SHARED[:length] + tuple(draw.randrange(3) for _ in range(draw.randrange(1, 40)))
-            made = sequences(prompt, draw.choice("xy"), draw.choice([1, 1, 3]), draw.randrange(1, 6))
+            made = sequences(prompt, draw.choice("xyz"), draw.choice([1, 1, 3]), draw.randrange(1, 6))
             added += made
             simulation.add(made)
         elif simulation.live and draw.random() < 0.15:
@@ -191,6 +191,96 @@ def test_first_come_first_served():
     while simulation.step():
         pass
     assert simulation.ended == made
+
+
+def serve(simulation, scheduler_steps=10**6):
+    """Runs until nothing is left, or so many steps."""
+    for _ in range(scheduler_steps):
+        if not simulation.step():
+            return
+
+
+def test_a_flood_does_not_delay_another_caller():
+    """With one slot and fifty requests of one caller waiting, another's is next after the one that runs."""
+    simulation = Simulation(1, 16)
+    flood = [sequences((index, index), "flood")[0] for index in range(50)]
+    simulation.add(flood)
+    simulation.step()
+    (other,) = sequences((1, 2, 3), "other")
+    simulation.add([other])
+    serve(simulation)
+    assert simulation.ended == [flood[0], other, *flood[1:]]
+
+
+def test_callers_share_by_work():
+    """One asks for answers three times as long as the other's: it gets a third as many, and about the same work."""
+    simulation = Simulation(1, 16)
+    long = [sequences((1, index), "long", max_tokens=30)[0] for index in range(20)]
+    short = [sequences((2, index), "short", max_tokens=10)[0] for index in range(60)]
+    simulation.add(long)
+    simulation.add(short)
+    while len(simulation.ended) < 40:
+        simulation.step()
+    counts = [sum(each.request.identity == name for each in simulation.ended) for name in ("long", "short")]
+    assert counts == [10, 30]
+
+
+def test_time_away_earns_nothing():
+    """A caller who comes after another had the model alone for long takes turns with it from then on."""
+    simulation = Simulation(1, 16)
+    simulation.add([sequences((1, index), "first", max_tokens=9)[0] for index in range(60)])
+    while len(simulation.ended) < 40:
+        simulation.step()
+    simulation.add([sequences((2, index), "second", max_tokens=9)[0] for index in range(20)])
+    while len(simulation.ended) < 61:
+        simulation.step()
+    later = [each.request.identity for each in simulation.ended[41:]]
+    assert sorted(later) == ["first"] * 10 + ["second"] * 10
+
+
+def test_callers_prompts_take_turns():
+    """A long prompt of one caller does not hold another's short one back: chunks go to each in turn."""
+    simulation = Simulation(2, 16)
+    (long,) = sequences(tuple(range(160)), "long")
+    simulation.add([long])
+    simulation.step()
+    (short,) = sequences(tuple(range(200, 220)), "short", max_tokens=1)
+    simulation.add([short])
+    serve(simulation, 5)
+    assert short.finished
+    assert 16 < long.computed < 160
+
+
+def test_one_slot_of_sixteen_is_for_who_holds_none():
+    """However much one caller asks for, another gets a slot at once; with few slots none is kept back."""
+    for slots, kept in ((15, 0), (16, 1), (32, 2)):
+        simulation = Simulation(slots, 16)
+        simulation.add([sequences((index, 1), "flood", max_tokens=10**6)[0] for index in range(slots)])
+        serve(simulation, 3 * slots)
+        assert simulation.scheduler.running == slots - kept
+        assert simulation.scheduler.room("flood") == 0
+        assert simulation.scheduler.room("other") == min(kept, 1)
+        if kept:
+            others = [sequences((index, 2), "other", max_tokens=10**6)[0] for index in range(2)]
+            simulation.add(others)
+            serve(simulation, 3)
+            assert [each.slot is None for each in others] == [False, True]
+
+
+def test_batches_stay_in_order():
+    """The sequences of one caller get their slots in the order in which they were asked for, between another's."""
+    simulation = Simulation(3, 16)
+    mine = [sequences((1, index), "me", n=3, max_tokens=4) for index in range(5)]
+    yours = [sequences((2, index), "you", max_tokens=7) for index in range(9)]
+    for batch in mine + yours:
+        simulation.add(batch)
+    started = []
+    while simulation.step():
+        started += [each for each in simulation.live if each.slot is not None and each not in started]
+        started += [each for each in simulation.ended if each not in started]
+    for batches in (mine, yours):
+        wanted = [each for batch in batches for each in batch]
+        assert [each for each in started if each in wanted] == wanted
 
 
 def test_removing_in_every_state():

@@ -20,8 +20,9 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.rpc.interceptors import CallInterceptor
-from service.rpc.keys import KeyHolder, KeyRing
+from service.rpc.keys import Caller, KeyRing
 from service.rpc.parse import Limits
+from service.rpc.quota import Meter, Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from tests.fakes import END, VOCABULARY, FakeModel, manifest
 
@@ -37,11 +38,16 @@ class Served:
         self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
         self.tokenizing = ThreadPoolExecutor(1)
         served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
-        keys = KeyRing({hashlib.sha256(b"sk-right").digest(): KeyHolder("team", None)})
+        digest = hashlib.sha256(b"sk-right")
+        keys = KeyRing({digest.digest(): Caller("team", digest.hexdigest())})
         self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
-        servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
-        completion_pb2_grpc.add_CompletionServiceServicer_to_server(servicer, self.server)
+        self.servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
+        completion_pb2_grpc.add_CompletionServiceServicer_to_server(self.servicer, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
+
+    def limit(self, quota):
+        """Holds every key to a quota from now on."""
+        self.servicer._meter = Meter(quota)
 
     async def idle(self):
         """Waits until the engine has nothing left to do."""
@@ -206,11 +212,14 @@ async def test_fault_in_mid_stream(served):
 
 async def test_overload(served):
     """RESOURCE_EXHAUSTED, and when to come back."""
-    served.engine._max_waiting = 0
+    served.engine._admission._max_sequences = 0
     error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "1"
     assert detail(error).code == "rate_limit_exceeded"
+    served.limit(Quota(tokens_per_minute=600))
+    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
+    assert dict(error.trailing_metadata())["x-ratelimit-remaining-tokens"] == "600"
 
 
 @pytest.mark.parametrize("method", ["CreateCompletion", "StreamCompletion", "StreamCompletionEvents"])
@@ -261,3 +270,64 @@ async def test_users_are_logged_by_pseudonym(served, caplog):
     first, second, third = users
     assert first == third != second
     assert "alice" not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_tokens_per_minute(served):
+    """A request is charged with all that it may use, and gets back what it did not; headers say what is left."""
+    served.limit(Quota(tokens_per_minute=600))
+    call = served.stub.CreateCompletion(asked(max_tokens=58, stop=["e"]), metadata=KEY)  # "ab", then "cd"
+    await call
+    assert dict(await call.initial_metadata()) == {
+        "x-ratelimit-limit-tokens": "600",
+        "x-ratelimit-remaining-tokens": "540",
+        "x-ratelimit-reset-tokens": "6s",
+    }
+    stream = served.stub.StreamCompletion(asked(max_tokens=2), metadata=KEY)
+    assert [each async for each in stream]
+    remaining = int(dict(await stream.initial_metadata())["x-ratelimit-remaining-tokens"])
+    assert 592 <= remaining <= 594  # of the first request only 4 are left, less what the time since then forgave
+    error = await refused(served.stub.CreateCompletion(asked(max_tokens=60, n=10), metadata=KEY))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (detail(error).type, detail(error).code) == ("tokens", "rate_limit_exceeded")
+    metadata = dict(error.trailing_metadata())
+    assert (metadata["x-ratelimit-limit-tokens"], metadata["retry-after"]) == ("600", "60")
+
+
+async def test_sequences_at_once(served):
+    """A key may have only so many; what has ended, or was refused, makes room."""
+    served.limit(Quota(max_sequences=3))
+    error = await refused(served.stub.CreateCompletion(asked(n=4), metadata=KEY))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (detail(error).type, detail(error).code) == ("requests", "rate_limit_exceeded")
+    for _ in range(5):
+        assert len((await served.stub.CreateCompletion(asked(n=3), metadata=KEY)).choices) == 3
+
+
+async def test_deadline_shorter_than_the_wait(served):
+    """Refused by its estimate, without a step of the engine."""
+    served.engine._admission.pace.step(1, 10.0)
+    served.engine._admission.enter("another", [])
+    served.engine._scheduler.room = lambda _: 0
+    served.engine._scheduler.next_end = lambda: 3
+    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY, timeout=5))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "wait" in detail(error).message
+    assert served.model.steps == 0
+
+
+async def test_the_wall_clock_may_jump(served, monkeypatch):
+    """An hour forth and back in mid-request: deadlines and rates go on; only `created` follows the clock."""
+    served.limit(Quota(tokens_per_minute=600))
+    wall = time.time
+    for jump in (3600.0, -3600.0):
+        stream = served.stub.StreamCompletion(asked(max_tokens=40), metadata=KEY, timeout=30)
+        pieces = aiter(stream)
+        first = await anext(pieces)
+        monkeypatch.setattr(time, "time", lambda jump=jump: wall() + jump)
+        rest = [each async for each in pieces]
+        assert await stream.code() is grpc.StatusCode.OK
+        assert rest[-1].choices[0].finish_reason == pb.FINISH_REASON_LENGTH
+        assert abs(first.created - wall()) < 4000
+        answer = served.stub.CreateCompletion(asked(max_tokens=1), metadata=KEY)
+        assert abs((await answer).created - wall() - jump) < 60
+        assert 0 <= int(dict(await answer.initial_metadata())["x-ratelimit-remaining-tokens"]) <= 600

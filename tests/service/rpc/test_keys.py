@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 
 import pytest
 
 from service.errors import AuthenticationError, StartupError
 from service.rpc.keys import KeyRing
+from service.rpc.quota import Quota
 
 DIGEST = hashlib.sha256(b"sk-right").hexdigest()
 
@@ -94,3 +97,63 @@ def test_unreadable_file(tmp_path):
     for path in (tmp_path / "missing", tmp_path, tmp_path / "binary"):
         with pytest.raises(StartupError, match="cannot be read"):
             KeyRing.load(path)
+
+
+def rewrite(path, text):
+    """Replaces a file's text, so that its time of change differs whatever the file system's resolution."""
+    path.write_text(text)
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock as the key ring reads it; it stands still until told to go on."""
+    now = [1000.0]
+    monkeypatch.setattr("service.rpc.keys.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_keys_follow_their_file(tmp_path, clock):
+    """A second after a change the new keys open and the old ones do not, without a restart."""
+    path = tmp_path / "keys"
+    path.write_text(f"{DIGEST} old\n")
+    keys = KeyRing.load(path)
+    new = hashlib.sha256(b"sk-new").hexdigest()
+    rewrite(path, f"{new} new\n")
+    clock[0] += 0.9
+    assert keys.authenticate("Bearer sk-right").name == "old"
+    clock[0] += 0.2
+    assert keys.authenticate("Bearer sk-new").name == "new"
+    with pytest.raises(AuthenticationError):
+        keys.authenticate("Bearer sk-right")
+
+
+@pytest.mark.parametrize("change", ["invalid", "empty", "deleted"])
+def test_invalid_file_changes_nothing(tmp_path, clock, caplog, change):
+    """The old keys stay, the log says why, once and without a key, and a valid file is read again."""
+    path = tmp_path / "keys"
+    path.write_text(f"{DIGEST} me\n")
+    keys = KeyRing.load(path)
+    if change == "deleted":
+        path.unlink()
+    else:
+        rewrite(path, "" if change == "empty" else f"{DIGEST} me\n{DIGEST[:-1]} you\n")
+    for _ in range(3):
+        clock[0] += 1.1
+        assert keys.authenticate("Bearer sk-right").name == "me"
+    (record,) = caplog.records
+    assert "stay as they were" in record.getMessage()
+    assert DIGEST[:20] not in record.getMessage()
+    rewrite(path, f"{DIGEST} again\n")
+    keys.reload()
+    assert keys.authenticate("Bearer sk-right").name == "again"
+
+
+def test_limits_of_a_key(load):
+    """A line may end with the key's own limits."""
+    keys = load(f"{DIGEST} me tokens_per_minute=1000 max_sequences=4\n")
+    assert keys.authenticate("Bearer sk-right").quota == Quota(1000, 4)
+    assert load(f"{DIGEST} me\tmax_sequences=4\n").authenticate("Bearer sk-right").quota == Quota(None, 4)
+    for wrong in ("tokens_per_minute=0", "tokens=5", "max_sequences=-1", "max_sequences=4x", "max_sequences = 4"):
+        with pytest.raises(StartupError, match="line 1"):
+            load(f"{DIGEST} me {wrong}\n")

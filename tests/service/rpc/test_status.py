@@ -16,6 +16,8 @@ TABLE = [
     (errors.ForbiddenError("m"), grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error"),
     (errors.ModelNotFoundError("m"), grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     (errors.OverloadedError("m", retry_after=1), grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
+    (errors.TokensExceededError("m", retry_after=1), grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens"),
+    (errors.DeadlineError("m"), grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     (errors.UnavailableError("m"), grpc.StatusCode.UNAVAILABLE, "server_error"),
     (errors.DeadlineError("m"), grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     (errors.SlowReaderError("m"), grpc.StatusCode.ABORTED, "server_error"),
@@ -35,7 +37,9 @@ def test_expected_errors(error, code, kind):
 
 def test_every_service_error_is_in_the_table():
     """A new kind of error cannot be forgotten."""
-    assert {type(error) for error, _, _ in TABLE} == set(errors.ServiceError.__subclasses__())
+    kinds = set(errors.ServiceError.__subclasses__())
+    kinds |= {deeper for kind in kinds for deeper in kind.__subclasses__()}
+    assert {type(error) for error, _, _ in TABLE} == kinds
 
 
 @pytest.mark.parametrize("error", [ValueError("/secret/path"), errors.EngineFaultError("secret"), KeyError("secret")])
@@ -59,12 +63,15 @@ def test_detail_holds_the_whole_error():
     assert "retry-after" not in metadata
 
 
-@pytest.mark.parametrize(("seconds", "whole", "milliseconds"), [(0.2, "1", "200"), (2.4, "2", "2400")])
+@pytest.mark.parametrize(
+    ("seconds", "whole", "milliseconds"), [(0.2, "1", "200"), (2.4, "3", "2400"), (2.00001, "3", "2001")]
+)
 def test_overload_says_when_to_come_back(seconds, whole, milliseconds):
-    """In seconds, at least one, and in milliseconds."""
+    """In whole seconds and in milliseconds, both rounded up, also as gRPC's own retries read it."""
     error = errors.OverloadedError("m", retry_after=seconds)
     metadata = dict(trailing_metadata(*status_of(error, "id"), error))
     assert (metadata["retry-after"], metadata["retry-after-ms"]) == (whole, milliseconds)
+    assert metadata["grpc-retry-pushback-ms"] == milliseconds
 
 
 def test_missing_key_says_how_to_authenticate():

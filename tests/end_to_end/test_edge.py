@@ -1,0 +1,194 @@
+"""What Envoy keeps away from the service: slow, many, and hostile connections, and storms of retries."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from grpc_health.v1 import health, health_pb2_grpc
+
+from deploy import local
+from tests.stack import AUTHORIZED, MODEL, Stack, free_ports
+
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: {AUTHORIZED['authorization']}\r\n"
+
+
+def resident(pid: int) -> int:
+    """MiB of memory that a process has."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) // 1024
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    received = b""
+    while True:
+        try:
+            chunk = connection.recv(65536)
+        except ConnectionError:
+            return received
+        if not chunk:
+            return received
+        received += chunk
+
+
+def test_slow_body_times_out(stack: Stack) -> None:
+    """A body that does not arrive within ten seconds is 408 with the envelope, however steadily it trickles."""
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=20) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n".encode())
+        over = threading.Event()
+
+        def trickle() -> None:
+            while not over.wait(1):
+                connection.sendall(b" ")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        received = b""
+        while b"}}" not in received:
+            received += connection.recv(4096)
+        over.set()
+        thread.join()
+    assert received.startswith(b"HTTP/1.1 408")
+    assert b'"error"' in received
+    assert 9 < time.monotonic() - began < 13
+
+
+@contextmanager
+def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple[Stack, int]]:
+    """An Envoy with another bound on connections, and its process id."""
+    (http_port,) = free_ports(1)
+    config = yaml.safe_load(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
+    monitors = {item["name"]: item["typed_config"] for item in config["overload_manager"]["resource_monitors"]}
+    limit = monitors["envoy.resource_monitors.global_downstream_max_connections"]
+    assert limit["max_active_downstream_connections"] == 10_000
+    limit["max_active_downstream_connections"] = connections
+    path = folder / "envoy.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [local.envoy_binary(), "-c", str(path), "--disable-hot-restart", "-l", "warn"]
+    child = local.Child("Envoy", command, folder / "envoy.log")
+    try:
+        yield Stack(http_port, grpc_port), child.process.pid
+    finally:
+        child.stop()
+
+
+def test_connections_are_bounded(stack: Stack, tmp_path: Path) -> None:
+    """Two thousand open connections cost Envoy little and keep nobody out; beyond the bound more are closed."""
+    with envoy_with(tmp_path, stack.grpc, connections=2000) as (bounded, pid), ExitStack() as held:
+        bounded.wait_until_ready()
+        before = resident(pid)
+        for _ in range(1990):
+            held.enter_context(socket.create_connection(("127.0.0.1", bounded.http), timeout=10))
+        assert bounded.complete(prompt="a", max_tokens=1).status == 200
+        assert resident(pid) - before < 100
+        more = [
+            held.enter_context(socket.create_connection(("127.0.0.1", bounded.http), timeout=10)) for _ in range(30)
+        ]
+        assert [until_closed(each) for each in more[-10:]] == [b""] * 10
+        held.close()
+        bounded.wait_until_ready(10)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def literal(name: str, value: str) -> bytes:
+    """A header as HPACK writes one that is in no table."""
+    return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+
+def test_rapid_reset_closes_the_connection(stack: Stack) -> None:
+    """Streams opened and reset at once, by the thousand: Envoy closes the connection and serves others."""
+    headers = {":method": "POST", ":scheme": "http", ":path": "/v1/completions", ":authority": "a"}
+    block = b"".join(literal(name, value) for name, value in headers.items())
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=20) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        sent = 0
+        try:
+            for stream in range(1, 20_001, 2):
+                pair = frame(1, 4, stream, block) + frame(3, 0, stream, struct.pack(">I", 8))
+                connection.sendall(pair)
+                sent += 1
+        except ConnectionError:
+            pass
+        closed = sent < 10_000 or until_closed(connection) is not None
+    assert closed
+    assert sent < 10_000
+    assert stack.complete(prompt="a", max_tokens=1).status == 200
+
+
+@asynccontextmanager
+async def refusing(code: grpc.StatusCode) -> AsyncIterator[tuple[int, list[float]]]:
+    """A real gRPC server that holds every call for half a second and then refuses it; when it was asked."""
+    attempts: list[float] = []
+
+    async def refuse(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        attempts.append(time.monotonic())
+        await asyncio.sleep(0.5)
+        await context.abort(code, "not now")
+
+    server = grpc.aio.server()
+    methods = {"CreateCompletion": grpc.unary_unary_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("completion.v1.CompletionService", methods)])
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield port, attempts
+    finally:
+        await server.stop(0)
+
+
+async def statuses(port: int, count: int) -> list[bytes]:
+    """The statuses of so many requests at once."""
+
+    async def ask() -> bytes:
+        body = b'{"model": "%s", "prompt": "a"}' % MODEL.encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{HEAD}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        answer = await reader.read()
+        writer.close()
+        return answer.split(b" ")[1]
+
+    return await asyncio.gather(*(ask() for _ in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "most"),
+    [(grpc.StatusCode.RESOURCE_EXHAUSTED, b"429", 1.0), (grpc.StatusCode.UNAVAILABLE, b"503", 1.3)],
+)
+async def test_retries_do_not_multiply_the_load(
+    tmp_path: Path, code: grpc.StatusCode, status: bytes, most: float
+) -> None:
+    """What is overloaded is not asked again; what is unavailable gets a fifth more attempts, and 100."""
+    count = 1600
+    async with refusing(code) as (port, attempts):
+        with envoy_with(tmp_path, port, 10_000) as (retrying, _):
+            await ready(retrying.http, attempts)
+            assert await statuses(retrying.http, count) == [status] * count
+        assert count <= len(attempts) <= most * count
+
+
+async def ready(port: int, attempts: list[float]) -> None:
+    """Waits until Envoy calls the server, and forgets those calls."""
+    for _ in range(100):
+        with suppress(OSError):
+            await statuses(port, 1)
+        if attempts:
+            break
+        await asyncio.sleep(0.1)
+    attempts.clear()
