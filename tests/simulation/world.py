@@ -6,7 +6,7 @@ import gc
 import random
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as Candidate
 from service.errors import EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
+from service.types import Request
 from tests.fakes import FakeModel
 from tests.simulation.callers import IDENTITIES, STATES, Visit, check, expected, random_request
 
@@ -172,6 +173,12 @@ class World:
             _, call, arguments = self.posted.popleft()
             call(*arguments)
 
+    def _sequences(self, counts: Callable[[Request], bool]) -> int:
+        """At most how many sequences there are of requests that count, running or waiting."""
+        here = sum(len(visit.expected) for visit in self.visits if counts(visit.request))
+        known = sum(counts(each.request) for group in self.engine._sequences.values() for each in group)
+        return max(here, known) + self.engine._commands.qsize()
+
     # --- callers ---
 
     def _arrive(self) -> None:
@@ -193,9 +200,9 @@ class World:
         try:
             visit.generation = self.engine.submit(made)
         except OverloadedError:
-            here, known = self.visits, self.engine._sequences.values()
-            there = max(sum(len(each.expected) for each in here), sum(map(len, known))) + self.engine._commands.qsize()
-            check(there >= self.max_waiting, "refused although there was room", there)
+            mine = self._sequences(lambda request: request.identity == made.identity)
+            every = self._sequences(lambda request: True)
+            check(mine + every >= self.max_waiting, "refused although there was room", (mine, every))
             self._count("refused")
             return
         except UnavailableError:
