@@ -103,6 +103,8 @@ async def _drive(served: Served, chosen: list[str], plan: Plan) -> list[tuple[st
             outcomes.append((load, await _run(load, served, plan)))
         except TimeoutError:
             raise PeerError(f"the load {load} did not end within {plan.limit} s") from None
+    if served.engine is not None:
+        await cancel.held(served.engine, 0)  # what a load has left running must not outlive the event loop
     return outcomes
 
 

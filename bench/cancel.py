@@ -51,18 +51,18 @@ async def _cancel_one(
     """Seconds, and pieces of a stream beside, from cancelling `victim` until one slot less is held."""
     pieces = stream(victim)
     first = asyncio.ensure_future(anext(pieces))
-    await _held(engine, STREAMS + 1)
+    await held(engine, STREAMS + 1)
     if decoding:
         await first
     began, seen = time.perf_counter(), len(beside)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     await pieces.aclose()
-    await _held(engine, STREAMS)
+    await held(engine, STREAMS)
     return time.perf_counter() - began, len(beside) - seen
 
 
-async def _held(engine: Engine, slots: int) -> None:
+async def held(engine: Engine, slots: int) -> None:
     """Waits until exactly so many slots are held."""
     deadline = time.perf_counter() + PATIENCE_SECONDS
     while engine.stats.running != slots:

@@ -33,7 +33,7 @@ _RECOMPUTE = 2
 # A call costs so much by itself that fewer tokens hardly make it shorter; the setting allows no fewer either.
 _LEAST_CHUNK = 16
 # Behind so many positions attention costs a prompt token about as much again as the matrices do (default model, CPU).
-_HALF_SPEED = 2048
+_HALF_SPEED = 1280
 
 # A generated token takes about as long as three of a prompt (default model, CPU, 8 and more rows).
 _GENERATED_COST = 3

@@ -347,7 +347,7 @@ def test_no_token_is_alone_in_a_tile(prompt_chunk, length):
 
 def test_chunks_beside_streams_shrink_as_the_prompt_grows():
     """Beside a running stream later chunks are shorter, as attention takes its share; alone they stay as long."""
-    for beside, last in ((False, 128), (True, 128 * 2048 // (2048 + 1900))):
+    for beside, last in ((False, 128), (True, 128 * 1280 // (1280 + 1900))):
         scheduler = Scheduler(KVCache(2), 128)
         if beside:
             (stream,) = sequences((1, 2), max_tokens=1000)
