@@ -255,7 +255,7 @@ def test_the_longest_that_a_request_may_take(
     written = local.envoy_config
     assert setting in written({"HTTP_PORT": 1, "GRPC_PORT": 2})
     short = setting.replace("598", "2").replace("600", "2")
-    monkeypatch.setattr(local, "envoy_config", lambda ports: written(ports).replace(setting, short))
+    monkeypatch.setattr(local, "envoy_config", lambda *given: written(*given).replace(setting, short))
     with service(tiny_model, tmp_path, "--max-running", "2", step_seconds=0.02) as running:
         (http,) = free_ports(1)
         with envoy(http, running.port, tmp_path), ThreadPoolExecutor(1) as pool:
