@@ -290,6 +290,7 @@ def test_helm_can_keep_a_release(rendered: tuple[dict[str, Any], list[Manifest]]
         ({**KEYS, "replicas": 0}, "minimum"),
         ({**KEYS, "image": {"tag": 1}}, "want string"),
         ({**KEYS, "env": {"PATH": "/"}}, "PATH"),
+        ({**KEYS, "env": {"COMPLETION_HOST": "127.0.0.1"}}, "COMPLETION_HOST"),
         ({**KEYS, "httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({**KEYS, "inferencePool": {"enabled": True}}, "inferencePool.endpointPicker.name"),
         ({**VALUES["inference"], "affinity": {"enabled": True}}, "exclude each other"),
