@@ -5,6 +5,7 @@
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and what it leaves behind
     python -m bench overload        our goodput and latency when more is asked for than can be done
+    python -m bench scaling         our throughput by number of replicas, and what affinity gives their caches
 
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from bench import cancel, genai, growth, limits, llama_cpp, loads, overload, peers, report, soak
+from bench import cancel, genai, growth, limits, llama_cpp, loads, overload, peers, report, scaling, soak
 from bench.client import PeerError
 from bench.loads import Plan
 from bench.peers import Served, Setup, Start
@@ -135,6 +136,10 @@ def _overload(options: argparse.Namespace) -> None:
     overload.run(_setup(options), _plan(options), options.out)
 
 
+def _scaling(options: argparse.Namespace) -> None:
+    scaling.run(_setup(options), _plan(options), options.rounds, options.replicas, options.out)
+
+
 def _setup(options: argparse.Namespace) -> Setup:
     return Setup(
         model_dir=local.model_dir(),
@@ -179,7 +184,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = {"compare": _compare, "limits": _limits, "growth": _growth, "overload": _overload, "soak": _soak}
+    runs = {
+        "compare": _compare,
+        "limits": _limits,
+        "growth": _growth,
+        "overload": _overload,
+        "scaling": _scaling,
+        "soak": _soak,
+    }
     parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
     add = parser.add_argument
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom to measure (all)")
@@ -198,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--flash-attention", choices=["on", "off"], default="on", help="of llama.cpp (%(default)s)")
     add("--curves", nargs="+", choices=growth.CURVES, default=list(growth.CURVES), help="growth: which (all)")
     add("--minutes", type=float, default=2.0, help="soak: how long (%(default)s)")
+    add("--replicas", type=_positive, nargs="+", default=[1, 2], help="scaling: services behind Envoy (%(default)s)")
     add("--weights", type=Path, help="the GGUF file that MODEL_DIR was exported from (the default model's)")
     add("--seed", type=int, default=1, help="of prompts and arrivals (%(default)s)")
     add("--limit", type=float, default=900.0, help="most seconds that one load may take (%(default)s)")

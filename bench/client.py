@@ -29,13 +29,15 @@ class RefusedError(PeerError):
 class Job:
     """One request: prompts as token ids, and how many tokens each of its choices generates, whatever they are.
 
-    `reuse` says whether the peer may take prompt tokens from its cache; our service always may.
+    `reuse` says whether the peer may take prompt tokens from its cache; our service always may. `session` is what
+    Envoy may choose a replica by.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
     n: int = 1
     reuse: bool = False
+    session: str | None = None
 
     @property
     def expected_tokens(self) -> int:
@@ -61,6 +63,7 @@ class Timing:
     tokens: int
     cached: int
     text: str
+    prompt_tokens: int = 0
 
     @property
     def first(self) -> float:
@@ -94,7 +97,7 @@ async def timed(stream: Stream, job: Job) -> Timing:
         tokens, cached = piece.tokens or tokens, piece.cached or cached
     if tokens != job.expected_tokens:
         raise PeerError(f"an answer has {tokens} tokens, {job.expected_tokens} were asked for")
-    return Timing(began, tuple(at), tokens, cached, "".join(texts))
+    return Timing(began, tuple(at), tokens, cached, "".join(texts), sum(map(len, job.prompts)))
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -123,9 +126,10 @@ def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> St
             **({} if job.reuse else uncached or {}),
         }
         data = json.dumps(body).encode()
+        session = f"X-Session-Id: {job.session}\r\n" if job.session else ""
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{session}\r\n"
         )
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:

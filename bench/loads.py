@@ -118,20 +118,9 @@ async def chat(stream: Stream, plan: Plan) -> Outcome:
     pick = _random(plan, "chat")
     system = _prompt(plan, pick, SYSTEM_TOKENS)
     questions = [[_prompt(plan, pick, USER_TOKENS) for _ in range(CHAT_TURNS)] for _ in range(CHATS)]
-    timings: list[list[Timing]] = []
-
-    async def converse(mine: list[tuple[int, ...]]) -> None:
-        said, turns = system, []
-        timings.append(turns)
-        for question in mine:
-            said += question
-            turn = await timed(stream, Job((said,), REPLY_TOKENS, reuse=True))
-            turns.append(turn)
-            said += tuple(plan.tokenizer.encode(turn.text, add_special_tokens=False).ids[: 2 * REPLY_TOKENS])
-
     began = time.perf_counter()
     async with asyncio.timeout(plan.limit):
-        await together(converse(mine) for mine in questions)
+        timings = await together(_converse(stream, plan, Job((system,), REPLY_TOKENS), mine) for mine in questions)
     every = [turn for turns in timings for turn in turns]
     later = [turn.first for turns in timings for turn in turns[1:]]
     seconds = max(turn.at[-1] for turn in every) - began
@@ -143,6 +132,41 @@ async def chat(stream: Stream, plan: Plan) -> Outcome:
         ],
         every,
     )
+
+
+async def sessions(stream: Stream, plan: Plan) -> Outcome:
+    """Conversations as in `chat`, each in a session and with a system prompt of its own: what the caches give them."""
+    pick = _random(plan, "sessions")
+    systems = [_prompt(plan, pick, SYSTEM_TOKENS) for _ in range(CHATS)]
+    questions = [[_prompt(plan, pick, USER_TOKENS) for _ in range(CHAT_TURNS)] for _ in range(CHATS)]
+    began = time.perf_counter()
+    async with asyncio.timeout(plan.limit):
+        timings = await together(
+            _converse(stream, plan, Job((system,), REPLY_TOKENS, session=f"chat-{number}"), mine)
+            for number, (system, mine) in enumerate(zip(systems, questions, strict=True))
+        )
+    every = [turn for turns in timings for turn in turns]
+    seconds = max(turn.at[-1] for turn in every) - began
+    hits = sum(turn.cached for turn in every) / sum(turn.prompt_tokens for turn in every)
+    later = [turn.first for turns in timings for turn in turns[1:]]
+    return Outcome(
+        [
+            Figure("sessions prefix-cache hit rate", hits, "of prompt tokens", "more"),
+            Figure("sessions output rate", sum(turn.tokens for turn in every) / seconds, "tokens/s", "more"),
+            Figure("sessions time to first token from turn 2 on, p50", statistics.median(later), "s", "less"),
+        ],
+        every,
+    )
+
+
+async def _converse(stream: Stream, plan: Plan, job: Job, questions: list[tuple[int, ...]]) -> list[Timing]:
+    """Asks one question after the other; each turn's prompt is the job's, and all that was said since."""
+    (said,), turns = job.prompts, []
+    for question in questions:
+        said += question
+        turns.append(await timed(stream, replace(job, prompts=(said,), reuse=True)))
+        said += tuple(plan.tokenizer.encode(turns[-1].text, add_special_tokens=False).ids[: 2 * REPLY_TOKENS])
+    return turns
 
 
 async def open_loop(stream: Stream, plan: Plan) -> Outcome:

@@ -6,8 +6,8 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
 
 from bench.client import API_KEY, Job, Piece, Stream, rest
-from bench.processes import START_SECONDS, answers, running, wait_until
+from bench.processes import START_SECONDS, answers, healthy, running, wait_until
 from deploy import local
 from service.engine.engine import Engine
 from service.server import load_model
@@ -61,14 +61,27 @@ Start = Callable[[Setup], AbstractContextManager[Served]]
 @contextmanager
 def rest_through_envoy(setup: Setup) -> Iterator[Served]:
     """Our product as its users reach it: REST, Envoy, gRPC, engine, each process its own."""
-    http_port, grpc_port = local.free_ports(2)
-    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
-    with tempfile.TemporaryDirectory() as folder:
-        command = local.envoy_command(local.envoy_binary(), ports, Path(folder))
-        with _service(setup, grpc_port) as service, running("Envoy", command) as gateway:
+    with replicas_through_envoy(setup, 1) as served:
+        yield served
+
+
+@contextmanager
+def replicas_through_envoy(setup: Setup, count: int, affinity: bool = False) -> Iterator[Served]:
+    """So many services behind one Envoy, which share the threads; with `affinity` each session has one of them."""
+    http_port, admin_port, *grpc_ports = local.free_ports(2 + count)
+    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_ports[0], "ADMIN_PORT": admin_port}
+    share = replace(setup, threads=max(1, setup.threads // count))
+    with ExitStack() as started:
+        folder = Path(started.enter_context(tempfile.TemporaryDirectory()))
+        command = local.envoy_command(local.envoy_binary(), ports, folder, grpc_ports[1:], affinity)
+        services = [started.enter_context(_service(share, port)) for port in grpc_ports]
+        gateway = started.enter_context(running("Envoy", command))
+        for service in services:
             wait_until(lambda: answers(http_port, "/v1/models"), service)
-            processes = {"service": service.process.pid, "Envoy": gateway.process.pid}
-            yield Served(rest(http_port, local.MODEL), processes)
+        wait_until(lambda: healthy(admin_port) == count, services[-1])
+        names = ["service", *(f"service {number}" for number in range(2, count + 1))]
+        processes = {name: service.process.pid for name, service in zip(names, services, strict=True)}
+        yield Served(rest(http_port, local.MODEL), {**processes, "Envoy": gateway.process.pid})
 
 
 @contextmanager

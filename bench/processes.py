@@ -55,6 +55,16 @@ def answers(port: int, path: str) -> bool:
         connection.close()
 
 
+def healthy(admin_port: int) -> int:
+    """How many replicas Envoy sends requests to."""
+    connection = http.client.HTTPConnection("127.0.0.1", admin_port, timeout=10)
+    try:
+        connection.request("GET", "/stats?filter=^cluster.service.membership_healthy$")
+        return int(connection.getresponse().read().rpartition(b": ")[2])
+    finally:
+        connection.close()
+
+
 def memory(pid: int, field: str = "VmHWM") -> int:
     """Bytes of a process's memory: VmHWM is the most that was resident so far, VmRSS what is now."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -4,9 +4,10 @@
 
 MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file
 of keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits every key at Envoy. TLS_DIR turns on
-TLS at the door and between the two, with the certificates in that folder (docs/security.md). START_SECONDS is how
-long both may take to get ready. Prints a line that starts with `ready` once a completion has come through Envoy,
-then serves until Ctrl-C or SIGTERM.
+TLS at the door and between the two, with the certificates in that folder (docs/security.md). REPLICAS starts as many
+services, which share the cores, and AFFINITY=session sends each session to one of them (docs/scaling.md).
+START_SECONDS is how long all may take to get ready. Prints a line that starts with `ready` once a completion has
+come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -44,6 +45,7 @@ RATE_LIMIT_FILTERS = tuple(
     f"envoy.filters.http.{name}" for name in ("header_mutation", "header_to_metadata", "local_ratelimit")
 )
 MOST_PER_MINUTE = 1200
+MOST_REPLICAS = 64
 
 START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
 DRAIN_SECONDS = 45
@@ -175,10 +177,12 @@ def add_tls(config: dict[str, Any], folder: Path) -> None:
     config["static_resources"]["clusters"][0]["transport_socket"] = sockets["service"]
 
 
-def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None) -> str:
+def envoy_config(
+    ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None, affinity: bool = False
+) -> str:
     """envoy.yaml on loopback, with the chosen ports and, if there is a folder of certificates, with TLS.
 
-    `replicas` are the gRPC ports of further service processes.
+    `replicas` are the gRPC ports of further service processes; with `affinity` each session has one of its own.
     """
     config = yaml.safe_load(ENVOY_CONFIG.read_text())
     resources = config["static_resources"]
@@ -187,6 +191,8 @@ def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), requests_p
     for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
         listen_on(host["endpoint"], grpc_port)
     resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
+    if affinity:
+        resources["clusters"][0]["lb_policy"] = "RING_HASH"
     if requests_per_minute is not None:
         limit_requests(resources["listeners"][0], requests_per_minute)
     if "ADMIN_PORT" in ports:
@@ -222,10 +228,28 @@ def requests_per_minute() -> int | None:
     return int(text)
 
 
-def envoy_command(binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = ()) -> list[str]:
+def replicas() -> int:
+    """What REPLICAS says: how many services to start."""
+    text = os.environ.get("REPLICAS", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_REPLICAS:
+        raise LaunchError(f"REPLICAS={text} is not a number of services: it has to be 1..{MOST_REPLICAS}")
+    return int(text)
+
+
+def affinity() -> bool:
+    """Whether AFFINITY asks for a replica of its own for each session."""
+    text = os.environ.get("AFFINITY", "none")
+    if text not in {"none", "session"}:
+        raise LaunchError(f"AFFINITY={text} is not known: it has to be none or session")
+    return text == "session"
+
+
+def envoy_command(
+    binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = (), affinity: bool = False
+) -> list[str]:
     """What runs Envoy on the chosen ports; its configuration is written into `folder`."""
     config = folder / "envoy.yaml"
-    config.write_text(envoy_config(ports, replicas, requests_per_minute()))
+    config.write_text(envoy_config(ports, replicas, requests_per_minute(), affinity))
     return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
 
 
@@ -289,22 +313,34 @@ def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: 
     print(f"ready rest={rest} grpc={grpc}", flush=True)
 
 
+def service_command(model: Path, grpc_port: int, replicas: int) -> list[str]:
+    """What runs one of so many services, each with its share of the cores."""
+    command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(grpc_port)]
+    if replicas > 1:
+        command += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // replicas))]
+    # All stop together: there is no other replica to send requests to meanwhile.
+    return [*command, "--drain-delay-seconds", "0", *service_tls_args(tls_dir())]
+
+
 def run(service_args: list[str]) -> None:
     chosen = ports()
     envoy = envoy_binary()
     model = model_dir()
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="completions-")))
-        gateway = Child("Envoy", envoy_command(envoy, chosen, folder), folder / "envoy.log")
+        count = replicas()
+        further = free_ports(count - 1)
+        gateway = Child("Envoy", envoy_command(envoy, chosen, folder, further, affinity()), folder / "envoy.log")
         cleanup.callback(gateway.stop)
-        command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(chosen["GRPC_PORT"])]
-        command += ["--drain-delay-seconds", "0"]  # there is no other replica to send requests to meanwhile
-        command += service_tls_args(tls_dir())
-        service = Child("the service", [*command, *service_args], folder / "service.log")
-        # Runs before the gateway's: the service drains while Envoy still carries its answers.
-        cleanup.callback(service.stop)
+        services = []
+        for number, grpc_port in enumerate((chosen["GRPC_PORT"], *further), 1):
+            name = "service" if count == 1 else f"service-{number}"
+            command = service_command(model, grpc_port, count) + service_args
+            services.append(Child(f"the {name}", command, folder / f"{name}.log"))
+            # Runs before the gateway's: the service drains while Envoy still carries its answers.
+            cleanup.callback(services[-1].stop)
 
-        children = [service, gateway]
+        children = [*services, gateway]
         announce(chosen, *first_completion(rest_address(chosen), children), folder)
         while True:
             for child in children:

@@ -7,6 +7,7 @@ local FORWARDED = {
   ["content-type"] = 256,
   ["user-agent"] = 512,
   ["x-request-id"] = 64,
+  ["x-session-id"] = 256,
   traceparent = 64,
   tracestate = 512,
 }

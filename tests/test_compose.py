@@ -42,18 +42,20 @@ def test_drains(service: dict[str, Any]) -> None:
 
 
 def test_published_on_loopback_only(service: dict[str, Any]) -> None:
-    """What is published is Envoy's listener, on this machine alone."""
+    """What is published is Envoy's listener, or Grafana, on this machine alone."""
     listener = ENVOY["static_resources"]["listeners"][0]["address"]["socket_address"]["port_value"]
     for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:")
-        assert port.endswith(f":{listener}")
+        assert port.endswith(":3000" if "grafana" in service.get("image", "") else f":{listener}")
 
 
-def test_envoy_shares_its_services_network(service: dict[str, Any]) -> None:
-    """Each Envoy runs in the network of the service that it waits for, where 127.0.0.1 is the service."""
-    if "image" in service:
-        (upstream,) = service["depends_on"]
-        assert service["network_mode"] == f"service:{upstream}"
+@pytest.mark.parametrize("name", ["envoy", "envoy-gpu", "prometheus"])
+def test_shares_its_services_network(name: str) -> None:
+    """Each runs in the network of the service that it waits for, where 127.0.0.1 is the service."""
+    service = SERVICES[name]
+    (upstream,) = service["depends_on"]
+    assert service["network_mode"] == f"service:{upstream}"
+    if name != "prometheus":
         assert service.get("profiles") == SERVICES[upstream].get("profiles")
 
 

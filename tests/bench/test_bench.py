@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from bench import loads, overload, peers
+from bench import loads, overload, peers, scaling
 from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
 from bench.drive import closed_loop
 from bench.loads import Figure, Outcome, Plan
@@ -119,3 +119,27 @@ def test_goodput_counts_what_came_in_time() -> None:
     assert point.first_p50 == pytest.approx(2.5)
     assert point.whole_p95 == pytest.approx(5.0)
     assert point.refusal_p95 == pytest.approx(0.0029)
+
+
+def test_ratios_of_replicas_are_taken_within_a_round() -> None:
+    """The second round was half as fast for both: the ratio is the same."""
+    points = [
+        scaling.Point(number, replicas, affinity=False, figure=scaling.RATE, value=value, unit="tokens/s")
+        for number, replicas, value in [(1, 1, 10.0), (1, 2, 15.0), (2, 1, 5.0), (2, 2, 7.5)]
+    ]
+    assert scaling.ratios(points, scaling.RATE, (2, False), to=(1, False)) == [1.5, 1.5]
+
+
+async def test_sessions_count_what_caches_held(plan: Plan) -> None:
+    """A cache that holds half of each prompt gives a hit rate of one half; every chat keeps its session and grows."""
+    seen: dict[str | None, list[int]] = {}
+
+    async def stream(job: Job) -> AsyncGenerator[Piece, None]:
+        length = len(job.prompts[0])
+        seen.setdefault(job.session, []).append(length)
+        yield Piece("x" * 10, job.new_tokens, length // 2)
+
+    outcome = await loads.sessions(stream, plan)
+    assert outcome.figures[0].value == pytest.approx(0.5, abs=0.01)
+    assert len(seen) == loads.CHATS
+    assert all(len(lengths) == loads.CHAT_TURNS and lengths == sorted(set(lengths)) for lengths in seen.values())

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.stack import ROOT, free_ports, ports_of, wait_until_ready
+from tests.stack import ROOT, free_ports, launched, ports_of, wait_until_ready
 
 
 def launch(**environment: str) -> subprocess.Popen[str]:
@@ -73,6 +76,42 @@ def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"REQUESTS_PER_MINUTE={limit} is not a limit: it has to be 1..1200" in output
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "message"),
+    [
+        ("REPLICAS", "0", "is not a number of services: it has to be 1..64"),
+        ("REPLICAS", "65", "is not a number of services: it has to be 1..64"),
+        ("REPLICAS", "two", "is not a number of services: it has to be 1..64"),
+        ("AFFINITY", "key", "is not known: it has to be none or session"),
+    ],
+)
+def test_wrong_replicas_are_a_clear_error(model_dir: Path, variable: str, given: str, message: str) -> None:
+    """What cannot be started is named, with what can."""
+    http_port, grpc_port = free_ports(2)
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), **{variable: given})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{variable}={given} {message}" in output
+
+
+def test_replicas_with_affinity(model_dir: Path) -> None:
+    """Two services start with a share of the cores each, and Envoy has both on its ring."""
+    with launched(model_dir, REPLICAS="2", AFFINITY="session") as stack:
+        assert stack.logs is not None
+        (cluster,) = yaml.safe_load((stack.logs / "envoy.yaml").read_text())["static_resources"]["clusters"]
+        (hosts,) = [group["lb_endpoints"] for group in cluster["load_assignment"]["endpoints"]]
+        ports = [host["endpoint"]["address"]["socket_address"]["port_value"] for host in hosts]
+        assert ports[0] == stack.grpc
+        assert len(set(ports)) == 2
+        assert cluster["lb_policy"] == "RING_HASH"
+        for port in ports:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert sorted(log.name for log in stack.logs.glob("service*.log")) == ["service-1.log", "service-2.log"]
 
 
 def test_failing_service_is_reported(tmp_path: Path) -> None:

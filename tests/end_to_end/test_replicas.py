@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -18,55 +17,14 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
+from tests.replicas import Pair, serving_pair
 from tests.stack import AUTHORIZED, MODEL, Replica, Stack, envoy, free_ports
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two replicas and the Envoy before them."""
-
-    stack: Stack
-    replicas: tuple[Replica, Replica]
-    admin: int
-
-    def wait_until_both_serve(self) -> None:
-        """Returns once both answer and Envoy sends requests to both; of a quick restart it does not know."""
-        for replica in self.replicas:
-            replica.wait_until_serving()
-        deadline = time.monotonic() + 60
-        while self._health() != [True, True]:
-            assert time.monotonic() < deadline, "a replica is not healthy within a minute"
-            time.sleep(0.05)
-
-    def _health(self) -> list[bool]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=10)
-        try:
-            connection.request("GET", "/clusters?format=json")
-            (cluster,) = json.load(connection.getresponse())["cluster_statuses"]
-        except ConnectionRefusedError:  # Envoy is still starting
-            return []
-        finally:
-            connection.close()
-        found = [host["health_status"] for host in cluster["host_statuses"]]
-        return [status == {"eds_health_status": "HEALTHY"} for status in found]
 
 
 @pytest.fixture(scope="module")
 def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Both replicas serve; a test that ends one starts it again."""
-    folder = tmp_path_factory.mktemp("replicas")
-    http_port, admin_port, *ports = free_ports(4)
-    first, second = (Replica(model_dir, port, folder, "--drain-seconds", "10", "--threads", "1") for port in ports)
-    with envoy(http_port, first.port, folder, [second.port], admin_port):
-        try:
-            for replica in (first, second):
-                replica.start()
-            made = Pair(Stack(http_port, first.port), (first, second), admin_port)
-            made.wait_until_both_serve()
-            yield made
-        finally:
-            for replica in (first, second):
-                replica.kill()
+    with serving_pair(model_dir, tmp_path_factory.mktemp("replicas")) as made:
+        yield made
 
 
 class Load:

@@ -1,0 +1,64 @@
+{{- define "completion-service.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "completion-service.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "completion-service.labels" -}}
+{{ include "completion-service.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "completion-service.keys" -}}
+{{- if and .Values.apiKeys.existingSecret .Values.apiKeys.lines -}}
+{{- fail "apiKeys: set existingSecret or lines, not both" -}}
+{{- end -}}
+{{- if not (or .Values.apiKeys.existingSecret .Values.apiKeys.lines) -}}
+{{- fail "apiKeys: set existingSecret to a Secret with the entry api_keys, or lines to lines of a key file" -}}
+{{- end -}}
+{{- .Values.apiKeys.existingSecret | default (printf "%s-keys" (include "completion-service.name" .)) -}}
+{{- end -}}
+
+{{- /*
+envoy/envoy.yaml of the repository. Other than there are only the address of the service, and the pages: the viewer behind
+/docs stays out, as Helm keeps a chart with all its files in one object of at most 1 MiB.
+*/ -}}
+{{- define "completion-service.envoy" -}}
+{{- $config := .Files.Get "files/envoy/envoy.yaml" | fromYaml -}}
+{{- $listener := first $config.static_resources.listeners -}}
+{{- $manager := (first (first $listener.filter_chains).filters).typed_config -}}
+{{- $host := first $manager.route_config.virtual_hosts -}}
+{{- $routes := list -}}
+{{- range $host.routes -}}
+{{- $page := dig "direct_response" "body" "filename" "" . -}}
+{{- if not (or (hasPrefix "envoy/static/vendor/" $page) (eq "envoy/static/docs.html" $page)) -}}
+{{- $routes = append $routes . -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $host "routes" $routes -}}
+{{- if .Values.affinity.enabled -}}
+{{- $cluster := first $config.static_resources.clusters -}}
+{{- $endpoint := first (first $cluster.load_assignment.endpoints).lb_endpoints -}}
+{{- $name := printf "%s-replicas.%s.svc" (include "completion-service.name" .) .Release.Namespace -}}
+{{- $_ := set $endpoint.endpoint.address.socket_address "address" $name -}}
+{{- $_ := set $cluster "type" "STRICT_DNS" -}}
+{{- $_ := set $cluster "lb_policy" "RING_HASH" -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{- define "completion-service.confined" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+{{- end -}}
