@@ -95,7 +95,7 @@ def test_lm_eval_scores_are_those_of_the_same_graph(evaluated: Path, model_dir: 
 
 
 def test_lm_eval_scores_are_near_the_source(evaluated: Path, tokenizer: Tokenizer) -> None:
-    """Beside the source's weights in float32 numpy the texts' scores differ by at most 0.05 per token."""
+    """Beside the source's weights in float32 numpy the texts' scores differ by at most 0.1 per token."""
     source = read_source(local.default_weights())
     unpacked = functools.cache(source.floats)
     checkpoint = types.SimpleNamespace(architecture=source.architecture, tensors=source.tensors, floats=unpacked)
@@ -107,7 +107,7 @@ def test_lm_eval_scores_are_near_the_source(evaluated: Path, tokenizer: Tokenize
     assert len(scored) == 12
     for text, score in scored:
         direct, _ = scores(logits, [END_OF_TEXT, *tokenizer.encode(text).ids], 1)
-        assert score / len(direct) == pytest.approx(direct.mean(), abs=0.05)
+        assert score / len(direct) == pytest.approx(direct.mean(), abs=0.1)
 
 
 def test_lm_eval_metrics_follow_from_the_scores(evaluated: Path) -> None:
