@@ -97,6 +97,24 @@ def test_an_engine_that_hangs(tiny_model: Path, tmp_path: Path) -> None:
     assert running.logged("the engine hangs")["seconds"] == 1
 
 
+def test_a_model_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:
+    """A model that fails on everything blames no request, and is given up on the third: exit code 1."""
+    with service(tiny_model, tmp_path, fault="gone") as running:
+        assert running.complete(max_tokens=3).usage.completion_tokens == 3
+        watch = running.watch()
+        next(watch)
+        running.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as caught:
+                running.complete(max_tokens=3)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE  # another replica may answer
+            assert "secret" not in caught.value.details()
+        assert next(watch).status == NOT_SERVING
+        assert running.exit_code(10) == 1
+    assert running.logged("the engine has died")["level"] == "critical"
+
+
 @pytest.mark.parametrize(("fault", "counter"), [("fail", "failed_steps"), ("nan", "not_finite")])
 def test_a_step_that_fails_for_one(tiny_model: Path, tmp_path: Path, fault: str, counter: str) -> None:
     """Only the sequence that the model fails on ends, with an opaque INTERNAL; its neighbours get their whole text."""
@@ -255,7 +273,7 @@ def test_the_longest_that_a_request_may_take(
     written = local.envoy_config
     assert setting in written({"HTTP_PORT": 1, "GRPC_PORT": 2})
     short = setting.replace("598", "2").replace("600", "2")
-    monkeypatch.setattr(local, "envoy_config", lambda ports: written(ports).replace(setting, short))
+    monkeypatch.setattr(local, "envoy_config", lambda *given: written(*given).replace(setting, short))
     with service(tiny_model, tmp_path, "--max-running", "2", step_seconds=0.02) as running:
         (http,) = free_ports(1)
         with envoy(http, running.port, tmp_path), ThreadPoolExecutor(1) as pool:

@@ -17,7 +17,7 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as Candidate
-from service.errors import EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
+from service.errors import EngineDiedError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from tests.fakes import FakeModel
 from tests.simulation.callers import IDENTITIES, STATES, Visit, check, expected, random_request
@@ -126,10 +126,13 @@ class World:
     # --- running ---
 
     def run(self, steps: int) -> None:
-        """So many steps of the engine, then no new callers, until all is over; or its stop in the middle."""
+        """So many steps of the engine, then no new callers, until all is over; or its stop, or death, in the middle."""
         while self.steps < steps:
             self.turn(arrivals=True)
-        if self.draw.random() < 0.3:
+        fate = self.draw.random()
+        if fate < 0.2:
+            self._die()
+        elif fate < 0.5:
             self.stopped = True
             self.engine._commands.put(self.engine._stop)
             self._arrive()  # before the engine has heard of it
@@ -139,6 +142,20 @@ class World:
             check(self.turns < limit, "requests never end", len(self.visits))
         self.turn(arrivals=False)
         self._check_nothing_kept()
+
+    def _die(self) -> None:
+        """The model goes, and takes the engine along; not before it has failed on some requests."""
+        self.model.gone = True
+        limit = self.turns + 1000
+        while not self.stopped:
+            try:
+                self.turn(arrivals=True)
+            except EngineDiedError:
+                self._count("died")
+                self.stopped = True
+                self.engine._commands.put(self.engine._stop)
+            check(self.turns < limit, "serves on with a model that is gone")
+            check(self.outcomes.get("UnavailableError", 0) < 3 or self.stopped, "fails on and on")
 
     def turn(self, *, arrivals: bool) -> None:
         """One turn of everyone: callers come, the engine steps, pieces arrive, are read, and callers leave."""
@@ -193,9 +210,8 @@ class World:
         try:
             visit.generation = self.engine.submit(made)
         except OverloadedError:
-            here, known = self.visits, self.engine._sequences.values()
-            there = max(sum(len(each.expected) for each in here), sum(map(len, known))) + self.engine._commands.qsize()
-            check(there >= self.max_waiting, "refused although there was room", there)
+            every, mine = self._there(), self._there(made.identity)
+            check(every + mine >= self.max_waiting, "refused although there was room", every, mine)
             self._count("refused")
             return
         except UnavailableError:
@@ -207,6 +223,15 @@ class World:
         self.by_generation[visit.generation] = visit
         self.started.add(visit.generation)
         self.visits.append(visit)
+
+    def _there(self, identity: str | None = None) -> int:
+        """Most sequences that can be waiting, of one caller or of all."""
+        known = ((self.by_generation[each], members) for each, members in self.engine._sequences.items())
+        counts = (
+            sum(len(visit.expected) for visit in self.visits if identity in {None, visit.request.identity}),
+            sum(len(members) for visit, members in known if identity in {None, visit.request.identity}),
+        )
+        return max(counts) + self.engine._commands.qsize()
 
     def _read(self, visit: Visit) -> None:
         generation = visit.generation
@@ -262,7 +287,7 @@ class World:
         elif outcome == EngineFaultError.__name__:
             check(visit.excused, "failed by another's fault", visit.request)
         elif outcome == UnavailableError.__name__:
-            check(self.stopped, "unavailable although it was not stopped")
+            check(self.stopped or self.model.gone, "unavailable although it was not stopped")
         elif outcome == SlowReaderError.__name__:
             check(visit.reads_every > SEND_TIMEOUT, "given up although it reads", visit.reads_every)
         else:
