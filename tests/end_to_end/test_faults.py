@@ -246,18 +246,21 @@ def unread(port: int) -> socket.socket:
 
 
 def test_deadlines(tiny_model: Path, tmp_path: Path) -> None:
-    """A deadline that passes in the queue or amid a text ends the call with DEADLINE_EXCEEDED, and frees its slot."""
-    with service(tiny_model, tmp_path, "--max-running", "1", step_seconds=0.01) as running:
+    """A deadline shorter than the wait, or amid a text, ends the call with DEADLINE_EXCEEDED, and frees its slot."""
+    with service(
+        tiny_model, tmp_path, "--max-running", "1", "--max-queue-seconds", "3600", step_seconds=0.01
+    ) as running:
         holder = begun(running)
         with pytest.raises(grpc.RpcError) as queued:
             running.complete(max_tokens=1, timeout=0.3)
         assert queued.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         holder.cancel()
+        running.complete(max_tokens=1, timeout=60)  # then its slot is free, and there is no wait any more
         request = pb.CreateCompletionRequest(model=TINY, text="the", max_tokens=3000, ignore_eos=True)
         stream = running.stub.StreamCompletion(request, metadata=METADATA, timeout=0.5)
         next(stream)
         assert failure(stream).code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        assert running.complete(max_tokens=2).usage.completion_tokens == 2
+        assert running.complete(max_tokens=2, timeout=60).usage.completion_tokens == 2
         running.stop()
     assert running.logged("draining") | {"running": 0, "waiting": 0} == running.logged("draining")
 

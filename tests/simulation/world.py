@@ -6,7 +6,7 @@ import gc
 import random
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as Candidate
 from service.errors import EngineDiedError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
+from service.types import Request
 from tests.fakes import FakeModel
 from tests.simulation.callers import IDENTITIES, STATES, Visit, check, expected, random_request
 
@@ -189,6 +190,12 @@ class World:
             _, call, arguments = self.posted.popleft()
             call(*arguments)
 
+    def _sequences(self, counts: Callable[[Request], bool]) -> int:
+        """At most how many sequences there are of requests that count, running or waiting."""
+        here = sum(len(visit.expected) for visit in self.visits if counts(visit.request))
+        known = sum(counts(each.request) for group in self.engine._sequences.values() for each in group)
+        return max(here, known) + self.engine._commands.qsize()
+
     # --- callers ---
 
     def _arrive(self) -> None:
@@ -210,8 +217,9 @@ class World:
         try:
             visit.generation = self.engine.submit(made)
         except OverloadedError:
-            every, mine = self._there(), self._there(made.identity)
-            check(every + mine >= self.max_waiting, "refused although there was room", every, mine)
+            mine = self._sequences(lambda request: request.identity == made.identity)
+            every = self._sequences(lambda request: True)
+            check(mine + every >= self.max_waiting, "refused although there was room", (mine, every))
             self._count("refused")
             return
         except UnavailableError:
@@ -223,15 +231,6 @@ class World:
         self.by_generation[visit.generation] = visit
         self.started.add(visit.generation)
         self.visits.append(visit)
-
-    def _there(self, identity: str | None = None) -> int:
-        """Most sequences that can be waiting, of one caller or of all."""
-        known = ((self.by_generation[each], members) for each, members in self.engine._sequences.items())
-        counts = (
-            sum(len(visit.expected) for visit in self.visits if identity in {None, visit.request.identity}),
-            sum(len(members) for visit, members in known if identity in {None, visit.request.identity}),
-        )
-        return max(counts) + self.engine._commands.qsize()
 
     def _read(self, visit: Visit) -> None:
         generation = visit.generation
