@@ -169,17 +169,18 @@ async def statuses(port: int, count: int) -> list[bytes]:
 
 @pytest.mark.parametrize(
     ("code", "status", "most"),
-    [(grpc.StatusCode.RESOURCE_EXHAUSTED, b"429", 1.0), (grpc.StatusCode.UNAVAILABLE, b"503", 1.3)],
+    [(grpc.StatusCode.RESOURCE_EXHAUSTED, b"429", 1.0), (grpc.StatusCode.UNAVAILABLE, b"503", 1.2)],
 )
 async def test_retries_do_not_multiply_the_load(
     tmp_path: Path, code: grpc.StatusCode, status: bytes, most: float
 ) -> None:
-    """What is overloaded is not asked again; what is unavailable gets a fifth more attempts, and 100."""
+    """What is overloaded is not asked again; what is unavailable gets at most a fifth more attempts."""
     count = 1600
     async with refusing(code) as (port, attempts):
         with envoy_with(tmp_path, port, 10_000) as (retrying, _):
             await ready(retrying.http, attempts)
             assert await statuses(retrying.http, count) == [status] * count
+        print(f"{len(attempts) / count:.2f} times the load")
         assert count <= len(attempts) <= most * count
 
 
