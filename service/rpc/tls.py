@@ -7,6 +7,7 @@ import ssl
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -31,7 +32,9 @@ def credentials(settings: Settings) -> grpc.ServerCredentials | None:
         raise StartupError("TLS needs both --tls-certificate and --tls-key; --tls-client-ca is only for use with them")
     files = Files(certificate, key, client_ca)
     rotation = Rotation(files)
-    return grpc.dynamic_ssl_server_credentials(rotation.first, rotation.fetch, client_ca is not None)
+    # The stubs do not know that None means no change.
+    fetch: Any = rotation.fetch
+    return grpc.dynamic_ssl_server_credentials(rotation.first, fetch, client_ca is not None)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Files:
         authority = None if self.client_ca is None else _pem(self.client_ca, "CERTIFICATE")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # An empty password: a key that needs one is refused, not asked for at the terminal.
-            context.load_cert_chain(self.certificate, self.key, password="")
+            # An empty password from `str()`: a key that needs one is refused, not asked for at the terminal.
+            context.load_cert_chain(self.certificate, self.key, password=str)
             if authority is not None:
                 context.load_verify_locations(cadata=authority.decode())
         except (OSError, ValueError) as error:

@@ -259,7 +259,8 @@ def test_certificates_are_replaced(model_dir: Path, tmp_path: Path) -> None:
             replace(folder, "envoy", new)
             assert ask(channel) == " Paris"  # on the connection that was there before
         assert complete(running, trusting(folder))["choices"][0]["text"] == " Paris"
-        log = (running.logs / "service.log").read_text()
+        log, edge = ((running.logs / f"{name}.log").read_text() for name in ("service", "envoy"))
+    assert "Failed to reload certificates" in edge
     assert "the TLS files are not valid" in log
     assert "new connections get the new certificate" in log
 
