@@ -170,17 +170,24 @@ def service_tls_args(folder: Path | None) -> list[str]:
     return [argument for name, file in files.items() for argument in (f"--tls-{name}", str(folder / file))]
 
 
-def add_tls(config: dict[str, Any], folder: Path) -> None:
-    """Adds TLS, with the certificates in a folder, to Envoy's listener and to its cluster."""
-    sockets = yaml.safe_load((ROOT / "envoy" / "tls.yaml").read_text().replace("FOLDER", str(folder)))
-    config["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = sockets["door"]
-    config["static_resources"]["clusters"][0]["transport_socket"] = sockets["service"]
+def with_tls(config: str, certificates: Path, secrets: Path) -> str:
+    """Envoy's configuration with TLS at its listener and its cluster; what names certificates goes into `secrets`."""
+    made = yaml.safe_load(config)
+    text = (ROOT / "envoy" / "tls.yaml").read_text()
+    parts = yaml.safe_load(text.replace("CERTIFICATES", str(certificates)).replace("SECRETS", str(secrets)))
+    made["node"] = parts["node"]
+    made["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = parts["door"]
+    made["static_resources"]["clusters"][0]["transport_socket"] = parts["service"]
+    for name, secret in parts["secrets"].items():
+        resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": name}
+        (secrets / f"{name}.yaml").write_text(yaml.safe_dump({"resources": [resource | secret]}, sort_keys=False))
+    return str(yaml.safe_dump(made, sort_keys=False))
 
 
 def envoy_config(
     ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None, affinity: bool = False
 ) -> str:
-    """envoy.yaml on loopback, with the chosen ports and, if there is a folder of certificates, with TLS.
+    """envoy.yaml on loopback, with the chosen ports.
 
     `replicas` are the gRPC ports of further service processes; with `affinity` each session has one of its own.
     """
@@ -199,8 +206,6 @@ def envoy_config(
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
         del config["admin"]
-    if folder := tls_dir():
-        add_tls(config, folder)
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
@@ -247,9 +252,12 @@ def affinity() -> bool:
 def envoy_command(
     binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = (), affinity: bool = False
 ) -> list[str]:
-    """What runs Envoy on the chosen ports; its configuration is written into `folder`."""
+    """What runs Envoy on the chosen ports, with TLS if TLS_DIR is set; its configuration is written into `folder`."""
+    text = envoy_config(ports, replicas, requests_per_minute(), affinity)
+    if certificates := tls_dir():
+        text = with_tls(text, certificates, folder)
     config = folder / "envoy.yaml"
-    config.write_text(envoy_config(ports, replicas, requests_per_minute(), affinity))
+    config.write_text(text)
     return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
 
 
@@ -351,13 +359,13 @@ def run(service_args: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("service_args", nargs="*", help="arguments for the service, after `--`")
-    tls_help = "only print envoy.yaml with TLS and the certificates in this folder"
-    parser.add_argument("--envoy-with-tls", type=Path, metavar="FOLDER", help=tls_help)
+    tls_help = "only write into TARGET Envoy's configuration with TLS and the certificates in FOLDER"
+    parser.add_argument("--envoy-with-tls", nargs=2, type=Path, metavar=("FOLDER", "TARGET"), help=tls_help)
     arguments = parser.parse_args()
     if arguments.envoy_with_tls:
-        config = yaml.safe_load(ENVOY_CONFIG.read_text())
-        add_tls(config, arguments.envoy_with_tls)
-        yaml.safe_dump(config, sys.stdout, sort_keys=False)
+        certificates, target = arguments.envoy_with_tls
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "envoy.yaml").write_text(with_tls(ENVOY_CONFIG.read_text(), certificates, target))
         return
     # SIGINT too: shells start background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -52,7 +52,7 @@ class FakeModel:
     Slots hold the tokens themselves, and the next token is read from the slot, so a wrong slot, length or copy shows.
     `histories` are the tokens that each computed row stands after; `computed` counts the rows' tokens, `copied`
     the positions copied. The likeliest token has a logit of 4, the second next 2, all others 0. Steps that meet the
-    token `fault` fail; after `broken` tokens logits are not numbers.
+    token `fault` fail; after `broken` tokens logits are not numbers; once it is `gone` every step fails.
     """
 
     def __init__(self, slots: int = 4, context_length: int = 64) -> None:
@@ -65,11 +65,13 @@ class FakeModel:
         self.returned = np.zeros(0, np.float32)
         self.fault: int | None = None
         self.broken: set[int] = set()
+        self.gone = False
 
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
     ) -> np.ndarray:
         self.steps += 1
+        self.probe(first_slot)
         for index, (row, length) in enumerate(zip(rows, past, strict=True)):
             slot = self.slots[first_slot + index]
             assert length <= len(slot), "the positions before the row were never computed"
@@ -87,6 +89,10 @@ class FakeModel:
             if last in self.broken:
                 self.returned[row, 5] = np.nan
         return self.returned
+
+    def probe(self, slot: int) -> None:
+        if self.gone:
+            raise RuntimeError("the fake model is gone")
 
     def copy(self, copies: Sequence[Copy]) -> None:
         for item in copies:

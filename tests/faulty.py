@@ -1,7 +1,7 @@
 """The service with a fault in it: `python -m tests.faulty FAULT STEP_SECONDS [arguments of the service]`.
 
-The fault happens once, in the next step after SIGUSR1; every step takes STEP_SECONDS longer than it would, so that
-there is a time to do it in. Everything else is the service as it is.
+The fault happens once, in the next step after SIGUSR1, or from then on (`gone`); every step takes STEP_SECONDS longer
+than it would, so that there is a time to do it in. Everything else is the service as it is.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def fail(model, first_slot, rows, past, logits_at):
     return forward(model, first_slot, rows, past, logits_at)
 
 
+def gone(model, first_slot, rows, past, logits_at):
+    """Fails from then on, on everything."""
+    if armed:
+        raise RuntimeError("secret: the device is gone")
+    return forward(model, first_slot, rows, past, logits_at)
+
+
 def nan(model, first_slot, rows, past, logits_at):
     logits = forward(model, first_slot, rows, past, logits_at)
     if fired():
@@ -69,7 +76,7 @@ def forbid_children(event: str, _: object) -> None:
 def main() -> int:
     fault, seconds, *sys.argv[1:] = sys.argv[1:]
     signal.signal(signal.SIGUSR1, arm)
-    inner = {"hang": hang, "fail": fail, "nan": nan}.get(fault, forward)
+    inner = {"hang": hang, "fail": fail, "gone": gone, "nan": nan}.get(fault, forward)
     if fault == "die":
         Scheduler.schedule = die  # type: ignore[method-assign]
     if fault == "spawn":

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,22 @@ class Service:
 
 @contextmanager
 def service(
-    model_dir: Path, folder: Path, *arguments: str, fault: str = "", step_seconds: float = 0.0, **popen: Any
+    model_dir: Path,
+    folder: Path,
+    *arguments: str,
+    fault: str = "",
+    step_seconds: float = 0.0,
+    around: Sequence[str] = (),
+    **popen: Any,
 ) -> Iterator[Service]:
-    """A service that serves, from `tests.faulty` where it is to have a fault; killed at the end if it still runs."""
+    """A service that serves, from `tests.faulty` where it is to have a fault; killed at the end if it still runs.
+
+    `around` is a command that runs another in its place.
+    """
     (port,) = free_ports(1)
     module = ["tests.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
     flags = ["--model-dir", str(model_dir), "--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
-    command = [sys.executable, "-m", *module, *flags, *arguments]
+    command = [*around, sys.executable, "-m", *module, *flags, *arguments]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         process = subprocess.Popen(command, cwd=ROOT, **{"stdout": out, "stderr": err, **popen})
     with process:

@@ -83,7 +83,7 @@ def test_valid() -> None:
 
 
 def test_every_method_and_no_other() -> None:
-    """The paths are the contract's HTTP mappings, but for the one that Envoy keeps to itself."""
+    """The paths are the contract's HTTP mappings, but for the one that Envoy keeps to itself, and Envoy's own."""
     mapped = set()
     for method in pb.DESCRIPTOR.services_by_name["CompletionService"].methods:
         rule = method.GetOptions().Extensions[annotations_pb2.http]
@@ -91,6 +91,7 @@ def test_every_method_and_no_other() -> None:
         if verb is not None:
             mapped.add((verb, getattr(rule, verb).replace("{model=**}", "{model}")))
     mapped.remove(("post", "/v1/completions:stream"))
+    mapped.add(("get", "/health"))
     assert {(verb, path) for path, verbs in DOCUMENT["paths"].items() for verb in verbs} == mapped
 
 
@@ -209,10 +210,27 @@ def described(answer: Answer, path: str, verb: str) -> None:
     response = DOCUMENT["paths"][path][verb]["responses"][str(answer.status)]
     if "$ref" in response:
         response = DOCUMENT["components"]["responses"][response["$ref"].rsplit("/", 1)[-1]]
-    assert set(response["headers"]) <= set(answer.headers)
+    limits = {name for name in answer.headers if name.startswith(("x-ratelimit-", "retry-"))}
+    assert limits <= set(response["headers"])
+    for name, reference in response["headers"].items():
+        header = DOCUMENT["components"]["headers"][reference["$ref"].rsplit("/", 1)[-1]]
+        assert name in answer.headers or not header.get("required"), name
+        if name in limits:
+            value = answer.headers[name]
+            Draft202012Validator(header["schema"]).validate(
+                int(value) if header["schema"]["type"] == "integer" else value
+            )
+    if "content" not in response:
+        assert answer.body == b""
+        return
     schema = response["content"][answer.headers["content-type"]]["schema"]
     if "$ref" in schema:
         validator(schema["$ref"].rsplit("/", 1)[-1]).validate(answer.json)
+
+
+def test_health_is_as_described(stack: Stack) -> None:
+    """It needs no key."""
+    described(stack.request("GET", "/health", headers={}), "/health", "get")
 
 
 def test_real_answers_are_as_described(stack: Stack) -> None:

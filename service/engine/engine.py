@@ -19,7 +19,7 @@ from service.engine.model import Model
 from service.engine.sampler import Floats
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
-from service.errors import EngineFaultError, NotFiniteError, UnavailableError
+from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 Command = Callable[[], None]
 
 _STOPPED = "The service is stopping. Please retry: another instance may answer."
+_GONE = "The model does not answer. Please retry: another instance may answer."
+# Requests in a row that the model may fail on, and on the probe after each, before the engine counts as dead: memory
+# that is short for a moment is no death.
+_LAST_FAILURE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class Engine:
         self._post: Callable[..., object] | None = None
         self._turns = 0
         self._in_turn = False
+        self._failures = 0
         self.faults = Faults()
         self.died = asyncio.Event()
 
@@ -249,7 +254,10 @@ class Engine:
         self._outbox.append(lambda: generation.fail(error))
 
     def _advance(self, step: Step) -> None:
-        """Runs one step. Of a batch that fails each row is tried alone: only what fails by itself ends its request."""
+        """Runs one step. Of a batch that fails each row is tried alone: only what fails by itself ends its request.
+
+        Raises EngineDiedError when the model fails on everything.
+        """
         sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
         began = self._clock()
         try:
@@ -258,15 +266,32 @@ class Engine:
             else:
                 self._advance_decode(step)
             self._learn(step, len(sequences), self._clock() - began)
+            self._failures = 0
         except Exception as error:
             self._note(error)
             _log.exception("a step of the model failed", extra={"fields": {"rows": len(sequences)}})
             if len(sequences) == 1:
-                self._fail(sequences[0].generation, EngineFaultError("the model failed"))
+                self._fail(sequences[0].generation, self._blame(sequences[0]))
                 return
             for sequence in sequences:
                 if sequence.slot is not None:  # else a sibling's fault has ended it, or its own last token
                     self._advance(DecodeBatch((None,) * sequence.slot + (sequence,)))
+
+    def _blame(self, sequence: Sequence) -> Exception:
+        """What to tell the request that the model has just failed on: its own fault, unless the model fails without it.
+
+        Raises EngineDiedError when the model has done so for some requests in a row.
+        """
+        assert sequence.slot is not None
+        try:
+            self._model.probe(sequence.slot)
+        except Exception as error:
+            self._failures += 1
+            if self._failures == _LAST_FAILURE:
+                raise EngineDiedError(f"the model has failed on {_LAST_FAILURE} requests, and without any") from error
+            return UnavailableError(_GONE)
+        self._failures = 0
+        return EngineFaultError("the model failed")
 
     def _note(self, error: Exception) -> None:
         """Counts a fault."""

@@ -140,6 +140,10 @@ class Model:
         call.session.run_with_iobinding(call.binding)
         return self._logits[: len(logits_at)]
 
+    def probe(self, slot: int) -> None:
+        """Raises what `forward` does where it fails on a single token. The slot's first position is lost."""
+        self.forward(slot, [[0]], [0], [(0, 0)])
+
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies keys and values between slots, in order."""
         for item in copies:

@@ -2,25 +2,101 @@
 
 from __future__ import annotations
 
+import logging
+import ssl
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from service.errors import StartupError
 from service.settings import Settings
 
+_log = logging.getLogger(__name__)
+
+# Device, inode, size and time of the last change of each file: equal stamps mean the same contents.
+Stamp = tuple[tuple[int, int, int, int], ...]
+
 
 def credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What the settings say of TLS; None where they say nothing. Raises StartupError."""
+    """What the settings say of TLS; None where they say nothing. Raises StartupError.
+
+    Who replaces the files replaces what new connections are offered; those that there are go on.
+    """
     certificate, key, client_ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
     if certificate is None and key is None and client_ca is None:
         return None
     if certificate is None or key is None:
         raise StartupError("TLS needs both --tls-certificate and --tls-key; --tls-client-ca is only for use with them")
-    pair = (_pem(key, "PRIVATE KEY"), _pem(certificate, "CERTIFICATE"))
-    if client_ca is None:
-        return grpc.ssl_server_credentials([pair])
-    return grpc.ssl_server_credentials([pair], _pem(client_ca, "CERTIFICATE"), require_client_auth=True)
+    files = Files(certificate, key, client_ca)
+    rotation = Rotation(files)
+    # The stubs do not know that None means no change.
+    fetch: Any = rotation.fetch
+    return grpc.dynamic_ssl_server_credentials(rotation.first, fetch, client_ca is not None)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the certificate, its key and the callers' authority are."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+
+    def stamp(self) -> Stamp:
+        """What tells these contents from others. Raises OSError."""
+        found = (path.stat() for path in (self.certificate, self.key, self.client_ca) if path is not None)
+        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+
+    def read(self) -> grpc.ServerCertificateConfiguration:
+        """Their contents, which belong together. Raises StartupError."""
+        pair = (_pem(self.key, "PRIVATE KEY"), _pem(self.certificate, "CERTIFICATE"))
+        authority = None if self.client_ca is None else _pem(self.client_ca, "CERTIFICATE")
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # An empty password from `str()`: a key that needs one is refused, not asked for at the terminal.
+            context.load_cert_chain(self.certificate, self.key, password=str)
+            if authority is not None:
+                context.load_verify_locations(cadata=authority.decode())
+        except (OSError, ValueError) as error:
+            raise StartupError(f"TLS files {self.certificate} and {self.key} do not do: {error}") from None
+        return grpc.ssl_server_certificate_configuration([pair], authority)
+
+
+class Rotation:
+    """Looks at the files for each new connection; what is not valid changes nothing, and is told once."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._lock = threading.Lock()
+        self.first = files.read()
+        self._stamp: Stamp | None = files.stamp()
+
+    def fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """The new configuration, or None while the one there is holds. gRPC calls it on threads of its own."""
+        with self._lock:
+            try:
+                stamp = self._files.stamp()
+            except OSError as error:
+                self._keep(None, error)
+                return None
+            if stamp == self._stamp:
+                return None
+            try:
+                loaded = self._files.read()
+            except StartupError as error:
+                self._keep(stamp, error)
+                return None
+            self._stamp = stamp
+            _log.info("the TLS files have changed: new connections get the new certificate")
+            return loaded
+
+    def _keep(self, stamp: Stamp | None, error: Exception) -> None:
+        if stamp != self._stamp:
+            _log.warning("the TLS files are not valid, and the old ones stay", extra={"fields": {"error": str(error)}})
+        self._stamp = stamp
 
 
 def _pem(path: Path, kind: str) -> bytes:

@@ -18,6 +18,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy import local
 from tests.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, envoy, free_ports
 
 ENDLESS = {"model": MODEL, "prompt": "Once", "max_tokens": 6000, "ignore_eos": True}
@@ -92,3 +93,50 @@ def typed_fields(fields: dict) -> dict:
 
 def metadata() -> list[tuple[str, str]]:
     return list(AUTHORIZED.items())
+
+
+def test_envoy_ends_without_cutting_anyone_off(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By run.sh: whoever balances by /health loses no request to a restart of one of two Envoys, and streams finish."""
+    http_port, admin_port = free_ports(2)
+    for name, value in {"ADMIN_PORT": str(admin_port), "DRAIN_DELAY": "1", "DRAIN_SECONDS": "20"}.items():
+        monkeypatch.setenv(name, value)
+    ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}
+    command = ["envoy/run.sh", *local.envoy_command(local.envoy_binary(), ports, tmp_path)]
+    leaving = Stack(http_port, stack.grpc)
+    statuses: list[tuple[int, bool]] = []
+    child = local.Child("Envoy", command, tmp_path / "envoy.log")
+    try:
+        leaving.wait_until_ready()
+
+        def balanced() -> None:
+            while child.process.poll() is None:
+                here = healthy(leaving)
+                statuses.append(((leaving if here else stack).complete(prompt="a", max_tokens=1).status, here))
+
+        with ThreadPoolExecutor(6) as pool:
+            balancers = [pool.submit(balanced) for _ in range(4)]
+            fields = {"prompt": "Once", "max_tokens": 120, "ignore_eos": True}
+            stream, whole = (
+                pool.submit(leaving.complete, **fields, stream=True),
+                pool.submit(leaving.complete, **fields),
+            )
+            time.sleep(0.5)
+            child.process.terminate()
+            began = time.monotonic()
+            assert stream.result().events[-1] == "[DONE]"
+            assert whole.result().status == 200
+            assert time.monotonic() - began > 1.2, "they have to outlast the delay"
+            assert child.process.wait(30) == 0
+            for balancer in balancers:
+                balancer.result()
+    finally:
+        child.process.kill()
+    assert {status for status, _ in statuses} == {200}
+    assert {here for _, here in statuses} == {True, False}
+
+
+def healthy(stack: Stack) -> bool:
+    try:
+        return stack.request("GET", "/health", headers={}).status == 200
+    except ConnectionError:
+        return False

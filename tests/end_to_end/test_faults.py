@@ -6,6 +6,7 @@ import http.client as http_client
 import json
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from grpc_health.v1 import health_pb2
 from bench.processes import memory
 from deploy import local
 from tests.processes import METADATA, TINY, Service, export_tiny, service
-from tests.stack import KEY, Answer, Stack, envoy, free_ports
+from tests.stack import KEY, ROOT, Answer, Stack, envoy, free_ports
 
 LONG = {"max_tokens": 3000}
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -95,6 +96,24 @@ def test_an_engine_that_hangs(tiny_model: Path, tmp_path: Path) -> None:
     assert "in hang" in running.errors
     assert running.errors.count("most recent call first") > 1
     assert running.logged("the engine hangs")["seconds"] == 1
+
+
+def test_a_model_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:
+    """A model that fails on everything blames no request, and is given up on the third: exit code 1."""
+    with service(tiny_model, tmp_path, fault="gone") as running:
+        assert running.complete(max_tokens=3).usage.completion_tokens == 3
+        watch = running.watch()
+        next(watch)
+        running.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as caught:
+                running.complete(max_tokens=3)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE  # another replica may answer
+            assert "secret" not in caught.value.details()
+        assert next(watch).status == NOT_SERVING
+        assert running.exit_code(10) == 1
+    assert running.logged("the engine has died")["level"] == "critical"
 
 
 @pytest.mark.parametrize(("fault", "counter"), [("fail", "failed_steps"), ("nan", "not_finite")])
@@ -303,6 +322,39 @@ def test_a_full_disk(tiny_model: Path, tmp_path: Path) -> None:
     ):
         assert running.complete(max_tokens=3).usage.completion_tokens == 3
         running.stop()
+
+
+READ_ONLY = "mount --make-rprivate / && mount -o remount,bind,ro / && ! touch . 2> /dev/null"
+
+
+def test_a_read_only_file_system(tiny_model: Path, tmp_path: Path) -> None:
+    """Where nothing can be written at all, neither the model nor the working directory nor /tmp, the service serves."""
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not installed")
+    alone = ["unshare", "--mount", "sh", "-c"]
+    tried = subprocess.run([*alone, READ_ONLY], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no read-only view of the file system can be made here: {tried.stderr}")
+    with service(tiny_model, tmp_path, around=[*alone, f'{READ_ONLY} && exec "$@"', "sh"]) as running:
+        assert running.complete(max_tokens=3).usage.completion_tokens == 3
+        mounts = Path(f"/proc/{running.process.pid}/mounts").read_text().splitlines()
+        assert any(" / " in line and "ro" in line.split()[3].split(",") for line in mounts)
+        running.stop()
+
+
+def test_more_sequences_than_slots(tiny_model: Path, tmp_path: Path) -> None:
+    """One request may have more sequences than there are slots: they wait. What never fits is refused at once."""
+    with service(tiny_model, tmp_path, "--max-running", "2", "--context-length", "64") as running:
+        batch = pb.TextBatch(texts=["the"] * 16)
+        request = pb.CreateCompletionRequest(model=TINY, texts=batch, n=8, max_tokens=3, ignore_eos=True)
+        answer = running.stub.CreateCompletion(request, metadata=METADATA, timeout=60)
+        assert (len(answer.choices), answer.usage.completion_tokens) == (128, 384)
+        assert running.complete(max_tokens=62).usage.completion_tokens == 62
+        with pytest.raises(grpc.RpcError, match="maximum context length is 64 tokens") as caught:
+            running.complete(max_tokens=64)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        running.stop()
+    assert running.logged("draining") | {"running": 0, "waiting": 0} == running.logged("draining")
 
 
 def test_nothing_is_forked(tiny_model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from completion.v1 import completion_pb2_grpc
 from service.engine.engine import Engine
 from service.settings import Settings
 from tests.stack import MODEL, Answer, Replica, ServiceThread, Stack, envoy, free_ports
+from tests.test_openapi import described
 
 PER_MINUTE = 6
 
@@ -73,6 +74,8 @@ def test_requests_per_minute(limited: Limited) -> None:
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert refused.headers["x-ratelimit-reset-requests"] == "10s"
     assert refused.headers["x-request-id"]
+    described(refused, "/v1/models", "get")
+    described(answers[0], "/v1/completions", "post")
     with grpc.insecure_channel(limited.stack.envoy_address) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
@@ -123,6 +126,7 @@ def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]
     for answer in refused:
         assert answer.status == 429
+        described(answer, "/v1/completions", "post")
         assert answer.json["error"]["type"] == "requests"
         assert answer.json["error"]["code"] == "rate_limit_exceeded"
         assert int(answer.headers["retry-after"]) > 2

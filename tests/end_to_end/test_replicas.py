@@ -198,9 +198,16 @@ def test_envoy_may_start_first(model_dir: Path, tmp_path: Path) -> None:
         stack = Stack(http_port, grpc_port)
         time.sleep(2)
         assert stack.request("GET", "/v1/models").status == 503
+        health = stack.request("GET", "/health", headers={})
+        assert (health.status, health.headers["retry-after"], health.json["error"]["type"]) == (
+            503,
+            "1",
+            "server_error",
+        )
         late.start()
         try:
             late.wait_until_serving()
             stack.wait_until_ready(3)
+            assert stack.request("GET", "/health", headers={}).status == 200
         finally:
             late.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -185,15 +186,83 @@ def test_envoy_knows_the_service(model_dir: Path, certificates: Path, tmp_path: 
         pass
 
 
-def test_printed_configuration(certificates: Path, tmp_path: Path) -> None:
-    """The launcher prints envoy.yaml with TLS, and Envoy accepts it."""
-    command = [sys.executable, "deploy/local.py", "--envoy-with-tls", str(certificates)]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert yaml.safe_load(printed)["static_resources"]["clusters"][0]["transport_socket"]
-    (tmp_path / "envoy-tls.yaml").write_text(printed)
-    command = [local.envoy_binary(), "--mode", "validate", "-c", str(tmp_path / "envoy-tls.yaml")]
+def test_written_configuration(certificates: Path, tmp_path: Path) -> None:
+    """The launcher writes envoy.yaml with TLS, and Envoy accepts it."""
+    target = tmp_path / "tls"
+    command = [sys.executable, "deploy/local.py", "--envoy-with-tls", str(certificates), str(target)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    config = yaml.safe_load((target / "envoy.yaml").read_text())
+    assert config["static_resources"]["clusters"][0]["transport_socket"]
+    command = [local.envoy_binary(), "--mode", "validate", "-c", str(target / "envoy.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def offered(port: int, client: Path | None = None) -> bytes:
+    """The certificate that a port offers to a new connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if client is not None:
+        context.load_cert_chain(client / "envoy.pem", client / "envoy.key")
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=SERVICE) as connection,
+    ):
+        return connection.getpeercert(binary_form=True) or b""
+
+
+def der(path: Path) -> bytes:
+    """The first certificate of a PEM file."""
+    return ssl.PEM_cert_to_DER_cert(path.read_text().split("END CERTIFICATE-----")[0] + "END CERTIFICATE-----")
+
+
+def replace(folder: Path, name: str, made: Path) -> None:
+    """Moves another key and certificate to where the old ones are."""
+    for end in ("key", "pem"):
+        new = folder / f"{name}.{end}.new"
+        new.write_bytes((made / f"{name}.{end}").read_bytes())
+        new.rename(folder / f"{name}.{end}")
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_certificates_are_replaced(model_dir: Path, tmp_path: Path) -> None:
+    """Without a restart new connections get new certificates, old ones go on, and what is not valid changes nothing."""
+    authority, folder, new = trustme.CA(), tmp_path / "certificates", tmp_path / "new"
+    identities = {"door": "127.0.0.1", "service": SERVICE, "envoy": "envoy"}
+    for made in (folder, new):
+        made.mkdir()
+        authority.cert_pem.write_to_path(made / "ca.pem")
+        for name, identity in identities.items():
+            issue(authority, made, name, identity)
+    with launched(model_dir, TLS_DIR=str(folder), START_SECONDS="30") as running:
+        ports = {"door": running.http, "service": running.grpc}
+        credentials = grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes())
+        with grpc.secure_channel(running.envoy_address, credentials) as channel:
+            assert ask(channel) == " Paris"
+            for name, port in ports.items():
+                old = der(folder / f"{name}.pem")
+                assert offered(port, new) == old
+                # A certificate without its key, then no certificate at all.
+                for broken in ((new / f"{name}.pem").read_bytes(), b"-----BEGIN CERTIFICATE-----"):
+                    (folder / "broken").write_bytes(broken)
+                    (folder / "broken").rename(folder / f"{name}.pem")
+                    time.sleep(0.5)
+                    assert offered(port, new) == old
+                replace(folder, name, new)
+                until(lambda port=port, name=name: offered(port, new) == der(new / f"{name}.pem"))
+            replace(folder, "envoy", new)
+            assert ask(channel) == " Paris"  # on the connection that was there before
+        assert complete(running, trusting(folder))["choices"][0]["text"] == " Paris"
+        log, edge = ((running.logs / f"{name}.log").read_text() for name in ("service", "envoy"))
+    assert "Failed to reload certificates" in edge
+    assert "the TLS files are not valid" in log
+    assert "new connections get the new certificate" in log
 
 
 def test_documented_certificates(tmp_path: Path) -> None:
@@ -221,6 +290,7 @@ def test_documented_certificates(tmp_path: Path) -> None:
         ({"tls_certificate": "none.pem", "tls_key": "service.key"}, "none.pem cannot be read"),
         ({"tls_certificate": "service.key", "tls_key": "service.key"}, "service.key holds no certificate"),
         ({"tls_certificate": "service.pem", "tls_key": "ca.pem"}, "ca.pem holds no private key"),
+        ({"tls_certificate": "service.pem", "tls_key": "door.key"}, "service.pem and .*door.key do not do: .*mismatch"),
     ],
 )
 def test_incomplete_settings(certificates: Path, given: dict[str, str], problem: str) -> None:

@@ -17,7 +17,7 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as Candidate
-from service.errors import EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
+from service.errors import EngineDiedError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.types import Request
 from tests.fakes import FakeModel
@@ -127,10 +127,13 @@ class World:
     # --- running ---
 
     def run(self, steps: int) -> None:
-        """So many steps of the engine, then no new callers, until all is over; or its stop in the middle."""
+        """So many steps of the engine, then no new callers, until all is over; or its stop, or death, in the middle."""
         while self.steps < steps:
             self.turn(arrivals=True)
-        if self.draw.random() < 0.3:
+        fate = self.draw.random()
+        if fate < 0.2:
+            self._die()
+        elif fate < 0.5:
             self.stopped = True
             self.engine._commands.put(self.engine._stop)
             self._arrive()  # before the engine has heard of it
@@ -140,6 +143,20 @@ class World:
             check(self.turns < limit, "requests never end", len(self.visits))
         self.turn(arrivals=False)
         self._check_nothing_kept()
+
+    def _die(self) -> None:
+        """The model goes, and takes the engine along; not before it has failed on some requests."""
+        self.model.gone = True
+        limit = self.turns + 1000
+        while not self.stopped:
+            try:
+                self.turn(arrivals=True)
+            except EngineDiedError:
+                self._count("died")
+                self.stopped = True
+                self.engine._commands.put(self.engine._stop)
+            check(self.turns < limit, "serves on with a model that is gone")
+            check(self.outcomes.get("UnavailableError", 0) < 3 or self.stopped, "fails on and on")
 
     def turn(self, *, arrivals: bool) -> None:
         """One turn of everyone: callers come, the engine steps, pieces arrive, are read, and callers leave."""
@@ -269,7 +286,7 @@ class World:
         elif outcome == EngineFaultError.__name__:
             check(visit.excused, "failed by another's fault", visit.request)
         elif outcome == UnavailableError.__name__:
-            check(self.stopped, "unavailable although it was not stopped")
+            check(self.stopped or self.model.gone, "unavailable although it was not stopped")
         elif outcome == SlowReaderError.__name__:
             check(visit.reads_every > SEND_TIMEOUT, "given up although it reads", visit.reads_every)
         else:

@@ -183,6 +183,35 @@ async def test_engine_that_dies_takes_no_caller_with_it(letters):
         assert engine.died.is_set()
 
 
+async def test_a_model_that_is_gone_takes_the_engine_along(letters):
+    """Not at fault, the requests hear that another instance may answer; after the third there is no engine any more."""
+    model = FakeModel()
+    async with running(letters, model) as engine:
+        assert await texts(engine, request("x")) == ["yza"]
+        model.gone = True
+        for _ in range(3):
+            with pytest.raises(UnavailableError):
+                await texts(engine, request("a"))
+        await asyncio.wait_for(engine.died.wait(), 5)
+
+
+async def test_requests_at_fault_do_not_end_the_engine(letters):
+    """However many the model fails on in a row, as long as it answers without them; nor does a moment without it."""
+    model = FakeModel()
+    model.fault = ids("t")[0]
+    async with running(letters, model) as engine:
+        for _ in range(10):
+            with pytest.raises(EngineFaultError):
+                await texts(engine, request("s"))
+        for _ in range(5):
+            model.gone = True
+            for _ in range(2):
+                with pytest.raises(UnavailableError):
+                    await texts(engine, request("a"))
+            model.gone = False
+            assert await texts(engine, request("x")) == ["yza"]
+
+
 async def test_slow_reader_holds_nobody_up(letters):
     """Pieces wait for their reader while the engine goes on."""
     async with running(letters) as engine:

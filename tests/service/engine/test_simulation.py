@@ -10,6 +10,7 @@ import pytest
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
+from service.errors import EngineDiedError
 from service.text.transcript import Piece, StopMatcher, Transcript
 from tests.simulation.__main__ import episode, simulate
 from tests.simulation.callers import STATES, Violation
@@ -25,7 +26,7 @@ def test_a_million_steps(letters):
     totals = simulate(seed, STEPS, letters)
     print(totals)
     assert totals["steps"] >= STEPS
-    ends = {"finished", "refused", "deadline", "EngineFaultError", "UnavailableError", "SlowReaderError"}
+    ends = {"finished", "refused", "deadline", "EngineFaultError", "UnavailableError", "SlowReaderError", "died"}
     assert ends | {f"left {state}" for state in STATES} | {"left after pieces", "cached tokens"} <= totals.keys()
 
 
@@ -162,6 +163,21 @@ class FailsTheBatch(Engine):
                     self._fail(row.generation, RuntimeError("a neighbour failed"))
 
 
+class ServesOn(Engine):
+    """Takes a model that fails on everything for requests that are at fault."""
+
+    def _blame(self, sequence):
+        self._failures = 0
+        return super()._blame(sequence)
+
+
+class DiesOfOne(Engine):
+    """Takes a request that the model fails on for a model that is gone."""
+
+    def _blame(self, sequence):
+        raise EngineDiedError("a request failed")
+
+
 class TakesNothingBack(Engine):
     """Does not hear that a caller leaves."""
 
@@ -192,7 +208,16 @@ class KeepsRequests(Engine):
     [
         *(KeepsSlots, KeepsPrompting, KeepsQueued, LastFirst, DecodesForever, SkipsARow),
         *(IgnoresIdentity, ReusesTooMuch, MovesWithoutCopy, CopiesTooLittle),
-        *(SaysNothingOfFaults, SaysItTwice, FailsTheBatch, TakesNothingBack, BeginsAfterTheEnd, KeepsRequests),
+        *(
+            SaysNothingOfFaults,
+            SaysItTwice,
+            FailsTheBatch,
+            ServesOn,
+            DiesOfOne,
+            TakesNothingBack,
+            BeginsAfterTheEnd,
+            KeepsRequests,
+        ),
     ],
 )
 def test_a_fault_of_ours_is_found(letters, mutant):

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs Envoy so that its end cuts nobody off: envoy/run.sh ENVOY [its arguments], with its admin port in ADMIN_PORT (9901).
+#
+# After SIGTERM `GET /health` says 503, and every answer asks its caller to connect anew, for DRAIN_DELAY seconds (5): the
+# time in which who balances the load turns elsewhere. Then it takes no connection any more, and what runs has
+# DRAIN_SECONDS (30) to finish. A second signal ends it within a second.
+set -u
+
+ask() {
+  exec 3<> "/dev/tcp/127.0.0.1/${ADMIN_PORT:-9901}" || return
+  printf '%s HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n' "$1" >&3
+  cat <&3
+  exec 3>&-
+}
+
+idle() {
+  ask 'GET /stats?filter=^http.public.downstream_rq_active$' | grep -q 'downstream_rq_active: 0'
+}
+
+drain() {
+  trap 'kill -TERM "$envoy"' TERM INT
+  ask 'POST /healthcheck/fail' > /dev/null
+  sleep "${DRAIN_DELAY:-5}"
+  ask 'POST /drain_listeners' > /dev/null
+  for ((second = 0; second < ${DRAIN_SECONDS:-30}; second++)); do
+    if idle; then break; fi
+    sleep 1
+  done
+  kill -TERM "$envoy"
+}
+
+trap drain TERM INT
+"$@" &
+envoy=$!
+# A signal interrupts `wait`; only the end of Envoy ends this.
+while wait "$envoy"; code=$?; kill -0 "$envoy" 2> /dev/null; do :; done
+exit "$code"
