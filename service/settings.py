@@ -89,6 +89,18 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may take to finish after that, in seconds."
     )
+    metrics_host: IPvAnyAddress = Field(
+        IPv4Address("127.0.0.1"), description="IP address to serve metrics on, to whoever asks."
+    )
+    metrics_port: int = Field(
+        9464,
+        ge=0,
+        le=65535,
+        description="Port to serve metrics on; 0 is off. The default is given up where it is taken.",
+    )
+    vllm_metric_names: bool = Field(
+        False, description="Whether metrics also appear under the names that vLLM gives them."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     config: Path | None = Field(None, description="TOML file of these settings.")

@@ -192,6 +192,17 @@ def envoy(
         child.stop()
 
 
+def wait_until_healthy(channel: grpc.Channel, seconds: float = 60) -> None:
+    """Returns once a service says SERVING of itself."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds
+    )
+    for answer in watch:
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            watch.cancel()
+            return
+
+
 class Replica:
     """A service process on a port of its own, to be stopped, killed and started again."""
 
@@ -218,9 +229,7 @@ class Replica:
     def wait_until_serving(self, seconds: float = 60) -> None:
         """Returns once the service says of itself that it is healthy."""
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds)
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            wait_until_healthy(channel, seconds)
 
     def kill(self) -> None:
         """SIGKILL: no drain, no word."""
