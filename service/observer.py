@@ -1,4 +1,4 @@
-"""What the service tells of itself while it works. Who listens, and what becomes of it, is no concern of those who tell."""
+"""What the service tells of itself while it works. Who listens is no concern of those who tell."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Observer:
         """A prompt of so many tokens has been read to its end."""
 
     def sampled(self, tokens: int, gaps: Sequence[float]) -> None:
-        """So many tokens were sampled; `gaps` are the seconds between each and its sequence's last, if there was one."""
+        """So many tokens were sampled; `gaps` are the seconds since their sequences' last, where there was one."""
 
     def call_began(self, method: Method) -> None:
         """A call has come in."""

@@ -39,7 +39,7 @@ from service.types import Prompt, Request, SamplingParams
 _log = logging.getLogger(__name__)
 
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
-# Whether to send requests: the service's own name, the empty one for the server as a whole, and what Kubernetes calls it.
+# Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
 _READINESS = (SERVICE_NAME, "", "readiness")
 # Whether the start is over, and whether the process is of use at all: both stay true while it drains.
 _STARTUP, _LIVENESS = "startup", "liveness"
@@ -100,7 +100,8 @@ def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_lengt
 def _warm_up_request(model: ServedModel, prompt_chunk: int) -> Request:
     """A whole chunk of a prompt and a few tokens after it, for nobody."""
     length = min(prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
-    prompt = Prompt((model.manifest.special_tokens.default_prompt,) * length, "", implied=length)
+    token = model.manifest.special_tokens.default_prompt or 0  # any will do
+    prompt = Prompt((token,) * length, "", implied=length)
     return Request(
         id="warm-up",
         model=model.manifest.id,

@@ -96,7 +96,7 @@ class Settings(BaseSettings):
         9464,
         ge=0,
         le=65535,
-        description="Port to serve metrics on; 0 is off. The default is given up where it is taken.",
+        description="Port to serve metrics on, 0 for none; the default is given up if it is taken.",
     )
     vllm_metric_names: bool = Field(
         False, description="Whether metrics also appear under the names that vLLM gives them."

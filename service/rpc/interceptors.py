@@ -223,7 +223,7 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
 
 
 def failure(error: Exception) -> pb.Error:
-    """What to tell the caller of a failure after the answer has begun, when gRPC shows the call as one that ends well."""
+    """What to tell the caller of a failure after the answer has begun, of which gRPC itself shows nothing."""
     return _explain(error)[1]
 
 
