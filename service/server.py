@@ -56,18 +56,14 @@ def load_model(settings: Settings) -> ServedModel:
     """The model that the settings name, checked and ready to start. Raises StartupError."""
     manifest = manifests.load(settings.model_dir)
     manifests.check_external_data(settings.model_dir, manifest)
-    context_length = settings.context_length or manifest.context_length
-    if context_length > manifest.context_length:
-        raise StartupError(
-            f"context_length {context_length} is above the {manifest.context_length} of {settings.model_dir}"
-        )
-    slots = _plan_memory(manifest, settings, context_length).slots
+    length = context_length(manifest, settings)
+    slots = _plan_memory(manifest, settings, length).slots
     tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         settings.model_dir,
         manifest,
         slots=slots,
-        context_length=context_length,
+        context_length=length,
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
     )
@@ -80,7 +76,23 @@ def load_model(settings: Settings) -> ServedModel:
         send_timeout=settings.send_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
     )
-    return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
+    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops))
+
+
+def context_length(manifest: manifests.Manifest, settings: Settings) -> int:
+    """The most tokens of a sequence. Raises StartupError when it is set to more than the model can."""
+    length = settings.context_length or manifest.context_length
+    if length > manifest.context_length:
+        raise StartupError(f"context_length {length} is above the {manifest.context_length} of {settings.model_dir}")
+    return length
+
+
+def check_host(settings: Settings, keys: KeyRing) -> None:
+    """Raises StartupError when others than this machine could call without a key."""
+    if keys.open and not settings.host.is_loopback:
+        raise StartupError(
+            f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
+        )
 
 
 def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_length: int) -> memory.Plan:
@@ -151,10 +163,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.keys = KeyRing.load(settings.api_keys_file)
-        if self.keys.open and not settings.host.is_loopback:
-            raise StartupError(
-                f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
-            )
+        check_host(settings, self.keys)
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = _Health()

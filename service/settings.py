@@ -8,18 +8,29 @@ import tomllib
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, IPvAnyAddress, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from service.errors import StartupError
 
 ENV_PREFIX = "COMPLETION_"
+_COMMAND_LINE: Any = {"cli_prog_name": "python -m service", "cli_kebab_case": True, "cli_implicit_flags": True}
 
 
 class Settings(BaseSettings):
-    """Settings of the completion service: `--model-dir`, COMPLETION_MODEL_DIR, or `model_dir` in the file."""
+    """Settings of the completion service: `--model-dir`, COMPLETION_MODEL_DIR, or `model_dir` in the file.
+
+    With `config show` before them the service only says where each comes from, with `doctor` whether it could start.
+    """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
@@ -124,18 +135,26 @@ def load(arguments: Sequence[str]) -> Settings:
         raise StartupError(f"settings file {file} does not exist")
 
     class Configured(Settings):
-        model_config = SettingsConfigDict(
-            toml_file=file,
-            cli_parse_args=list(arguments),
-            cli_prog_name="python -m service",
-            cli_kebab_case=True,
-            cli_implicit_flags=True,
-        )
+        model_config = SettingsConfigDict(toml_file=file, cli_parse_args=list(arguments), **_COMMAND_LINE)
 
     try:
         return Configured()
     except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StartupError(_explain(error, file)) from None
+
+
+def origins(arguments: Sequence[str]) -> dict[str, str]:
+    """Where each setting's value comes from: `flag`, `environment`, the file by its name, or `default`."""
+    file = _config_file(arguments)
+    sources: list[tuple[str, PydanticBaseSettingsSource]] = [
+        ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments), **_COMMAND_LINE)),
+        ("environment", EnvSettingsSource(Settings)),
+        (f"file {file}", TomlConfigSettingsSource(Settings, file)),
+    ]
+    found = dict.fromkeys(Settings.model_fields, "default")
+    for origin, source in reversed(sources):
+        found.update(dict.fromkeys(source(), origin))
+    return found
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

@@ -114,7 +114,7 @@ async def ended(running, outcome, count=1):
 
 
 async def test_a_whole_answer(running):
-    """Two requests of 2 prompt and 4 new tokens, one after the other: nothing but them is counted, each where it should."""
+    """Two requests of 2 prompt and 4 new tokens, one after the other: they are counted, and nothing else."""
     for _ in range(2):
         await running.ask()
     found = await running.scrape()
