@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from service.observer import Method, Observer, Outcome, Refusal, Usage
+from service.observer import Ended, Method, Observer, Outcome, Refusal
 
 # From a fast GPU's token to a large model's on a slow CPU.
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
@@ -158,16 +158,19 @@ class Metrics(Observer):
         self._ended.labels(*labels, _go_code(code)).inc()
         self._handling.labels(*labels).observe(seconds)
 
-    def request_ended(self, outcome: Outcome, refusal: Refusal | None, usage: Usage, seconds: float) -> None:
-        self._requests.labels(outcome.value).inc()
-        if refusal is not None:
-            self._refused.labels(refusal.value).inc()
+    def request_ended(self, ended: Ended) -> None:
+        self._requests.labels(ended.outcome.value).inc()
+        if ended.refusal is not None:
+            self._refused.labels(ended.refusal.value).inc()
+        if ended.outcome is Outcome.COMPLETED:
+            self._duration.observe(ended.seconds)
+        usage = ended.usage
+        if usage is None:
+            return
         if usage.queued_seconds is not None and usage.started_seconds is not None:
             self._queue.observe(usage.started_seconds - usage.queued_seconds)
         if usage.first_token_seconds is not None:
             self._first.observe(usage.first_token_seconds)
-        if outcome is Outcome.COMPLETED:
-            self._duration.observe(seconds)
 
     def failed_unexpectedly(self) -> None:
         self._live.unexpected += 1

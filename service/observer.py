@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,19 +42,44 @@ class Method:
 
 @dataclass(slots=True)
 class Usage:
-    """What a completion request came to. Seconds are since its call began, and None where it did not get so far.
+    """What a completion request asked for, in numbers, and what it came to, once the engine had taken it.
 
-    It waited from `queued_seconds` to `started_seconds`; the first piece of its answer came at `first_token_seconds`.
-    Tokens are those of all candidates, shown or not.
+    Seconds are since its call began, and None where it did not get so far: it waited from `queued_seconds` to
+    `started_seconds`; the first piece of its answer came at `first_token_seconds`. Tokens are those of all candidates,
+    shown or not.
     """
 
-    sequences: int = 0
-    prompt_tokens: int = 0
+    id: str
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    n: int
+    sequences: int
+    prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
     queued_seconds: float | None = None
     started_seconds: float | None = None
     first_token_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A completion request that has ended, `seconds` after its call began.
+
+    `refusal` is set if it was refused, `usage` if the engine had taken it. `status` is gRPC's number; `trace` are the
+    caller's traceparent and tracestate, where it sent any.
+    """
+
+    method: Method
+    request_id: str
+    outcome: Outcome
+    refusal: Refusal | None
+    status: int
+    seconds: float
+    usage: Usage | None
+    trace: Mapping[str, str]
 
 
 class Observer:
@@ -78,8 +103,8 @@ class Observer:
     def call_ended(self, method: Method, code: str, seconds: float) -> None:
         """A call has ended with the status of this name (OK, INVALID_ARGUMENT, ...)."""
 
-    def request_ended(self, outcome: Outcome, refusal: Refusal | None, usage: Usage, seconds: float) -> None:
-        """A completion request has ended; `refusal` is set if it was refused."""
+    def request_ended(self, ended: Ended) -> None:
+        """A completion request has ended."""
 
     def failed_unexpectedly(self) -> None:
         """A call has failed by an error that has no name."""

@@ -10,7 +10,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
@@ -35,6 +35,9 @@ from service.rpc.servicer import CompletionServicer, ServedModel
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,18 @@ def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_lengt
     return plan
 
 
+def _tracing(endpoint: str | None) -> Tracing | None:
+    """Traces to this collector. Raises StartupError where OpenTelemetry is not installed."""
+    if endpoint is None:
+        return None
+    try:
+        from service.tracing import Tracing  # noqa: PLC0415, an extra that most do without
+    except ImportError as error:
+        message = f"otlp_endpoint needs OpenTelemetry ({error.name} is missing): pip install 'completion-service[otel]'"
+        raise StartupError(message) from None
+    return Tracing(endpoint)
+
+
 def _warm_up_request(model: ServedModel, prompt_chunk: int) -> Request:
     """A whole chunk of a prompt and a few tokens after it, for nobody."""
     length = min(prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
@@ -169,8 +184,10 @@ class Server:
         self._health = _Health()
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
+        self._tracing = _tracing(settings.otlp_endpoint)
+        observers = [each for each in (self._metrics, self._tracing) if each is not None]
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.keys, self._metrics)],
+            interceptors=[CallInterceptor(self.keys, *observers)],
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -262,6 +279,8 @@ class Server:
         self._tokenizing.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         fields = {**dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults)}
         _log.info("stopped", extra={"fields": fields})
 

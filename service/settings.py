@@ -112,6 +112,11 @@ class Settings(BaseSettings):
     vllm_metric_names: bool = Field(
         False, description="Whether metrics also appear under the names that vLLM gives them."
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://[^/]+$",
+        description="OTLP receiver over gRPC for traces, as `http://host:port`; needs the extra `otel`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     config: Path | None = Field(None, description="TOML file of these settings.")

@@ -16,7 +16,7 @@ import grpc
 from completion.v1 import completion_pb2 as pb
 
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError
-from service.observer import Method, Observer, Usage
+from service.observer import Ended, Method, Observer, Usage
 from service.rpc.keys import Caller, KeyRing
 from service.rpc.outcome import outcome_of
 from service.rpc.status import status_of, trailing_metadata
@@ -33,6 +33,7 @@ current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("curren
 answer_headers: contextvars.ContextVar[list[tuple[str, str]]] = contextvars.ContextVar("answer_headers")
 
 
+_TRACE = ("traceparent", "tracestate")
 _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamCompletionEvents"})
 
 
@@ -40,11 +41,14 @@ _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamComplet
 class Call:
     """What becomes known of a call while it goes on; `began` is on the monotonic clock.
 
-    `notes` go into its line in the log: never content, keys, or names in clear. `usage` is what a completion request
-    came to, once the engine has taken it; `error` is what ended the call, also where gRPC cannot show it any more.
+    `trace` are the caller's traceparent and tracestate. `notes` go into its line in the log: never content, keys, or
+    names in clear. `usage` is what a completion request came to, once the engine has taken it; `error` is what ended
+    the call, also where gRPC cannot show it any more.
     """
 
     began: float
+    request_id: str
+    trace: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
     usage: Usage | None = None
     error: Exception | None = None
@@ -60,9 +64,9 @@ class _Malformed:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates calls and reports their failures and ends; every RPC but health passes through it."""
 
-    def __init__(self, keys: KeyRing, observer: Observer | None = None) -> None:
+    def __init__(self, keys: KeyRing, *observers: Observer) -> None:
         self._keys = keys
-        self._observer = observer or Observer()
+        self._observers = observers
 
     async def intercept_service(
         self,
@@ -105,11 +109,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _call(self, method: Method, context: Context) -> AsyncIterator[None]:
         """Surrounds a call: sets its request id and caller, reports its end, and aborts it with the error's status."""
-        call = Call(time.monotonic())
-        current_call.set(call)
-        self._observer.call_began(method)
+        for observer in self._observers:
+            observer.call_began(method)
+        began = time.monotonic()
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = _request_id(metadata.get("x-request-id"))
+        trace = {name: metadata[name] for name in _TRACE if name in metadata}
+        call = Call(began, request_id, trace)
+        current_call.set(call)
         current_request_id.set(request_id)
         headers: list[tuple[str, str]] = []
         answer_headers.set(headers)
@@ -128,43 +135,54 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             metadata_out = (("x-request-id", request_id), *headers, *trailing_metadata(code, message, error))
             await context.abort(code, message.message, metadata_out)
         finally:
-            self._report(method, call, finished, _late(context), {"caller": name, "request_id": request_id})
+            self._report(method, call, name, finished=finished, late=_late(context))
 
-    def _report(self, method: Method, call: Call, finished: bool, late: bool, who: dict[str, str]) -> None:
-        """Tells observer and log of a call's end; `late` if its deadline had passed."""
+    def _report(self, method: Method, call: Call, caller: str, *, finished: bool, late: bool) -> None:
+        """Tells observers and log of a call's end; `late` if its deadline had passed."""
         seconds = time.monotonic() - call.began
         code = grpc.StatusCode.OK if finished else _left(late)
+        unexpected = False
         if call.error is not None:
-            code = status_of(call.error, who["request_id"])[0]
-            if not isinstance(call.error, ServiceError | EngineFaultError):
-                self._observer.failed_unexpectedly()
-        self._observer.call_ended(method, code.name, seconds)
-        fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name, **who}
+            code = status_of(call.error, call.request_id)[0]
+            unexpected = not isinstance(call.error, ServiceError | EngineFaultError)
+        fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name, "caller": caller}
+        fields["request_id"] = call.request_id
+        ended = None
         if method.name in _COMPLETIONS:
-            usage = call.usage or Usage()
-            outcome, refusal = outcome_of(call.error, begun=call.usage is not None, finished=finished, late=late)
-            self._observer.request_ended(outcome, refusal, usage, seconds)
-            fields["outcome"] = outcome.value
-            fields |= {"reason": refusal.value} if refusal else {}
-            fields |= _counts(usage) if call.usage else {}
-        fields["seconds"] = round(seconds, 4)
-        _log.info("call", extra={"fields": fields | call.notes})
+            begun = call.usage is not None
+            outcome, refusal = outcome_of(call.error, begun=begun, finished=finished, late=late)
+            status = code.value[0]
+            ended = Ended(method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace)
+            fields |= _summary(ended)
+        for observer in self._observers:
+            observer.call_ended(method, code.name, seconds)
+            if unexpected:
+                observer.failed_unexpectedly()
+            if ended is not None:
+                observer.request_ended(ended)
+        _log.info("call", extra={"fields": {**fields, "seconds": round(seconds, 4), **call.notes}})
 
 
-def _counts(usage: Usage) -> dict[str, object]:
-    """What the log says of a request that the engine has taken; times are null where it did not get so far."""
-    waited = None
-    if usage.queued_seconds is not None and usage.started_seconds is not None:
-        waited = round(usage.started_seconds - usage.queued_seconds, 4)
-    first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
-    return {
-        "sequences": usage.sequences,
-        "prompt_tokens": usage.prompt_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "queue_seconds": waited,
-        "first_token_seconds": first,
-    }
+def _summary(ended: Ended) -> dict[str, object]:
+    """What the log says of a completion request; times are null where it did not get so far."""
+    fields: dict[str, object] = {"outcome": ended.outcome.value}
+    if ended.refusal is not None:
+        fields["reason"] = ended.refusal.value
+    usage = ended.usage
+    if usage is not None:
+        waited = None
+        if usage.queued_seconds is not None and usage.started_seconds is not None:
+            waited = round(usage.started_seconds - usage.queued_seconds, 4)
+        first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
+        fields |= {
+            "sequences": usage.sequences,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "queue_seconds": waited,
+            "first_token_seconds": first,
+        }
+    return fields
 
 
 def _left(late: bool) -> grpc.StatusCode:

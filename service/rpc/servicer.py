@@ -144,7 +144,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         used = 0
         try:
             with model.engine.submit(request, deadline.left) as generation:
-                usage = current_call.get().usage = Usage(sequences, prompt_tokens)
+                usage = current_call.get().usage = _usage(request, model.manifest.id, sequences, prompt_tokens)
                 try:
                     yield generation
                 finally:
@@ -162,6 +162,19 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             message = f"This key may not use the model `{shown(name)}`."
             raise ForbiddenError(message, param="model", code="model_not_allowed")
         return model
+
+
+def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> Usage:
+    return Usage(
+        id=request.id,
+        model=model,
+        max_tokens=request.max_tokens,
+        temperature=request.sampling.temperature,
+        top_p=request.sampling.top_p,
+        n=request.n,
+        sequences=sequences,
+        prompt_tokens=prompt_tokens,
+    )
 
 
 def _fill(usage: Usage, generation: Generation, call: Call) -> None:
