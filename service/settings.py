@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, IPvAnyAddress, ValidationError
 from pydantic_settings import (
@@ -23,7 +23,6 @@ from pydantic_settings import (
 from service.errors import StartupError
 
 ENV_PREFIX = "COMPLETION_"
-_COMMAND_LINE: Any = {"cli_prog_name": "python -m service", "cli_kebab_case": True, "cli_implicit_flags": True}
 
 
 class Settings(BaseSettings):
@@ -32,7 +31,15 @@ class Settings(BaseSettings):
     With `config show` before them the service only says where each comes from, with `doctor` whether it could start.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+    )
 
     model_dir: Path = Field(description="Model directory, as `python -m model_export` writes it.")
     host: IPvAnyAddress = Field(
@@ -140,7 +147,7 @@ def load(arguments: Sequence[str]) -> Settings:
         raise StartupError(f"settings file {file} does not exist")
 
     class Configured(Settings):
-        model_config = SettingsConfigDict(toml_file=file, cli_parse_args=list(arguments), **_COMMAND_LINE)
+        model_config = SettingsConfigDict(toml_file=file, cli_parse_args=list(arguments))
 
     try:
         return Configured()
@@ -152,7 +159,7 @@ def origins(arguments: Sequence[str]) -> dict[str, str]:
     """Where each setting's value comes from: `flag`, `environment`, the file by its name, or `default`."""
     file = _config_file(arguments)
     sources: list[tuple[str, PydanticBaseSettingsSource]] = [
-        ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments), **_COMMAND_LINE)),
+        ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments))),
         ("environment", EnvSettingsSource(Settings)),
         (f"file {file}", TomlConfigSettingsSource(Settings, file)),
     ]
