@@ -21,19 +21,20 @@ _WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 
+# The older of two names for the same is still what some endpoint pickers read.
 _VLLM_NAMES = {
-    "llm_running": "vllm:num_requests_running",
-    "llm_waiting": "vllm:num_requests_waiting",
-    "llm_kv_usage_ratio": "vllm:kv_cache_usage_perc",
-    "llm_prefix_cache_queries": "vllm:prefix_cache_queries",
-    "llm_prefix_cache_hits": "vllm:prefix_cache_hits",
-    "llm_prompt_tokens": "vllm:prompt_tokens",
-    "llm_generation_tokens": "vllm:generation_tokens",
-    "llm_preemptions": "vllm:num_preemptions",
-    "llm_queue_time_seconds": "vllm:request_queue_time_seconds",
-    "llm_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
-    "llm_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
-    "llm_request_duration_seconds": "vllm:e2e_request_latency_seconds",
+    "llm_running": ("vllm:num_requests_running",),
+    "llm_waiting": ("vllm:num_requests_waiting",),
+    "llm_kv_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "llm_prefix_cache_queries": ("vllm:prefix_cache_queries",),
+    "llm_prefix_cache_hits": ("vllm:prefix_cache_hits",),
+    "llm_prompt_tokens": ("vllm:prompt_tokens",),
+    "llm_generation_tokens": ("vllm:generation_tokens",),
+    "llm_preemptions": ("vllm:num_preemptions",),
+    "llm_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "llm_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "llm_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+    "llm_request_duration_seconds": ("vllm:e2e_request_latency_seconds",),
 }
 
 
@@ -87,8 +88,7 @@ class _VllmNames(Collector):
     def collect(self) -> Iterator[Metric]:
         for source in self._sources:
             for metric in source.collect():
-                name = _VLLM_NAMES.get(metric.name)
-                if name is not None:
+                for name in _VLLM_NAMES.get(metric.name, ()):
                     yield self._renamed(metric, name)
 
     def _renamed(self, metric: Metric, name: str) -> Metric:

@@ -13,6 +13,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import free_ports
@@ -62,10 +63,10 @@ class Running:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def fetch(port):
+def fetch(port, accept="text/plain"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics", headers={"accept": accept})
         return connection.getresponse().read().decode()
     finally:
         connection.close()
@@ -271,7 +272,7 @@ async def test_vllm_names(running):
     await running.ask(n=2)
     found = await running.scrape()
     names = [line.split("`")[1::2] for line in DOCS.splitlines() if line.startswith("| `vllm:")]
-    assert len(names) == 12
+    assert len(names) == 14
     model = ("model_name", "alphabet")
     for theirs, ours in names:
         same = {
@@ -293,6 +294,17 @@ async def test_the_documented_names(made):
         exported = {name for name in exported if not name.startswith("process_") and not name.endswith("_created")}
         rows = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith(("| `llm_", "| `grpc_"))]
         assert sorted(exported) == sorted(rows)
+
+
+async def test_the_format_that_prometheus_asks_for(running):
+    """OpenMetrics is valid too, with the same values."""
+    await running.ask()
+    page = await asyncio.to_thread(fetch, running.port, "application/openmetrics-text; version=1.0.0")
+    assert page.endswith("# EOF\n")
+    families = {family.name: family for family in openmetrics.text_string_to_metric_families(page)}
+    generated = families["llm_generation_tokens"].samples
+    assert [sample.value for sample in generated if sample.name.endswith("_total")] == [4]
+    assert families["vllm:time_to_first_token_seconds"].type == "histogram"
 
 
 async def test_no_metrics(made):
