@@ -203,6 +203,7 @@ def wait_until_healthy(channel: grpc.Channel, seconds: float = 60) -> None:
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
             watch.cancel()
             return
+    raise AssertionError("the service ended without being healthy")
 
 
 class Replica:
