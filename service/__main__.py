@@ -52,8 +52,8 @@ def _show(arguments: Sequence[str]) -> int:
     loaded, origins = settings.load(arguments), settings.origins(arguments)
     rows = [(name, str(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, value, origin in rows:
-        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    lines = (f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+    print("\n".join(lines))
     return 0
 
 
