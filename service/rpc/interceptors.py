@@ -33,6 +33,7 @@ current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("curren
 answer_headers: contextvars.ContextVar[list[tuple[str, str]]] = contextvars.ContextVar("answer_headers")
 
 
+_CLOCKS_DIFFER_SECONDS = 0.25
 _TRACE = ("traceparent", "tracestate")
 _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamCompletionEvents"})
 
@@ -191,8 +192,9 @@ def _left(late: bool) -> grpc.StatusCode:
 
 
 def _late(context: Context) -> bool:
+    """Whether the deadline has passed: by the caller's clock, on which it cancels, that is a little earlier."""
     left = context.time_remaining()
-    return left is not None and left <= 0
+    return left is not None and left <= _CLOCKS_DIFFER_SECONDS
 
 
 def _method(path: str, handler: Any) -> Method:
