@@ -12,4 +12,5 @@ The journey of a request, with the real names:
          engine.sampler.choose                           logits -> the next token
          engine.commit.Committer.advance                 token -> text.transcript.Transcript -> types.Delta
          -> rpc.render                                   pieces -> messages, or events for HTTP
+    interceptor and engine tell observer.Observer what happens: metrics.Metrics counts it, tracing.Tracing makes spans
 """

@@ -1,11 +1,16 @@
-"""`python -m service --model-dir DIR`: serves a model directory."""
+"""`python -m service --model-dir DIR`: serves a model directory.
+
+`config show` before the flags says instead what each setting is and where that comes from; `doctor` what would keep the
+service from starting.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable, Sequence
 
-from service import settings, telemetry
+from service import doctor, settings, telemetry
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
 from service.server import serve
 
@@ -16,16 +21,48 @@ EXIT_CONFIG = 78
 
 
 def main() -> int:
+    command, arguments = _command(sys.argv[1:])
     try:
-        loaded = settings.load(sys.argv[1:])
-        telemetry.configure(loaded.log_level)
-        asyncio.run(serve(loaded))
+        return command(arguments)
     except (StartupError, EngineDiedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ModelDirectoryError) else EXIT_FAILURE
     except KeyboardInterrupt:  # a second interrupt: the first one drains
         return EXIT_INTERRUPTED
+
+
+def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], Sequence[str]]:
+    """What is to be done, and with which flags."""
+    match list(arguments):
+        case ["config", "show", *flags]:
+            return _show, flags
+        case ["doctor", *flags]:
+            return _examine, flags
+    return _serve, arguments
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    loaded = settings.load(arguments)
+    telemetry.configure(loaded.log_level)
+    asyncio.run(serve(loaded))
     return 0
+
+
+def _show(arguments: Sequence[str]) -> int:
+    loaded, origins = settings.load(arguments), settings.origins(arguments)
+    rows = [(name, str(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = (f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+    print("\n".join(lines))
+    return 0
+
+
+def _examine(arguments: Sequence[str]) -> int:
+    good = True
+    for finding in doctor.examine(settings.load(arguments)):
+        print(finding, flush=True)
+        good &= finding.good
+    return 0 if good else EXIT_FAILURE
 
 
 if __name__ == "__main__":

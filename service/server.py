@@ -10,7 +10,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
@@ -23,7 +23,9 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
 from service.engine.scheduler import Scheduler
-from service.errors import EngineDiedError, StartupError
+from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
+from service.metrics import Exporter, Metrics, Reading
+from service.observer import Observer
 from service.rpc import tls
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
@@ -32,12 +34,20 @@ from service.rpc.quota import Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
+from service.types import Prompt, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
-# The service's own name and the empty one, which means the server as a whole.
-_HEALTH_NAMES = (SERVICE_NAME, "")
+# Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
+_READINESS = (SERVICE_NAME, "", "readiness")
+# Whether the start is over, and whether the process is of use at all: both stay true while it drains.
+_STARTUP, _LIVENESS = "startup", "liveness"
+# What is generated to warm up: the prompt's step, and steps of the other graph.
+_WARM_UP_TOKENS = 3
 
 _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -49,18 +59,14 @@ def load_model(settings: Settings) -> ServedModel:
     """The model that the settings name, checked and ready to start. Raises StartupError."""
     manifest = manifests.load(settings.model_dir)
     manifests.check_external_data(settings.model_dir, manifest)
-    context_length = settings.context_length or manifest.context_length
-    if context_length > manifest.context_length:
-        raise StartupError(
-            f"context_length {context_length} is above the {manifest.context_length} of {settings.model_dir}"
-        )
-    slots = _plan_memory(manifest, settings, context_length).slots
+    length = context_length(manifest, settings)
+    slots = _plan_memory(manifest, settings, length).slots
     tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         settings.model_dir,
         manifest,
         slots=slots,
-        context_length=context_length,
+        context_length=length,
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
     )
@@ -73,7 +79,23 @@ def load_model(settings: Settings) -> ServedModel:
         send_timeout=settings.send_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
     )
-    return ServedModel(manifest, tokenizer, engine, Limits(context_length, settings.max_stops))
+    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops))
+
+
+def context_length(manifest: manifests.Manifest, settings: Settings) -> int:
+    """The most tokens of a sequence. Raises StartupError when it is set to more than the model can."""
+    length = settings.context_length or manifest.context_length
+    if length > manifest.context_length:
+        raise StartupError(f"context_length {length} is above the {manifest.context_length} of {settings.model_dir}")
+    return length
+
+
+def check_host(settings: Settings, keys: KeyRing) -> None:
+    """Raises StartupError when others than this machine could call without a key."""
+    if keys.open and not settings.host.is_loopback:
+        raise StartupError(
+            f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
+        )
 
 
 def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_length: int) -> memory.Plan:
@@ -88,6 +110,44 @@ def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_lengt
     else:
         _log.info("the memory budget holds all slots", extra={"fields": fields})
     return plan
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    """Traces to this collector. Raises StartupError where OpenTelemetry is not installed."""
+    if endpoint is None:
+        return None
+    try:
+        from service.tracing import Tracing  # noqa: PLC0415, an extra that most do without
+    except ImportError as error:
+        message = f"otlp_endpoint needs OpenTelemetry ({error.name} is missing): pip install 'completion-service[otel]'"
+        raise StartupError(message) from None
+    return Tracing(endpoint)
+
+
+def _warm_up_request(model: ServedModel, prompt_chunk: int) -> Request:
+    """A whole chunk of a prompt and a few tokens after it, for nobody."""
+    length = min(prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
+    token = model.manifest.special_tokens.default_prompt or 0  # any will do
+    prompt = Prompt((token,) * length, "", implied=length)
+    return Request(
+        id="warm-up",
+        model=model.manifest.id,
+        created=0,
+        identity="warm-up",
+        prompts=(prompt,),
+        max_tokens=_WARM_UP_TOKENS,
+        n=1,
+        best_of=1,
+        stream=False,
+        include_usage=False,
+        continuous_usage=False,
+        logprobs=None,
+        echo=False,
+        stop=(),
+        stop_token_ids=frozenset(),
+        min_tokens=0,
+        sampling=SamplingParams(temperature=0),
+    )
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -118,20 +178,41 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.keys = KeyRing.load(settings.api_keys_file)
-        if self.keys.open and not settings.host.is_loopback:
-            raise StartupError(
-                f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
-            )
+        check_host(settings, self.keys)
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = _Health()
+        self._metrics = self._make_metrics()
+        self._exporter: Exporter | None = None
+        self._tracing = _tracing(settings.otlp_endpoint)
+        observers = [each for each in (self._metrics, self._tracing) if each is not None]
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.keys)],
+            interceptors=[CallInterceptor(self.keys, *observers)],
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
         self._credentials = tls.credentials(settings)
         self._add_services()
+
+    def _make_metrics(self) -> Metrics | None:
+        if not self._settings.metrics_port:
+            return None
+        engine = self.model.engine
+
+        def read() -> Reading:
+            stats, reuse, faults = engine.stats, engine.reuse, engine.faults
+            return Reading(
+                running=stats.running,
+                waiting=stats.waiting,
+                slots=engine.slots,
+                looked_up_tokens=reuse.prompt_tokens,
+                cached_tokens=reuse.cached_tokens,
+                failed_steps=faults.failed_steps,
+                not_finite=faults.not_finite,
+                slow_readers=faults.slow_readers,
+            )
+
+        return Metrics(read, self.model.manifest.id if self._settings.vllm_metric_names else None)
 
     def _options(self) -> list[tuple[str, int]]:
         return [
@@ -165,9 +246,13 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._bind()
+        self._export_metrics()
         self.model.engine.start(asyncio.get_running_loop())
+        await self._set_health(False, *_READINESS, _STARTUP)
+        await self._set_health(True, _LIVENESS)
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._warm_up()
+        await self._set_health(True, *_READINESS, _STARTUP)
         _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
@@ -177,15 +262,25 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.announce_end()
+        died = self.model.engine.died.is_set()
+        if died:
+            await self._set_health(False, _LIVENESS)
+        await self._stop(0.0 if died else self._settings.drain_seconds)
+
+    async def _stop(self, seconds: float) -> None:
+        """Ends everything; what runs has so many seconds to finish."""
         # No new calls from here on. Those that outlast the drain hear why from the engine, before gRPC cuts them off.
         engine = self.model.engine
-        seconds = 0.0 if engine.died.is_set() else self._settings.drain_seconds
         stopped = asyncio.ensure_future(self._server.stop(seconds + _LAST_WORDS_SECONDS))
         asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS / 4, self._health.end_watches)
         await asyncio.wait([stopped], timeout=seconds)
         await asyncio.to_thread(engine.stop)
         await stopped
         self._tokenizing.shutdown()
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         fields = {**dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults)}
         _log.info("stopped", extra={"fields": fields})
 
@@ -202,25 +297,49 @@ class Server:
             message = f"cannot listen on {self.address}: port {self._settings.port} is in use (pid {pid})"
             raise StartupError(f"{message}; stop that process, or choose another port (--port)") from None
 
+    def _export_metrics(self) -> None:
+        """Serves metrics. That the default port is taken is no reason not to start: nobody has asked for it."""
+        if self._metrics is None:
+            return
+        host, port = str(self._settings.metrics_host), self._settings.metrics_port
+        try:
+            self._exporter = Exporter(self._metrics, host, port)
+        except OSError as error:
+            message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
+            if "metrics_port" in self._settings.model_fields_set:
+                raise StartupError(f"{message}; choose another port (--metrics-port), or 0 for none") from None
+            _log.warning("%s; there are none", message)
+
+    async def _warm_up(self) -> None:
+        """Answers a request of its own: only then is the service ready."""
+        engine = self.model.engine
+        try:
+            await engine.warm_up(_warm_up_request(self.model, self._settings.prompt_chunk))
+        except (EngineFaultError, UnavailableError):
+            await self._stop(0)
+            raise StartupError("the model cannot answer: the warm-up request failed; the log says of what") from None
+        engine.observer = self._metrics or Observer()
+
     async def announce_end(self) -> None:
         """Has health say NOT_SERVING, so that who asks sends no new requests; they are still taken."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_health(False, *_READINESS)
 
     async def end_if_hung(self) -> None:
         """Watches the engine. When a step never ends, every caller hears of it, and the process exits with 1."""
         engine, seconds = self.model.engine, self._settings.watchdog_seconds
         await watchdog.hung(lambda: engine.turn, seconds)
         _log.critical("the engine hangs", extra={"fields": {"seconds": seconds, **dataclasses.asdict(engine.stats)}})
-        await self.announce_end()
+        await self._set_health(False, *_READINESS, _LIVENESS)
         engine.abandon()
         faulthandler.dump_traceback(all_threads=True)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         logging.shutdown()
         os._exit(1)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in _HEALTH_NAMES:
-            await self._health.set(name, status)
+    async def _set_health(self, serving: bool, *names: str) -> None:
+        answers = health_pb2.HealthCheckResponse
+        for name in names:
+            await self._health.set(name, answers.SERVING if serving else answers.NOT_SERVING)
 
 
 async def serve(settings: Settings) -> None:

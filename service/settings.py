@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, IPvAnyAddress, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from service.errors import StartupError
 
@@ -19,9 +26,20 @@ ENV_PREFIX = "COMPLETION_"
 
 
 class Settings(BaseSettings):
-    """Settings of the completion service: `--model-dir`, COMPLETION_MODEL_DIR, or `model_dir` in the file."""
+    """Settings of the completion service: `--model-dir`, COMPLETION_MODEL_DIR, or `model_dir` in the file.
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    With `config show` before them the service only says where each comes from, with `doctor` whether it could start.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+    )
 
     model_dir: Path = Field(description="Model directory, as `python -m model_export` writes it.")
     host: IPvAnyAddress = Field(
@@ -89,6 +107,23 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may take to finish after that, in seconds."
     )
+    metrics_host: IPvAnyAddress = Field(
+        IPv4Address("127.0.0.1"), description="IP address to serve metrics on, to whoever asks."
+    )
+    metrics_port: int = Field(
+        9464,
+        ge=0,
+        le=65535,
+        description="Port to serve metrics on, 0 for none; the default is given up if it is taken.",
+    )
+    vllm_metric_names: bool = Field(
+        False, description="Whether metrics also appear under the names that vLLM gives them."
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://[^/]+$",
+        description="OTLP receiver over gRPC for traces, as `http://host:port`; needs the extra `otel`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     config: Path | None = Field(None, description="TOML file of these settings.")
@@ -112,18 +147,26 @@ def load(arguments: Sequence[str]) -> Settings:
         raise StartupError(f"settings file {file} does not exist")
 
     class Configured(Settings):
-        model_config = SettingsConfigDict(
-            toml_file=file,
-            cli_parse_args=list(arguments),
-            cli_prog_name="python -m service",
-            cli_kebab_case=True,
-            cli_implicit_flags=True,
-        )
+        model_config = SettingsConfigDict(toml_file=file, cli_parse_args=list(arguments))
 
     try:
         return Configured()
     except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StartupError(_explain(error, file)) from None
+
+
+def origins(arguments: Sequence[str]) -> dict[str, str]:
+    """Where each setting's value comes from: `flag`, `environment`, the file by its name, or `default`."""
+    file = _config_file(arguments)
+    sources: list[tuple[str, PydanticBaseSettingsSource]] = [
+        ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments))),
+        ("environment", EnvSettingsSource(Settings)),
+        (f"file {file}", TomlConfigSettingsSource(Settings, file)),
+    ]
+    found = dict.fromkeys(Settings.model_fields, "default")
+    for origin, source in reversed(sources):
+        found.update(dict.fromkeys(source(), origin))
+    return found
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

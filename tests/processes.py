@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from model_export.export import Options, export
 from tests.model_export import tiny
-from tests.stack import AUTHORIZED, ROOT, free_ports
+from tests.stack import AUTHORIZED, ROOT, free_ports, wait_until_healthy
 
 TINY = "tiny"
 METADATA = tuple(AUTHORIZED.items())
@@ -68,6 +68,7 @@ class Service:
             assert self.process.poll() is None, self.errors
             assert time.monotonic() < deadline, "not ready within 60 s"
             time.sleep(0.05)
+        wait_until_healthy(self.channel)
 
     def stream(self, **fields: Any) -> Any:
         return self.stub.StreamCompletion(self._request(fields), metadata=METADATA)

@@ -52,11 +52,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a running service can be reached: `http` and `grpc` are ports on 127.0.0.1; `logs` holds its log files."""
+    """Where a running service can be reached: ports on 127.0.0.1, 0 where there is none; `logs` holds its log files."""
 
     http: int
     grpc: int
     logs: Path | None = None
+    metrics: int = 0
 
     @property
     def base_url(self) -> str:
@@ -106,13 +107,14 @@ class Stack:
 @contextmanager
 def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[Stack]:
     """Service and Envoy as separate processes, by the launcher behind `make run`."""
-    http_port, grpc_port = free_ports(2)
+    http_port, grpc_port, metrics_port = free_ports(3)
     environment = {
         **os.environ,
         "HTTP_PORT": str(http_port),
         "GRPC_PORT": str(grpc_port),
         "MODEL_DIR": str(model_dir),
         "API_KEY": KEY,
+        "COMPLETION_METRICS_PORT": str(metrics_port),
         **variables,
     }
     command = [sys.executable, "deploy/local.py", "--", *service_args]
@@ -122,7 +124,7 @@ def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[
     try:
         output = wait_until_ready(process)
         (logs,) = re.findall(r"^logs +(.*)$", output, re.MULTILINE)
-        yield Stack(http_port, grpc_port, Path(logs))
+        yield Stack(http_port, grpc_port, Path(logs), metrics_port)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -197,6 +199,18 @@ def envoy(
         child.stop()
 
 
+def wait_until_healthy(channel: grpc.Channel, seconds: float = 60) -> None:
+    """Returns once a service says SERVING of itself."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds
+    )
+    for answer in watch:
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            watch.cancel()
+            return
+    raise AssertionError("the service ended without being healthy")
+
+
 class Replica:
     """A service process on a port of its own, to be stopped, killed and started again."""
 
@@ -223,9 +237,7 @@ class Replica:
     def wait_until_serving(self, seconds: float = 60) -> None:
         """Returns once the service says of itself that it is healthy."""
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds)
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            wait_until_healthy(channel, seconds)
 
     def kill(self) -> None:
         """SIGKILL: no drain, no word."""

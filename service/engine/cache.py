@@ -60,6 +60,11 @@ class KVCache:
         self.reuse = Reuse(0, 0)
 
     @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return len(self._slots)
+
+    @property
     def free(self) -> int:
         """How many slots are not held."""
         return len(self._slots) - self.held

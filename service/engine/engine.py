@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from service.engine.admission import Admission, Ticket, Work
+from service.engine.admission import Admission, Pace, Ticket, Work
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
@@ -20,6 +20,7 @@ from service.engine.sampler import Floats
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
+from service.observer import Observer
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
@@ -62,7 +63,7 @@ class Engine:
 
     The event loop's thread submits and aborts; the step thread plans, runs and commits, and sends each step's pieces
     back in one call. Only the step thread touches sequences, scheduler and model. `clock` counts seconds; a caller
-    that takes nothing for `send_timeout` of them while pieces wait for it is given up.
+    that takes nothing for `send_timeout` of them while pieces wait for it is given up. `observer` hears of each step.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class Engine:
         self._turns = 0
         self._in_turn = False
         self._failures = 0
+        self._sampled = 0
+        self._gaps: list[float] = []
+        self.observer = Observer()
         self.faults = Faults()
         self.died = asyncio.Event()
 
@@ -114,6 +118,17 @@ class Engine:
         self._take_commands()
         self._flush()
 
+    async def warm_up(self, request: Request) -> None:
+        """Answers a request of the service's own, so that no caller pays for what the first one costs.
+
+        Nothing is learnt or counted of it: its steps are no measure of those that follow.
+        """
+        with self.submit(request) as generation:
+            async for _ in generation:
+                pass
+        self._admission.pace = Pace()
+        self._commands.put(self._scheduler.forget_reuse)
+
     def abandon(self) -> None:
         """Tells every caller that there will be no answer, when the step thread hangs and never will."""
         for generation in list(self._sequences):
@@ -128,6 +143,11 @@ class Engine:
     def stats(self) -> Stats:
         """How many sequences there are at this moment."""
         return Stats(self._scheduler.running, self._scheduler.waiting)
+
+    @property
+    def slots(self) -> int:
+        """How many sequences can run at once."""
+        return self._scheduler.slots
 
     @property
     def reuse(self) -> Reuse:
@@ -161,6 +181,7 @@ class Engine:
         self._commands.put(lambda: self._end_request(generation))
 
     def _started(self, generation: Generation) -> None:
+        generation.start()
         ticket = self._tickets.get(generation)
         if ticket is not None:
             self._admission.started(ticket)
@@ -204,6 +225,9 @@ class Engine:
         step = self._scheduler.schedule()
         if step is not None:
             self._advance(step)
+        if self._sampled:
+            self.observer.sampled(self._sampled, self._gaps)
+            self._sampled, self._gaps = 0, []
         self._flush()
         self._in_turn = False
         return step is not None
@@ -303,8 +327,10 @@ class Engine:
     def _learn(self, step: Step, rows: int, seconds: float) -> None:
         pace = self._admission.pace
         if isinstance(step, DecodeBatch):
+            self.observer.decode_step(rows, seconds)
             self._outbox.append(lambda: pace.step(rows, seconds))
         elif step.start < step.end:
+            self.observer.prompt_step(seconds)
             self._outbox.append(lambda: pace.chunk(step.end - step.start, seconds))
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
@@ -325,6 +351,8 @@ class Engine:
             logits = rows[-1]
         self._scheduler.commit_chunk(chunk)
         if chunk.end == sequence.prompt_length:
+            if group.unstarted == sequence.request.best_of:
+                self.observer.prompt_read(chunk.end)
             group.unstarted -= 1
             group.logits = logits.copy() if group.unstarted else None
             self._send(sequence, self._committer.begin(sequence))
@@ -346,11 +374,20 @@ class Engine:
         if sequence.finished:  # a sibling's fault, earlier in this step, ended the request
             return
         try:
-            self._send(sequence, self._committer.advance(sequence, logits))
+            delta = self._committer.advance(sequence, logits)
+            self._time_token(sequence)
+            self._send(sequence, delta)
         except Exception as error:
             self._note(error)
             _log.exception("a sequence failed", extra={"fields": {"request_id": sequence.request.id}})
             self._fail(sequence.generation, EngineFaultError("the model failed"))
+
+    def _time_token(self, sequence: Sequence) -> None:
+        now = self._clock()
+        if sequence.sampled_at is not None:
+            self._gaps.append(now - sequence.sampled_at)
+        sequence.sampled_at = now
+        self._sampled += 1
 
     def _send(self, sequence: Sequence, delta: Delta | None) -> None:
         """Notes a piece for the caller; with its last piece a sequence gives its slot back."""

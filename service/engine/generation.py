@@ -25,6 +25,7 @@ class Generation:
 
     Everything but construction happens on the event loop's thread. A reader that lets pieces grow too many, or wait
     for more than `send_timeout` seconds of `clock`, gets SlowReaderError in their place, and the request is freed.
+    `queued_at`, `started_at` and `first_piece_at` (of more than an echo) tell when it got how far, by `clock`.
     """
 
     def __init__(
@@ -46,11 +47,24 @@ class Generation:
         self.given_up = False
         self._event = asyncio.Event()
         self._completion_tokens: dict[tuple[int, int], int] = {}
+        self._cached_tokens: dict[int, int] = {}
+        self.queued_at = clock()
+        self.started_at: float | None = None
+        self.first_piece_at: float | None = None
 
     @property
     def completion_tokens(self) -> int:
         """Tokens in the pieces that have arrived."""
         return sum(self._completion_tokens.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were copied and not computed; what candidates of one prompt share was computed once."""
+        return sum(self._cached_tokens.values())
+
+    def start(self) -> None:
+        """Notes that a candidate has got a slot; the first counts."""
+        self.started_at = self._clock() if self.started_at is None else self.started_at
 
     def deliver(self, delta: Delta) -> None:
         """Takes in a piece."""
@@ -61,6 +75,10 @@ class Generation:
         self._arrived.append(delta)
         self._backlog += _size(delta)
         self._completion_tokens[delta.prompt_index, delta.candidate] = delta.completion_tokens
+        if delta.candidate == 0:
+            self._cached_tokens[delta.prompt_index] = delta.cached_tokens
+        if self.first_piece_at is None and (delta.completion_tokens or delta.finish_reason is not None):
+            self.first_piece_at = self._clock()
         self._event.set()
         if self._reads_too_slowly():
             self._arrived.clear()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service.engine.cache import Copy
-from service.errors import ModelDirectoryError
+from service.errors import ModelDirectoryError, StartupError
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
 from service.processor import byte_options
 
@@ -27,6 +27,17 @@ _BINDINGS = 128
 _MANY_ROWS = (8, 16, 32)
 _WORTH_CHANGING = 0.95
 _TIMED_STEPS = 5
+
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+def provider() -> str:
+    """What computes: onnxruntime's version and its provider. Raises StartupError when it is not there."""
+    available = ort.get_available_providers()
+    if _PROVIDER not in available:
+        raise StartupError(f"onnxruntime {ort.__version__} has no {_PROVIDER}, only {', '.join(available)}")
+    return f"onnxruntime {ort.__version__}, {_PROVIDER}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,7 @@ class Model:
         for name, value in byte_options().items():
             options.add_session_config_entry(name, value)
         try:
-            return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(graph, options, providers=[_PROVIDER])
         except Exception as error:  # onnxruntime raises its own unrelated types
             raise ModelDirectoryError(f"{graph} cannot be loaded: {error}") from error
 

@@ -79,6 +79,11 @@ class Scheduler:
         self._decode_next = False
 
     @property
+    def slots(self) -> int:
+        """How many sequences can hold a slot."""
+        return self._cache.slots
+
+    @property
     def running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._holders)
@@ -92,6 +97,10 @@ class Scheduler:
     def reuse(self) -> Reuse:
         """What the cache has saved so far."""
         return self._cache.reuse
+
+    def forget_reuse(self) -> None:
+        """Counts what the cache saves from here on."""
+        self._cache.reuse = Reuse(0, 0)
 
     def room(self, identity: str) -> int:
         """How many slots the caller could take now. May be asked from any thread."""

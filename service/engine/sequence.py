@@ -35,7 +35,8 @@ class Sequence:
 
     `tokens` is the prompt and what was generated. The sequence's slot holds the keys and values of the first
     `computed` of them; `cached` of those were copied, not computed. `slot` is None while waiting and after the end.
-    `counts` are the generated tokens; `unshown` scores those that the transcript still holds back.
+    `counts` are the generated tokens; `unshown` scores those that the transcript still holds back. `sampled_at` is when
+    the last token was sampled, in seconds of the engine's clock.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Sequence:
     completion_tokens: int = 0
     logprob_sum: float = 0.0
     unshown: deque[tuple[int, Score]] = field(default_factory=deque)
+    sampled_at: float | None = None
     finished: bool = False
 
     @property

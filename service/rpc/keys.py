@@ -61,6 +61,9 @@ class KeyRing:
         self._seen = _signature(file)
         self._looked = time.monotonic()
 
+    def __len__(self) -> int:
+        return len(self._keys or ())
+
     @property
     def open(self) -> bool:
         """Whether any key will do."""

@@ -17,9 +17,10 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.errors import DeadlineError, ForbiddenError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
+from service.observer import Usage
 from service.rpc import bounds, render
 from service.rpc.checks import shown
-from service.rpc.interceptors import Context, answer_headers, call_notes, current_caller, failure
+from service.rpc.interceptors import Call, Context, answer_headers, current_call, current_caller, failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import UNLIMITED, Meter, Quota
@@ -115,7 +116,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             bounds.check(request)  # raises: the contract requires a model
         model = self._find(request.model)
         if request.user:
-            call_notes.get()["user"] = pseudonym(request.user)
+            current_call.get().notes["user"] = pseudonym(request.user)
         caller = current_caller.get()
         identity = caller.identity
         answer_headers.get()[:] = self._meter.headers(identity, caller.quota)
@@ -140,12 +141,16 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             self._meter.take(caller.identity, caller.quota, charged, sequences)
         finally:
             answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
-        generation = None
+        used = 0
         try:
             with model.engine.submit(request, deadline.left) as generation:
-                yield generation
+                usage = current_call.get().usage = _usage(request, model.manifest.id, sequences, prompt_tokens)
+                try:
+                    yield generation
+                finally:
+                    used = prompt_tokens + generation.completion_tokens
+                    _fill(usage, generation, current_call.get())
         finally:
-            used = prompt_tokens + generation.completion_tokens if generation is not None else 0
             self._meter.give_back(caller.identity, charged - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
@@ -157,6 +162,30 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             message = f"This key may not use the model `{shown(name)}`."
             raise ForbiddenError(message, param="model", code="model_not_allowed")
         return model
+
+
+def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> Usage:
+    return Usage(
+        id=request.id,
+        model=model,
+        max_tokens=request.max_tokens,
+        temperature=request.sampling.temperature,
+        top_p=request.sampling.top_p,
+        n=request.n,
+        sequences=sequences,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def _fill(usage: Usage, generation: Generation, call: Call) -> None:
+    """Notes what a generation came to."""
+    usage.cached_tokens = generation.cached_tokens
+    usage.completion_tokens = generation.completion_tokens
+    usage.queued_seconds = generation.queued_at - call.began
+    if generation.started_at is not None:
+        usage.started_seconds = generation.started_at - call.began
+    if generation.first_piece_at is not None:
+        usage.first_token_seconds = generation.first_piece_at - call.began
 
 
 class _Deadline:

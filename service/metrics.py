@@ -1,0 +1,202 @@
+"""Metrics for Prometheus: what the observer is told, and what is read at each scrape, on a port of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from service.observer import Ended, Method, Observer, Outcome, Refusal
+
+# From a fast GPU's token to a large model's on a slow CPU.
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+
+# The older of two names for the same is still what some endpoint pickers read.
+_VLLM_NAMES = {
+    "llm_running": ("vllm:num_requests_running",),
+    "llm_waiting": ("vllm:num_requests_waiting",),
+    "llm_kv_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "llm_prefix_cache_queries": ("vllm:prefix_cache_queries",),
+    "llm_prefix_cache_hits": ("vllm:prefix_cache_hits",),
+    "llm_prompt_tokens": ("vllm:prompt_tokens",),
+    "llm_generation_tokens": ("vllm:generation_tokens",),
+    "llm_preemptions": ("vllm:num_preemptions",),
+    "llm_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "llm_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "llm_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+    "llm_request_duration_seconds": ("vllm:e2e_request_latency_seconds",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
+
+    running: int
+    waiting: int
+    slots: int
+    looked_up_tokens: int
+    cached_tokens: int
+    failed_steps: int
+    not_finite: int
+    slow_readers: int
+
+
+class _Live(Collector):
+    """The metrics that are read at each scrape, and cost nothing in between."""
+
+    def __init__(self, read: Callable[[], Reading]) -> None:
+        self._read = read
+        self.unexpected = 0
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._read()
+        yield GaugeMetricFamily("llm_running", "Sequences that hold a slot of keys and values.", now.running)
+        yield GaugeMetricFamily("llm_waiting", "Sequences that hold no slot yet.", now.waiting)
+        yield GaugeMetricFamily("llm_slots", "Slots of keys and values.", now.slots)
+        yield GaugeMetricFamily("llm_kv_usage_ratio", "Held slots by slots.", now.running / now.slots)
+        yield CounterMetricFamily(
+            "llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.looked_up_tokens
+        )
+        yield CounterMetricFamily("llm_prefix_cache_hits", "Prompt tokens found in it.", now.cached_tokens)
+        yield CounterMetricFamily("llm_preemptions", "Slots taken away from their sequences: none ever is.", 0)
+        faults = CounterMetricFamily("llm_faults", "What went wrong inside.", labels=["kind"])
+        faults.add_metric(["failed_step"], now.failed_steps)
+        faults.add_metric(["not_finite"], now.not_finite)
+        faults.add_metric(["slow_reader"], now.slow_readers)
+        faults.add_metric(["unexpected"], self.unexpected)
+        yield faults
+
+
+class _VllmNames(Collector):
+    """The metrics of other collectors under vLLM's names."""
+
+    def __init__(self, sources: Sequence[Collector], model: str) -> None:
+        self._sources = sources
+        self._labels = {"model_name": model}
+
+    def collect(self) -> Iterator[Metric]:
+        for source in self._sources:
+            for metric in source.collect():
+                for name in _VLLM_NAMES.get(metric.name, ()):
+                    yield self._renamed(metric, name)
+
+    def _renamed(self, metric: Metric, name: str) -> Metric:
+        made = Metric(name, metric.documentation, metric.type)
+        made.samples = [
+            Sample(name + sample.name.removeprefix(metric.name), {**self._labels, **sample.labels}, sample.value)
+            for sample in metric.samples
+            if not sample.name.endswith("_created")
+        ]
+        return made
+
+
+class Metrics(Observer):
+    """Counts and times what it is told. A registry of its own: a process may have several."""
+
+    def __init__(self, read: Callable[[], Reading], vllm_model: str | None = None) -> None:
+        """`read` reads the engine; with `vllm_model` everything appears by vLLM's names too, labelled with it."""
+        self.registry = CollectorRegistry()
+        self._live = _Live(read)
+        self._requests = Counter("llm_requests", "Requests that ended.", ["outcome"], registry=None)
+        self._refused = Counter("llm_refused", "Requests that never began.", ["reason"], registry=None)
+        self._prompt_tokens = Counter("llm_prompt_tokens", "Tokens of prompts read to the end.", registry=None)
+        self._generated = Counter("llm_generation_tokens", "Tokens that were sampled.", registry=None)
+        self._queue = _histogram("llm_queue_time_seconds", "From the queue to the first slot.", _WAIT_BUCKETS)
+        self._first = _histogram("llm_time_to_first_token_seconds", "From call to first piece.", _WAIT_BUCKETS)
+        self._gap = _histogram("llm_inter_token_latency_seconds", "Between a sequence's tokens.", _STEP_BUCKETS)
+        self._duration = _histogram("llm_request_duration_seconds", "Completed requests.", _REQUEST_BUCKETS)
+        self._rows = _histogram("llm_batch_size", "Sequences in a decode step.", _ROW_BUCKETS)
+        steps = _histogram("llm_step_duration_seconds", "Steps of the engine.", _STEP_BUCKETS, "kind")
+        self._prompt_step, self._decode_step = steps.labels("prompt"), steps.labels("decode")
+        method = ("grpc_type", "grpc_service", "grpc_method")
+        self._began = Counter("grpc_server_started", "Calls that began.", method, registry=None)
+        self._ended = Counter("grpc_server_handled", "Calls that ended.", [*method, "grpc_code"], registry=None)
+        self._handling = _histogram("grpc_server_handling_seconds", "How long calls took.", _REQUEST_BUCKETS, *method)
+        for outcome in Outcome:
+            self._requests.labels(outcome.value)
+        for reason in Refusal:
+            self._refused.labels(reason.value)
+        own: list[Collector] = [self._live, self._requests, self._refused, self._prompt_tokens, self._generated]
+        own += [self._queue, self._first, self._gap, self._duration, self._rows, steps]
+        for collector in [*own, self._began, self._ended, self._handling]:
+            self.registry.register(collector)
+        if vllm_model is not None:
+            self.registry.register(_VllmNames(own, vllm_model))
+        ProcessCollector(registry=self.registry)
+
+    def prompt_step(self, seconds: float) -> None:
+        self._prompt_step.observe(seconds)
+
+    def decode_step(self, rows: int, seconds: float) -> None:
+        self._decode_step.observe(seconds)
+        self._rows.observe(rows)
+
+    def prompt_read(self, tokens: int) -> None:
+        self._prompt_tokens.inc(tokens)
+
+    def sampled(self, tokens: int, gaps: Sequence[float]) -> None:
+        self._generated.inc(tokens)
+        for gap in gaps:
+            self._gap.observe(gap)
+
+    def call_began(self, method: Method) -> None:
+        self._began.labels(method.kind, method.service, method.name).inc()
+
+    def call_ended(self, method: Method, code: str, seconds: float) -> None:
+        labels = (method.kind, method.service, method.name)
+        self._ended.labels(*labels, _go_code(code)).inc()
+        self._handling.labels(*labels).observe(seconds)
+
+    def request_ended(self, ended: Ended) -> None:
+        self._requests.labels(ended.outcome.value).inc()
+        if ended.refusal is not None:
+            self._refused.labels(ended.refusal.value).inc()
+        if ended.outcome is Outcome.COMPLETED:
+            self._duration.observe(ended.seconds)
+        usage = ended.usage
+        if usage is None:
+            return
+        if usage.queued_seconds is not None and usage.started_seconds is not None:
+            self._queue.observe(usage.started_seconds - usage.queued_seconds)
+        if usage.first_token_seconds is not None:
+            self._first.observe(usage.first_token_seconds)
+
+    def failed_unexpectedly(self) -> None:
+        self._live.unexpected += 1
+
+
+class Exporter:
+    """Serves metrics over HTTP from threads of its own, until it is closed."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        """Raises OSError when the port cannot be had."""
+        made: tuple[WSGIServer, Thread] = start_http_server(port, host, metrics.registry)
+        self._server, self._thread = made
+
+    def close(self) -> None:
+        """Ends the serving; whoever is being answered is not waited for."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+    return Histogram(name, text, labels, buckets=buckets, registry=None)
+
+
+def _go_code(code: str) -> str:
+    """A status by its name in Go, as all gRPC metrics have it: INVALID_ARGUMENT is InvalidArgument."""
+    if code == "CANCELLED":
+        return "Canceled"
+    return code if code == "OK" else "".join(part.capitalize() for part in code.split("_"))

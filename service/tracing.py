@@ -1,0 +1,110 @@
+"""Traces by OpenTelemetry: a span per request, with queue, prefill and decode inside. Needs the extra `otel`."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from service.observer import Ended, Observer, Outcome
+
+_NAME = "completion-service"
+_OPERATION = "text_completion"
+# How long one export may take, and how long the end of the process waits for the last, in seconds.
+_EXPORT_SECONDS = 5
+_LAST_SPANS_SECONDS = 2.0
+
+
+class Tracing(Observer):
+    """Makes spans of requests that have ended, and sends them to a collector from a thread of its own.
+
+    What finds no room while the collector does not answer is dropped.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        """`endpoint` is an OTLP receiver over gRPC, as http://host:port or https://host:port."""
+        self._provider = TracerProvider(resource=Resource.create({"service.name": _NAME}), shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer(_NAME)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def request_ended(self, ended: Ended) -> None:
+        now = time.time_ns()
+        began = now - _nanoseconds(ended.seconds)
+        span = self._tracer.start_span(
+            f"{_OPERATION} {ended.usage.model}" if ended.usage else _OPERATION,
+            context=self._propagator.extract(ended.trace),
+            kind=SpanKind.SERVER,
+            attributes=_attributes(ended),
+            start_time=began,
+        )
+        if span.is_recording():
+            self._add_parts(ended, set_span_in_context(span), began, now)
+            _set_status(span, ended)
+        span.end(now)
+
+    def _add_parts(self, ended: Ended, context: Context, began: int, now: int) -> None:
+        """The spans inside, as far as the request got."""
+        usage = ended.usage
+        if usage is None or usage.queued_seconds is None:
+            return
+        marks = [usage.queued_seconds, usage.started_seconds, usage.first_token_seconds]
+        times = [began + _nanoseconds(mark) for mark in marks if mark is not None]
+        for name, start, end in zip(("queue", "prefill", "decode"), times, [*times[1:], now], strict=False):
+            self._tracer.start_span(name, context=context, start_time=start).end(end)
+
+    def close(self) -> None:
+        """Sends what there is, but waits only a moment for a collector that does not answer."""
+        last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(_LAST_SPANS_SECONDS)
+
+
+def _attributes(ended: Ended) -> dict[str, AttributeValue]:
+    """By the semantic conventions for generative AI and for RPCs; numbers and names alone, never content."""
+    found: dict[str, AttributeValue] = {
+        "gen_ai.operation.name": _OPERATION,
+        "gen_ai.provider.name": _NAME,
+        "rpc.system": "grpc",
+        "rpc.service": ended.method.service,
+        "rpc.method": ended.method.name,
+        "rpc.grpc.status_code": ended.status,
+        "completion.outcome": ended.outcome.value,
+        "completion.request_id": ended.request_id,
+    }
+    usage = ended.usage
+    if usage is not None:
+        found |= {
+            "gen_ai.request.model": usage.model,
+            "gen_ai.response.model": usage.model,
+            "gen_ai.response.id": usage.id,
+            "gen_ai.request.max_tokens": usage.max_tokens,
+            "gen_ai.request.temperature": usage.temperature,
+            "gen_ai.request.top_p": usage.top_p,
+            "gen_ai.request.choice.count": usage.n,
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+        }
+    return found
+
+
+def _set_status(span: Span, ended: Ended) -> None:
+    """What the service failed at is an error; what a caller did, or left, is none of the server's."""
+    if ended.outcome is not Outcome.COMPLETED:
+        span.set_attribute("error.type", ended.refusal.value if ended.refusal else ended.outcome.value)
+    if ended.outcome in {Outcome.FAILED, Outcome.DEADLINE}:
+        span.set_status(Status(StatusCode.ERROR))
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

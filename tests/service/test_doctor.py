@@ -1,0 +1,172 @@
+"""What would keep the service from starting, and where settings come from, said without starting it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import trustme
+
+from deploy.local import free_ports
+from service import __main__ as command
+from service import doctor
+from service.engine import model
+from service.settings import Settings
+from tests.stack import ROOT
+
+NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "memory"]
+
+
+def examined(model_dir, **settings):
+    """The findings by name; ports are free ones unless they are given."""
+    port, metrics_port = free_ports(2)
+    values = {"port": port, "metrics_port": metrics_port, **settings}
+    found = {each.name: each for each in doctor.examine(Settings(model_dir=model_dir, **values))}
+    assert list(found) == NAMES
+    return found
+
+
+def failing(found):
+    return [name for name, each in found.items() if not each.good]
+
+
+def test_all_is_well(model_dir):
+    """Each line says what was found."""
+    found = examined(model_dir)
+    assert failing(found) == []
+    assert "CPUExecutionProvider" in found["provider"].text
+    assert "of 32 slots" in found["memory"].text
+    assert str(model_dir) in found["model"].text
+
+
+def test_ports_in_use(model_dir):
+    """The process that has the port is named; the metrics' default port is no reason not to start."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = examined(model_dir, port=port, metrics_port=port)
+        assert failing(found) == ["port", "metrics port"]
+        assert f"port {port}: in use (pid {os.getpid()})" in found["port"].text
+        unasked = Settings(model_dir=model_dir, port=port, metrics_port=port)
+        unasked.model_fields_set.discard("metrics_port")
+        assert [each.name for each in doctor.examine(unasked) if not each.good] == ["port"]
+
+
+def test_a_damaged_model(model_dir, tmp_path):
+    """A file whose hash is wrong is named."""
+    harmed = shutil.copytree(model_dir, tmp_path / "model")
+    path = harmed / "tokenizer.json"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    found = examined(harmed)
+    assert failing(found) == ["model", "memory"]
+    assert "tokenizer.json has SHA-256" in found["model"].text
+
+
+def test_memory(model_dir):
+    """Too little for one sequence fails; too little for all is said."""
+    found = examined(model_dir, memory_mib=100)
+    assert failing(found) == ["memory"]
+    assert "100 MiB are allowed" in found["memory"].text
+    enough = examined(model_dir, memory_mib=4000)
+    assert failing(enough) == []
+    assert "fewer run at once than max_running" in enough["memory"].text
+    assert failing(examined(model_dir, context_length=1 << 20)) == ["memory"]
+
+
+def test_keys(model_dir, tmp_path):
+    """A key file is read; without one only loopback will do."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"{hashlib.sha256(b'k').hexdigest()} team\n")
+    assert "1 keys" in examined(model_dir, api_keys_file=keys)["API keys"].text
+    keys.write_text("no digest\n")
+    assert failing(examined(model_dir, api_keys_file=keys)) == ["API keys"]
+    assert failing(examined(model_dir, host="0.0.0.0")) == ["API keys"]
+
+
+def test_tls(model_dir, tmp_path):
+    """Certificate and key must be there, and belong together."""
+    authority = trustme.CA()
+    certificate, key, other = (tmp_path / name for name in ("certificate.pem", "key.pem", "other.pem"))
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(other)
+    good = examined(model_dir, tls_certificate=certificate, tls_key=key)
+    assert (failing(good), str(certificate) in good["TLS"].text) == ([], True)
+    assert failing(examined(model_dir, tls_certificate=certificate, tls_key=other)) == ["TLS"]
+    assert failing(examined(model_dir, tls_certificate=certificate)) == ["TLS"]
+    assert failing(examined(model_dir, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]
+
+
+def test_no_provider(model_dir, monkeypatch):
+    """A build of onnxruntime that cannot compute here is named, with what it has."""
+    monkeypatch.setattr(model.ort, "get_available_providers", lambda: ["OtherProvider"])
+    found = examined(model_dir)
+    assert failing(found) == ["provider"]
+    assert "OtherProvider" in found["provider"].text
+
+
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--memory-mib", "100"), 1)])
+def test_the_doctor_as_a_command(model_dir, flags, code):
+    """One line per thing; 1 if any of them fails, 0 if none does."""
+    port, metrics_port = map(str, free_ports(2))
+    given = ["doctor", "--model-dir", str(model_dir), "--port", port, "--metrics-port", metrics_port, *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "service", *given], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    lines = done.stdout.splitlines()
+    assert [line[6:20].strip() for line in lines] == NAMES
+    assert [line.startswith("FAIL") for line in lines] == [False] * 6 + [bool(code)]
+
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """`config show` with flags: its exit code, and rows by setting."""
+    for name in list(os.environ):
+        if name.startswith("COMPLETION_"):
+            monkeypatch.delenv(name)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["service", "config", "show", *flags])
+        code = command.main()
+        rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+        return code, {name: [part.strip() for part in row] for name, row in rows.items()}
+
+    return run
+
+
+def test_config_show(show, monkeypatch, tmp_path):
+    """Every setting with its value, and which of flag, environment, file and default it is from."""
+    file = tmp_path / "settings.toml"
+    file.write_text('model_dir = "m"\nport = 3\nmax_waiting = 3\nprompt_chunk = 33\n')
+    monkeypatch.setenv("COMPLETION_MAX_WAITING", "4")
+    monkeypatch.setenv("COMPLETION_PORT", "2")
+    code, rows = show("--config", str(file), "--port", "1", "--no-batch-invariant")
+    assert code == 0
+    assert list(rows) == list(Settings.model_fields)
+    assert rows["model_dir"] == ["m", f"file {file}"]
+    assert rows["port"] == ["1", "flag"]
+    assert rows["batch_invariant"] == ["False", "flag"]
+    assert rows["max_waiting"] == ["4", "environment"]
+    assert rows["prompt_chunk"] == ["33", f"file {file}"]
+    assert rows["max_running"] == ["32", "default"]
+    assert rows["tls_key"] == ["None", "default"]
+
+
+def test_config_show_of_settings_that_will_not_do(show, capsys):
+    """The error is the one with which the service would not start."""
+    code, rows = show("--port", "0", "--model-dir", "m")
+    assert (code, rows) == (1, {})
+
+
+def test_the_folder_of_the_model_may_be_called_anything():
+    """Only the first words are commands."""
+    assert command._command(["--model-dir", "doctor"])[0] is command._serve
+    assert command._command([])[0] is command._serve

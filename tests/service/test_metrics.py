@@ -1,0 +1,372 @@
+"""Every number against a load that a reader can count: a real server over the alphabet, scraped over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import logging
+import socket
+from pathlib import Path
+
+import grpc
+import pytest
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.local import free_ports
+from service import server as server_module
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
+from service.errors import StartupError
+from service.rpc.parse import Limits
+from service.rpc.servicer import ServedModel
+from service.server import Server
+from service.settings import Settings
+from tests.engines import GatedModel
+from tests.fakes import FakeModel, manifest
+
+KEY = (("authorization", "Bearer any"),)
+WARM_UP_STEPS = 3
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+METHOD = {"grpc_type": "unary", "grpc_service": "completion.v1.CompletionService", "grpc_method": "CreateCompletion"}
+
+
+class Running:
+    """A server whose numbers can be read."""
+
+    def __init__(self, server, model, port, channel):
+        self.server, self.model, self.port = server, model, port
+        self.stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+    def ask(self, **fields):
+        return self.stub.CreateCompletion(asked(**fields), metadata=KEY)
+
+    async def scrape(self):
+        """All samples by name and labels."""
+        page = await asyncio.to_thread(fetch, self.port)
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+    async def value(self, name, **labels):
+        return (await self.scrape())[name, frozenset(labels.items())]
+
+    async def serving(self, name):
+        answer = await self.health.Check(health_pb2.HealthCheckRequest(service=name))
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def fetch(port, accept="text/plain"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/metrics", headers={"accept": accept})
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def asked(**fields):
+    return pb.CreateCompletionRequest(
+        **{"model": "alphabet", "text": "ab", "temperature": 0, "max_tokens": 4, **fields}
+    )
+
+
+@pytest.fixture
+def made(letters, monkeypatch):
+    """Makes a server over a fake model, and its metrics' port."""
+
+    def make(model, **settings):
+        engine = Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100)
+        served = ServedModel(manifest(), letters, engine, Limits(64, 4))
+        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        port, metrics_port = free_ports(2)
+        values = {"port": port, "metrics_port": metrics_port, "prompt_chunk": 16, "drain_seconds": 1, **settings}
+        return Server(Settings(model_dir=Path("none"), **values)), metrics_port
+
+    return make
+
+
+async def run(made, model, **settings):
+    server, port = made(model, **settings)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        yield Running(server, model, port, channel)
+
+
+@pytest.fixture
+async def running(made):
+    async for each in run(made, FakeModel(), vllm_metric_names=True):
+        yield each
+
+
+async def ended(running, outcome, count=1):
+    """Waits until so many requests have ended so: the caller of one that is cut off hears of it first."""
+    for _ in range(500):
+        if await running.value("llm_requests_total", outcome=outcome) == count:
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"no {count} requests {outcome}")
+
+
+async def test_a_whole_answer(running):
+    """Two requests of 2 prompt and 4 new tokens, one after the other: they are counted, and nothing else."""
+    for _ in range(2):
+        await running.ask()
+    found = await running.scrape()
+    value = {name: number for (name, labels), number in found.items() if not labels}
+    assert found["llm_requests_total", frozenset({("outcome", "completed")})] == 2
+    assert (value["llm_prompt_tokens_total"], value["llm_generation_tokens_total"]) == (4, 8)
+    assert (value["llm_prefix_cache_queries_total"], value["llm_prefix_cache_hits_total"]) == (4, 0)
+    assert value["llm_time_to_first_token_seconds_count"] == 2
+    assert value["llm_queue_time_seconds_count"] == 2
+    assert value["llm_request_duration_seconds_count"] == 2
+    assert value["llm_inter_token_latency_seconds_count"] == 6
+    assert found["llm_step_duration_seconds_count", frozenset({("kind", "prompt")})] == 2
+    assert found["llm_step_duration_seconds_count", frozenset({("kind", "decode")})] == 6
+    assert (value["llm_batch_size_count"], value["llm_batch_size_sum"]) == (6, 6)
+    assert (value["llm_running"], value["llm_waiting"], value["llm_slots"]) == (0, 0, 4)
+    assert value["llm_preemptions_total"] == 0
+    assert value["llm_time_to_first_token_seconds_sum"] <= value["llm_request_duration_seconds_sum"]
+    assert sum(number for (name, _), number in found.items() if name == "llm_requests_total") == 2
+    assert sum(number for (name, _), number in found.items() if name == "llm_faults_total") == 0
+
+
+async def test_prefixes(running):
+    """Of a prompt of 20 letters sent twice, 18 are found the second time: the last two are always computed."""
+    for _ in range(2):
+        await running.ask(text="abcdefghijklmnopqrst", max_tokens=1)
+    assert await running.value("llm_prefix_cache_queries_total") == 40
+    assert await running.value("llm_prefix_cache_hits_total") == 18
+    assert await running.value("llm_prompt_tokens_total") == 40
+
+
+async def test_candidates(running):
+    """The prompt of three candidates counts once; their tokens count each, and their steps together."""
+    await running.ask(n=3)
+    assert await running.value("llm_prompt_tokens_total") == 2
+    assert await running.value("llm_generation_tokens_total") == 12
+    assert await running.value("llm_inter_token_latency_seconds_count") == 9
+    assert await running.value("llm_batch_size_sum") == 9
+
+
+async def test_grpc(running):
+    """Calls by method and status, with Go's names for both."""
+    await running.ask()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.ask(max_tokens=-1)
+    assert [each async for each in running.stub.StreamCompletion(asked(max_tokens=1), metadata=KEY)]
+    await running.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
+    assert await running.value("grpc_server_started_total", **METHOD) == 2
+    assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="OK") == 1
+    assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="InvalidArgument") == 1
+    assert await running.value("grpc_server_handling_seconds_count", **METHOD) == 2
+    stream = METHOD | {"grpc_type": "server_stream", "grpc_method": "StreamCompletion", "grpc_code": "OK"}
+    assert await running.value("grpc_server_handled_total", **stream) == 1
+    models = METHOD | {"grpc_method": "ListModels", "grpc_code": "OK"}
+    assert await running.value("grpc_server_handled_total", **models) == 1
+    assert await running.value("llm_requests_total", outcome="completed") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "metadata", "reason"),
+    [
+        ({"temperature": 3}, KEY, "invalid"),
+        ({}, (), "unauthenticated"),
+        ({"model": "none"}, KEY, "unknown_model"),
+    ],
+)
+async def test_refusals(running, fields, metadata, reason):
+    """Each by its reason; nothing reaches the engine."""
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.stub.CreateCompletion(asked(**fields), metadata=metadata)
+    await ended(running, "refused")
+    assert await running.value("llm_refused_total", reason=reason) == 1
+    assert await running.value("llm_prompt_tokens_total") == 0
+    assert await running.value("llm_queue_time_seconds_count") == 0
+
+
+async def test_limits_of_a_key(made):
+    """Tokens per minute have a reason of their own, sequences at once share that of the queue."""
+    async for each in run(made, FakeModel(), tokens_per_minute=10, max_sequences=2):
+        for fields in ({"max_tokens": 20}, {"n": 3, "max_tokens": 1}):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await each.ask(**fields)
+        await ended(each, "refused", 2)
+        assert await each.value("llm_refused_total", reason="tokens_per_minute") == 1
+        assert await each.value("llm_refused_total", reason="overloaded") == 1
+
+
+async def test_faults(running):
+    """A step that fails, and numbers that are none: the requests fail, by kind."""
+    running.model.fault = 5
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.ask(text="f")
+    running.model.fault, running.model.broken = None, {7}
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.ask(text="h")
+    await ended(running, "failed", 2)
+    assert await running.value("llm_faults_total", kind="failed_step") == 1
+    assert await running.value("llm_faults_total", kind="not_finite") == 1
+    assert await running.value("llm_faults_total", kind="unexpected") == 0
+    assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="Internal") == 2
+
+
+async def test_while_it_runs(made, caplog):
+    """Running, waiting and usage while a step is held up; then who leaves is cancelled, and who is late is late.
+
+    The line in the log says the same.
+    """
+    caplog.set_level(logging.INFO)
+    model = GatedModel(slots=2)
+    model.gate.release(WARM_UP_STEPS)
+    async for each in run(made, model):
+        for _ in range(WARM_UP_STEPS):
+            await model.reached()
+        leaving = each.stub.CreateCompletion(asked(n=2), metadata=KEY)
+        await model.reached()
+        late = asyncio.ensure_future(each.stub.CreateCompletion(asked(), metadata=KEY, timeout=0.3))
+        with pytest.raises(grpc.aio.AioRpcError, match="Deadline"):
+            await late
+        await ended(each, "deadline")
+        assert await each.value("llm_running") == 1
+        assert await each.value("llm_waiting") == 1
+        assert await each.value("llm_kv_usage_ratio") == 0.5
+        leaving.cancel()
+        await ended(each, "cancelled")
+        assert await each.value("llm_request_duration_seconds_count") == 0
+        codes = {code: await each.value("grpc_server_handled_total", **METHOD, grpc_code=code) for code in CUT_OFF}
+        assert codes == CUT_OFF
+        model.gate.release(1000)
+    lines = [record.fields for record in caplog.records if record.message == "call"]
+    assert [line["outcome"] for line in lines] == ["deadline", "cancelled"]
+    assert [line["sequences"] for line in lines] == [1, 2]
+
+
+CUT_OFF = {"DeadlineExceeded": 1, "Canceled": 1}
+
+
+async def test_the_line_of_a_request(running, caplog):
+    """One line per request says what it came to, in numbers and without a word of it."""
+    caplog.set_level(logging.INFO)
+    prompt = "qrstuvwxyzabcdefghij"
+    for _ in range(2):
+        await running.stub.CreateCompletion(asked(text=prompt, n=2), metadata=(*KEY, ("x-request-id", "r-1")))
+    await ended(running, "completed", 2)
+    line = [record.fields for record in caplog.records if record.message == "call"][-1]
+    counts = {"sequences": 2, "prompt_tokens": 20, "cached_tokens": 18, "completion_tokens": 8}
+    assert line | counts == line
+    assert (line["outcome"], line["code"], line["request_id"]) == ("completed", "OK", "r-1")
+    assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
+    assert prompt not in str(caplog.records)
+    assert "klmn" not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_vllm_names(running):
+    """The documented names have the values of ours, labelled with the model; without the setting there are none."""
+    await running.ask(n=2)
+    found = await running.scrape()
+    names = [line.split("`")[1::2] for line in DOCS.splitlines() if line.startswith("| `vllm:")]
+    assert len(names) == 14
+    model = ("model_name", "alphabet")
+    for theirs, ours in names:
+        same = {
+            (theirs + name.removeprefix(ours), labels | {model}): value
+            for (name, labels), value in found.items()
+            if name.startswith(ours) and not name.endswith("_created")
+        }
+        assert same, ours
+        assert same == {key: found[key] for key in same}
+    assert sum(name.startswith("vllm:") for name, _ in found) == sum(model in labels for _, labels in found)
+
+
+async def test_the_documented_names(made):
+    """The table names exactly what is exported, besides the process's own."""
+    async for each in run(made, FakeModel()):
+        await each.ask()
+        page = await asyncio.to_thread(fetch, each.port)
+        exported = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
+        exported = {name for name in exported if not name.startswith("process_") and not name.endswith("_created")}
+        rows = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith(("| `llm_", "| `grpc_"))]
+        assert sorted(exported) == sorted(rows)
+
+
+async def test_the_format_that_prometheus_asks_for(running):
+    """OpenMetrics is valid too, with the same values."""
+    await running.ask()
+    page = await asyncio.to_thread(fetch, running.port, "application/openmetrics-text; version=1.0.0")
+    assert page.endswith("# EOF\n")
+    families = {family.name: family for family in openmetrics.text_string_to_metric_families(page)}
+    generated = families["llm_generation_tokens"].samples
+    assert [sample.value for sample in generated if sample.name.endswith("_total")] == [4]
+    assert families["vllm:time_to_first_token_seconds"].type == "histogram"
+
+
+async def test_no_metrics(made):
+    """Port 0 is none."""
+    async for each in run(made, FakeModel(), metrics_port=0):
+        await each.ask()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.to_thread(fetch, each.port)
+
+
+async def test_a_port_that_is_taken(made, monkeypatch, caplog):
+    """A port that was asked for must be free; the default one is done without, with a warning."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server, _ = made(FakeModel(), metrics_port=port)
+        with pytest.raises(StartupError, match=f"port {port}.*--metrics-port"):
+            await server.__aenter__()
+        server, _ = made(FakeModel())
+        unasked = server._settings.model_copy(update={"metrics_port": port})
+        unasked.model_fields_set.discard("metrics_port")
+        monkeypatch.setattr(server, "_settings", unasked)
+        async with server, grpc.aio.insecure_channel(server.address) as channel:
+            await completion_pb2_grpc.CompletionServiceStub(channel).CreateCompletion(asked(), metadata=KEY)
+    assert f"port {port}" in caplog.text
+
+
+async def test_a_scraper_that_hangs(running):
+    """Who connects and asks nothing keeps nobody from scraping, and nothing from ending."""
+    with socket.create_connection(("127.0.0.1", running.port)):
+        assert await running.value("llm_running") == 0
+
+
+async def test_health_follows_the_warm_up(made):
+    """Alive from the start, ready and started once the model has answered once; while it drains it is alive."""
+    model = GatedModel()
+    server, _ = made(model)
+    names = ("liveness", "startup", "readiness", "", "completion.v1.CompletionService")
+    entering = asyncio.ensure_future(server.__aenter__())
+    await model.reached()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        running = Running(server, model, 0, channel)
+        assert [await running.serving(name) for name in names] == [True, False, False, False, False]
+        model.gate.release(1000)
+        await entering
+        assert [await running.serving(name) for name in names] == [True] * 5
+        await server.announce_end()
+        assert [await running.serving(name) for name in names] == [True, True, False, False, False]
+    await server.__aexit__(None, None, None)
+
+
+async def test_a_model_that_cannot_answer(made):
+    """A warm-up that fails is no start."""
+    model = FakeModel()
+    model.fault = manifest().special_tokens.default_prompt
+    server, _ = made(model)
+    with pytest.raises(StartupError, match="warm-up"):
+        await server.__aenter__()
+
+
+async def test_the_warm_up_leaves_no_trace(running):
+    """Nothing is counted of it, and nothing learnt: the first caller meets an engine that has no pace yet."""
+    assert running.model.steps == WARM_UP_STEPS
+    assert await running.value("llm_generation_tokens_total") == 0
+    assert await running.value("llm_prefix_cache_queries_total") == 0
+    assert running.server.model.engine._admission.pace.generation(100) == 0

@@ -1,0 +1,148 @@
+"""Spans as a collector gets them, from a real server over the alphabet."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import grpc
+import pytest
+from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
+
+from deploy.local import free_ports
+from service import server as server_module
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
+from service.errors import StartupError
+from service.rpc.parse import Limits
+from service.rpc.servicer import ServedModel
+from service.server import Server
+from service.settings import Settings
+from tests.fakes import FakeModel, manifest
+from tests.service.otlp import attributes, collector
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+KEY = (("authorization", "Bearer sk-any"),)
+CALLED = (*KEY, ("traceparent", f"00-{TRACE}-{PARENT}-01"), ("x-request-id", "r-1"))
+PROMPT = "qrstuvwxyzabcdefghij"
+
+
+@pytest.fixture
+def made(letters, monkeypatch):
+    """Makes a server over the alphabet that sends its traces to an address."""
+
+    def make(endpoint, model=None):
+        model = model or FakeModel()
+        engine = Engine(model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
+        served = ServedModel(manifest(), letters, engine, Limits(64, 4))
+        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        (port,) = free_ports(1)
+        values = {"port": port, "metrics_port": 0, "prompt_chunk": 16, "drain_seconds": 1}
+        return Server(Settings(model_dir="none", otlp_endpoint=endpoint, **values))
+
+    return make
+
+
+async def ask(server, metadata=CALLED, **fields):
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        given = {"model": "abc", "text": PROMPT, "temperature": 0, "max_tokens": 4, **fields}
+        return await stub.CreateCompletion(pb.CreateCompletionRequest(**given), metadata=metadata)
+
+
+async def test_a_request_and_its_parts(made):
+    """A server's span in the caller's trace, and in it queue, prefill and decode, one after the other."""
+    async with collector() as seen:
+        async with made(seen.address) as server:
+            answer = await ask(server)
+        whole = seen.named("text_completion alphabet")
+        parts = [seen.named(name) for name in ("queue", "prefill", "decode")]
+    assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (TRACE, PARENT)
+    assert whole.kind == whole.SPAN_KIND_SERVER
+    assert {part.parent_span_id for part in parts} == {whole.span_id}
+    assert {part.trace_id for part in parts} == {whole.trace_id}
+    times = [whole.start_time_unix_nano, *(part.start_time_unix_nano for part in parts), whole.end_time_unix_nano]
+    assert times == sorted(times)
+    assert [part.end_time_unix_nano for part in parts] == times[2:]
+    assert abs(times[-1] / 1e9 - time.time()) < 60
+    found = attributes(whole)
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.request.model": "alphabet",
+        "gen_ai.response.id": answer.id,
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.request.temperature": 0.0,
+        "gen_ai.usage.input_tokens": 20,
+        "gen_ai.usage.output_tokens": 4,
+        "rpc.service": "completion.v1.CompletionService",
+        "rpc.method": "CreateCompletion",
+        "rpc.grpc.status_code": 0,
+        "completion.outcome": "completed",
+        "completion.request_id": "r-1",
+    }
+    assert found | expected == found
+    assert seen.resources[0]["service.name"] == "completion-service"
+
+
+async def test_no_content(made):
+    """Neither prompt, answer nor key is in any span."""
+    async with collector() as seen, made(seen.address) as server:
+        answer = await ask(server)
+    assert answer.choices[0].text == "klmn"
+    for secret in (PROMPT, "klmn", "sk-any"):
+        assert secret not in str(seen.spans)
+
+
+async def test_a_trace_of_its_own(made):
+    """Without traceparent, or with one that is none, a request begins a trace."""
+    async with collector() as seen, made(seen.address) as server:
+        await ask(server, metadata=KEY)
+        await ask(server, metadata=(*KEY, ("traceparent", "00-nonsense")))
+    roots = [span for span in seen.spans if span.name.startswith("text_completion")]
+    assert [span.parent_span_id for span in roots] == [b"", b""]
+    assert len({span.trace_id for span in roots}) == 2
+
+
+async def test_an_unsampled_trace(made):
+    """The caller's decision not to record is kept."""
+    async with collector() as seen, made(seen.address) as server:
+        await ask(server, metadata=(*KEY, ("traceparent", f"00-{TRACE}-{PARENT}-00")))
+    assert seen.spans == []
+
+
+async def test_failures(made):
+    """What is refused has a span without parts, and is no error of the server; what fails inside is one."""
+    model = FakeModel()
+    async with collector() as seen, made(seen.address, model) as server:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(server, max_tokens=-1)
+        model.fault = 1
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(server, text="b")
+    refused, failed = seen.named("text_completion"), seen.named("text_completion alphabet")
+    assert (attributes(refused)["error.type"], refused.status.code) == ("invalid", refused.status.STATUS_CODE_UNSET)
+    assert (attributes(failed)["error.type"], failed.status.code) == ("failed", failed.status.STATUS_CODE_ERROR)
+    assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert {span.parent_span_id for span in seen.spans if span.name == "queue"} == {failed.span_id}
+
+
+async def test_a_collector_that_is_down(made):
+    """Requests are answered as fast as ever, and the end waits only a moment."""
+    (port,) = free_ports(1)
+    async with made(f"http://127.0.0.1:{port}") as server:
+        began = time.monotonic()
+        await asyncio.gather(*(ask(server) for _ in range(20)))
+        assert time.monotonic() - began < 3
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 6
+
+
+async def test_without_the_extra(made, monkeypatch):
+    """The start says what to install."""
+    monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(StartupError, match=r"pip install 'completion-service\[otel\]'"):
+        made("http://127.0.0.1:4317")
