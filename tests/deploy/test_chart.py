@@ -178,12 +178,8 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     (service,) = pod_of(rendered[1])["spec"]["containers"]
     names = [each["name"] for each in service["env"]]
     assert len(set(names)) == len(names)
-    known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields} | METRICS_SETTINGS
+    known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields}
     assert set(names) <= known
-
-
-# docs/metrics.md
-METRICS_SETTINGS = {"COMPLETION_METRICS_HOST", "COMPLETION_METRICS_PORT", "COMPLETION_VLLM_METRIC_NAMES"}
 
 
 def test_names_meet(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
