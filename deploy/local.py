@@ -321,11 +321,13 @@ def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: 
     print(f"ready rest={rest} grpc={grpc}", flush=True)
 
 
-def service_command(model: Path, grpc_port: int, replicas: int) -> list[str]:
-    """What runs one of so many services, each with its share of the cores."""
+def service_command(model: Path, grpc_port: int, replicas: int, metrics_port: int | None = None) -> list[str]:
+    """What runs one of so many services, each with its share of the cores; metrics where the settings say, or there."""
     command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(grpc_port)]
     if replicas > 1:
         command += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // replicas))]
+    if metrics_port is not None:
+        command += ["--metrics-port", str(metrics_port)]
     # All stop together: there is no other replica to send requests to meanwhile.
     return [*command, "--drain-delay-seconds", "0", *service_tls_args(tls_dir())]
 
@@ -337,13 +339,15 @@ def run(service_args: list[str]) -> None:
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="completions-")))
         count = replicas()
-        further = free_ports(count - 1)
+        spare = free_ports(2 * (count - 1))
+        further, metrics = spare[: count - 1], (None, *spare[count - 1 :])
         gateway = Child("Envoy", envoy_command(envoy, chosen, folder, further, affinity()), folder / "envoy.log")
         cleanup.callback(gateway.stop)
         services = []
-        for number, grpc_port in enumerate((chosen["GRPC_PORT"], *further), 1):
+        ports_of_each = zip((chosen["GRPC_PORT"], *further), metrics, strict=True)
+        for number, (grpc_port, metrics_port) in enumerate(ports_of_each, 1):
             name = "service" if count == 1 else f"service-{number}"
-            command = service_command(model, grpc_port, count) + service_args
+            command = service_command(model, grpc_port, count, metrics_port) + service_args
             services.append(Child(f"the {name}", command, folder / f"{name}.log"))
             # Runs before the gateway's: the service drains while Envoy still carries its answers.
             cleanup.callback(services[-1].stop)

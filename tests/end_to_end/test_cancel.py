@@ -21,7 +21,7 @@ from service.engine.engine import Engine, Stats
 from service.settings import Settings
 from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
 
-ENDLESS = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+ENDLESS = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ IDLE = Stats(running=0, waiting=0)
 def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A real server in this process behind a real Envoy."""
     http_port, grpc_port = free_ports(2)
-    # What leaves early may queue as long as it likes: the estimate expects all 4,000 tokens of each.
+    # What leaves early may queue as long as it likes: the estimate expects all tokens of each.
     settings = Settings(
         model_dir=model_dir, port=grpc_port, max_running=8, max_queue_seconds=3600 * 24, drain_seconds=1
     )
