@@ -93,13 +93,13 @@ class Model:
             self._prompts = self._load(directory / PROMPT_MODEL_FILE, threads)
             if not batch_invariant:
                 self._many_rows = self._faster_from()
+                self._calls.clear()  # some are bound to the graph that was only tried
 
     def _faster_from(self) -> float:
         """From how many rows on the graph for prompts generates tokens faster on this machine."""
-        for rows in _MANY_ROWS:
-            if rows <= self.slots and self._step_seconds(rows, rows) < _WORTH_CHANGING * self._step_seconds(
-                rows, math.inf
-            ):
+        for rows in (each for each in _MANY_ROWS if each <= self.slots):
+            usual, other = (self._step_seconds(rows, many_rows) for many_rows in (math.inf, rows))
+            if other < _WORTH_CHANGING * usual:
                 return rows
         return math.inf
 
