@@ -16,22 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import CHROMIUM
 from tests.clients.documented import CLIENTS, Workplace
 from tests.stack import ROOT, Stack
 
 pytestmark = pytest.mark.clients
 
 TYPESCRIPT = ROOT / "examples" / "typescript"
-CHROMIUM = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture
