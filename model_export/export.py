@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -14,14 +13,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from model_export.checkpoint import Checkpoint
+from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.gguf_source import read_gguf
-from model_export.graph import build_graph, build_prompt_graph
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
 from model_export.quantize import Form
+from model_export.source import Source
 from model_export.verify import Report, verify
 from service import manifest
 from service.processor import has_byte_dot_products
@@ -52,58 +51,55 @@ class Options:
     overwrite: bool = False
 
 
-def export(source: Path, directory: Path, options: Options, progress: Progress) -> Report:
-    """Exports `source` into the model directory `directory`, which appears whole or not at all.
+def export(path: Path, directory: Path, options: Options, progress: Progress) -> Report:
+    """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
     _check_destination(directory, options.overwrite)
-    checkpoint = read_source(source)
-    form = _form(options.quantization, checkpoint)
+    source = read_source(path)
+    form = _form(options.quantization, source)
     with _written_at_once(directory) as work:
-        layers = checkpoint.architecture.layers
+        layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE) as data:
-            ir.save(build_graph(checkpoint, form, data, progress("building", layers)), model)
-        checkpoint.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
-        prompts, report = _add_prompt_graph(checkpoint, form, options, work, progress)
-        _manifest(checkpoint, form, prompts, report, options=options, directory=work).write(work)
+            ir.save(source.build(form, data, progress("building", layers)), model)
+        source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
+        prompts, report = _add_prompt_graph(source, form, options, work, progress)
+        _manifest(source, form, prompts, report, options=options, directory=work).write(work)
     return report
 
 
 def _add_prompt_graph(
-    checkpoint: Checkpoint, form: Form, options: Options, work: Path, progress: Progress
+    source: Source, form: Form, options: Options, work: Path, progress: Progress
 ) -> tuple[PromptForm | None, Report]:
     """Builds the first wanted graph for prompts that is close enough to the source. Gives its form and the report.
 
     Raises TooFarError when none is, or when it is the generating graph that is too far.
     """
-    layers, model = checkpoint.architecture.layers, work / manifest.MODEL_FILE
-    forms = _prompt_forms(options.prompts, form, checkpoint)
+    layers, model = source.dimensions.layers, work / manifest.MODEL_FILE
+    forms = _prompt_forms(options.prompts, form, source)
     for prompts in forms:
         graph = work / manifest.PROMPT_MODEL_FILE
         with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
             matrices: LinearForm = "int8_rows" if prompts == "int8" else "float32"
             on_layer = progress(f"building for prompts, {prompts}", layers)
-            ir.save(build_prompt_graph(checkpoint, matrices, form, data, on_layer), graph)
+            ir.save(source.build_for_prompts(matrices, form, data, on_layer), graph)
         try:
-            return prompts, verify(checkpoint, model, graph, options.max_kl, progress("verifying", layers))
+            return prompts, verify(source, model, graph, options.max_kl, progress("verifying", layers))
         except TooFarError:
             if prompts == forms[-1]:
                 raise
-    return None, verify(checkpoint, model, None, options.max_kl, progress("verifying", layers))
+    return None, verify(source, model, None, options.max_kl, progress("verifying", layers))
 
 
-def _prompt_forms(
-    wanted: Literal["auto", "int8", "float32", "none"], form: Form, checkpoint: Checkpoint
-) -> list[PromptForm]:
+def _prompt_forms(wanted: Literal["auto", "int8", "float32", "none"], form: Form, source: Source) -> list[PromptForm]:
     """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
     if form == "float32" or wanted == "none":
         return []
     if wanted != "auto":
         return [wanted]
-    names = [name for name in checkpoint.tensors if name.startswith("blk.")]
-    weights = sum(math.prod(checkpoint.tensors[name].shape) for name in names)
+    weights = source.dimensions.layer_weights
     quick: list[PromptForm] = ["int8", "float32"] if has_byte_dot_products() else ["float32"]
     return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
@@ -117,19 +113,19 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
         raise ExportError(f"{directory} is not a model directory; refusing to replace it")
 
 
-def read_source(source: Path) -> Checkpoint:
+def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory."""
-    if source.is_file():
-        return read_gguf(source)
-    if source.is_dir():
-        return read_hugging_face(source)
-    raise ExportError(f"{source} does not exist")
+    if path.is_file():
+        return DecoderSource(read_gguf(path))
+    if path.is_dir():
+        return DecoderSource(read_hugging_face(path))
+    raise ExportError(f"{path} does not exist")
 
 
-def _form(wanted: Form | Literal["auto"], checkpoint: Checkpoint) -> Form:
+def _form(wanted: Form | Literal["auto"], source: Source) -> Form:
     if wanted != "auto":
         return wanted
-    return "int4z" if checkpoint.weights in ("Q4_0", "Q4_1") else "int8"
+    return "int4z" if source.weights in ("Q4_0", "Q4_1") else "int8"
 
 
 @contextmanager
@@ -153,7 +149,7 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
 
 
 def _manifest(
-    checkpoint: Checkpoint,
+    source: Source,
     form: Form,
     prompts: PromptForm | None,
     report: Report,
@@ -161,27 +157,27 @@ def _manifest(
     options: Options,
     directory: Path,
 ) -> manifest.Manifest:
-    architecture = checkpoint.architecture
+    dimensions = source.dimensions
     return manifest.Manifest(
         format_version=manifest.FORMAT_VERSION,
-        id=options.id or checkpoint.name,
+        id=options.id or source.name,
         aliases=options.aliases,
         created=int(time.time()),
-        owned_by=options.owned_by or checkpoint.organization or "unknown",
-        architecture=architecture.family,
-        context_length=architecture.context_length,
-        vocab_size=architecture.vocab_size,
-        special_tokens=_special_tokens(checkpoint),
+        owned_by=options.owned_by or source.organization or "unknown",
+        architecture=dimensions.family,
+        context_length=dimensions.context_length,
+        vocab_size=dimensions.vocab_size,
+        special_tokens=_special_tokens(source),
         kv=manifest.KVLayout(
-            layers=architecture.layers,
-            kv_heads=architecture.kv_heads,
-            head_dim=architecture.head_dim,
+            layers=dimensions.layers,
+            kv_heads=dimensions.kv_heads,
+            head_dim=dimensions.head_dim,
             dtype="float32",
         ),
         quantization=manifest.Quantization(
             weights=form,
             prompts=prompts,
-            source=checkpoint.weights,
+            source=source.weights,
             min_rows=2 if form == "int4z" else 1,
         ),
         quality=manifest.Quality(kl=report.kl, max_logit_error=report.max_logit_error, tokens=report.tokens),
@@ -189,8 +185,8 @@ def _manifest(
     )
 
 
-def _special_tokens(checkpoint: Checkpoint) -> manifest.SpecialTokens:
-    vocabulary = checkpoint.vocabulary
+def _special_tokens(source: Source) -> manifest.SpecialTokens:
+    vocabulary = source.vocabulary
     token_id = vocabulary.tokenizer.token_to_id
     end_of_text = token_id("<|endoftext|>")
     return manifest.SpecialTokens(

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.checkpoint import Checkpoint
 from model_export.errors import ExportError, TooFarError
-from model_export.reference import reference_logits
 from model_export.runner import Runner
+from model_export.source import Source
 from model_export.weights import Floats
 
 TEXT = Path(__file__).with_name("verification_text.txt")
@@ -44,16 +43,14 @@ class Report:
         )
 
 
-def verify(
-    checkpoint: Checkpoint, model: Path, prompts: Path | None, max_kl: float, on_layer: Callable[[], object]
-) -> Report:
-    """Measures `model`, and the `prompts` graph if it has one, against `checkpoint`.
+def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_layer: Callable[[], object]) -> Report:
+    """Measures `model`, and the `prompts` graph if it has one, against `source`.
 
     Raises TooFarError when a divergence from the source exceeds `max_kl` nats per token, that of a text read in chunks
     by either graph or decoded, and ExportError when a text read in chunks is as far from the same text read whole.
     """
-    tokens = _tokens(checkpoint)
-    expected = reference_logits(checkpoint, tokens, on_layer)
+    tokens = _tokens(source)
+    expected = source.logits(tokens, on_layer)
     runner = Runner(model, len(tokens), prompts)
     whole = runner.logits(tokens, [len(tokens)])
     prompted = runner.logits(tokens, _chunks(len(tokens), CHUNK))
@@ -92,9 +89,9 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     return log_probabilities
 
 
-def _tokens(checkpoint: Checkpoint) -> NDArray[np.int64]:
-    limit = min(MAX_TOKENS, checkpoint.architecture.context_length)
-    vocabulary = checkpoint.vocabulary
+def _tokens(source: Source) -> NDArray[np.int64]:
+    limit = min(MAX_TOKENS, source.dimensions.context_length)
+    vocabulary = source.vocabulary
     ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploy import local
+from model_export.decoder_source import DecoderSource
 from model_export.export import read_source
 from model_export.reference import reference_logits
 from tests.clients.documented import Workplace
@@ -100,8 +101,10 @@ def test_lm_eval_scores_are_near_the_source(evaluated: Path, tokenizer: Tokenize
     A text has five to ten tokens, of each of which 8-bit arithmetic moves the score by 0.12 (one standard deviation).
     """
     source = read_source(local.default_weights())
-    unpacked = functools.cache(source.floats)
-    checkpoint = types.SimpleNamespace(architecture=source.architecture, tensors=source.tensors, floats=unpacked)
+    assert isinstance(source, DecoderSource)
+    read = source.checkpoint
+    unpacked = functools.cache(read.floats)
+    checkpoint = types.SimpleNamespace(architecture=read.architecture, tensors=read.tensors, floats=unpacked)
 
     def logits(tokens: list[int]) -> NDArray[np.float64]:
         return reference_logits(checkpoint, np.array(tokens), lambda: None).astype(np.float64)

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from deploy import local
 from model_export.export import read_source
-from model_export.reference import reference_logits
 from model_export.verify import kl_divergence
 from service import manifest
 from tests.model_export.session import Session
@@ -41,14 +40,14 @@ def tokens(model_dir: Path) -> np.ndarray:
 
 def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarray) -> None:
     """On a held-out text the default model is within 0.005 nats a token of its source."""
-    expected = reference_logits(read_source(local.default_weights()), tokens, lambda: None)
+    expected = read_source(local.default_weights()).logits(tokens, lambda: None)
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= 0.005
 
 
 def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray) -> None:
     """So is the graph for prompts, and within less than a third of that where its layers are in float32."""
     session = Session(model_dir, rows=1, capacity=256, graph="prompt.onnx")
-    expected = reference_logits(read_source(local.default_weights()), tokens, lambda: None)
+    expected = read_source(local.default_weights()).logits(tokens, lambda: None)
     in_bytes = manifest.load(model_dir).quantization.prompts == "int8"
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= (0.005 if in_bytes else 0.0015)
 

@@ -17,7 +17,6 @@ from model_export.__main__ import main
 from model_export.checkpoint import Checkpoint
 from model_export.errors import ExportError, TooFarError
 from model_export.export import Options, export, read_source
-from model_export.reference import reference_logits
 from model_export.verify import Report, verify
 from service import manifest
 from tests.model_export import tiny
@@ -42,7 +41,7 @@ def text(length: int, seed: int = 0) -> np.ndarray:
 
 def expected(source: Path, tokens: np.ndarray) -> np.ndarray:
     """The logits of the source weights."""
-    return reference_logits(read_source(source), tokens, lambda: None)
+    return read_source(source).logits(tokens, lambda: None)
 
 
 VARIANTS = {
