@@ -1,6 +1,7 @@
 # make run           the service behind Envoy on this machine, from nothing to an answered request
 # make test          every check and test of the service itself
 # make test-browser  the pages in a real Chromium; installs what they need
+# make test-families every family of models, exported and served beside transformers
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
@@ -18,7 +19,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-browser test-clients test-families lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -28,6 +29,9 @@ test: lint check-stubs
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
+
+test-families: $(VENV)/.families
+	$(BIN)/pytest -m families
 
 test-clients: $(VENV)/.test $(CLIENTS)/.installed
 	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
@@ -103,6 +107,10 @@ $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[browser]'
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
 	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
+	touch $@
+
+$(VENV)/.families: pyproject.toml | $(VENV)/.test
+	$(PYTHON) -m pip install --quiet --editable '.[families]'
 	touch $@
 
 # Other people's clients and tools, which need older versions of some of our own tools: an environment of their own.
