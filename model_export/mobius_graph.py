@@ -1,0 +1,355 @@
+"""Brings a decoder's graph that mobius-onnx has built into the form that the service runs; see `model_export.graph`.
+
+The nodes are gone through in their order and made anew with our own operators: matrices are quantized, attention takes
+the lengths of rows instead of a mask, and logits are computed for the wanted positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from model_export.errors import ExportError
+from model_export.graph import IR_VERSION, OPSETS
+from model_export.initializers import Initializers
+from model_export.operators import CONTRIB, Operators, Table
+from model_export.weights import Floats
+
+# Inputs of GroupQueryAttention by their places.
+_PAST, _SEQLENS, _CACHES, _QUERY_SEQLENS = 3, 5, 7, 16
+# Attributes of attention that say what a model computes; the window comes from the configuration.
+_ATTENTION_ATTRIBUTES = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
+# What works on each position alone, and on any number of them.
+_COPIED = frozenset(
+    ["Add", "Cast", "Concat", "Div", "Exp", "Gelu", "Greater", "LayerNormalization", "Max", "Min", "Mul", "Neg", "Relu"]
+    + ["Reshape", "Sigmoid", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Softplus", "Split"]
+    + ["Sqrt", "Sub", "Tanh", "Where"]
+)
+_FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
+    "Add": np.add,
+    "Mul": np.multiply,
+    "Sub": np.subtract,
+    "Div": np.divide,
+    "Sqrt": np.sqrt,
+    "Exp": np.exp,
+    "Neg": np.negative,
+}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a layer's attention reaches and how it tells positions apart, where the graph does not say so rightly.
+
+    `window` counts the positions up to its own that a token attends to, None for all. `rotations` are cosine and sine
+    [context_length, rotated / 2] of each position, None for those of the graph.
+    """
+
+    window: int | None
+    rotations: tuple[Floats, Floats] | None = None
+
+
+class Translation:
+    """One pass over the graph of a whole decoder; `reaches` has one entry for each layer.
+
+    Raises ExportError for a graph that has anything which the service's form cannot have.
+    """
+
+    def __init__(
+        self,
+        source: ir.Graph,
+        operators: Operators,
+        data: Initializers,
+        reaches: Sequence[Reach],
+        context_length: int,
+    ) -> None:
+        self._source = source
+        self._operators = operators
+        self._data = data
+        self._reaches = reaches
+        self._context_length = context_length
+        self._input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
+        self._seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
+        self._total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
+        self._query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
+        self._logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
+        self._inputs = [
+            self._input_ids,
+            self._seqlens_k,
+            self._total_sequence_length,
+            self._query_seqlens,
+            self._logits_idx,
+        ]
+        self._present: list[ir.Value] = []
+        self._values: dict[ir.Value, ir.Value] = {}
+        self._constants: dict[ir.Value, NDArray[Any]] = {}
+        self._tables: list[tuple[Table, NDArray[Any]]] = []
+        self._head = _head(source)
+        self._skipped: set[ir.Node] = set()
+
+    def translate(self, on_layer: Callable[[], object]) -> ir.Model:
+        """The whole model; `on_layer` hears of each layer."""
+        for node in _needed(self._source):
+            if node not in self._skipped:
+                self._emit(node)
+            if node.op_type == "GroupQueryAttention":
+                on_layer()
+        logits = self._values[_logits(self._source)]
+        _declare(logits, "logits", ["R", self._vocab_size()], ir.DataType.FLOAT)
+        graph = ir.Graph(
+            self._inputs,
+            [logits, *self._present],
+            nodes=self._operators.nodes,
+            initializers=self._data.used,
+            opset_imports=OPSETS,
+            name=self._source.name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
+
+    def _vocab_size(self) -> int:
+        matrix = self._constant(self._head.inputs[1])
+        assert matrix is not None  # `_head` has seen to it
+        return int(matrix.shape[1])
+
+    def _emit(self, node: ir.Node) -> None:
+        if self._fold(node):
+            return
+        match node.op_type:
+            case "GroupQueryAttention":
+                self._attention(node)
+            case "MatMul":
+                self._product(node)
+            case "Gather":
+                self._look_up(node)
+            case "RMSNormalization":
+                value, scale = self._value(node.inputs[0]), self._value(node.inputs[1])
+                epsilon = node.attributes["epsilon"].as_float()
+                self._values[node.outputs[0]] = self._operators.rms_norm(value, scale, epsilon)
+            case "Mul" if (gate := _swish(node)) is not None:
+                swish = self._operators.apply("QuickGelu", self._value(gate), domain=CONTRIB, alpha=1.0)
+                self._values[node.outputs[0]] = swish
+            case "Sigmoid" if all(_swish(use.node) is not None for use in node.outputs[0].uses()):
+                pass
+            case kind if kind in _COPIED:
+                self._copy(node)
+            case kind:
+                raise ExportError(f"the graph has an operator {kind}, which the service's form of a decoder has not")
+
+    def _copy(self, node: ir.Node) -> None:
+        inputs = [None if value is None else self._value(value) for value in node.inputs]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        outputs = self._operators.apply_many(
+            node.op_type, *inputs, outputs=len(node.outputs), domain=node.domain, **attributes
+        )
+        self._values.update(zip(node.outputs, outputs, strict=True))
+
+    def _fold(self, node: ir.Node) -> bool:
+        """Computes a node of nothing but constants."""
+        if node.op_type == "Constant":
+            self._constants[node.outputs[0]] = _constant_of(node)
+            return True
+        inputs = [None if value is None else self._constant(value) for value in node.inputs]
+        if node.op_type == "Transpose" and inputs[0] is not None:
+            self._constants[node.outputs[0]] = inputs[0].transpose(node.attributes["perm"].as_ints())
+            return True
+        if node.op_type not in _FOLDED or any(value is None for value in inputs):
+            return False
+        self._constants[node.outputs[0]] = _FOLDED[node.op_type](*inputs)
+        return True
+
+    def _constant(self, value: ir.Value | None) -> NDArray[Any] | None:
+        if value is None:
+            return None
+        if value in self._constants:
+            return self._constants[value]
+        return None if value.const_value is None else value.const_value.numpy()
+
+    def _value(self, value: ir.Value | None) -> ir.Value:
+        """The value in the new graph; constants are stored when first asked for."""
+        if value is None:
+            raise ExportError("an operator lacks an input")
+        if value not in self._values:
+            self._values[value] = self._input(value)
+        return self._values[value]
+
+    def _input(self, value: ir.Value) -> ir.Value:
+        constant = self._constant(value)
+        if constant is None:
+            if value.name == "input_ids":
+                return self._input_ids
+            if value.name == "position_ids":
+                return self._positions()
+            raise ExportError(f"the graph takes {value.name}, which the service does not give")
+        name = f"constant.{len(self._values)}.{value.name}"
+        if constant.dtype == np.float32:
+            return self._operators.vector(name, constant)
+        return self._data.constant(name, constant)
+
+    def _positions(self) -> ir.Value:
+        """Each token's place [B, S] in its row; those of padding are within the context as well."""
+        operators = self._operators
+        first = operators.apply("Sub", self._seqlens_k, self._query_seqlens)
+        first = operators.apply("Cast", first, to=ir.DataType.INT64.value)
+        first = operators.apply("Unsqueeze", first, operators.sizes("positions.columns", 1))
+        zero, one, last = (
+            self._data.constant(f"positions.{number}", np.array(number, np.int64))
+            for number in (0, 1, self._context_length - 1)
+        )
+        width = operators.apply("Gather", operators.apply("Shape", self._input_ids), one)
+        # Counted from one, as `seqlens_k` is one less than the number of positions.
+        counted = operators.apply("Range", one, operators.apply("Add", width, one), one)
+        return operators.apply("Clip", operators.apply("Add", first, counted), zero, last)
+
+    def _look_up(self, node: ir.Node) -> None:
+        table, rows = node.inputs[0], self._value(node.inputs[1])
+        matrix = self._constant(table)
+        if matrix is None or matrix.ndim != 2 or node.attributes.get_int("axis", 0) != 0:
+            raise ExportError("the graph gathers from something else than a table")
+        if node.inputs[1] is not None and node.inputs[1].name == "input_ids":
+            stored = self._operators.table(f"embedding.{len(self._tables)}", matrix)
+            self._tables.append((stored, matrix))
+            self._values[node.outputs[0]] = self._operators.look_up(stored, rows)
+        else:
+            learned = self._operators.vector(f"positions.{len(self._values)}", matrix)
+            self._values[node.outputs[0]] = self._operators.apply("Gather", learned, rows, axis=0)
+
+    def _product(self, node: ir.Node) -> None:
+        value, weights = node.inputs
+        matrix = self._constant(weights)
+        if matrix is None or matrix.ndim != 2 or weights is None:
+            raise ExportError("the graph multiplies two values that are both computed")
+        name = str(weights.name).removesuffix("_t")
+        if node is self._head:
+            self._values[node.outputs[0]] = self._multiply_wanted(self._value(value), name, matrix.T)
+            return
+        bias, output = self._bias_after(node)
+        product = self._operators.linear(self._value(value), name, np.ascontiguousarray(matrix.T), bias)
+        self._values[output] = product
+
+    def _bias_after(self, node: ir.Node) -> tuple[NDArray[Any] | None, ir.Value]:
+        """The vector that is added to a product and nothing else is, and the sum; else the product itself."""
+        uses = list(node.outputs[0].uses())
+        if len(uses) == 1 and uses[0].node.op_type == "Add":
+            add = uses[0].node
+            bias = self._constant(add.inputs[1 - uses[0].idx])
+            if bias is not None and bias.ndim == 1:
+                self._skipped.add(add)
+                return bias, add.outputs[0]
+        return None, node.outputs[0]
+
+    def _multiply_wanted(self, value: ir.Value, name: str, matrix: NDArray[Any]) -> ir.Value:
+        """The head over the wanted positions [R, columns] alone."""
+        flat = self._operators.apply("Flatten", value, axis=2)
+        wanted = self._operators.apply("Gather", flat, self._logits_idx, axis=0)
+        tied = (table for table, rows in self._tables if np.array_equal(rows, matrix))
+        return self._operators.head(wanted, name, np.ascontiguousarray(matrix), next(tied, None))
+
+    def _attention(self, node: ir.Node) -> None:
+        layer = len(self._present) // 2
+        reach = self._reaches[layer]
+        past_key = node.inputs[_PAST]
+        assert past_key is not None
+        assert past_key.shape is not None
+        shape: list[int | str] = ["B", int(past_key.shape[1]), "max_len", int(past_key.shape[3])]
+        past = [ir.val(f"past_{kind}.{layer}", ir.DataType.FLOAT, shape) for kind in ("key", "value")]
+        self._inputs += past
+        attributes = {name: node.attributes[name].value for name in _ATTENTION_ATTRIBUTES if name in node.attributes}
+        if reach.window is not None:
+            attributes["local_window_size"] = reach.window
+        inputs = list(node.inputs) + [None] * (_QUERY_SEQLENS - len(node.inputs))
+        queries = [None if value is None else self._value(value) for value in inputs[:_PAST]]
+        caches = [None if value is None else self._cache(value) for value in inputs[_CACHES:]]
+        if reach.rotations is not None:
+            names = (f"rotations.{layer}.{kind}" for kind in ("cosine", "sine"))
+            caches[:2] = map(self._operators.vector, names, reach.rotations)
+        attended, key, value = self._operators.apply_many(
+            "GroupQueryAttention",
+            *queries,
+            *past,
+            self._seqlens_k,
+            self._total_sequence_length,
+            *caches,
+            self._query_seqlens,
+            outputs=3,
+            domain=CONTRIB,
+            **attributes,
+        )
+        self._present += [
+            _declare(key, f"present_key.{layer}", shape, ir.DataType.FLOAT),
+            _declare(value, f"present_value.{layer}", shape, ir.DataType.FLOAT),
+        ]
+        self._values[node.outputs[0]] = attended
+
+    def _cache(self, value: ir.Value) -> ir.Value:
+        """A table of rotations, one a position, cut to the context."""
+        constant = self._constant(value)
+        if constant is None or constant.ndim != 2:
+            raise ExportError(f"attention takes {value.name}, which the service does not give")
+        if value not in self._values:
+            rotations = np.ascontiguousarray(constant[: self._context_length])
+            self._values[value] = self._operators.vector(f"rotations.{len(self._values)}", rotations)
+        return self._values[value]
+
+
+def _logits(graph: ir.Graph) -> ir.Value:
+    found = [value for value in graph.outputs if value.name == "logits"]
+    if not found:
+        raise ExportError("the graph has no logits")
+    return found[0]
+
+
+def _head(graph: ir.Graph) -> ir.Node:
+    """The product that makes logits, after which there is only what works on each of them alone."""
+    value: ir.Value | None = _logits(graph)
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].producer() is None:
+            return node
+        computed = [each for each in node.inputs if each is not None and each.const_value is None]
+        if len(computed) != 1 or node.op_type not in _COPIED:
+            break
+        value = computed[0]
+    raise ExportError("the graph does not end in a product with a matrix of the vocabulary")
+
+
+def _needed(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes that logits depend on, in their order, without those that only make lengths out of a mask."""
+    wanted: list[ir.Value | None] = [_logits(graph)]
+    needed: set[ir.Node] = set()
+    while wanted:
+        value = wanted.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in needed:
+            continue
+        needed.add(node)
+        attention = node.op_type == "GroupQueryAttention"
+        wanted += [*node.inputs[:_PAST], *node.inputs[_CACHES:]] if attention else node.inputs
+    return [node for node in graph if node in needed]
+
+
+def _swish(node: ir.Node) -> ir.Value | None:
+    """The value that `node` multiplies with its own sigmoid."""
+    if node.op_type != "Mul":
+        return None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        sigmoid = None if other is None else other.producer()
+        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is value:
+            return value
+    return None
+
+
+def _constant_of(node: ir.Node) -> NDArray[Any]:
+    for name, kind in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32)):
+        if name in node.attributes:
+            return np.array(node.attributes[name].value, kind)
+    if "value" not in node.attributes:
+        raise ExportError("the graph has a constant of an unknown kind")
+    return node.attributes["value"].as_tensor().numpy()
+
+
+def _declare(value: ir.Value, name: str, shape: list[int | str], kind: ir.DataType) -> ir.Value:
+    value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
+    return value
