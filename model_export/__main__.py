@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
                 aliases=tuple(options.alias),
                 owned_by=options.owned_by,
                 quantization=options.quantization,
+                activations=options.activations,
                 prompts=options.prompts,
                 max_kl=options.max_kl,
                 overwrite=options.overwrite,
@@ -52,9 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--owned-by", help="who owns the model; the source's organization by default")
     parser.add_argument(
         "--quantization",
-        choices=("auto", "int4z", "int8", "float32"),
+        choices=("auto", "int4", "int4z", "int8", "float16", "float32"),
         default="auto",
         help="form of the matrices; auto keeps 4-bit sources in 4 bits and takes 8 bits for all others",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("auto", "float16", "float32"),
+        default="auto",
+        help="type of all else, keys and values included; auto takes float16 with float16 matrices, float32 with all "
+        "others; in float16 the graph has only operators that GPUs have too",
     )
     parser.add_argument(
         "--prompts",

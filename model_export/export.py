@@ -19,7 +19,7 @@ from model_export.gguf_source import read_gguf
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
-from model_export.quantize import Form
+from model_export.quantize import Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
 from service import manifest
@@ -46,6 +46,7 @@ class Options:
     aliases: tuple[str, ...] = ()
     owned_by: str | None = None
     quantization: Form | Literal["auto"] = "auto"
+    activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
     max_kl: float = 0.005
     overwrite: bool = False
@@ -59,26 +60,27 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     _check_destination(directory, options.overwrite)
     source = read_source(path)
     form = _form(options.quantization, source)
+    activations = _activations(options.activations, form)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
-        with Initializers(work / manifest.WEIGHTS_FILE) as data:
+        with Initializers(work / manifest.WEIGHTS_FILE, activations) as data:
             ir.save(source.build(form, data, progress("building", layers)), model)
         source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
-        prompts, report = _add_prompt_graph(source, form, options, work, progress)
-        _manifest(source, form, prompts, report, options=options, directory=work).write(work)
+        prompts, report = _add_prompt_graph(source, form, activations, options, work, progress)
+        _manifest(source, form, activations, prompts, report, options=options, directory=work).write(work)
     return report
 
 
 def _add_prompt_graph(
-    source: Source, form: Form, options: Options, work: Path, progress: Progress
+    source: Source, form: Form, activations: Activations, options: Options, work: Path, progress: Progress
 ) -> tuple[PromptForm | None, Report]:
     """Builds the first wanted graph for prompts that is close enough to the source. Gives its form and the report.
 
     Raises TooFarError when none is, or when it is the generating graph that is too far.
     """
     layers, model = source.dimensions.layers, work / manifest.MODEL_FILE
-    forms = _prompt_forms(options.prompts, form, source)
+    forms = _prompt_forms(options.prompts, form, activations, source)
     for prompts in forms:
         graph = work / manifest.PROMPT_MODEL_FILE
         with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
@@ -93,9 +95,13 @@ def _add_prompt_graph(
     return None, verify(source, model, None, options.max_kl, progress("verifying", layers))
 
 
-def _prompt_forms(wanted: Literal["auto", "int8", "float32", "none"], form: Form, source: Source) -> list[PromptForm]:
+def _prompt_forms(
+    wanted: Literal["auto", "int8", "float32", "none"], form: Form, activations: Activations, source: Source
+) -> list[PromptForm]:
     """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
-    if form == "float32" or wanted == "none":
+    if wanted in ("int8", "float32") and activations == "float16":
+        raise ExportError(f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32")
+    if form == "float32" or wanted == "none" or activations == "float16":
         return []
     if wanted != "auto":
         return [wanted]
@@ -128,6 +134,16 @@ def _form(wanted: Form | Literal["auto"], source: Source) -> Form:
     return "int4z" if source.weights in ("Q4_0", "Q4_1") else "int8"
 
 
+def _activations(wanted: Activations | Literal["auto"], form: Form) -> Activations:
+    """The type in which the graph computes: its matrices' where they are plain, else float32 unless asked for."""
+    own: Activations | None = form if form in ("float32", "float16") else None
+    if wanted == "auto":
+        return own or "float32"
+    if own not in (None, wanted):
+        raise ExportError(f"--quantization {own} computes in {own}; --activations {wanted} is for int8, int4 and int4z")
+    return wanted
+
+
 @contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
@@ -151,6 +167,7 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
 def _manifest(
     source: Source,
     form: Form,
+    activations: Activations,
     prompts: PromptForm | None,
     report: Report,
     *,
@@ -172,10 +189,11 @@ def _manifest(
             layers=dimensions.layers,
             kv_heads=dimensions.kv_heads,
             head_dim=dimensions.head_dim,
-            dtype="float32",
+            dtype=activations,
         ),
         quantization=manifest.Quantization(
             weights=form,
+            activations=activations,
             prompts=prompts,
             source=source.weights,
             min_rows=2 if form == "int4z" else 1,

@@ -8,7 +8,7 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 - `seqlens_k` int32 [B]: past plus valid tokens, minus one;
 - `total_sequence_length` int32 [1]: an upper bound of `seqlens_k` + 1;
 - `logits_idx` int64 [R]: the positions in the flattened [B * S] whose logits are wanted;
-- `past_key.i`, `past_value.i` float32 [B, kv_heads, max_len, head_dim] for each layer i.
+- `past_key.i`, `past_value.i` float32 or float16 [B, kv_heads, max_len, head_dim] for each layer i.
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
 Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
@@ -103,7 +103,7 @@ class _Decoder:
             on_layer()
         wanted = hidden if self.few_wanted else self._wanted_positions(hidden)
         logits = self._head(wanted, table)
-        return [_declare(logits, "logits", ["R", self.architecture.vocab_size]), *present]
+        return [_declare(logits, "logits", ir.DataType.FLOAT, ["R", self.architecture.vocab_size]), *present]
 
     def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
         """The logits of `hidden` [R, columns]. Where they are few, twice the arithmetic is no price for exactness."""
@@ -115,9 +115,9 @@ class _Decoder:
 
     def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
         """The attended values [B, S, heads * head_dim], and the layer's present keys and values."""
-        architecture, prefix = self.architecture, f"blk.{layer}."
+        architecture, prefix, floats = self.architecture, f"blk.{layer}.", self.operators.floats
         cache_shape: list[int | str] = ["B", architecture.kv_heads, "max_len", architecture.head_dim]
-        past = [ir.val(f"past_{kind}.{layer}", ir.DataType.FLOAT, cache_shape) for kind in ("key", "value")]
+        past = [ir.val(f"past_{kind}.{layer}", floats, cache_shape) for kind in ("key", "value")]
         self.inputs += past
         attended, key, value = self.operators.apply_many(
             "GroupQueryAttention",
@@ -135,8 +135,8 @@ class _Decoder:
             kv_num_heads=architecture.kv_heads,
             do_rotary=1,
         )
-        _declare(key, f"present_key.{layer}", cache_shape)
-        _declare(value, f"present_value.{layer}", cache_shape)
+        _declare(key, f"present_key.{layer}", floats, cache_shape)
+        _declare(value, f"present_value.{layer}", floats, cache_shape)
         return [attended, key, value]
 
     def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
@@ -196,7 +196,7 @@ def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.
     ]
 
 
-def _declare(value: ir.Value, name: str, shape: list[int | str]) -> ir.Value:
+def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
     """Names `value` and gives its type, as the graph's outputs need."""
-    value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+    value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
     return value

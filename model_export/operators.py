@@ -1,4 +1,4 @@
-"""The few operators that a decoder is made of, over float32 or packed matrices."""
+"""The few operators that a decoder is made of, over plain or packed matrices."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from onnx_ir.tape import Tape
 
 from model_export.initializers import Initializers
 from model_export.quantize import (
+    PLAIN_FORMS,
     Form,
     Packed,
     PackedRows,
+    block_means,
     mixed_columns,
     mixing,
     pack,
+    pack_beside_remainders,
     pack_rows,
     pack_signed_rows,
 )
@@ -50,15 +53,24 @@ Table = StoredBlocks | ir.Value
 class Operators:
     """Appends nodes to a graph and their weights to its data file.
 
-    The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`.
+    The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`. All else has the type
+    `data.floats`. In float16 the graph is made of operators that every provider has; kernels for 8-bit activations and
+    matrices with one scale a row are the CPU's alone.
     """
 
     def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
         self._data = data
         self._form = form
         self._tables = tables
+        self._portable = data.floats == ir.DataType.FLOAT16
         self._mixings: dict[int, ir.Value] = {}
+        self._block_means: dict[int, ir.Value] = {}
         self._tape = Tape()
+
+    @property
+    def floats(self) -> ir.DataType:
+        """The type of activations, keys and values."""
+        return self._data.floats
 
     @property
     def nodes(self) -> list[ir.Node]:
@@ -109,9 +121,11 @@ class Operators:
         takes two bytes. With `few_rows` those would gain nothing, and float32 takes their place.
         """
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
-        if self._form in {"int4z", "int8"}:
+        if self._form == "int4z" and self._portable:
+            return self._linear_in_blocks_and_means(value, name, matrix, offset)
+        if self._form in {"int4", "int4z", "int8"}:
             return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
-        if self._form == "float32" or few_rows:
+        if self._form in PLAIN_FORMS or few_rows:
             product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
         else:
             product = self._linear_in_bytes(value, name, dequantize(matrix), two_bytes=outliers)
@@ -123,9 +137,24 @@ class Operators:
             value = self.apply("Concat", value, *[means] * packed.block_means, axis=-1)
         return self._matmul_nbits(value, self._store(name, packed), offset)
 
+    def _linear_in_blocks_and_means(
+        self, value: ir.Value, name: str, matrix: Matrix, offset: ir.Value | None
+    ) -> ir.Value:
+        """The same with the remainders as a matrix of their own, so that no provider meets an odd number of columns."""
+        packed, remainders = pack_beside_remainders(matrix)
+        product = self._matmul_nbits(value, self._store(name, packed), offset)
+        if remainders is None:
+            return product
+        if packed.columns not in self._block_means:
+            means = self._data.add(f"block_means.{packed.columns}", block_means(packed.columns))
+            self._block_means[packed.columns] = means
+        means = self.apply("MatMul", value, self._block_means[packed.columns])
+        rest = self.apply("MatMul", means, self._data.add(f"{name}.remainders", remainders.T))
+        return self.apply("Add", product, rest)
+
     def table(self, name: str, matrix: Matrix) -> Table:
-        """Stores a matrix [rows, columns] to look rows up in."""
-        if self._tables == "float32":
+        """Stores a matrix [rows, columns] to look rows up in; unless it is plain, in 8 bits."""
+        if self._tables in PLAIN_FORMS:
             return self._data.add(name, dequantize(matrix))
         return self._store(name, pack(matrix, "int8"))
 
@@ -152,12 +181,15 @@ class Operators:
     ) -> ir.Value:
         """The product of `value` [rows, columns] with the transpose of `matrix`, of which there may be a `table`.
 
-        In integers each row of `value` is mixed and scaled to 8 bits by its own largest number: sums of integers are
-        exact, so a row's result does not depend on the others.
+        It is float32 in every form. In integers on the CPU each row of `value` is mixed and scaled to 8 bits by its own
+        largest number: sums of integers are exact, so a row's result does not depend on the others.
         """
-        if self._tables == "float32":
+        if self._tables in PLAIN_FORMS:
             weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
-            return self.apply("Gemm", value, weights, transB=1)
+            return self._as_float32(self.apply("Gemm", value, weights, transB=1))
+        if self._portable:
+            blocks = table if isinstance(table, StoredBlocks) else self._store(name, pack(matrix, "int8"))
+            return self._as_float32(self._matmul_nbits(value, blocks))
         mix = mixing(matrix.shape[1])
         mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
         return self._multiply_bytes(mixed, name, pack_rows(dequantize(matrix) @ mix), two_bytes=two_bytes)
@@ -202,6 +234,9 @@ class Operators:
             product = self.apply("Add", product, fine)
         return self.apply("Mul", product, largest)
 
+    def _as_float32(self, value: ir.Value) -> ir.Value:
+        return self.apply("Cast", value, to=ir.DataType.FLOAT.value) if self._portable else value
+
     def _store(self, name: str, packed: Packed) -> StoredBlocks:
         return StoredBlocks(
             packed,
@@ -224,5 +259,5 @@ class Operators:
             N=len(matrix.packed.codes),
             bits=matrix.packed.bits,
             block_size=BLOCK,
-            accuracy_level=INT8_ACTIVATIONS,
+            accuracy_level=0 if self._portable else INT8_ACTIVATIONS,
         )

@@ -10,10 +10,18 @@ from numpy.typing import NDArray
 
 from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
 
-Form = Literal["float32", "int8", "int4z"]
+# The forms of matrices: plain numbers, blocks with a scale and a whole zero point, and 4-bit blocks of any offset.
+Form = Literal["float32", "float16", "int8", "int4", "int4z"]
+PLAIN_FORMS = ("float32", "float16")
+
+# The type of all that is not a matrix: activations, norms, keys and values.
+Activations = Literal["float32", "float16"]
 
 # Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
 MEAN_COPIES = 2
+
+# Parts of a block's range that 4 bits are tried to cover: a few large weights that are cut off may leave less error.
+RANGES = np.linspace(0.7, 1.06, 13, dtype=np.float32)
 
 # Mixing more columns at a time takes longer, fewer leave outliers in place.
 LEAST_MIXED, MOST_MIXED = 32, 256
@@ -85,11 +93,29 @@ def mixing(size: int) -> Floats:
     return spread
 
 
-def pack(matrix: Matrix, form: Literal["int8", "int4z"]) -> Packed:
-    """Packs in 4 bits what the source holds in 4 bits and `form` allows, all else in 8 bits."""
+def pack(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> Packed:
+    """Packs in `form`; in int4z what the source holds in 4 bits, all else in 8 bits."""
+    if form == "int4":
+        return _pack_int4(matrix)
     if form == "int4z" and isinstance(matrix, Blocks) and matrix.bits == 4:
         return _pack_int4z(matrix)
     return _pack_int8(matrix)
+
+
+def pack_beside_remainders(matrix: Matrix) -> tuple[Packed, Floats | None]:
+    """The same as int4z, the remainders [rows, blocks] apart: they belong to the means of blocks. None where all are 0.
+
+    `block_means` makes the means.
+    """
+    if not isinstance(matrix, Blocks) or matrix.bits != 4:
+        return _pack_int8(matrix), None
+    packed, remainders = _split_int4(matrix)
+    return packed, BLOCK * remainders if remainders.any() else None
+
+
+def block_means(columns: int) -> Floats:
+    """A matrix [columns, columns / 32], a product with which gives the mean of each block."""
+    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / BLOCK
 
 
 def _pack_int8(matrix: Matrix) -> Packed:
@@ -107,11 +133,10 @@ def _pack_int4z(matrix: Blocks) -> Packed:
     The remainder times the block's sum is the rest of the product, so the remainders become further columns. They
     are multiplied with means, which one pooling operator computes, so they are stored times the block's size.
     """
-    zeros = _zero_points(matrix, 15)
-    remainders = matrix.minimums + matrix.scales * zeros
-    columns = matrix.shape[1]
+    whole, remainders = _split_int4(matrix)
     if not remainders.any():
-        return Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, columns)
+        return whole
+    zeros, columns = _zero_points(matrix, 15), whole.columns
     codes, scales = _share_among_int4_copies(BLOCK * remainders)
     return Packed(
         codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
@@ -121,6 +146,52 @@ def _pack_int4z(matrix: Blocks) -> Packed:
         columns=columns + MEAN_COPIES * remainders.shape[1],
         block_means=MEAN_COPIES,
     )
+
+
+def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
+    """The part of each block around its nearest whole zero point, and what that leaves over [rows, blocks]."""
+    zeros = _zero_points(matrix, 15)
+    whole = Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, matrix.shape[1])
+    return whole, matrix.minimums + matrix.scales * zeros
+
+
+def _pack_int4(matrix: Matrix) -> Packed:
+    """Packs 4-bit blocks around a whole zero point exactly, all else by the scale that errs least."""
+    if isinstance(matrix, Blocks) and matrix.bits == 4:
+        whole, remainders = _split_int4(matrix)
+        if not remainders.any():
+            return whole
+    rows = matrix.shape[0]
+    codes, scales, zeros = _least_squares_int4(dequantize(matrix).reshape(rows, -1, BLOCK))
+    return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
+
+
+def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """4-bit codes, scales and zero points of `blocks` [rows, blocks, 32], tried with ranges more and less clipped.
+
+    For each range and the codes that rounding gives, the scale is the one that errs least in squares.
+    """
+    low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    codes, scales, zeros = np.zeros(blocks.shape, np.uint8), np.zeros_like(low), np.zeros(low.shape, np.uint8)
+    for clip in RANGES:
+        scale = clip * (high - low) / 15
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        for zero in _neighbours(-clip * low * inverse):
+            steps = np.clip(np.rint(blocks * inverse[..., None]), -zero[..., None], 15 - zero[..., None])
+            squares = np.square(steps).sum(axis=-1)
+            fitted = np.divide((blocks * steps).sum(axis=-1), squares, out=np.zeros_like(scale), where=squares != 0)
+            error = np.square(blocks - fitted[..., None] * steps).sum(axis=-1)
+            better = error < best
+            best[better], scales[better], zeros[better] = error[better], fitted[better], zero[better]
+            codes[better] = (steps + zero[..., None])[better]
+    return codes, scales, zeros
+
+
+def _neighbours(exact: Floats) -> tuple[Floats, Floats]:
+    """The whole zero points below and above."""
+    below = np.clip(np.floor(exact), 0, 15)
+    return below, np.clip(below + 1, 0, 15)
 
 
 def _zero_points(matrix: Blocks, largest: int) -> Bytes:

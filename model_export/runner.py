@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from model_export.weights import Floats
 from service.processor import byte_options
 
+KV_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
 
 class Runner:
     """An exported model and the keys and values of one text of at most `capacity` positions.
@@ -24,7 +26,7 @@ class Runner:
             self._reading = _session(prompts)
         self._caches = {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, entry.shape[1], capacity, entry.shape[3]), np.float32)
+                np.zeros((1, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])
             )
             for entry in self._decoding.get_inputs()
             if entry.name.startswith("past_")

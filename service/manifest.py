@@ -71,12 +71,14 @@ class KVLayout(_Part):
 class Quantization(_Part):
     """How the weights are stored.
 
-    `weights` is the form of the exported matrices, `source` the form they had. `prompts` is the form of the matrices of
+    `weights` is the form of the exported matrices, `source` the form they had. `activations` is the type in which the
+    graph computes: in float16 it is made of operators that GPUs have as well. `prompts` is the form of the matrices of
     a second graph, which reads prompts faster; None when there is none. `min_rows` is the fewest rows of a call from
     which results no longer depend on the number of rows: one row may take another kernel than several.
     """
 
-    weights: Literal["float32", "int8", "int4z"]
+    weights: Literal["float32", "float16", "int8", "int4", "int4z"]
+    activations: Literal["float32", "float16"] = "float32"
     prompts: Literal["float32", "int8"] | None = None
     source: str
     min_rows: int = Field(ge=1)

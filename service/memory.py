@@ -26,7 +26,7 @@ _TOKENIZER_FACTOR = 20
 _WEIGHTS_FACTOR = 1.5
 # A position's activations in the arena, which grows by doubling, per square root of the weights of a layer.
 _ACTIVATIONS_FACTOR = 64
-_BYTES_PER_WEIGHT = {"float32": 4.0, "int8": 1.0, "int4z": 0.5}
+_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4z": 0.5}
 # Rows of float64 that choosing a token works on, in rows of logits.
 _SAMPLER_ROWS = 8
 # A token of a waiting sequence: its id as an object, in the prompt and in the sequence, and its text.

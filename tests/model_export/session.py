@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from model_export.runner import KV_TYPES
 from service.processor import byte_options
 
 
@@ -21,7 +22,7 @@ class Session:
             options.add_session_config_entry(name, value)
         self.session = onnxruntime.InferenceSession(directory / graph, options)
         self.caches = {
-            entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), np.float32)
+            entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])
             for entry in self.session.get_inputs()
             if entry.name.startswith("past_")
         }
@@ -45,7 +46,7 @@ class Session:
             binding.bind_cpu_input(name, array)
         for name, cache in self.caches.items():
             view = cache[: len(rows)]
-            place = ("cpu", 0, np.float32, view.shape, view.ctypes.data)
+            place = ("cpu", 0, view.dtype, view.shape, view.ctypes.data)
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past", "present"), *place)
         binding.bind_output("logits")
