@@ -13,10 +13,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from model_export import mobius_source
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.gguf_source import read_gguf
-from model_export.hf_source import read_hugging_face
+from model_export.hf_source import read_hugging_face, read_json
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
 from model_export.quantize import Activations, Form
@@ -100,7 +101,9 @@ def _prompt_forms(
 ) -> list[PromptForm]:
     """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
     if wanted in ("int8", "float32") and activations == "float16":
-        raise ExportError(f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32")
+        raise ExportError(
+            f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32"
+        )
     if form == "float32" or wanted == "none" or activations == "float16":
         return []
     if wanted != "auto":
@@ -124,6 +127,9 @@ def read_source(path: Path) -> Source:
     if path.is_file():
         return DecoderSource(read_gguf(path))
     if path.is_dir():
+        config = read_json(path / "config.json")
+        if config.get("model_type") in mobius_source.FAMILIES:
+            return mobius_source.read_mobius(path, config)
         return DecoderSource(read_hugging_face(path))
     raise ExportError(f"{path} does not exist")
 

@@ -42,7 +42,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 def read_hugging_face(directory: Path) -> Checkpoint:
     """Opens a Hugging Face directory; tensors are read when they are asked for."""
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     tensors = _tensors(directory)
     architecture = _architecture(config)
     if architecture.tied_embedding:
@@ -53,11 +53,12 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         weights=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
         architecture=architecture,
         tensors=tensors,
-        vocabulary=_vocabulary(directory, config),
+        vocabulary=read_vocabulary(directory, config),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises ExportError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,7 +142,7 @@ def _slow_down_long_waves(plain: NDArray[np.float64], scaling: dict[str, Any]) -
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -181,7 +182,8 @@ def _load(path: Path, name: str) -> Floats:
         return tensor.astype(np.float32)
 
 
-def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
+def read_vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
+    """The tokenizer of a directory. Raises ExportError where there is none."""
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ExportError(f"{path} does not exist; a slow tokenizer has to be converted first")
@@ -192,7 +194,7 @@ def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     generation = directory / "generation_config.json"
-    declared = [config.get("eos_token_id"), _read_json(generation).get("eos_token_id") if generation.exists() else None]
+    declared = [config.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.exists() else None]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
     bos = config.get("bos_token_id")
     first = tokenizer.encode("a", add_special_tokens=True).ids[:1]

@@ -26,9 +26,11 @@ _PAST, _SEQLENS, _CACHES, _QUERY_SEQLENS = 3, 5, 7, 16
 _ATTENTION_ATTRIBUTES = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
 # What works on each position alone, and on any number of them.
 _COPIED = frozenset(
-    ["Add", "Cast", "Concat", "Div", "Exp", "Gelu", "Greater", "LayerNormalization", "Max", "Min", "Mul", "Neg", "Relu"]
-    + ["Reshape", "Sigmoid", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Softplus", "Split"]
-    + ["Sqrt", "Sub", "Tanh", "Where"]
+    (
+        *("Add", "Cast", "Concat", "Div", "Exp", "Gelu", "Greater", "LayerNormalization", "Max", "Min", "Mul", "Neg"),
+        *("Relu", "Reshape", "Sigmoid", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice"),
+        *("Softplus", "Split", "Sqrt", "Sub", "Tanh", "Where"),
+    )
 )
 _FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
     "Add": np.add,
@@ -42,19 +44,20 @@ _FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What a layer's attention reaches and how it tells positions apart, where the graph does not say so rightly.
+class Attention:
+    """What a layer's attention computes that graphs do not always say rightly.
 
-    `window` counts the positions up to its own that a token attends to, None for all. `rotations` are cosine and sine
-    [context_length, rotated / 2] of each position, None for those of the graph.
+    `window` counts the positions up to its own that a token attends to, None for all. `scale` is the factor of its
+    scores, `rotations` are cosine and sine [context_length, rotated / 2] of each position; None for the graph's own.
     """
 
     window: int | None
-    rotations: tuple[Floats, Floats] | None = None
+    scale: float | None
+    rotations: tuple[Floats, Floats] | None
 
 
 class Translation:
-    """One pass over the graph of a whole decoder; `reaches` has one entry for each layer.
+    """One pass over the graph of a whole decoder; `attentions` has one entry for each layer.
 
     Raises ExportError for a graph that has anything which the service's form cannot have.
     """
@@ -64,13 +67,13 @@ class Translation:
         source: ir.Graph,
         operators: Operators,
         data: Initializers,
-        reaches: Sequence[Reach],
+        attentions: Sequence[Attention],
         context_length: int,
     ) -> None:
         self._source = source
         self._operators = operators
         self._data = data
-        self._reaches = reaches
+        self._attentions = attentions
         self._context_length = context_length
         self._input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
         self._seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
@@ -89,6 +92,7 @@ class Translation:
         self._constants: dict[ir.Value, NDArray[Any]] = {}
         self._tables: list[tuple[Table, NDArray[Any]]] = []
         self._head = _head(source)
+        self._in_logits = False  # which are float32 in every form
         self._skipped: set[ir.Node] = set()
 
     def translate(self, on_layer: Callable[[], object]) -> ir.Model:
@@ -120,7 +124,7 @@ class Translation:
             return
         match node.op_type:
             case "GroupQueryAttention":
-                self._attention(node)
+                self._attend(node)
             case "MatMul":
                 self._product(node)
             case "Gather":
@@ -185,7 +189,7 @@ class Translation:
                 return self._positions()
             raise ExportError(f"the graph takes {value.name}, which the service does not give")
         name = f"constant.{len(self._values)}.{value.name}"
-        if constant.dtype == np.float32:
+        if constant.dtype == np.float32 and not self._in_logits:
             return self._operators.vector(name, constant)
         return self._data.constant(name, constant)
 
@@ -225,6 +229,7 @@ class Translation:
         name = str(weights.name).removesuffix("_t")
         if node is self._head:
             self._values[node.outputs[0]] = self._multiply_wanted(self._value(value), name, matrix.T)
+            self._in_logits = True
             return
         bias, output = self._bias_after(node)
         product = self._operators.linear(self._value(value), name, np.ascontiguousarray(matrix.T), bias)
@@ -248,24 +253,24 @@ class Translation:
         tied = (table for table, rows in self._tables if np.array_equal(rows, matrix))
         return self._operators.head(wanted, name, np.ascontiguousarray(matrix), next(tied, None))
 
-    def _attention(self, node: ir.Node) -> None:
+    def _attend(self, node: ir.Node) -> None:
         layer = len(self._present) // 2
-        reach = self._reaches[layer]
-        past_key = node.inputs[_PAST]
-        assert past_key is not None
-        assert past_key.shape is not None
-        shape: list[int | str] = ["B", int(past_key.shape[1]), "max_len", int(past_key.shape[3])]
-        past = [ir.val(f"past_{kind}.{layer}", ir.DataType.FLOAT, shape) for kind in ("key", "value")]
+        attention = self._attentions[layer]
+        kv_heads, head_dim = key_shape(node)
+        shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
+        past = [ir.val(f"past_{kind}.{layer}", self._operators.floats, shape) for kind in ("key", "value")]
         self._inputs += past
         attributes = {name: node.attributes[name].value for name in _ATTENTION_ATTRIBUTES if name in node.attributes}
-        if reach.window is not None:
-            attributes["local_window_size"] = reach.window
+        if attention.window is not None:
+            attributes["local_window_size"] = attention.window
+        if attention.scale is not None:
+            attributes["scale"] = attention.scale
         inputs = list(node.inputs) + [None] * (_QUERY_SEQLENS - len(node.inputs))
         queries = [None if value is None else self._value(value) for value in inputs[:_PAST]]
         caches = [None if value is None else self._cache(value) for value in inputs[_CACHES:]]
-        if reach.rotations is not None:
+        if attention.rotations is not None:
             names = (f"rotations.{layer}.{kind}" for kind in ("cosine", "sine"))
-            caches[:2] = map(self._operators.vector, names, reach.rotations)
+            caches[:2] = map(self._operators.vector, names, attention.rotations)
         attended, key, value = self._operators.apply_many(
             "GroupQueryAttention",
             *queries,
@@ -279,8 +284,8 @@ class Translation:
             **attributes,
         )
         self._present += [
-            _declare(key, f"present_key.{layer}", shape, ir.DataType.FLOAT),
-            _declare(value, f"present_value.{layer}", shape, ir.DataType.FLOAT),
+            _declare(key, f"present_key.{layer}", shape, self._operators.floats),
+            _declare(value, f"present_value.{layer}", shape, self._operators.floats),
         ]
         self._values[node.outputs[0]] = attended
 
@@ -293,6 +298,17 @@ class Translation:
             rotations = np.ascontiguousarray(constant[: self._context_length])
             self._values[value] = self._operators.vector(f"rotations.{len(self._values)}", rotations)
         return self._values[value]
+
+
+def key_shape(attention: ir.Node) -> tuple[int, int]:
+    """How many keys a position has in a layer, and the size of one."""
+    past = attention.inputs[_PAST]
+    if past is None or past.shape is None or past.shape.rank() != 4:
+        raise ExportError("attention keeps no keys")
+    heads, size = past.shape[1], past.shape[3]
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise ExportError(f"attention keeps keys of an unknown shape {past.shape}")
+    return heads, size
 
 
 def _logits(graph: ir.Graph) -> ir.Value:

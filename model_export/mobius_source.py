@@ -1,4 +1,4 @@
-"""A Hugging Face directory whose graph mobius-onnx builds, and whose own logits transformers computes: both need torch."""
+"""A Hugging Face directory whose graph mobius-onnx builds and whose logits transformers computes; both need torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
-from model_export.hf_source import _read_json, _vocabulary
+from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
-from model_export.mobius_graph import Reach, Translation
+from model_export.mobius_graph import Attention, Translation, key_shape
 from model_export.operators import LinearForm, Operators
 from model_export.quantize import Form
 from model_export.source import Dimensions
@@ -24,7 +24,16 @@ from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats
 
 # Those that the tests compare with transformers.
-FAMILIES = ["arcee", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "ministral"] + [
+FAMILIES = (
+    "arcee",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "granite",
+    "ministral",
     "nemotron",
     "olmo",
     "olmo2",
@@ -32,7 +41,7 @@ FAMILIES = ["arcee", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "g
     "phi",
     "stablelm",
     "starcoder2",
-]
+)
 
 _INSTALL = "pip install 'completion-service[families]'"
 
@@ -56,16 +65,14 @@ class MobiusSource:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return _vocabulary(self.directory, self.config)
+        return read_vocabulary(self.directory, self.config)
 
     @cached_property
     def dimensions(self) -> Dimensions:
         attention = [node for node in self._graph if node.op_type == "GroupQueryAttention"]
-        if not attention or any(node.op_type == "Attention" for node in self._graph):
-            raise ExportError(f"a {self.config['model_type']} model's attention does not fit the service's cache")
-        shapes = {tuple(node.inputs[3].shape[axis] for axis in (1, 3)) for node in attention}
+        shapes = {key_shape(node) for node in attention}
         if len(shapes) != 1:
-            raise ExportError(f"the layers' keys differ in shape: {sorted(shapes)}")
+            raise ExportError(f"the layers do not all keep keys of one shape, but of {sorted(shapes)}")
         ((kv_heads, head_dim),) = shapes
         embedding = self._decoder.get_input_embeddings().weight
         return Dimensions(
@@ -98,19 +105,23 @@ class MobiusSource:
             raise ExportError(f"mobius-onnx cannot build {self.directory}: {_first_line(error)}") from error
         if set(package) != {"model"}:
             raise ExportError(f"{self.directory} has several parts ({', '.join(package)}), not only a decoder of text")
-        return package["model"].graph
+        graph: ir.Graph = package["model"].graph
+        return graph
 
     @cached_property
-    def _reaches(self) -> list[Reach]:
-        """What each layer attends to. Where kinds of layers turn positions differently, transformers says how."""
-        config, dimensions = self._decoder.config, self.dimensions
+    def _attentions(self) -> list[Attention]:
+        """What each layer attends to, as transformers has it."""
+        config, layers = self._decoder.config, self.dimensions.layers
         window = getattr(config, "sliding_window", None)
-        kind = "sliding_attention" if window else "full_attention"
-        kinds = getattr(config, "layer_types", None) or [kind] * dimensions.layers
-        rotations = dict.fromkeys(kinds)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        rotations: dict[str, tuple[Floats, Floats] | None] = dict.fromkeys(kinds)
         if set(kinds) <= set(getattr(config, "rope_parameters", None) or {}):
             rotations = {kind: self._rotations(kind) for kind in rotations}
-        return [Reach(window if kind == "sliding_attention" else None, rotations[kind]) for kind in kinds]
+        scales = [module.scaling for module in self._decoder.modules() if hasattr(module, "scaling")]
+        return [
+            Attention(window if kind == "sliding_attention" else None, scale, rotations[kind])
+            for kind, scale in zip(kinds, scales if len(scales) == layers else [None] * layers, strict=True)
+        ]
 
     def _rotations(self, kind: str) -> tuple[Floats, Floats]:
         torch = _import("torch")
@@ -129,7 +140,7 @@ class MobiusSource:
     ) -> ir.Model:
         operators = Operators(data, layers, form)
         context = self.dimensions.context_length
-        return Translation(self._graph, operators, data, self._reaches, context).translate(on_layer)
+        return Translation(self._graph, operators, data, self._attentions, context).translate(on_layer)
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         torch = _import("torch")
@@ -140,11 +151,10 @@ class MobiusSource:
         return logits
 
 
-def read_mobius(directory: Path) -> MobiusSource:
+def read_mobius(directory: Path, config: dict[str, Any]) -> MobiusSource:
     """Opens a directory of one of FAMILIES. Raises ExportError where the extra `families` is not installed."""
-    source = MobiusSource(directory, _read_json(directory / "config.json"))
     _import("mobius")
-    return source
+    return MobiusSource(directory, config)
 
 
 def _import(name: str) -> Any:

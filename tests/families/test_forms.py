@@ -1,0 +1,41 @@
+"""The forms of matrices, over graphs that another builder made."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from model_export.errors import ExportError
+from model_export.export import Options, export, read_source
+from model_export.quantize import Form
+from tests.families.families import FAMILIES
+from tests.families.oracle import make
+
+pytestmark = pytest.mark.families
+
+# Random weights are harder to round than trained ones: nats a token, with a margin of two.
+DIVERGENCE: dict[Form, float] = {"float16": 1e-4, "int8": 2e-3, "int4": 0.15}
+
+
+@pytest.fixture(scope="module", params=["gemma2", "gpt2", "granite"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A soft-capped head and windows; learned positions and biases; factors everywhere."""
+    (family,) = (family for family in FAMILIES if family.name == request.param)
+    return make(family, tmp_path_factory.mktemp(family.name) / "source")
+
+
+@pytest.mark.parametrize("form", DIVERGENCE)
+def test_forms_are_near_the_source(source: Path, tmp_path: Path, form: Form) -> None:
+    """Each form of matrices, with a graph for prompts where the form has one, stays near transformers."""
+    options = Options(quantization=form, prompts="none" if form == "float16" else "int8", max_kl=DIVERGENCE[form])
+    report = export(source, tmp_path / "model", options, lambda label, total: lambda: None)
+    assert report.kl <= DIVERGENCE[form]
+
+
+def test_without_the_extra_the_refusal_names_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mobius-onnx is not installed, the sentence says what to install."""
+    monkeypatch.setitem(sys.modules, "mobius", None)
+    with pytest.raises(ExportError, match=r"needs mobius: pip install 'completion-service\[families\]'"):
+        read_source(source)
