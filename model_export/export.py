@@ -13,10 +13,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from model_export import mobius_source
+from model_export import gguf_decoder, mobius_source
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
-from model_export.gguf_source import read_gguf
+from model_export.gguf_metadata import Metadata
+from model_export.gguf_source import open_gguf, read_gguf
 from model_export.hf_source import read_hugging_face, read_json
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
@@ -125,11 +126,14 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
 def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory."""
     if path.is_file():
-        return DecoderSource(read_gguf(path))
+        reader = open_gguf(path)
+        if Metadata(reader).get("general.architecture") in gguf_decoder.FAMILIES:
+            return mobius_source.from_gguf(path, reader)
+        return DecoderSource(read_gguf(path, reader))
     if path.is_dir():
         config = read_json(path / "config.json")
         if config.get("model_type") in mobius_source.FAMILIES:
-            return mobius_source.read_mobius(path, config)
+            return mobius_source.from_directory(path, config)
         return DecoderSource(read_hugging_face(path))
     raise ExportError(f"{path} does not exist")
 

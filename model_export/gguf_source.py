@@ -20,20 +20,29 @@ from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
 
-def read_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file; tensors are read when they are asked for."""
+def open_gguf(path: Path) -> GGUFReader:
+    """Reads what a GGUF file says of its model. Raises ExportError where it is none."""
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ExportError(f"{path} is not a complete GGUF file: {error}") from error
+
+
+def gguf_name(path: Path) -> str:
+    """The name of the model in a file, without its quantization."""
+    return QUANTIZATION_SUFFIX.sub("", path.stem)
+
+
+def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
+    """The model of an opened file; tensors are read when they are asked for."""
     metadata = Metadata(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = tensors.pop("rope_freqs.weight", None)
     architecture = _architecture(metadata, "output.weight" not in tensors, _load(factors) if factors else 1.0)
     return Checkpoint(
-        name=QUANTIZATION_SUFFIX.sub("", path.stem),
+        name=gguf_name(path),
         organization=metadata.get("general.organization", ""),
-        weights=_main_type(reader.tensors),
+        weights=main_type(reader.tensors),
         architecture=architecture,
         tensors={name: _lazy(tensor, architecture) for name, tensor in tensors.items()},
         vocabulary=read_vocabulary(metadata),
@@ -85,7 +94,7 @@ def _context_length(metadata: Metadata, family: str) -> int:
     return min(length, metadata.get(f"{family}.attention.sliding_window") or length)
 
 
-def _main_type(tensors: list[ReaderTensor]) -> str:
+def main_type(tensors: list[ReaderTensor]) -> str:
     """The type that holds most of the weights."""
     sizes: dict[str, int] = {}
     for tensor in tensors:

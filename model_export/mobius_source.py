@@ -1,9 +1,15 @@
-"""A Hugging Face directory whose graph mobius-onnx builds and whose logits transformers computes; both need torch."""
+"""A model whose graph mobius-onnx builds and whose logits transformers computes; both need torch.
+
+transformers reads the source, a Hugging Face directory or a GGUF file. No code that comes with a source is run, and no
+pickle is opened.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +17,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from gguf import GGUFReader
 from numpy.typing import NDArray
 
+from model_export import gguf_decoder
 from model_export.errors import ExportError
+from model_export.gguf_metadata import Metadata
+from model_export.gguf_source import gguf_name, main_type, open_gguf
+from model_export.gguf_tokenizer import read_vocabulary as read_gguf_vocabulary
 from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
 from model_export.mobius_graph import Attention, Translation, key_shape
@@ -23,11 +34,12 @@ from model_export.source import Dimensions
 from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats
 
-# Those that the tests compare with transformers.
+# Those that the tests compare with transformers, as configurations and as GGUF files name them.
 FAMILIES = (
     "arcee",
     "gemma",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "gpt2",
     "gpt_bigcode",
@@ -48,24 +60,20 @@ _INSTALL = "pip install 'completion-service[families]'"
 
 @dataclass(frozen=True)
 class MobiusSource:
-    """See Source."""
+    """See Source. `path` is a directory or a GGUF file of the `family`.
 
-    directory: Path
-    config: dict[str, Any]
+    Raises ExportError where the extra `families` is not installed.
+    """
 
-    organization = ""
+    path: Path
+    name: str
+    organization: str
+    family: str
+    weights: str
+    vocabulary: Vocabulary
 
-    @property
-    def name(self) -> str:
-        return self.directory.resolve().name
-
-    @property
-    def weights(self) -> str:
-        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        return read_vocabulary(self.directory, self.config)
+    def __post_init__(self) -> None:
+        _import("mobius")
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -76,7 +84,7 @@ class MobiusSource:
         ((kv_heads, head_dim),) = shapes
         embedding = self._decoder.get_input_embeddings().weight
         return Dimensions(
-            family=self.config["model_type"],
+            family=self.family,
             layers=len(attention),
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -87,26 +95,65 @@ class MobiusSource:
 
     @cached_property
     def _decoder(self) -> Any:
-        """The model in transformers, in float32. No code of the directory's own is run and no pickle is opened."""
-        transformers = _import("transformers")
+        """The model of text in transformers, in float32."""
         try:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                self.directory, dtype="float32", trust_remote_code=False, use_safetensors=True, local_files_only=True
-            ).eval()
+            model = self._from_directory() if self.path.is_dir() else self._from_file()
+        except ExportError:
+            raise
         except Exception as error:  # of any library below it
-            raise ExportError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
+            raise ExportError(f"{self.path} cannot be loaded: {_first_line(error)}") from error
+        return _decoder_of_text(model).eval()
+
+    def _from_directory(self) -> Any:
+        model, loading = _import("transformers").AutoModelForCausalLM.from_pretrained(
+            self.path,
+            dtype="float32",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if wrong := sorted(map(str, loading[kind])):
+                raise ExportError(f"{self.path} has {kind.replace('_keys', '')} tensors, {wrong[0]} among them")
+        return model
+
+    def _from_file(self) -> Any:
+        transformers, torch = _import("transformers"), _import("torch")
+        reader = open_gguf(self.path)
+        rows = next((tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight"), 0)
+        config = transformers.AutoConfig.for_model(**gguf_decoder.configuration(Metadata(reader), int(rows)))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        state = gguf_decoder.state(reader, self.family, list(model.state_dict()))
+        tied = ["lm_head.weight"] if "lm_head.weight" not in state else []
+        missing, _ = model.load_state_dict({name: torch.tensor(each) for name, each in state.items()}, strict=False)
+        if lacking := sorted(set(missing) - set(tied)):
+            raise ExportError(f"{self.path} has no tensor {lacking[0]}")
+        return model
 
     @cached_property
     def _graph(self) -> ir.Graph:
-        mobius = _import("mobius")
-        try:
-            package = mobius.build(str(self.directory), dtype="f32", execution_provider="cpu", trust_remote_code=False)
-        except Exception as error:  # of any library below it
-            raise ExportError(f"mobius-onnx cannot build {self.directory}: {_first_line(error)}") from error
+        with self._for_mobius() as directory:
+            try:
+                package = _import("mobius").build(
+                    str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
+                )
+            except Exception as error:  # of any library below it
+                raise ExportError(f"mobius-onnx cannot build {self.path}: {_first_line(error)}") from error
         if set(package) != {"model"}:
-            raise ExportError(f"{self.directory} has several parts ({', '.join(package)}), not only a decoder of text")
+            raise ExportError(f"{self.path} has several parts ({', '.join(package)}), not only a decoder of text")
         graph: ir.Graph = package["model"].graph
         return graph
+
+    @contextmanager
+    def _for_mobius(self) -> Iterator[Path]:
+        """A directory of the decoder alone: the source itself, unless it has other parts or is a file."""
+        if self.path.is_dir() and self.family == self._decoder.config.model_type:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            self._decoder.save_pretrained(directory)
+            yield Path(directory)
 
     @cached_property
     def _attentions(self) -> list[Attention]:
@@ -151,10 +198,35 @@ class MobiusSource:
         return logits
 
 
-def read_mobius(directory: Path, config: dict[str, Any]) -> MobiusSource:
-    """Opens a directory of one of FAMILIES. Raises ExportError where the extra `families` is not installed."""
-    _import("mobius")
-    return MobiusSource(directory, config)
+def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
+    """The model of a Hugging Face directory of one of FAMILIES."""
+    kind = config.get("dtype") or config.get("torch_dtype") or "float32"
+    vocabulary = read_vocabulary(path, {**config.get("text_config", {}), **config})
+    return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
+
+
+def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
+    """The model of a GGUF file of one of `gguf_decoder.FAMILIES`, its matrices as float32."""
+    metadata = Metadata(reader)
+    return MobiusSource(
+        path,
+        name=gguf_name(path),
+        organization=metadata.get("general.organization", ""),
+        family=metadata.require("general.architecture"),
+        weights=main_type(reader.tensors),
+        vocabulary=read_gguf_vocabulary(metadata),
+    )
+
+
+def _decoder_of_text(model: Any) -> Any:
+    """The part of `model` that reads and writes text: all of it, but of one that sees images too."""
+    whole = model.base_model
+    if not hasattr(whole, "language_model"):
+        return model
+    decoder = _import("transformers").AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(decoder, decoder.base_model_prefix, whole.language_model)
+    decoder.lm_head = model.lm_head
+    return decoder
 
 
 def _import(name: str) -> Any:

@@ -8,6 +8,10 @@ SLIDING_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention
 # A part of a head is turned; attention takes parts of 16 at least.
 WIDE = SIZES | {"hidden_size": 256}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": SIZES["vocab_size"]}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 FAMILIES = [
     Family("llama", {"model_type": "llama", "tie_word_embeddings": False}, tokenizer="prepend", add_bos=True),
@@ -27,6 +31,17 @@ FAMILIES = [
         {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 24} | SLIDING_AND_FULL,
         tokenizer="bare",
         add_bos=True,
+    ),
+    Family(
+        "gemma3-with-images",
+        {
+            "model_type": "gemma3",
+            "text_config": SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16} | SLIDING_AND_FULL,
+            "vision_config": VISION,
+        },
+        tokenizer="bare",
+        add_bos=True,
+        sizes={},
     ),
     Family("gpt2", {"model_type": "gpt2"}, sizes=GPT2),
     Family("gpt_bigcode", {"model_type": "gpt_bigcode"}, sizes=GPT2),

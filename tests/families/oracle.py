@@ -51,7 +51,7 @@ class Oracle:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
@@ -66,6 +66,6 @@ class Oracle:
         tokens = list(prompt)
         with torch.no_grad():
             for _ in range(count):
-                logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
+                logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0]
                 tokens.append(int(logits[-1].argmax()))
         return Continuation(tokens, torch.log_softmax(logits, -1).numpy())
