@@ -17,30 +17,24 @@ from numpy.typing import NDArray
 from model_export.errors import ExportError
 from model_export.graph import IR_VERSION, OPSETS
 from model_export.initializers import Initializers
+from model_export.mobius_nodes import (
+    CACHES,
+    COPIED,
+    FOLDED,
+    PAST,
+    QUERY_SEQLENS,
+    constant_of,
+    head_of,
+    key_shape,
+    logits_of,
+    needed,
+    swish,
+)
 from model_export.operators import CONTRIB, Operators, Table
 from model_export.weights import Floats
 
-# Inputs of GroupQueryAttention by their places.
-_PAST, _SEQLENS, _CACHES, _QUERY_SEQLENS = 3, 5, 7, 16
 # Attributes of attention that say what a model computes; the window comes from the configuration.
 _ATTENTION_ATTRIBUTES = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
-# What works on each position alone, and on any number of them.
-_COPIED = frozenset(
-    (
-        *("Add", "Cast", "Concat", "Div", "Exp", "Gelu", "Greater", "LayerNormalization", "Max", "Min", "Mul", "Neg"),
-        *("Relu", "Reshape", "Sigmoid", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice"),
-        *("Softplus", "Split", "Sqrt", "Sub", "Tanh", "Where"),
-    )
-)
-_FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
-    "Add": np.add,
-    "Mul": np.multiply,
-    "Sub": np.subtract,
-    "Div": np.divide,
-    "Sqrt": np.sqrt,
-    "Exp": np.exp,
-    "Neg": np.negative,
-}
 
 
 @dataclass(frozen=True)
@@ -91,18 +85,18 @@ class Translation:
         self._values: dict[ir.Value, ir.Value] = {}
         self._constants: dict[ir.Value, NDArray[Any]] = {}
         self._tables: list[tuple[Table, NDArray[Any]]] = []
-        self._head = _head(source)
+        self._head = head_of(source)
         self._in_logits = False  # which are float32 in every form
         self._skipped: set[ir.Node] = set()
 
     def translate(self, on_layer: Callable[[], object]) -> ir.Model:
         """The whole model; `on_layer` hears of each layer."""
-        for node in _needed(self._source):
+        for node in needed(self._source):
             if node not in self._skipped:
                 self._emit(node)
             if node.op_type == "GroupQueryAttention":
                 on_layer()
-        logits = self._values[_logits(self._source)]
+        logits = self._values[logits_of(self._source)]
         _declare(logits, "logits", ["R", self._vocab_size()], ir.DataType.FLOAT)
         graph = ir.Graph(
             self._inputs,
@@ -116,7 +110,7 @@ class Translation:
 
     def _vocab_size(self) -> int:
         matrix = self._constant(self._head.inputs[1])
-        assert matrix is not None  # `_head` has seen to it
+        assert matrix is not None  # `head_of` has seen to it
         return int(matrix.shape[1])
 
     def _emit(self, node: ir.Node) -> None:
@@ -133,12 +127,12 @@ class Translation:
                 value, scale = self._value(node.inputs[0]), self._value(node.inputs[1])
                 epsilon = node.attributes["epsilon"].as_float()
                 self._values[node.outputs[0]] = self._operators.rms_norm(value, scale, epsilon)
-            case "Mul" if (gate := _swish(node)) is not None:
-                swish = self._operators.apply("QuickGelu", self._value(gate), domain=CONTRIB, alpha=1.0)
-                self._values[node.outputs[0]] = swish
-            case "Sigmoid" if all(_swish(use.node) is not None for use in node.outputs[0].uses()):
+            case "Mul" if (gate := swish(node)) is not None:
+                activated = self._operators.apply("QuickGelu", self._value(gate), domain=CONTRIB, alpha=1.0)
+                self._values[node.outputs[0]] = activated
+            case "Sigmoid" if all(swish(use.node) is not None for use in node.outputs[0].uses()):
                 pass
-            case kind if kind in _COPIED:
+            case kind if kind in COPIED:
                 self._copy(node)
             case kind:
                 raise ExportError(f"the graph has an operator {kind}, which the service's form of a decoder has not")
@@ -154,15 +148,15 @@ class Translation:
     def _fold(self, node: ir.Node) -> bool:
         """Computes a node of nothing but constants."""
         if node.op_type == "Constant":
-            self._constants[node.outputs[0]] = _constant_of(node)
+            self._constants[node.outputs[0]] = constant_of(node)
             return True
         inputs = [None if value is None else self._constant(value) for value in node.inputs]
         if node.op_type == "Transpose" and inputs[0] is not None:
             self._constants[node.outputs[0]] = inputs[0].transpose(node.attributes["perm"].as_ints())
             return True
-        if node.op_type not in _FOLDED or any(value is None for value in inputs):
+        if node.op_type not in FOLDED or any(value is None for value in inputs):
             return False
-        self._constants[node.outputs[0]] = _FOLDED[node.op_type](*inputs)
+        self._constants[node.outputs[0]] = FOLDED[node.op_type](*inputs)
         return True
 
     def _constant(self, value: ir.Value | None) -> NDArray[Any] | None:
@@ -222,36 +216,56 @@ class Translation:
             self._values[node.outputs[0]] = self._operators.apply("Gather", learned, rows, axis=0)
 
     def _product(self, node: ir.Node) -> None:
-        value, weights = node.inputs
+        """One product of a value with all the matrices that it is multiplied with, side by side."""
+        value = node.inputs[0]
+        if node is self._head:
+            name, matrix = self._matrix(node)
+            self._values[node.outputs[0]] = self._multiply_wanted(self._value(value), name, matrix)
+            self._in_logits = True
+            return
+        assert value is not None
+        products = [use.node for use in value.uses() if use.node.op_type == "MatMul" and use.node is not self._head]
+        names, matrices = zip(*map(self._matrix, products), strict=True)
+        biases, outputs = zip(*map(self._bias_after, products), strict=True)
+        bias = None
+        if any(each is not None for each in biases):
+            sizes = map(len, matrices)
+            filled = [np.zeros(n, np.float32) if each is None else each for n, each in zip(sizes, biases, strict=True)]
+            bias = np.concatenate(filled)
+        product = self._operators.linear(self._value(value), "+".join(names), np.concatenate(matrices), bias)
+        self._skipped.update(products)
+        if len(products) == 1:
+            self._values[outputs[0]] = product
+            return
+        widths = self._operators.sizes(f"{names[0]}.widths", *map(len, matrices))
+        parts = self._operators.apply_many("Split", product, widths, outputs=len(products), axis=-1)
+        self._values.update(zip(outputs, parts, strict=True))
+
+    def _matrix(self, product: ir.Node) -> tuple[str, Floats]:
+        """The name and the matrix [rows, columns] of a product with one."""
+        weights = product.inputs[1]
         matrix = self._constant(weights)
         if matrix is None or matrix.ndim != 2 or weights is None:
             raise ExportError("the graph multiplies two values that are both computed")
-        name = str(weights.name).removesuffix("_t")
-        if node is self._head:
-            self._values[node.outputs[0]] = self._multiply_wanted(self._value(value), name, matrix.T)
-            self._in_logits = True
-            return
-        bias, output = self._bias_after(node)
-        product = self._operators.linear(self._value(value), name, np.ascontiguousarray(matrix.T), bias)
-        self._values[output] = product
+        return str(weights.name).removesuffix("_t"), np.ascontiguousarray(matrix.T)
 
-    def _bias_after(self, node: ir.Node) -> tuple[NDArray[Any] | None, ir.Value]:
-        """The vector that is added to a product and nothing else is, and the sum; else the product itself."""
-        uses = list(node.outputs[0].uses())
+    def _bias_after(self, product: ir.Node) -> tuple[Floats | None, ir.Value]:
+        """The vector that is added to a product where nothing else takes it, and the sum; else the product itself."""
+        uses = list(product.outputs[0].uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
             add = uses[0].node
             bias = self._constant(add.inputs[1 - uses[0].idx])
             if bias is not None and bias.ndim == 1:
                 self._skipped.add(add)
                 return bias, add.outputs[0]
-        return None, node.outputs[0]
+        return None, product.outputs[0]
 
-    def _multiply_wanted(self, value: ir.Value, name: str, matrix: NDArray[Any]) -> ir.Value:
+    def _multiply_wanted(self, value: ir.Value, name: str, matrix: Floats) -> ir.Value:
         """The head over the wanted positions [R, columns] alone."""
         flat = self._operators.apply("Flatten", value, axis=2)
         wanted = self._operators.apply("Gather", flat, self._logits_idx, axis=0)
         tied = (table for table, rows in self._tables if np.array_equal(rows, matrix))
-        return self._operators.head(wanted, name, np.ascontiguousarray(matrix), next(tied, None))
+        return self._operators.head(wanted, name, matrix, next(tied, None))
 
     def _attend(self, node: ir.Node) -> None:
         layer = len(self._present) // 2
@@ -265,9 +279,9 @@ class Translation:
             attributes["local_window_size"] = attention.window
         if attention.scale is not None:
             attributes["scale"] = attention.scale
-        inputs = list(node.inputs) + [None] * (_QUERY_SEQLENS - len(node.inputs))
-        queries = [None if value is None else self._value(value) for value in inputs[:_PAST]]
-        caches = [None if value is None else self._cache(value) for value in inputs[_CACHES:]]
+        inputs = list(node.inputs) + [None] * (QUERY_SEQLENS - len(node.inputs))
+        queries = [None if value is None else self._value(value) for value in inputs[:PAST]]
+        caches = [None if value is None else self._cache(value) for value in inputs[CACHES:]]
         if attention.rotations is not None:
             names = (f"rotations.{layer}.{kind}" for kind in ("cosine", "sine"))
             caches[:2] = map(self._operators.vector, names, attention.rotations)
@@ -298,72 +312,6 @@ class Translation:
             rotations = np.ascontiguousarray(constant[: self._context_length])
             self._values[value] = self._operators.vector(f"rotations.{len(self._values)}", rotations)
         return self._values[value]
-
-
-def key_shape(attention: ir.Node) -> tuple[int, int]:
-    """How many keys a position has in a layer, and the size of one."""
-    past = attention.inputs[_PAST]
-    if past is None or past.shape is None or past.shape.rank() != 4:
-        raise ExportError("attention keeps no keys")
-    heads, size = past.shape[1], past.shape[3]
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise ExportError(f"attention keeps keys of an unknown shape {past.shape}")
-    return heads, size
-
-
-def _logits(graph: ir.Graph) -> ir.Value:
-    found = [value for value in graph.outputs if value.name == "logits"]
-    if not found:
-        raise ExportError("the graph has no logits")
-    return found[0]
-
-
-def _head(graph: ir.Graph) -> ir.Node:
-    """The product that makes logits, after which there is only what works on each of them alone."""
-    value: ir.Value | None = _logits(graph)
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].producer() is None:
-            return node
-        computed = [each for each in node.inputs if each is not None and each.const_value is None]
-        if len(computed) != 1 or node.op_type not in _COPIED:
-            break
-        value = computed[0]
-    raise ExportError("the graph does not end in a product with a matrix of the vocabulary")
-
-
-def _needed(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes that logits depend on, in their order, without those that only make lengths out of a mask."""
-    wanted: list[ir.Value | None] = [_logits(graph)]
-    needed: set[ir.Node] = set()
-    while wanted:
-        value = wanted.pop()
-        node = None if value is None else value.producer()
-        if node is None or node in needed:
-            continue
-        needed.add(node)
-        attention = node.op_type == "GroupQueryAttention"
-        wanted += [*node.inputs[:_PAST], *node.inputs[_CACHES:]] if attention else node.inputs
-    return [node for node in graph if node in needed]
-
-
-def _swish(node: ir.Node) -> ir.Value | None:
-    """The value that `node` multiplies with its own sigmoid."""
-    if node.op_type != "Mul":
-        return None
-    for value, other in (node.inputs, node.inputs[::-1]):
-        sigmoid = None if other is None else other.producer()
-        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is value:
-            return value
-    return None
-
-
-def _constant_of(node: ir.Node) -> NDArray[Any]:
-    for name, kind in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32)):
-        if name in node.attributes:
-            return np.array(node.attributes[name].value, kind)
-    if "value" not in node.attributes:
-        raise ExportError("the graph has a constant of an unknown kind")
-    return node.attributes["value"].as_tensor().numpy()
 
 
 def _declare(value: ir.Value, name: str, shape: list[int | str], kind: ir.DataType) -> ir.Value:

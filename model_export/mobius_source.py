@@ -27,7 +27,8 @@ from model_export.gguf_source import gguf_name, main_type, open_gguf
 from model_export.gguf_tokenizer import read_vocabulary as read_gguf_vocabulary
 from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
-from model_export.mobius_graph import Attention, Translation, key_shape
+from model_export.mobius_graph import Attention, Translation
+from model_export.mobius_nodes import key_shape
 from model_export.operators import LinearForm, Operators
 from model_export.quantize import Form
 from model_export.source import Dimensions
