@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import partial
@@ -73,6 +74,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_json_if_there(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.exists() else {}
+
+
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -127,9 +132,22 @@ def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
         raise ExportError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    generation = directory / "generation_config.json"
-    declared = [config.get("eos_token_id"), _read_json(generation).get("eos_token_id") if generation.exists() else None]
+    generation = _read_json_if_there(directory / "generation_config.json")
+    declared = [config.get("eos_token_id"), generation.get("eos_token_id")]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
-    bos = config.get("bos_token_id")
-    first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
-    return Vocabulary(tokenizer, bos, add_bos=bos is not None and first == [bos], end=end_tokens(tokenizer, ids))
+    first = _first_tokens(tokenizer)
+    if len(first) > 1:
+        raise ExportError(f"{path} begins texts with {len(first)} tokens of its own; supported is one")
+    return Vocabulary(
+        tokenizer,
+        bos=first[0] if first else config.get("bos_token_id"),
+        add_bos=bool(first),
+        end=end_tokens(tokenizer, ids),
+    )
+
+
+def _first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text; `add_bos_token` in its settings counts for nothing beside that."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [index for index, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
