@@ -46,7 +46,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 def read_hugging_face(directory: Path) -> Checkpoint:
     """Opens a Hugging Face directory; tensors are read when they are asked for."""
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     architecture = hf_config.architecture(config)
     tensors = _tensors(directory)
     split_fused(tensors, architecture)
@@ -58,11 +58,12 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         weights=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
         architecture=architecture,
         tensors=tensors,
-        vocabulary=_vocabulary(directory, config),
+        vocabulary=read_vocabulary(directory, config),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises ExportError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,14 +75,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_json_if_there(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.exists() else {}
-
-
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
     else:  # other forms of the same weights may lie beside the usual one
         whole = directory / "model.safetensors"
         files = [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))
@@ -122,7 +119,8 @@ def _load(path: Path, name: str) -> Floats:
         return tensor.astype(np.float32)
 
 
-def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
+def read_vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
+    """The tokenizer of a directory. Raises ExportError where there is none."""
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ExportError(f"{path} does not exist; a slow tokenizer has to be converted first")
@@ -132,8 +130,8 @@ def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
         raise ExportError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    generation = _read_json_if_there(directory / "generation_config.json")
-    declared = [config.get("eos_token_id"), generation.get("eos_token_id")]
+    generation = directory / "generation_config.json"
+    declared = [config.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.exists() else None]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
     first = _first_tokens(tokenizer)
     if len(first) > 1:

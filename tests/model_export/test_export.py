@@ -60,6 +60,23 @@ VARIANTS = {
             "original_max_position_embeddings": 32,
         },
     },
+    "window": {"family": "mistral", "sliding_window": 24},
+    "window by layer": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {"sliding_window": 40, "partial_rotary_factor": 0.5},
+    "yarn": {
+        "family": "qwen2",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
+    },
+    "longrope": {
+        "family": "phi3",
+        "original_max_position_embeddings": 128,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [1.0 + pair / 8 for pair in range(16)],
+            "long_factor": [9.0] * 16,
+        },
+    },
 }
 
 
