@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from model_export.errors import ExportError
+from model_export.rotary import Rotary
 from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats, LazyTensor, Matrix, dequantize
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+@dataclass(frozen=True)
+class Attention:
+    """How one layer attends.
+
+    To the last `window` positions, its own included, or to all where that is None; with queries and keys rotated by
+    their positions, or without where `rotary` is false.
+    """
+
+    window: int | None = None
+    rotary: bool = True
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A decoder of the Llama shape.
 
-    `rotary_frequencies` [head_dim / 2] are in radians per position, for a rotation that pairs a head's first half with
-    its second half.
+    `attention` holds each layer's; `biases` names the linear maps of a layer that have one.
     """
 
     family: str
-    layers: int
+    attention: tuple[Attention, ...]
     hidden_size: int
     intermediate_size: int
     heads: int
@@ -33,16 +40,14 @@ class Architecture:
     vocab_size: int
     context_length: int
     norm_epsilon: float
-    rotary_frequencies: NDArray[np.float64]
+    rotary: Rotary
     tied_embedding: bool
+    biases: frozenset[str] = frozenset()
+    qk_norm: bool = False
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "qwen3"
+    def layers(self) -> int:
+        return len(self.attention)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that the architecture has."""
@@ -69,8 +74,7 @@ class Architecture:
             "ffn_up.weight": (self.intermediate_size, hidden),
             "ffn_down.weight": (hidden, self.intermediate_size),
         }
-        if self.qkv_bias:
-            shapes |= {"attn_q.bias": (query,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in self.biases}
         if self.qk_norm:
             shapes |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
         return shapes
@@ -110,6 +114,22 @@ class Checkpoint:
         return dequantize(self.tensors[name].load())
 
 
-def rotary_frequencies(head_dim: int, base: float, factors: Floats | float = 1.0) -> NDArray[np.float64]:
-    """Radians per position for each pair of a head, slowed down by `factors`."""
-    return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / factors
+def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:
+    """Replaces matrices that hold several of a layer's below one another, as Phi-3's do, by those."""
+    query, kv = (heads * architecture.head_dim for heads in (architecture.heads, architecture.kv_heads))
+    parts = {
+        "attn_qkv": {"attn_q": query, "attn_k": kv, "attn_v": kv},
+        "ffn_gate_up": {"ffn_gate": architecture.intermediate_size, "ffn_up": architecture.intermediate_size},
+    }
+    for layer in range(architecture.layers):
+        for fused, sizes in parts.items():
+            tensor = tensors.pop(f"blk.{layer}.{fused}.weight", None)
+            if tensor is None:
+                continue
+            if tensor.shape[0] != sum(sizes.values()):
+                found = f"has {tensor.shape[0]} rows, expected {sum(sizes.values())}"
+                raise ExportError(f"tensor blk.{layer}.{fused}.weight {found}")
+            start = 0
+            for name, size in sizes.items():
+                tensors[f"blk.{layer}.{name}.weight"] = tensor.rows(start, start + size)
+                start += size

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from numpy.typing import NDArray
 
-from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_frequencies
+from model_export import gguf_config
+from model_export.checkpoint import Architecture, Checkpoint, split_fused
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.gguf_tokenizer import read_vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
+from model_export.weights import dequantize as unpacked
 
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
@@ -36,62 +37,19 @@ def gguf_name(path: Path) -> str:
 def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
     """The model of an opened file; tensors are read when they are asked for."""
     metadata = Metadata(reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    factors = tensors.pop("rope_freqs.weight", None)
-    architecture = _architecture(metadata, "output.weight" not in tensors, _load(factors) if factors else 1.0)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    factors = {name: unpacked(_load(stored.pop(name))) for name in gguf_config.FACTORS if name in stored}
+    architecture = gguf_config.architecture(metadata, list(stored), factors)
+    tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
+    split_fused(tensors, architecture)
     return Checkpoint(
         name=gguf_name(path),
         organization=metadata.get("general.organization", ""),
         weights=main_type(reader.tensors),
         architecture=architecture,
-        tensors={name: _lazy(tensor, architecture) for name, tensor in tensors.items()},
+        tensors=tensors,
         vocabulary=read_vocabulary(metadata),
     )
-
-
-def _architecture(metadata: Metadata, tied: bool, factors: Any) -> Architecture:
-    family = metadata.require("general.architecture")
-    if family not in FAMILIES:
-        raise ExportError(f"architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    heads = metadata.require(f"{family}.attention.head_count")
-    hidden = metadata.require(f"{family}.embedding_length")
-    head_dim = metadata.get(f"{family}.attention.key_length", hidden // heads)
-    _refuse_variants(metadata, family, head_dim)
-    base = metadata.get(f"{family}.rope.freq_base", 10000.0)
-    if metadata.get(f"{family}.rope.scaling.type") == "linear":
-        factors = factors * metadata.require(f"{family}.rope.scaling.factor")
-    return Architecture(
-        family=family,
-        layers=metadata.require(f"{family}.block_count"),
-        hidden_size=hidden,
-        intermediate_size=metadata.require(f"{family}.feed_forward_length"),
-        heads=heads,
-        kv_heads=metadata.get(f"{family}.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab_size=len(metadata.require("tokenizer.ggml.tokens")),
-        context_length=_context_length(metadata, family),
-        norm_epsilon=metadata.require(f"{family}.attention.layer_norm_rms_epsilon"),
-        rotary_frequencies=rotary_frequencies(head_dim, base, factors),
-        tied_embedding=tied,
-    )
-
-
-def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
-    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise ExportError(f"rotary scaling {scaling!r} is not supported; supported are none, linear and llama3")
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if metadata.get(f"{family}.{key}", head_dim) != head_dim:
-            raise ExportError(f"{family}.{key} other than the head size {head_dim} is not supported")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "expert_count", "logit_scale"):
-        if metadata.get(f"{family}.{key}"):
-            raise ExportError(f"{family}.{key} is not supported")
-
-
-def _context_length(metadata: Metadata, family: str) -> int:
-    """Within its window, sliding attention is full attention: the window bounds the context."""
-    length = int(metadata.require(f"{family}.context_length"))
-    return min(length, metadata.get(f"{family}.attention.sliding_window") or length)
 
 
 def main_type(tensors: list[ReaderTensor]) -> str:
@@ -108,14 +66,20 @@ def _lazy(tensor: ReaderTensor, architecture: Architecture) -> LazyTensor:
     return LazyTensor(shape, partial(_load, tensor) if order is None else lambda: take_rows(_load(tensor), order))
 
 
-def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64] | None:
-    """Rows of a query or key matrix so that a head's rotary pairs lie half a head apart, not side by side.
+def _name(name: str, architecture: Architecture) -> str:
+    """Phi-3's files call the matrix of gate and up by the name of up."""
+    return name.replace(".ffn_up.", ".ffn_gate_up.") if architecture.family == "phi3" else name
 
-    GGUF's llama family stores them side by side.
+
+def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64] | None:
+    """Rows of queries or keys so that a head's rotary pairs lie half a head apart, not side by side.
+
+    GGUF's files of some families store them side by side.
     """
-    if architecture.family != "llama" or not name.endswith(("attn_q.weight", "attn_k.weight")):
+    layer_tensor = name.rpartition(".")[0].rpartition(".")[2]
+    if architecture.family not in gguf_config.PAIRS_SIDE_BY_SIDE or layer_tensor not in ("attn_q", "attn_k"):
         return None
-    heads = architecture.heads if name.endswith("attn_q.weight") else architecture.kv_heads
+    heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
     rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
 
@@ -132,7 +96,10 @@ def _load(tensor: ReaderTensor) -> Matrix:
             scales, codes = _split(tensor, scalars=1)
             return Blocks(codes ^ np.uint8(0x80), scales[..., 0], -128 * scales[..., 0], bits=8)
         case kind:
-            return dequantize(tensor.data, kind).astype(np.float32, copy=False)
+            try:
+                return dequantize(tensor.data, kind).astype(np.float32, copy=False)
+            except NotImplementedError:
+                raise ExportError(f"tensor {tensor.name} is of type {kind.name}, which is not supported") from None
 
 
 def _split(tensor: ReaderTensor, scalars: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

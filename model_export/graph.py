@@ -81,7 +81,7 @@ class _Decoder:
             self.query_seqlens,
             self.logits_idx,
         ]
-        self.cos_cache, self.sin_cache = _rotary_caches(self.architecture, operators)
+        self.rotary_caches = _rotary_caches(self.architecture, operators)
 
     def forward(self, on_layer: Callable[[], object]) -> list[ir.Value]:
         """The graph's outputs. What a layer adds to the residual stream is added in the norm that follows."""
@@ -115,7 +115,8 @@ class _Decoder:
 
     def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
         """The attended values [B, S, heads * head_dim], and the layer's present keys and values."""
-        architecture, prefix, floats = self.architecture, f"blk.{layer}.", self.operators.floats
+        architecture, attention, prefix = self.architecture, self.architecture.attention[layer], f"blk.{layer}."
+        floats = self.operators.floats
         cache_shape: list[int | str] = ["B", architecture.kv_heads, "max_len", architecture.head_dim]
         past = [ir.val(f"past_{kind}.{layer}", floats, cache_shape) for kind in ("key", "value")]
         self.inputs += past
@@ -125,15 +126,15 @@ class _Decoder:
             *past,
             self.seqlens_k,
             self.total_sequence_length,
-            self.cos_cache,
-            self.sin_cache,
+            *(self.rotary_caches if attention.rotary else [None, None]),
             *[None] * 7,
             self.query_seqlens,
             outputs=3,
             domain=CONTRIB,
             num_heads=architecture.heads,
             kv_num_heads=architecture.kv_heads,
-            do_rotary=1,
+            do_rotary=int(attention.rotary),
+            local_window_size=-1 if attention.window is None else attention.window,
         )
         _declare(key, f"present_key.{layer}", floats, cache_shape)
         _declare(value, f"present_value.{layer}", floats, cache_shape)
@@ -188,11 +189,12 @@ class _Decoder:
 
 
 def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.Value]:
-    """Cosine and sine [context_length, head_dim / 2] of each position's rotation."""
-    angles = np.outer(np.arange(architecture.context_length), architecture.rotary_frequencies)
+    """Cosine and sine [context_length, pairs] of each position's rotation, times its scale."""
+    rotary = architecture.rotary
+    angles = np.outer(np.arange(architecture.context_length), rotary.frequencies)
     return [
-        operators.vector("cos_cache", np.cos(angles).astype(np.float32)),
-        operators.vector("sin_cache", np.sin(angles).astype(np.float32)),
+        operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
+        operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
     ]
 
 

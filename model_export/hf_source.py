@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import partial
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_frequencies
+from model_export import hf_config
+from model_export.checkpoint import Checkpoint, split_fused
 from model_export.errors import ExportError
 from model_export.vocabulary import Vocabulary, end_tokens
 from model_export.weights import Floats, LazyTensor
@@ -29,10 +31,12 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
+    "mlp.gate_up_proj": "ffn_gate_up",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
@@ -43,8 +47,9 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 def read_hugging_face(directory: Path) -> Checkpoint:
     """Opens a Hugging Face directory; tensors are read when they are asked for."""
     config = read_json(directory / "config.json")
+    architecture = hf_config.architecture(config)
     tensors = _tensors(directory)
-    architecture = _architecture(config)
+    split_fused(tensors, architecture)
     if architecture.tied_embedding:
         tensors.pop("output.weight", None)
     return Checkpoint(
@@ -70,81 +75,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _architecture(config: dict[str, Any]) -> Architecture:
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ExportError(f"architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    _refuse_variants(config)
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or hidden // heads
-        return Architecture(
-            family=family,
-            layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            vocab_size=config["vocab_size"],
-            context_length=_context_length(config),
-            norm_epsilon=config["rms_norm_eps"],
-            rotary_frequencies=_frequencies(config, head_dim),
-            tied_embedding=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ExportError(f"config.json has no {error.args[0]}") from None
-
-
-def _refuse_variants(config: dict[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise ExportError(f"activation {config['hidden_act']!r} is not supported; supported is silu")
-    if config.get("partial_rotary_factor", 1) != 1:
-        raise ExportError("a partial rotary embedding is not supported")
-    if config.get("quantization_config"):
-        raise ExportError("weights that are already quantized are supported only as GGUF")
-
-
-def _context_length(config: dict[str, Any]) -> int:
-    """Within its window, sliding attention is full attention: the window bounds the context."""
-    length = int(config["max_position_embeddings"])
-    return min(length, config.get("sliding_window") or length) if config.get("use_sliding_window", True) else length
-
-
-def _frequencies(config: dict[str, Any], head_dim: int) -> NDArray[np.float64]:
-    """The rotary frequencies, which `rope_scaling` slows down; newer configurations keep both in `rope_parameters`."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    plain = rotary_frequencies(head_dim, config.get("rope_theta") or scaling.get("rope_theta", 10000.0))
-    match scaling.get("rope_type", scaling.get("type", "default")):
-        case "default":
-            return plain
-        case "linear":
-            return plain / float(scaling["factor"])
-        case "llama3":
-            return _slow_down_long_waves(plain, scaling)
-        case other:
-            raise ExportError(f"rotary scaling {other!r} is not supported; supported are default, linear and llama3")
-
-
-def _slow_down_long_waves(plain: NDArray[np.float64], scaling: dict[str, Any]) -> NDArray[np.float64]:
-    """Llama 3's scaling.
-
-    A wave of which less than `low` turns fit into the original context is slowed down by `factor`, one of which more
-    than `high` turns fit is kept, and those between are blended.
-    """
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * plain / (2 * np.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    scaled: NDArray[np.float64] = plain * (kept + (1 - kept) / scaling["factor"])
-    return scaled
-
-
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+    else:  # other forms of the same weights may lie beside the usual one
+        whole = directory / "model.safetensors"
+        files = [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise ExportError(f"{directory} holds no safetensors")
     tensors: dict[str, LazyTensor] = {}
@@ -196,6 +133,19 @@ def read_vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
     generation = directory / "generation_config.json"
     declared = [config.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.exists() else None]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
-    bos = config.get("bos_token_id")
-    first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
-    return Vocabulary(tokenizer, bos, add_bos=bos is not None and first == [bos], end=end_tokens(tokenizer, ids))
+    first = _first_tokens(tokenizer)
+    if len(first) > 1:
+        raise ExportError(f"{path} begins texts with {len(first)} tokens of its own; supported is one")
+    return Vocabulary(
+        tokenizer,
+        bos=first[0] if first else config.get("bos_token_id"),
+        add_bos=bool(first),
+        end=end_tokens(tokenizer, ids),
+    )
+
+
+def _first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text; `add_bos_token` in its settings counts for nothing beside that."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [index for index, _ in itertools.takewhile(lambda pair: pair[1], pairs)]

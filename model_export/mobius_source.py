@@ -46,7 +46,6 @@ FAMILIES = (
     "gpt_bigcode",
     "gpt_neox",
     "granite",
-    "ministral",
     "nemotron",
     "olmo",
     "olmo2",

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.checkpoint import Checkpoint
+from model_export.checkpoint import Attention, Checkpoint
+from model_export.rotary import Rotary
 from model_export.weights import Floats
 
 
@@ -16,15 +17,15 @@ def reference_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64], on_layer
     architecture = checkpoint.architecture
     embedding = checkpoint.floats("token_embd.weight")
     hidden = embedding[tokens]
-    for layer in range(architecture.layers):
-        hidden = hidden + _attention(checkpoint, f"blk.{layer}.", hidden)
+    for layer, attention in enumerate(architecture.attention):
+        hidden = hidden + _attention(checkpoint, f"blk.{layer}.", hidden, attention)
         hidden = hidden + _mlp(checkpoint, f"blk.{layer}.", hidden)
         on_layer()
     head = embedding if architecture.tied_embedding else checkpoint.floats("output.weight")
     return _rms_norm(checkpoint, "output_norm", hidden) @ head.T
 
 
-def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats) -> Floats:
+def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: Attention) -> Floats:
     architecture = checkpoint.architecture
     normed = _rms_norm(checkpoint, prefix + "attn_norm", hidden)
     query, key, value = (
@@ -34,12 +35,14 @@ def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats) -> Floats:
     if architecture.qk_norm:
         query = _rms_norm(checkpoint, prefix + "attn_q_norm", query)
         key = _rms_norm(checkpoint, prefix + "attn_k_norm", key)
-    query, key = (_rotate(vectors, architecture.rotary_frequencies) for vectors in (query, key))
+    if attention.rotary:
+        query, key = (_rotate(vectors, architecture.rotary) for vectors in (query, key))
     group = architecture.heads // architecture.kv_heads
     key, value = (np.repeat(vectors, group, axis=1) for vectors in (key, value))
     scores = np.einsum("qhd,khd->hqk", query, key, optimize=True) / np.float32(np.sqrt(architecture.head_dim))
-    future = np.triu(np.ones(scores.shape[1:], bool), 1)
-    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(future, -np.inf, scores)), value, optimize=True)
+    distance = np.arange(len(hidden))[:, None] - np.arange(len(hidden))
+    unseen = (distance < 0) | (distance >= (attention.window or len(hidden)))
+    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(unseen, -np.inf, scores)), value, optimize=True)
     return _linear(checkpoint, prefix + "attn_output", mixed.reshape(len(hidden), -1))
 
 
@@ -63,12 +66,16 @@ def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
     return normed
 
 
-def _rotate(vectors: Floats, frequencies: NDArray[np.float64]) -> Floats:
-    """Turns each pair of a vector [position, head, head_dim], its halves, by its position times its frequency."""
-    angles = np.arange(len(vectors))[:, None, None] * frequencies
-    first, second = np.split(vectors, 2, axis=-1)
-    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+def _rotate(vectors: Floats, rotary: Rotary) -> Floats:
+    """Turns each pair of a vector [position, head, head_dim] by its position times its frequency.
+
+    Pairs are the halves of a vector's first numbers; those behind them stay.
+    """
+    pairs = len(rotary.frequencies)
+    angles = np.arange(len(vectors))[:, None, None] * rotary.frequencies
+    first, second, rest = np.split(vectors, [pairs, 2 * pairs], axis=-1)
+    cosine, sine = ((rotary.scale * turn(angles)).astype(np.float32) for turn in (np.cos, np.sin))
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
 
 
 def _softmax(scores: Floats) -> Floats:

@@ -41,6 +41,10 @@ class LazyTensor:
     shape: tuple[int, ...]
     load: Callable[[], Matrix]
 
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """The matrix of the rows from `start` up to `stop`."""
+        return LazyTensor((stop - start, *self.shape[1:]), lambda: take_rows(self.load(), np.arange(start, stop)))
+
 
 def dequantize(matrix: Matrix) -> Floats:
     """The weights as float32 [rows, columns]."""

@@ -134,7 +134,7 @@ def test_alone(served: Served, reading: str) -> None:
 
 @pytest.mark.parametrize("reading", CHUNKS)
 def test_in_a_ragged_batch(served: Served, reading: str) -> None:
-    """Prompts of different lengths that run together have the same tokens, and bit by bit the scores they have alone."""
+    """Prompts of different lengths that run together have the same tokens and, to the bit, the scores of each alone."""
     choices = served.ask(reading, TEXTS)
     for text, ids, expected, choice in zip(TEXTS, served.ids, served.expected, choices, strict=True):
         check(served, choice, expected, len(ids))

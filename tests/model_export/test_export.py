@@ -60,6 +60,23 @@ VARIANTS = {
             "original_max_position_embeddings": 32,
         },
     },
+    "window": {"family": "mistral", "sliding_window": 24},
+    "window by layer": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {"sliding_window": 40, "partial_rotary_factor": 0.5},
+    "yarn": {
+        "family": "qwen2",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
+    },
+    "longrope": {
+        "family": "phi3",
+        "original_max_position_embeddings": 128,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [1.0 + pair / 8 for pair in range(16)],
+            "long_factor": [9.0] * 16,
+        },
+    },
 }
 
 
@@ -209,10 +226,10 @@ def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
 
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
     """The manifest holds what the source and the options say, and its hashes fit the files."""
-    source = tiny.hugging_face(tmp_path / "Tiny-1M", dtype="bfloat16", sliding_window=128)
+    source = tiny.hugging_face(tmp_path / "Tiny-1M", dtype="bfloat16")
     described = manifest.load(run(source, tmp_path / "model", aliases=("tiny",), owned_by="us"))
     assert (described.id, described.aliases, described.owned_by) == ("Tiny-1M", ("tiny",), "us")
-    assert described.context_length == 128
+    assert described.context_length == tiny.CONTEXT
     assert described.special_tokens.end == (0,)
     assert described.special_tokens.default_prompt == 0
     assert not described.special_tokens.add_bos
@@ -254,7 +271,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda path: tiny.hugging_face(path, "qwen2", model_type="llama"),
         "has a tensor blk.0.attn_k.bias",
     ),
-    "unknown scaling": (lambda path: tiny.hugging_face(path, rope_scaling={"rope_type": "yarn"}), "'yarn' is not"),
+    "unknown scaling": (lambda path: tiny.hugging_face(path, rope_scaling={"rope_type": "spiral"}), "'spiral' is not"),
     "unknown pre-tokenizer": (lambda path: tiny.gguf(path, GGMLQuantizationType.F32, pre="foo"), "'foo' is not"),
 }
 

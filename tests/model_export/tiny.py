@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -42,7 +44,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def weights(family: str, tied: bool = True) -> dict[str, np.ndarray]:
+def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Random weights under their Hugging Face names, lively enough that a wrong graph shows."""
     rng = np.random.default_rng(7)
 
@@ -56,7 +58,7 @@ def weights(family: str, tied: bool = True) -> dict[str, np.ndarray]:
     if not tied:
         tensors["lm_head.weight"] = matrix(VOCAB, HIDDEN)
     query, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    for layer in range(LAYERS):
+    for layer in range(layers):
         named = {
             "input_layernorm.weight": scale(HIDDEN),
             "self_attn.q_proj.weight": matrix(query, HIDDEN) * 2,
@@ -74,8 +76,21 @@ def weights(family: str, tied: bool = True) -> dict[str, np.ndarray]:
             }
         if family == "qwen3":
             named |= {f"self_attn.{kind}_norm.weight": scale(HEAD_DIM) for kind in "qk"}
+        if family == "phi3":
+            named = fused(named)
         tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()}
     return tensors
+
+
+def fused(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A layer's weights as Phi-3 has them: queries, keys and values in one matrix, and gate and up in one."""
+    left = dict(named)
+    for whole, parts in {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }.items():
+        left[f"{whole}.weight"] = np.concatenate([left.pop(f"{part}.weight") for part in parts])
+    return left
 
 
 def tokenizer() -> Tokenizer:
@@ -92,7 +107,8 @@ def hugging_face(directory: Path, family: str = "llama", dtype: str = "float32",
     directory.mkdir()
     settings = config(family, torch_dtype=dtype, **changes)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    tensors = {name: tensor.astype(kind) for name, tensor in weights(family, settings["tie_word_embeddings"]).items()}
+    tensors = weights(family, settings["tie_word_embeddings"], settings["num_hidden_layers"])
+    tensors = {name: tensor.astype(kind) for name, tensor in tensors.items()}
     names = sorted(tensors)
     weight_map = {}
     for shard, part in enumerate((names[::2], names[1::2])):
@@ -105,6 +121,10 @@ def hugging_face(directory: Path, family: str = "llama", dtype: str = "float32",
 
 
 GGUF_NAMES = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -120,17 +140,30 @@ GGUF_NAMES = {
 }
 
 
-def interleave(matrix: np.ndarray) -> np.ndarray:
+def interleave(rows: np.ndarray) -> np.ndarray:
     """Brings the rows of each head into the order of GGUF's llama family: rotary pairs side by side."""
-    return matrix.reshape(-1, 2, HEAD_DIM // 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
+    return rows.reshape(-1, 2, HEAD_DIM // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def gguf(path: Path, quantization: GGMLQuantizationType, leave_out: str = "", **metadata: str) -> Path:
-    """Writes a GGUF file of the llama family, its matrices in `quantization`."""
-    writer = GGUFWriter(path, metadata.get("architecture", "llama"))
+def gguf(
+    path: Path,
+    quantization: GGMLQuantizationType,
+    leave_out: str = "",
+    family: str = "llama",
+    layers: int = LAYERS,
+    pre: str = "smollm",
+    architecture: str | None = None,
+    entries: Mapping[str, int | float | str] = MappingProxyType({}),
+    short_factors: np.ndarray | None = None,
+) -> Path:
+    """Writes a GGUF file of the family, its matrices in `quantization`.
+
+    `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's.
+    """
+    writer = GGUFWriter(path, architecture or family)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(INTERMEDIATE)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -139,15 +172,22 @@ def gguf(path: Path, quantization: GGMLQuantizationType, leave_out: str = "", **
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(metadata.get("pre", "smollm"))
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] + [1] * (VOCAB - 1))
     writer.add_token_merges([" ".join(merge) for merge in MERGES])
     writer.add_eos_token_id(0)
-    for name, tensor in weights("llama").items():
+    for key, value in entries.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{family}.{key}", value)
+    if short_factors is not None:
+        writer.add_tensor("rope_factors_long.weight", short_factors + 1)
+        writer.add_tensor("rope_factors_short.weight", short_factors)
+    for name, tensor in weights(family, layers=layers).items():
         if name == leave_out:
             continue
-        ordered = interleave(tensor) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
+        side_by_side = family in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name)
+        ordered = interleave(tensor) if side_by_side else tensor
         kind = quantization if tensor.ndim == 2 else GGMLQuantizationType.F32
         for long, short in GGUF_NAMES.items():
             name = name.replace(long, short)  # noqa: PLW2901

@@ -1,0 +1,116 @@
+"""GGUF files of each family hold what Hugging Face directories hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from model_export.export import Options, export, read_source
+from tests.model_export import tiny
+from tests.model_export.session import Session
+
+SHORT = 1 + np.arange(16, dtype=np.float32) / 8
+
+# What GGUF metadata and config.json say of the same model.
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({}, {}),
+    "llama linear": (
+        {"entries": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
+    "llama window": ({"entries": {"attention.sliding_window": 24}}, {"family": "mistral", "sliding_window": 24}),
+    "qwen2": ({}, {}),
+    "qwen2 yarn": (
+        {
+            "entries": {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 48,
+            }
+        },
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}},
+    ),
+    "qwen3": ({}, {}),
+    "smollm3": ({"layers": 4}, {"num_hidden_layers": 4}),
+    "phi3": ({"entries": {"attention.sliding_window": 24}}, {"sliding_window": 24}),
+    "phi3 partial": ({"entries": {"rope.dimension_count": 16}}, {"partial_rotary_factor": 0.5}),
+    "phi3 longrope": (
+        {"short_factors": SHORT, "entries": {"rope.scaling.original_context_length": 64}},
+        {
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"type": "longrope", "short_factor": SHORT.tolist(), "long_factor": [9.0] * 16},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_gguf_and_hugging_face_agree(case: str, tmp_path: Path) -> None:
+    """The same weights and settings give the same logits and context from either source."""
+    metadata, changes = SAME[case]
+    family = case.split(maxsplit=1)[0]
+    file = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, family=family, **metadata)
+    directory = tiny.hugging_face(tmp_path / "Tiny", **{"family": family} | changes)
+    one, other = read_source(file), read_source(directory)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
+    np.testing.assert_allclose(one.logits(tokens, int), other.logits(tokens, int), atol=1e-5)
+    assert one.dimensions.context_length == other.dimensions.context_length
+
+
+@pytest.mark.parametrize("family", ["smollm3", "phi3"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> None:
+    """Matrices in blocks stay blocks, where they are cut out of larger ones and where their rows are reordered."""
+    source = tiny.gguf(tmp_path / f"Tiny.{kind}.gguf", GGMLQuantizationType[kind], family=family)
+    export(source, tmp_path / "model", Options(max_kl=0.05, prompts="none"), lambda label, total: int)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
+    wanted = read_source(source).logits(tokens, int)
+    actual = Session(tmp_path / "model").forward([tokens], past=[0])
+    assert np.abs(actual - wanted).mean() < 0.15 * wanted.std()
+
+
+# Where each block of these types holds its float16 scales.
+SCALES_AT = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_XS": [0]}
+
+
+def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """Random blocks of `kind` whose weights are about as large as those of other tiny models."""
+    size, width = GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(sum(shape)).integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
+
+    def scaled(scale: float) -> np.ndarray:
+        for start in SCALES_AT[kind.name]:
+            blocks[..., start : start + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+        return blocks.reshape(shape[0], -1)
+
+    return scaled(0.1 / float(dequantize(scaled(1.0), kind).std()))
+
+
+@pytest.mark.parametrize("kind", SCALES_AT)
+def test_other_types_are_dequantized(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another type exports, and computes what the weights do that its blocks stand for."""
+    sizes = {"HIDDEN": 256, "INTERMEDIATE": 256, "HEADS": 8}
+    for name, size in sizes.items():
+        monkeypatch.setattr(tiny, name, size)
+    wanted_type, plain = GGMLQuantizationType[kind], tiny.weights("qwen2")
+
+    def blocks(tensor: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        return random_blocks(kind, tensor.shape) if tensor.ndim == 2 else tensor
+
+    monkeypatch.setattr(tiny, "quantize", blocks)
+    file = tiny.gguf(tmp_path / f"Tiny.{kind}.gguf", wanted_type, family="qwen2")
+    meant = {
+        name: dequantize(random_blocks(wanted_type, tensor.shape), wanted_type) if tensor.ndim == 2 else tensor
+        for name, tensor in plain.items()
+    }
+    monkeypatch.setattr(tiny, "weights", lambda *_: meant)
+    directory = tiny.hugging_face(tmp_path / "Tiny", "qwen2")
+    export(file, tmp_path / "model", Options(quantization="float32"), lambda label, total: int)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
+    actual = Session(tmp_path / "model").forward([tokens], past=[0])
+    np.testing.assert_allclose(actual, read_source(directory).logits(tokens, int), atol=1e-3)
