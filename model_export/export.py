@@ -13,7 +13,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from model_export import gguf_decoder, mobius_source
+from model_export import families, mobius_source
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.gguf_metadata import Metadata
@@ -127,12 +127,12 @@ def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory."""
     if path.is_file():
         reader = open_gguf(path)
-        if Metadata(reader).get("general.architecture") in gguf_decoder.FAMILIES:
+        if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
             return mobius_source.from_gguf(path, reader)
         return DecoderSource(read_gguf(path, reader))
     if path.is_dir():
         config = read_json(path / "config.json")
-        if config.get("model_type") in mobius_source.FAMILIES:
+        if config.get("model_type") in families.MOBIUS:
             return mobius_source.from_directory(path, config)
         return DecoderSource(read_hugging_face(path))
     raise ExportError(f"{path} does not exist")

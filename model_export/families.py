@@ -9,6 +9,13 @@ from model_export.errors import ExportError
 
 # Built without torch, by our own builder; by the names that config.json and GGUF files give them.
 OWN = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+# Built with the extra `families`, by the names of config.json.
+MOBIUS = (
+    *("arcee", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "nemotron"),
+    *("olmo", "olmo2", "olmo3", "phi", "stablelm", "starcoder2"),
+)
+# Those of them that are read from GGUF files as well.
+MOBIUS_GGUF = ("gemma2", "gemma3", "gpt2")
 
 RECURRENT = "its recurrent layers keep a state, where the engine keeps keys and values"
 LATENT = "its latent attention (MLA) caches no keys and values of heads"
@@ -57,4 +64,7 @@ def refusal(family: Any, config: Mapping[str, Any]) -> ExportError:
     reason = REFUSED.get(str(family)) or next((why for mark, why in MARKS.items() if config.get(mark)), None)
     if reason:
         return ExportError(f"architecture {family!r} is not supported: {reason}")
-    return ExportError(f"architecture {family!r} is not supported; supported are {', '.join(OWN)}")
+    if family in MOBIUS:
+        return ExportError(f"architecture {family!r} is supported as a Hugging Face directory, not as a GGUF file")
+    supported = f"{', '.join(OWN)}, and with the extra `families` {', '.join(MOBIUS)}"
+    return ExportError(f"architecture {family!r} is not supported; supported are {supported}")

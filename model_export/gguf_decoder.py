@@ -12,8 +12,6 @@ from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.weights import Floats
 
-FAMILIES = ("gemma2", "gemma3", "gpt2")
-
 # The one size of each family whose scores are not scaled by the size of a head, by its number of layers.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 # Of how many layers the last one attends to everything.

@@ -35,26 +35,6 @@ from model_export.source import Dimensions
 from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats
 
-# Those that the tests compare with transformers, as configurations and as GGUF files name them.
-FAMILIES = (
-    "arcee",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "granite",
-    "nemotron",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "phi",
-    "stablelm",
-    "starcoder2",
-)
-
 _INSTALL = "pip install 'completion-service[families]'"
 
 
@@ -199,14 +179,14 @@ class MobiusSource:
 
 
 def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
-    """The model of a Hugging Face directory of one of FAMILIES."""
+    """The model of a Hugging Face directory of one of `families.MOBIUS`."""
     kind = config.get("dtype") or config.get("torch_dtype") or "float32"
     vocabulary = read_vocabulary(path, {**config.get("text_config", {}), **config})
     return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
 
 
 def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
-    """The model of a GGUF file of one of `gguf_decoder.FAMILIES`, its matrices as float32."""
+    """The model of a GGUF file of one of `families.MOBIUS_GGUF`, its matrices as float32."""
     metadata = Metadata(reader)
     return MobiusSource(
         path,
@@ -238,4 +218,4 @@ def _import(name: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -262,7 +262,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda path: tiny.gguf(path, GGMLQuantizationType.F32, leave_out="model.norm.weight"),
         "has no tensor output_norm.weight",
     ),
-    "other architecture": (lambda path: tiny.hugging_face(path, "llama", model_type="gemma3"), "'gemma3' is not"),
+    "other architecture": (lambda path: tiny.hugging_face(path, "llama", model_type="bitnet"), "'bitnet' is not"),
     "other shape": (
         lambda path: tiny.hugging_face(path, intermediate_size=128),
         "has shape [96, 64], expected [128, 64]",
