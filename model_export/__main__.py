@@ -46,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m model_export", description="Exports a language model to ONNX.")
-    parser.add_argument("source", type=Path, help="a GGUF file or a Hugging Face directory")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a GGUF file, a Hugging Face directory, or a model's name on the hub: owner/name, owner/name@revision",
+    )
     parser.add_argument("directory", type=Path, help="the model directory to write")
     parser.add_argument("--id", help="the model's id; the source's name without its quantization by default")
     parser.add_argument("--alias", action="append", default=[], help="a further name to serve it by; may be repeated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from model_export.errors import ExportError, TooFarError
 from model_export.gguf_metadata import Metadata
 from model_export.gguf_source import open_gguf, read_gguf
 from model_export.hf_source import read_hugging_face, read_json
+from model_export.hub import download, hub_name
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
 from model_export.quantize import Activations, Form
@@ -57,9 +59,12 @@ class Options:
 def export(path: Path, directory: Path, options: Options, progress: Progress) -> Report:
     """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
 
+    What is no path but looks like a model's name on a hub is downloaded first.
+
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
     _check_destination(directory, options.overwrite)
+    path, options = _local(path, options)
     source = read_source(path)
     form = _form(options.quantization, source)
     activations = _activations(options.activations, form)
@@ -121,6 +126,15 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
         raise ExportError(f"{directory} exists; give --overwrite to replace it")
     if not (directory / manifest.FILE_NAME).is_file():
         raise ExportError(f"{directory} is not a model directory; refusing to replace it")
+
+
+def _local(path: Path, options: Options) -> tuple[Path, Options]:
+    """Where the source lies on this machine, and the options with the names that its place would not tell."""
+    name = None if path.exists() else hub_name(str(path))
+    if name is None:
+        return path, options
+    named = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
+    return download(name), named
 
 
 def read_source(path: Path) -> Source:

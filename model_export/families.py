@@ -18,36 +18,43 @@ MOBIUS = (
 MOBIUS_GGUF = ("gemma2", "gemma3", "gpt2")
 
 RECURRENT = "its recurrent layers keep a state, where the engine keeps keys and values"
-LATENT = "its latent attention (MLA) caches no keys and values of heads"
-ENCODER = "it is no decoder: it reads a text with an encoder of its own"
-EXPERTS = "its layers choose among experts, whose matrices the exported graph would not keep apart"
-MANY_KINDS = "it reads more than text"
-OWN_ATTENTION = "its attention is of a kind that the engine's operator does not compute"
+LATENT = "its latent attention (MLA) keeps no keys and values of heads, as the engine does"
+ENCODER = "it is no decoder alone, but encodes a whole text first"
+EXPERTS = "its layers choose among experts, for which the exported graph has no operator"
+MORE_THAN_TEXT = "it reads more than text"
+BY_DISTANCE = "its attention is biased by distance, which the exported graph's operator does not compute"
 
-REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "rwkv6", "rwkv7", "xlstm", "retnet"), RECURRENT),
-    **dict.fromkeys(("jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "falcon-h1", "plamo2"), RECURRENT),
-    **dict.fromkeys(("recurrent_gemma", "granitemoehybrid", "granitehybrid", "lfm2", "lfm2_moe"), RECURRENT),
-    **dict.fromkeys(
-        ("qwen3_next", "qwen3next", "qwen3_5", "qwen35", "kimi_linear", "minimax", "olmo_hybrid"), RECURRENT
+_BY_REASON = {
+    RECURRENT: (
+        "mamba mamba2 falcon_mamba rwkv rwkv6 rwkv7 rwkv6qwen2 arwkv7 xlstm jamba bamba zamba zamba2 nemotron_h "
+        "falcon_h1 falcon-h1 plamo2 recurrent_gemma granitemoehybrid granitehybrid lfm2 lfm2_moe lfm2moe qwen3_next "
+        "qwen3next qwen3_5 qwen3_5_text qwen35 kimi_linear kimi-linear minimax olmo_hybrid"
     ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek2", "kimi_k2", "longcat_flash"), LATENT),
-    **dict.fromkeys(("minicpm3", "youtu", "glm4_moe_lite", "mistral4"), LATENT),
-    **dict.fromkeys(("t5", "t5gemma", "mt5", "umt5", "t5encoder", "bart", "mbart", "pegasus", "marian"), ENCODER),
-    **dict.fromkeys(("bert", "modernbert", "modern-bert", "roberta", "distilbert", "deberta-v2", "electra"), ENCODER),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "olmoe", "phimoe", "dbrx"), EXPERTS),
-    **dict.fromkeys(("granitemoe", "gpt_oss", "gpt-oss", "glm4_moe", "ernie4_5_moe", "jetmoe", "deepseek"), EXPERTS),
-    **dict.fromkeys(("llava", "llava_next", "mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3n"), MANY_KINDS),
-    **dict.fromkeys(("llama4", "mistral3", "internvl", "phi4_multimodal", "phi3_v", "idefics3", "smolvlm"), MANY_KINDS),
-    **dict.fromkeys(("whisper", "qwen2_audio", "voxtral", "clip", "siglip", "paligemma"), MANY_KINDS),
-    **dict.fromkeys(("bloom", "mpt", "falcon_alibi", "longformer", "big_bird"), OWN_ATTENTION),
+    LATENT: (
+        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek2 kimi_k2 longcat_flash minicpm3 plm youtu glm4_moe_lite "
+        "mistral4 sarvam_mla"
+    ),
+    ENCODER: (
+        "t5 mt5 umt5 longt5 t5gemma t5encoder switch_transformers bart mbart plbart pegasus marian prophetnet bert "
+        "roberta distilbert electra deberta deberta-v2 modernbert modern-bert xlm-roberta"
+    ),
+    EXPERTS: (
+        "mixtral qwen2_moe qwen2moe qwen3_moe qwen3moe olmoe phimoe dbrx granitemoe gpt_oss gpt-oss glm4_moe glm4moe "
+        "ernie4_5_moe ernie4_5-moe jetmoe deepseek llama4 llama4_text minimax_m2 minimax-m2 grok arctic"
+    ),
+    MORE_THAN_TEXT: (
+        "llava llava_next mllama qwen2_vl qwen2vl qwen2_5_vl qwen3_vl qwen3vl gemma3n internvl phi4_multimodal "
+        "idefics3 smolvlm paligemma whisper qwen2_audio voxtral clip siglip"
+    ),
+    BY_DISTANCE: "bloom mpt",
 }
+REFUSED: Mapping[str, str] = {family: reason for reason, names in _BY_REASON.items() for family in names.split()}
 
 # What tells a family that is in no table: the entries of its config.json.
 MARKS: Mapping[str, str] = {
     "is_encoder_decoder": ENCODER,
-    "vision_config": MANY_KINDS,
-    "audio_config": MANY_KINDS,
+    "vision_config": MORE_THAN_TEXT,
+    "audio_config": MORE_THAN_TEXT,
     "kv_lora_rank": LATENT,
     "ssm_cfg": RECURRENT,
     "mamba_d_state": RECURRENT,

@@ -140,3 +140,9 @@ def test_in_a_ragged_batch(served: Served, reading: str) -> None:
         check(served, choice, expected, len(ids))
         (alone,) = served.ask(reading, [text])
         assert choice.logprobs == alone.logprobs
+
+
+def test_chunks_leave_no_trace(served: Served) -> None:
+    """How a prompt is cut into chunks changes no bit of what follows."""
+    whole, chunked = (served.ask(reading, TEXTS) for reading in ("whole", "chunked"))
+    assert whole == chunked

@@ -1,0 +1,83 @@
+"""Text prompts have the ids that transformers' tokenizers give them for the same directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model_export.hf_source import read_vocabulary
+from service.manifest import SpecialTokens
+from service.text.tokenizer import Tokenizer
+from tests.families import vocabularies
+from tests.families.test_families import TEXTS
+
+pytestmark = pytest.mark.families
+
+EDGES = [
+    " leading",
+    "  two",
+    "two  spaces",
+    "trailing ",
+    "tab\tand\nlines\n\n",
+    "\n",
+    " ",
+    "12345",
+    "é",
+    "🚢🚢",
+    "a\u0301",
+]
+CLASSES = ["LlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"]
+
+
+def served(directory: Path) -> Tokenizer:
+    """The service's tokenizer of a directory, as the exporter hands it on."""
+    vocabulary = read_vocabulary(directory, json.loads((directory / "config.json").read_text()))
+    path = directory / "exported.json"
+    vocabulary.tokenizer.save(str(path))
+    special = SpecialTokens(bos=vocabulary.bos, add_bos=vocabulary.add_bos, end=vocabulary.end, default_prompt=None)
+    return Tokenizer(path, special, vocabularies.VOCAB)
+
+
+def check(directory: Path, family: str) -> None:
+    """Every text has the same ids in both."""
+    from transformers import AutoTokenizer
+
+    (directory / "config.json").write_text(json.dumps({"model_type": family, "bos_token_id": 1, "eos_token_id": 2}))
+    ours, theirs = served(directory), AutoTokenizer.from_pretrained(directory)
+    for text in [*TEXTS, *EDGES]:
+        assert list(ours.prompt(text).token_ids) == list(theirs(text).input_ids), text
+
+
+@pytest.mark.parametrize("kind", vocabularies.KINDS)
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("says", [True, False, None])
+def test_each_kind(kind: str, begins: bool, says: bool | None, tmp_path: Path) -> None:
+    """Of each kind, with a beginning token and without, whatever `add_bos_token` says beside the tokenizer itself."""
+    vocabularies.tokenizer(kind, begins).save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    settings |= {} if says is None else {"add_bos_token": says}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    check(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("begins", [True, False])
+def test_each_class(name: str, begins: bool, tmp_path: Path) -> None:
+    """As transformers' own classes make and save them."""
+    import transformers
+
+    kind = "bare" if name in ("LlamaTokenizer", "GemmaTokenizer") else "byte-level"
+    model = json.loads(vocabularies.tokenizer(kind, begins).to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = getattr(transformers, name)(
+        vocab=model["vocab"],
+        merges=merges,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>" if kind == "bare" else "</s>",
+        add_bos_token=begins,
+    )
+    made.save_pretrained(tmp_path)
+    check(tmp_path, {"LlamaTokenizer": "llama", "GemmaTokenizer": "gemma", "GPT2Tokenizer": "gpt2"}.get(name, "qwen2"))

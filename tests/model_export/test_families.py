@@ -1,0 +1,97 @@
+"""What cannot be exported is refused, with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from model_export.__main__ import main
+from model_export.families import OWN, REFUSED
+from tests.model_export import tiny
+
+REASONS: dict[str, tuple[dict[str, Any], str]] = {
+    "mamba": ({}, "recurrent layers"),
+    "jamba": ({}, "recurrent layers"),
+    "granitemoehybrid": ({}, "recurrent layers"),
+    "qwen3_next": ({}, "recurrent layers"),
+    "rwkv": ({}, "recurrent layers"),
+    "deepseek_v3": ({}, "latent attention (MLA)"),
+    "minicpm3": ({}, "latent attention (MLA)"),
+    "t5": ({}, "encodes a whole text first"),
+    "mixtral": ({}, "choose among experts"),
+    "llava": ({}, "more than text"),
+    "bloom": ({}, "biased by distance"),
+    "unheard_of": ({}, f"supported are {', '.join(OWN)}"),
+    "unheard of, with experts": ({"num_local_experts": 8}, "choose among experts"),
+    "unheard of, with images": ({"vision_config": {"depth": 2}}, "more than text"),
+    "unheard of, latent": ({"kv_lora_rank": 512}, "latent attention (MLA)"),
+    "unheard of, in two parts": ({"is_encoder_decoder": True}, "encodes a whole text first"),
+}
+
+
+def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which the exporter refuses; nothing may be left behind."""
+    assert main([str(source), str(target / "model")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not target.exists() or not any(target.iterdir())
+    return error
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_family_is_refused(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A directory of a family that does not fit the engine is refused by the reason why."""
+    source = tiny.hugging_face(tmp_path / "source")
+    changes, reason = REASONS[family]
+    (source / "config.json").write_text(json.dumps(tiny.config(family, **changes)))
+    error = refused(source, tmp_path / "out", capsys)
+    assert f"architecture {family!r} is not supported" in error
+    assert reason in error
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("mamba", "recurrent"), ("deepseek2", "MLA"), ("gptj", "supported are")]
+)
+def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So is a GGUF file, by the name that its kind has there."""
+    source = tiny.gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.F32, architecture=family)
+    assert reason in refused(source, tmp_path / "out", capsys)
+
+
+def test_tables_agree() -> None:
+    """No family is both built and refused."""
+    assert not set(OWN) & set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
+        ({"partial_rotary_factor": 0.3}, "rotating 9 of a head's 32 numbers is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"family": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
+        ({"family": "smollm3", "no_rope_layers": [1]}, "tells of 1 layers, but has 2"),
+        ({"family": "phi3", "intermediate_size": 100}, "ffn_gate_up.weight has 192 rows, expected 200"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor has 1 entries, expected 16",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}},
+            "YaRN with mscale",
+        ),
+    ],
+)
+def test_variant_is_refused(
+    changes: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variant of a supported family that the builder does not build is refused by what is different."""
+    family = changes.get("family", "llama")
+    source = tiny.hugging_face(tmp_path / "source", family)
+    rest = {key: value for key, value in changes.items() if key != "family"}
+    (source / "config.json").write_text(json.dumps(tiny.config(family, **rest)))
+    assert reason in refused(source, tmp_path / "out", capsys)
