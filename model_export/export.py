@@ -19,7 +19,7 @@ from model_export.gguf_source import read_gguf
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
-from model_export.quantize import Activations, Form
+from model_export.quantize import PLAIN_FORMS, Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
 from service import manifest
@@ -100,7 +100,9 @@ def _prompt_forms(
 ) -> list[PromptForm]:
     """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
     if wanted in ("int8", "float32") and activations == "float16":
-        raise ExportError(f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32")
+        raise ExportError(
+            f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32"
+        )
     if form == "float32" or wanted == "none" or activations == "float16":
         return []
     if wanted != "auto":
@@ -196,11 +198,24 @@ def _manifest(
             activations=activations,
             prompts=prompts,
             source=source.weights,
-            min_rows=2 if form == "int4z" else 1,
+            **_least(form, activations),
         ),
         quality=manifest.Quality(kl=report.kl, max_logit_error=report.max_logit_error, tokens=report.tokens),
         files={path.name: _file_entry(path) for path in sorted(directory.iterdir())},
     )
+
+
+def _least(form: Form, activations: Activations) -> dict[str, int]:
+    """The fewest rows and wanted positions of a call that are enough for none to take a kernel for one row alone.
+
+    With float32 activations blocks are multiplied in bytes: in 8 bits one row takes the same kernel as several, and so
+    does the output table in every form.
+    """
+    if form in PLAIN_FORMS:
+        return {"min_rows": 1, "min_logits": 1}
+    if activations == "float16":
+        return {"min_rows": 2, "min_logits": 2}
+    return {"min_rows": 1 if form == "int8" else 2, "min_logits": 1}
 
 
 def _special_tokens(source: Source) -> manifest.SpecialTokens:
