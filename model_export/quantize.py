@@ -111,7 +111,7 @@ def pack_apart(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[
 
 def block_means(columns: int) -> Floats:
     """A matrix [columns, columns / 32], a product with which gives the mean of each block."""
-    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / BLOCK
+    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
 
 
 def _pack_int8(matrix: Matrix) -> Packed:
