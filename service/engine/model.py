@@ -76,6 +76,7 @@ class Model:
         self.context_length = context_length
         self._layers = manifest.kv.layers
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
+        self._min_logits = manifest.quantization.min_logits if batch_invariant else 1
         self._many_rows = math.inf
         # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
         # empty row.
@@ -139,7 +140,8 @@ class Model:
         width = max(len(row) for row in rows)
         self._check(first_slot, rows, past)
         padded_rows = len(rows) if len(rows) * width >= self._min_rows else self._min_rows
-        call = self._call(first_slot, padded_rows, width, len(logits_at))
+        padded_logits = max(len(logits_at), self._min_logits) if logits_at else 0
+        call = self._call(first_slot, padded_rows, width, padded_logits)
         call.query_seqlens[:] = 0
         call.seqlens_k[:] = 0
         for index, (row, length) in enumerate(zip(rows, past, strict=True)):
@@ -147,7 +149,8 @@ class Model:
             call.query_seqlens[index] = len(row)
             call.seqlens_k[index] = max(0, length + len(row) - 1)
         self._total_length[0] = max(int(call.seqlens_k.max()) + 1, width)
-        call.logits_idx[:] = [row * width + position for row, position in logits_at]
+        call.logits_idx[:] = 0
+        call.logits_idx[: len(logits_at)] = [row * width + position for row, position in logits_at]
         call.session.run_with_iobinding(call.binding)
         return self._logits[: len(logits_at)]
 

@@ -30,8 +30,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_forms_are_near_the_source(source: Path, tmp_path: Path, form: Form) -> None:
     """Each form of matrices, with a graph for prompts where the form has one, stays near transformers."""
     options = Options(quantization=form, prompts="none" if form == "float16" else "int8", max_kl=DIVERGENCE[form])
-    report = export(source, tmp_path / "model", options, lambda label, total: lambda: None)
-    assert report.kl <= DIVERGENCE[form]
+    made = export(source, tmp_path / "model", options, lambda label, total: lambda: None)
+    assert made.quality.kl <= DIVERGENCE[form]
 
 
 def test_without_the_extra_the_refusal_names_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

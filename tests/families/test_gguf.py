@@ -107,5 +107,5 @@ def test_files_hold_what_directories_hold(family: Family, tmp_path: Path) -> Non
     logits = read_source(path).logits(tokens, lambda: None)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(logprobs, expected, atol=family.tolerance)
-    report = export(path, tmp_path / "model", Options(quantization="float32"), lambda label, total: lambda: None)
-    assert report.kl < 1e-6
+    made = export(path, tmp_path / "model", Options(quantization="float32"), lambda label, total: lambda: None)
+    assert made.quality.kl < 1e-6
