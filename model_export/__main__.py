@@ -14,6 +14,9 @@ from model_export.errors import ExportError
 from model_export.export import Options, export
 
 
+LONGEST_MESSAGE = 1000
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
     options = _parser().parse_args(arguments)
@@ -33,14 +36,26 @@ def main(arguments: list[str] | None = None) -> int:
             ),
             _progress,
         )
-    except (ExportError, OSError) as error:
-        print(f"model_export: {error}", file=sys.stderr)
+    except (ExportError, OSError, MemoryError) as error:
+        print(f"model_export: {_sentence(error, options.directory)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("model_export: interrupted; nothing was written", file=sys.stderr)
         return 130
     print(f"{options.directory}: {report}")
     return 0
+
+
+def _sentence(error: ExportError | OSError | MemoryError, directory: Path) -> str:
+    """What went wrong in one line, whatever names a source has put into it."""
+    if isinstance(error, OSError):
+        message = f"{error.filename or directory}: {error.strerror or error}"
+    elif isinstance(error, MemoryError):
+        message = f"not enough memory {error}".rstrip()
+    else:
+        message = str(error)
+    line = "".join(each if each.isprintable() else " " for each in message)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.vocabulary import Vocabulary
-from model_export.weights import Floats, LazyTensor, Matrix, dequantize
+from model_export.weights import Floats, LazyTensor, Matrix, dequantize, is_finite
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -91,6 +91,8 @@ class Checkpoint:
     vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.architecture.rotary_frequencies).all():
+            raise ExportError(f"{self.name}: the rotary frequencies are not finite")
         expected = self.architecture.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.tensors:
@@ -102,12 +104,15 @@ class Checkpoint:
             raise ExportError(f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family} model has not")
 
     def matrix(self, name: str) -> Matrix:
-        """The matrix `name` in the form in which the source holds it."""
-        return self.tensors[name].load()
+        """The matrix `name` in the form in which the source holds it. Raises ExportError where it is not finite."""
+        matrix = self.tensors[name].load()
+        if not is_finite(matrix):
+            raise ExportError(f"{self.name}: tensor {name} holds a weight that is not finite")
+        return matrix
 
     def floats(self, name: str) -> Floats:
         """The tensor `name` as float32."""
-        return dequantize(self.tensors[name].load())
+        return dequantize(self.matrix(name))
 
 
 def rotary_frequencies(head_dim: int, base: float, factors: Floats | float = 1.0) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import shutil
 import tempfile
 import time
@@ -11,17 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
+from model_export.gguf_check import check_gguf
 from model_export.gguf_source import read_gguf
+from model_export.hf_check import check_hugging_face
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
 from model_export.quantize import Form
 from model_export.source import Source
 from model_export.verify import Report, verify
+from model_export.vocabulary import check_vocabulary
 from service import manifest
 from service.processor import has_byte_dot_products
 
@@ -51,12 +56,14 @@ class Options:
     overwrite: bool = False
 
 
+# What overflows makes the divergence no number, and that is refused.
+@np.errstate(all="ignore")
 def export(path: Path, directory: Path, options: Options, progress: Progress) -> Report:
     """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
-    _check_destination(directory, options.overwrite)
+    _check_destination(path, directory, options.overwrite)
     source = read_source(path)
     form = _form(options.quantization, source)
     with _written_at_once(directory) as work:
@@ -64,7 +71,8 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE) as data:
             ir.save(source.build(form, data, progress("building", layers)), model)
-        source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
+        text = source.vocabulary.tokenizer.to_str(pretty=True)
+        (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
         prompts, report = _add_prompt_graph(source, form, options, work, progress)
         _manifest(source, form, prompts, report, options=options, directory=work).write(work)
     return report
@@ -104,7 +112,12 @@ def _prompt_forms(wanted: Literal["auto", "int8", "float32", "none"], form: Form
     return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
 
-def _check_destination(directory: Path, overwrite: bool) -> None:
+def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
+    source, target = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise ExportError(f"{directory} and the source {path} lie within each other; give a directory beside it")
+    if directory.is_symlink():
+        raise ExportError(f"{directory} is a link; give the directory that it leads to")
     if not directory.exists():
         return
     if not overwrite:
@@ -114,12 +127,23 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
 
 
 def read_source(path: Path) -> Source:
-    """Opens a GGUF file or a Hugging Face directory."""
+    """Opens a GGUF file or a Hugging Face directory. Raises ExportError where it is damaged or not supported."""
+    source = _open(path)
+    check_vocabulary(str(path), source.vocabulary, source.dimensions.vocab_size)
+    return source
+
+
+@np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
+def _open(path: Path) -> Source:
     if path.is_file():
+        check_gguf(path)
         return DecoderSource(read_gguf(path))
     if path.is_dir():
+        check_hugging_face(path)
         return DecoderSource(read_hugging_face(path))
-    raise ExportError(f"{path} does not exist")
+    if path.exists():
+        raise ExportError(f"{path} is neither a plain file nor a directory")
+    raise ExportError(f"{path} does not exist{', it is a link that leads nowhere' if path.is_symlink() else ''}")
 
 
 def _form(wanted: Form | Literal["auto"], source: Source) -> Form:
@@ -131,6 +155,7 @@ def _form(wanted: Form | Literal["auto"], source: Source) -> Form:
 @contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
+    made = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     replaced = work.with_name(f"{work.name}.replaced")
@@ -144,8 +169,18 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
         if replaced.exists():
             replaced.rename(directory)
         shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(made)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, as far as nobody has put anything into them."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            break
 
 
 def _manifest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,8 @@ from tokenizers import Tokenizer
 
 from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_frequencies
 from model_export.errors import ExportError
+from model_export.files import read_json
+from model_export.hf_check import weight_files
 from model_export.vocabulary import Vocabulary, end_tokens
 from model_export.weights import Floats, LazyTensor
 
@@ -42,7 +43,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 def read_hugging_face(directory: Path) -> Checkpoint:
     """Opens a Hugging Face directory; tensors are read when they are asked for."""
-    config = _read_json(directory / "config.json")
+    config = read_json(directory, "config.json")
     tensors = _tensors(directory)
     architecture = _architecture(config)
     if architecture.tied_embedding:
@@ -55,18 +56,6 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         tensors=tensors,
         vocabulary=_vocabulary(directory, config),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} does not hold a JSON object")
-    return value
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
@@ -100,8 +89,6 @@ def _refuse_variants(config: dict[str, Any]) -> None:
         raise ExportError(f"activation {config['hidden_act']!r} is not supported; supported is silu")
     if config.get("partial_rotary_factor", 1) != 1:
         raise ExportError("a partial rotary embedding is not supported")
-    if config.get("quantization_config"):
-        raise ExportError("weights that are already quantized are supported only as GGUF")
 
 
 def _context_length(config: dict[str, Any]) -> int:
@@ -139,15 +126,8 @@ def _slow_down_long_waves(plain: NDArray[np.float64], scaling: dict[str, Any]) -
 
 
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ExportError(f"{directory} holds no safetensors")
     tensors: dict[str, LazyTensor] = {}
-    for path in files:
+    for path in weight_files(directory):
         tensors |= _tensors_of(path)
     return tensors
 
@@ -183,17 +163,18 @@ def _load(path: Path, name: str) -> Floats:
 
 def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
     path = directory / "tokenizer.json"
-    if not path.exists():
-        raise ExportError(f"{path} does not exist; a slow tokenizer has to be converted first")
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ExportError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     generation = directory / "generation_config.json"
-    declared = [config.get("eos_token_id"), _read_json(generation).get("eos_token_id") if generation.exists() else None]
+    declared = [
+        config.get("eos_token_id"),
+        read_json(directory, generation.name).get("eos_token_id") if generation.exists() else None,
+    ]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
     bos = config.get("bos_token_id")
-    first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
     return Vocabulary(tokenizer, bos, add_bos=bos is not None and first == [bos], end=end_tokens(tokenizer, ids))

@@ -92,9 +92,14 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 def _tokens(source: Source) -> NDArray[np.int64]:
     limit = min(MAX_TOKENS, source.dimensions.context_length)
     vocabulary = source.vocabulary
-    ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    try:
+        ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ExportError(f"{source.name}: its tokenizer fails on plain text: {error}") from error
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]
+    if len(ids) < 2:
+        raise ExportError(f"{source.name}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
     return np.array(ids[:limit], np.int64)
 
 
