@@ -20,7 +20,9 @@ LONGEST_MESSAGE = 1000
 def main(arguments: list[str] | None = None) -> int:
     """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         report = export(
             options.source,

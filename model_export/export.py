@@ -135,12 +135,17 @@ def read_source(path: Path) -> Source:
 
 @np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
 def _open(path: Path) -> Source:
-    if path.is_file():
-        check_gguf(path)
-        return DecoderSource(read_gguf(path))
-    if path.is_dir():
-        check_hugging_face(path)
-        return DecoderSource(read_hugging_face(path))
+    try:
+        if path.is_file():
+            check_gguf(path)
+            return DecoderSource(read_gguf(path))
+        if path.is_dir():
+            check_hugging_face(path)
+            return DecoderSource(read_hugging_face(path))
+    except ExportError as error:
+        if str(path) in str(error):
+            raise
+        raise ExportError(f"{path}: {error}") from error
     if path.exists():
         raise ExportError(f"{path} is neither a plain file nor a directory")
     raise ExportError(f"{path} does not exist{', it is a link that leads nowhere' if path.is_symlink() else ''}")

@@ -70,6 +70,8 @@ class _Check:
     def run(self) -> None:
         self._magic()
         tensors, entries = self._number("<Q", "its number of tensors"), self._number("<Q", "its number of keys")
+        if not tensors:
+            raise self._wrong("it has no tensors")
         self._room(entries, LEAST_ENTRY, "keys")
         metadata: dict[str, Any] = {}
         elements = 0

@@ -72,6 +72,8 @@ def _check_sizes(path: Path, metadata: Mapping[str, Any], prefix: str, shapes: M
 
 def _check_tokens(path: Path, metadata: Mapping[str, Any]) -> None:
     tokens = _texts(path, TOKENS, metadata[TOKENS])
+    if not tokens:
+        raise ExportError(f"{path}: {TOKENS} holds no tokens")
     ids: dict[str, int] = {}
     for index, token in enumerate(tokens):
         if (first := ids.setdefault(token, index)) != index:

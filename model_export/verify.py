@@ -53,6 +53,8 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
     expected = source.logits(tokens, on_layer)
     runner = Runner(model, len(tokens), prompts)
     whole = runner.logits(tokens, [len(tokens)])
+    if not (np.isfinite(expected).all() and np.isfinite(whole).all()):
+        raise ExportError(f"{source.name}: its weights are so large that logits are not finite")
     prompted = runner.logits(tokens, _chunks(len(tokens), CHUNK))
     if not kl_divergence(whole, prompted) <= max_kl:
         raise ExportError(

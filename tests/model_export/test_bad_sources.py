@@ -148,7 +148,7 @@ GGUF: dict[str, tuple[Maker, str]] = {
     ),
     "other shape": (tensor(shape=[64, 95]), "has shape [95, 64], expected [96, 64]"),
     "extra tensor": (gguf(add_tensor("evil\x1b[2J\n", [8], 0, bytes(32))), "which a llama model has not"),
-    "no tensors": (gguf(lambda m: m.tensors.clear()), "has no tensor"),
+    "no tensors": (gguf(lambda m: m.tensors.clear()), "it has no tensors"),
     "no keys": (gguf(lambda m: m.keys.clear()), "has no general.architecture"),
     "architecture of a number": (key("general.architecture", u32(3)), "general.architecture is 3, expected a text"),
     "architecture of an array": (key("general.architecture", array(Value.UINT32, [])), "expected a text"),
@@ -191,7 +191,7 @@ GGUF: dict[str, tuple[Maker, str]] = {
         gguf(lambda m: (m.drop("tokenizer.ggml.token_type"), m.set(TOKENS, array(Value.STRING, [*tiny.TOKENS, "zz"])))),
         f"token_embd.weight has shape [{tiny.VOCAB}, 64], expected [{tiny.VOCAB + 1}, 64]",
     ),
-    "no tokens": (key(TOKENS, array(Value.STRING, [])), "tokens"),
+    "no tokens": (key(TOKENS, array(Value.STRING, [])), "tokens holds no tokens"),
     "tokens as numbers": (key(TOKENS, array(Value.UINT32, [1])), "is an array of uint32, expected an array of texts"),
     "tokens as a text": (key(TOKENS, value(Value.STRING, "abc")), "tokens is 'abc', expected an array of texts"),
     "token twice": (key(TOKENS, tokens_with(5, tiny.TOKENS[9])), "twice, as 5 and as 9"),
@@ -220,9 +220,12 @@ GGUF: dict[str, tuple[Maker, str]] = {
     "NaN weight": (poke("blk.1.ffn_up.weight", float("nan")), "tensor blk.1.ffn_up.weight holds a weight that is"),
     "infinite weight": (poke("token_embd.weight", float("inf")), "tensor token_embd.weight holds a weight that is"),
     "infinite norm": (poke("output_norm.weight", float("-inf")), "tensor output_norm.weight holds a weight that is"),
-    "weight that overflows": (poke("blk.0.ffn_down.weight", 3e38), "too far from its source"),
+    "weight that overflows": (
+        poke("blk.0.ffn_down.weight", 3e38),
+        "its weights are so large that logits are not finite",
+    ),
     "safetensors named GGUF": (
-        lambda path: tiny.hugging_face(path / "..x").joinpath("model-0.safetensors").rename(path / "m.gguf"),
+        content((100).to_bytes(8, "little") + b'{"a": {}}'),
         "a safetensors file, whose directory is the source",
     ),
     "zip": (content(b"PK\x03\x04" + bytes(99)), "a zip archive, perhaps a pickle"),
@@ -302,6 +305,7 @@ def set_regex(regex: str) -> Maker:
 
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
+FIRST, SECOND = (f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("down", "up"))
 
 FILES: dict[str, tuple[Maker, str]] = {
     "fifo": (fifo, "is neither a plain file nor a directory"),
@@ -387,10 +391,10 @@ WEIGHTS: dict[str, tuple[Maker, str]] = {
         hugging_face(lambda path: os.truncate(path / "model-0.safetensors", 9000)),
         "model-0.safetensors is not a complete safetensors file",
     ),
-    "offsets beyond": (header(lambda h: h[NORM].update(data_offsets=[0, 1 << 40])), "not a complete safetensors file"),
+    "offsets beyond": (header(lambda h: h[EMBED].update(data_offsets=[0, 1 << 40])), "not a complete safetensors file"),
     "offsets below zero": (header(lambda h: h[EMBED].update(data_offsets=[-8, 8])), "not a complete safetensors file"),
     "offsets overlapping": (
-        header(lambda h: h[NORM].update(data_offsets=h[EMBED]["data_offsets"])),
+        header(lambda h: h[FIRST].update(data_offsets=h[SECOND]["data_offsets"])),
         "not a complete safetensors file",
     ),
     "hole": (header(lambda h: h.pop(EMBED)), "not a complete safetensors file"),
@@ -428,7 +432,10 @@ WEIGHTS: dict[str, tuple[Maker, str]] = {
         single(lambda t: t.update({NORM: np.full(64, np.inf, ml_dtypes.bfloat16)})),
         "output_norm.weight holds a weight that is",
     ),
-    "weight that overflows": (single(lambda t: t[EMBED].fill(3e38)), "too far from its source"),
+    "weight that overflows": (
+        single(lambda t: t[EMBED].fill(3e38)),
+        "its weights are so large that logits are not finite",
+    ),
     "tensor of another family": (
         single(lambda t: t.update({"model.layers.0.\x1b[31m\nevil": np.zeros(3, np.float32)})),
         "which a llama model has not",
@@ -477,6 +484,7 @@ def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str], *opt
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("model_export: ")
+    assert source.name in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.rstrip("\n").isprintable()
     assert state(source) == before
@@ -511,3 +519,97 @@ def test_whole_sources_export(tmp_path: Path) -> None:
     for name, make in {"a": gguf(lambda m: None), "b": hugging_face(), "c": single(lambda t: None)}.items():
         source = make(tmp_path / name)
         assert main([str(source), str(tmp_path / f"{name}.out"), "--quantization=float32"]) == 0
+
+
+LIMITED = """
+import resource, sys
+from model_export.__main__ import main
+used = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), used + (200 << 20)))
+print([main([source, sys.argv[1]]) for source in sys.argv[2:]])
+"""
+
+
+def test_lies_cost_no_memory(tmp_path: Path) -> None:
+    """What claims to be huge is refused for what it is, by a process that may take no more than 200 MiB for all."""
+    sources = [make(tmp_path / str(number)) for number, (make, _) in enumerate(LYING.values())]
+    began = time.monotonic()
+    run = python("-c", LIMITED, str(tmp_path / "out" / "model"), *map(str, sources))
+    assert time.monotonic() - began < SECONDS
+    assert run.stdout == f"{[2] * len(LYING)}\n"
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(LYING)
+    for line, (_, message) in zip(lines, LYING.values(), strict=True):
+        assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs Python to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+@pytest.mark.parametrize("case", ["cut off", "fifo", "directory"])
+def test_command_line(case: str, tmp_path: Path) -> None:
+    """The command itself ends with 2 and one line, whatever stands around."""
+    source = {"cut off": content(whole().encode()[:9999]), "fifo": fifo, "directory": hugging_face(head_dim=0)}[case](
+        tmp_path / "Tiny"
+    )
+    run = python("-m", "model_export", str(source), str(tmp_path / "out"))
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith(f"model_export: {source}")
+    assert run.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_pickle_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are only there as a pickle are refused with what to do, and the pickle stays closed."""
+    marker, target = tmp_path / "ran", tmp_path / "target"
+    target.mkdir()
+    source = only_pickle(marker)(tmp_path / "Tiny")
+    assert "only pytorch_model.bin: a pickle, which may run any code" in refused(source, target, capsys)
+    assert not marker.exists()
+
+
+CODE = {
+    "AutoConfig": "modeling_x.Config",
+    "AutoModelForCausalLM": "modeling_x.Model",
+    "AutoTokenizer": ["modeling_x.T", None],
+}
+
+
+def with_code(marker: Path, **config: Any) -> Maker:
+    """A Hugging Face directory with code that makes the file `marker`, named wherever code can be named."""
+
+    def change(path: Path) -> None:
+        code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()"
+        for name in (
+            "modeling_x.py",
+            "configuration_x.py",
+            "tokenization_x.py",
+            "__init__.py",
+            "setup.py",
+            "config.py",
+        ):
+            (path / name).write_text(code)
+        template = "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
+        settings = {"tokenizer_class": "X", "auto_map": CODE, "chat_template": template}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        (path / "chat_template.jinja").write_text(template)
+
+    return hugging_face(change, auto_map=CODE, trust_remote_code=True, architectures=["X"], **config)
+
+
+def test_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Code beside a model is never run: an architecture of its own is refused, a known one needs none."""
+    marker, target = tmp_path / "ran", tmp_path / "target"
+    target.mkdir()
+    own = with_code(marker, model_type="x")(tmp_path / "Own")
+    assert "architecture 'x' is not supported" in refused(own, target, capsys)
+    assert not marker.exists()
+    known = with_code(marker)(tmp_path / "Known")
+    assert main([str(known), str(target / "model"), "--quantization=float32"]) == 0
+    assert not marker.exists()
