@@ -13,7 +13,6 @@ from tqdm import tqdm
 from model_export.errors import ExportError
 from model_export.export import Options, export
 
-
 LONGEST_MESSAGE = 1000
 
 

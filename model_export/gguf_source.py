@@ -15,6 +15,8 @@ from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_f
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.gguf_tokenizer import read_vocabulary
+from model_export.panics import told_as
+from model_export.vocabulary import Vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
@@ -36,8 +38,13 @@ def read_gguf(path: Path) -> Checkpoint:
         weights=_main_type(reader.tensors),
         architecture=architecture,
         tensors={name: _lazy(tensor, architecture) for name, tensor in tensors.items()},
-        vocabulary=read_vocabulary(metadata),
+        vocabulary=_vocabulary(metadata),
     )
+
+
+def _vocabulary(metadata: Metadata) -> Vocabulary:
+    with told_as("its keys make no tokenizer"):
+        return read_vocabulary(metadata)
 
 
 def _architecture(metadata: Metadata, tied: bool, factors: Any) -> Architecture:

@@ -16,6 +16,7 @@ from model_export.checkpoint import FAMILIES, Architecture, Checkpoint, rotary_f
 from model_export.errors import ExportError
 from model_export.files import read_json
 from model_export.hf_check import weight_files
+from model_export.panics import told_as
 from model_export.vocabulary import Vocabulary, end_tokens
 from model_export.weights import Floats, LazyTensor
 
@@ -163,11 +164,9 @@ def _load(path: Path, name: str) -> Floats:
 
 def _vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
     path = directory / "tokenizer.json"
-    try:
+    with told_as(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ExportError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     generation = directory / "generation_config.json"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError, TooFarError
+from model_export.panics import told_as
 from model_export.runner import Runner
 from model_export.source import Source
 from model_export.weights import Floats
@@ -94,10 +95,8 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 def _tokens(source: Source) -> NDArray[np.int64]:
     limit = min(MAX_TOKENS, source.dimensions.context_length)
     vocabulary = source.vocabulary
-    try:
+    with told_as(f"{source.name}: its tokenizer fails on plain text"):
         ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ExportError(f"{source.name}: its tokenizer fails on plain text: {error}") from error
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]
     if len(ids) < 2:

@@ -456,6 +456,8 @@ TOKENIZER: dict[str, tuple[Maker, str]] = {
         "tokenizer.json is not a tokenizer",
     ),
     "broken regex": (set_regex("("), "tokenizer.json is not a tokenizer"),
+    # Text that the regex takes exponential time for; the library gives up after so many steps.
+    "regex that explodes": (set_regex(r"(\w+\s?)*$"), "its tokenizer fails on plain text: Onig: Regex search error"),
     "no vocabulary": (
         edited("tokenizer.json", lambda t: (t["model"].update(vocab={}, merges=[]), t.update(added_tokens=[]))),
         "makes 0 tokens of the text",
@@ -551,12 +553,16 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("case", ["cut off", "fifo", "directory"])
+@pytest.mark.parametrize("case", ["cut off", "fifo", "directory", "panic"])
 def test_command_line(case: str, tmp_path: Path) -> None:
     """The command itself ends with 2 and one line, whatever stands around."""
-    source = {"cut off": content(whole().encode()[:9999]), "fifo": fifo, "directory": hugging_face(head_dim=0)}[case](
-        tmp_path / "Tiny"
-    )
+    make = {
+        "cut off": content(whole().encode()[:9999]),
+        "fifo": fifo,
+        "directory": hugging_face(head_dim=0),
+        "panic": set_regex("(a+)+$"),
+    }[case]
+    source = make(tmp_path / "Tiny")
     run = python("-m", "model_export", str(source), str(tmp_path / "out"))
     assert run.returncode == 2
     assert run.stdout == ""
