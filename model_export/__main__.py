@@ -15,11 +15,15 @@ from model_export.export import Options, export
 from model_export.precision import MAX_KL, MAX_KL_INT4
 from model_export.report import table
 
+LONGEST_MESSAGE = 1000
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         described = export(
             options.source,
@@ -37,14 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
             ),
             _progress,
         )
-    except (ExportError, OSError) as error:
-        print(f"model_export: {error}", file=sys.stderr)
+    except (ExportError, OSError, MemoryError) as error:
+        print(f"model_export: {_sentence(error, options.directory)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("model_export: interrupted; nothing was written", file=sys.stderr)
         return 130
     print(f"{options.directory}: {table(described)}")
     return 0
+
+
+def _sentence(error: ExportError | OSError | MemoryError, directory: Path) -> str:
+    """What went wrong in one line, whatever names a source has put into it."""
+    if isinstance(error, OSError):
+        message = f"{error.filename or directory}: {error.strerror or error}"
+    elif isinstance(error, MemoryError):
+        message = f"not enough memory {error}".rstrip()
+    else:
+        message = str(error)
+    line = "".join(each if each.isprintable() else " " for each in message)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from model_export.errors import ExportError
 from model_export.rotary import Rotary
 from model_export.vocabulary import Vocabulary
-from model_export.weights import Floats, LazyTensor, Matrix, dequantize
+from model_export.weights import Floats, LazyTensor, Matrix, dequantize, is_finite
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Checkpoint:
     vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.architecture.rotary.frequencies).all():
+            raise ExportError(f"{self.name}: the rotary frequencies are not finite")
         expected = self.architecture.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.tensors:
@@ -106,12 +110,15 @@ class Checkpoint:
             raise ExportError(f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family} model has not")
 
     def matrix(self, name: str) -> Matrix:
-        """The matrix `name` in the form in which the source holds it."""
-        return self.tensors[name].load()
+        """The matrix `name` in the form in which the source holds it. Raises ExportError where it is not finite."""
+        matrix = self.tensors[name].load()
+        if not is_finite(matrix):
+            raise ExportError(f"{self.name}: tensor {name} holds a weight that is not finite")
+        return matrix
 
     def floats(self, name: str) -> Floats:
         """The tensor `name` as float32."""
-        return dequantize(self.tensors[name].load())
+        return dequantize(self.matrix(name))
 
 
 def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os.path
 import shutil
 import tempfile
 import time
@@ -12,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
-from model_export import families, mobius_source
-from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
-from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import open_gguf, read_gguf
-from model_export.hf_source import read_hugging_face, read_json
-from model_export.hub import download, hub_name
 from model_export.initializers import Initializers
+from model_export.opening import find, read_source
 from model_export.operators import LinearForm
 from model_export.precision import Precision, choose_precision
 from model_export.quantize import Activations, Form
@@ -55,6 +52,8 @@ class Options:
     overwrite: bool = False
 
 
+# What overflows makes the divergence no number, and that is refused.
+@np.errstate(all="ignore")
 def export(path: Path, directory: Path, options: Options, progress: Progress) -> manifest.Manifest:
     """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
 
@@ -62,9 +61,8 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
-    _check_destination(directory, options.overwrite)
-    path, options = _local(path, options)
-    source = read_source(path)
+    _check_destination(path, directory, options.overwrite)
+    path, source, options = _open(path, options)
     precision = choose_precision(options.quantization, options.activations, source.weights)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are to be float16")
@@ -74,7 +72,8 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
             ir.save(source.build(precision.form, data, progress("building", layers)), model)
-        source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
+        text = source.vocabulary.tokenizer.to_str(pretty=True)
+        (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
         prompts, report = _add_prompt_graph(source, precision, options, work, progress)
         files = {file.name: _file_entry(file) for file in sorted(work.iterdir())}
         described = manifest.Manifest(
@@ -133,7 +132,12 @@ def _prompt_forms(
     return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
 
-def _check_destination(directory: Path, overwrite: bool) -> None:
+def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
+    source, target = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise ExportError(f"{directory} and the source {path} lie within each other; give a directory beside it")
+    if directory.is_symlink():
+        raise ExportError(f"{directory} is a link; give the directory that it leads to")
     if not directory.exists():
         return
     if not overwrite:
@@ -142,33 +146,18 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
         raise ExportError(f"{directory} is not a model directory; refusing to replace it")
 
 
-def _local(path: Path, options: Options) -> tuple[Path, Options]:
-    """Where the source lies on this machine, and the options with the names that its place would not tell."""
-    name = None if path.exists() else hub_name(str(path))
-    if name is None:
-        return path, options
-    named = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
-    return download(name), named
-
-
-def read_source(path: Path) -> Source:
-    """Opens a GGUF file or a Hugging Face directory."""
-    if path.is_file():
-        reader = open_gguf(path)
-        if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
-            return mobius_source.from_gguf(path, reader)
-        return DecoderSource(read_gguf(path, reader))
-    if path.is_dir():
-        config = read_json(path / "config.json")
-        if config.get("model_type") in families.MOBIUS:
-            return mobius_source.from_directory(path, config)
-        return DecoderSource(read_hugging_face(path))
-    raise ExportError(f"{path} does not exist")
+def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
+    """Where the source lies, the source, and the options with the names that a hub knows it by."""
+    found, name = find(path)
+    if name is not None:
+        options = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
+    return found, read_source(found), options
 
 
 @contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
+    made = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     replaced = work.with_name(f"{work.name}.replaced")
@@ -182,8 +171,18 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
         if replaced.exists():
             replaced.rename(directory)
         shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(made)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, as far as nobody has put anything into them."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            break
 
 
 def _kv_layout(source: Source, precision: Precision) -> manifest.KVLayout:

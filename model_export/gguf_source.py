@@ -15,6 +15,8 @@ from model_export.checkpoint import Architecture, Checkpoint, split_fused
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.gguf_tokenizer import read_vocabulary
+from model_export.panics import told_as
+from model_export.vocabulary import Vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 from model_export.weights import dequantize as unpacked
 
@@ -48,8 +50,14 @@ def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
         weights=main_type(reader.tensors),
         architecture=architecture,
         tensors=tensors,
-        vocabulary=read_vocabulary(metadata),
+        vocabulary=vocabulary_of(metadata),
     )
+
+
+def vocabulary_of(metadata: Metadata) -> Vocabulary:
+    """The tokenizer that the keys describe."""
+    with told_as("its keys make no tokenizer"):
+        return read_vocabulary(metadata)
 
 
 def main_type(tensors: list[ReaderTensor]) -> str:

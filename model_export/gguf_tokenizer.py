@@ -131,8 +131,8 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
     tokens = metadata.require("tokenizer.ggml.tokens")
     kinds = metadata.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind == CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    kind_of = dict(zip(tokens, kinds, strict=False))
+    # All at once: each call goes over every token that was added before.
+    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+        named = [token for token, kind in kind_of.items() if kind == wanted]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,9 @@ from tokenizers import Tokenizer
 from model_export import hf_config
 from model_export.checkpoint import Checkpoint, split_fused
 from model_export.errors import ExportError
+from model_export.files import read_json
+from model_export.hf_check import weight_files
+from model_export.panics import told_as
 from model_export.vocabulary import Vocabulary, end_tokens
 from model_export.weights import Floats, LazyTensor
 
@@ -46,7 +48,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 def read_hugging_face(directory: Path) -> Checkpoint:
     """Opens a Hugging Face directory; tensors are read when they are asked for."""
-    config = read_json(directory / "config.json")
+    config = read_json(directory, "config.json")
     architecture = hf_config.architecture(config)
     tensors = _tensors(directory)
     split_fused(tensors, architecture)
@@ -62,30 +64,9 @@ def read_hugging_face(directory: Path) -> Checkpoint:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises ExportError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} does not hold a JSON object")
-    return value
-
-
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
-    else:  # other forms of the same weights may lie beside the usual one
-        whole = directory / "model.safetensors"
-        files = [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ExportError(f"{directory} holds no safetensors")
     tensors: dict[str, LazyTensor] = {}
-    for path in files:
+    for path in weight_files(directory):
         tensors |= _tensors_of(path)
     return tensors
 
@@ -122,18 +103,17 @@ def _load(path: Path, name: str) -> Floats:
 def read_vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
     """The tokenizer of a directory. Raises ExportError where there is none."""
     path = directory / "tokenizer.json"
-    if not path.exists():
-        raise ExportError(f"{path} does not exist; a slow tokenizer has to be converted first")
-    try:
+    with told_as(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ExportError(f"{path} is not a tokenizer: {error}") from error
+        first = _first_tokens(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     generation = directory / "generation_config.json"
-    declared = [config.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.exists() else None]
+    declared = [
+        config.get("eos_token_id"),
+        read_json(directory, generation.name).get("eos_token_id") if generation.exists() else None,
+    ]
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
-    first = _first_tokens(tokenizer)
     if len(first) > 1:
         raise ExportError(f"{path} begins texts with {len(first)} tokens of its own; supported is one")
     return Vocabulary(

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from model_export import gguf_decoder
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import gguf_name, main_type, open_gguf
-from model_export.gguf_tokenizer import read_vocabulary as read_gguf_vocabulary
+from model_export.gguf_source import gguf_name, main_type, open_gguf, vocabulary_of
 from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
 from model_export.mobius_graph import Attention, Translation
@@ -194,7 +193,7 @@ def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
         organization=metadata.get("general.organization", ""),
         family=metadata.require("general.architecture"),
         weights=main_type(reader.tensors),
-        vocabulary=read_gguf_vocabulary(metadata),
+        vocabulary=vocabulary_of(metadata),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError, TooFarError
+from model_export.panics import told_as
 from model_export.runner import Runner
 from model_export.source import Source
 from model_export.weights import Floats
@@ -88,6 +89,8 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
     source_rate = len(tokens) / (time.perf_counter() - began)
     runner = Runner(model, len(tokens), prompts)
     whole = runner.logits(tokens, [len(tokens)])
+    if not (np.isfinite(expected).all() and np.isfinite(whole).all()):
+        raise ExportError(f"{source.name}: its weights are so large that logits are not finite")
     prompted = runner.logits(tokens, _chunks(len(tokens), CHUNK))
     if not kl_divergence(whole, prompted) <= max_kl:
         raise ExportError(
@@ -145,9 +148,12 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 def _tokens(source: Source) -> NDArray[np.int64]:
     limit = min(MAX_TOKENS, source.dimensions.context_length)
     vocabulary = source.vocabulary
-    ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    with told_as(f"{source.name}: its tokenizer fails on plain text"):
+        ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]
+    if len(ids) < 2:
+        raise ExportError(f"{source.name}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
     return np.array(ids[:limit], np.int64)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from model_export.errors import ExportError
+
 END_TOKENS = (
     "<|endoftext|>",
     "<|im_end|>",
@@ -37,3 +39,18 @@ def end_tokens(tokenizer: Tokenizer, declared: Iterable[int | None]) -> tuple[in
     """The `declared` end tokens and every special token that is one by its name, in ascending order."""
     named = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.content in END_TOKENS}
     return tuple(sorted(named | {index for index in declared if index is not None}))
+
+
+def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None:
+    """Raises ExportError where a token that a text may give, or one with a meaning, is beyond the model's own.
+
+    Special tokens beyond it are let be: text never becomes one.
+    """
+    tokenizer = vocabulary.tokenizer
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index >= vocab_size and index not in special:
+            raise ExportError(f"{name}: token {token[:80]!r} is {index}, expected one of 0..{vocab_size - 1}")
+    for meaning, index in (("begins a text", vocabulary.bos), *(("ends one", end) for end in vocabulary.end)):
+        if index is not None and not 0 <= index < vocab_size:
+            raise ExportError(f"{name}: the token that {meaning} is {index}, expected one of 0..{vocab_size - 1}")

@@ -53,6 +53,12 @@ def dequantize(matrix: Matrix) -> Floats:
     return (matrix.scales[..., None] * matrix.codes + matrix.minimums[..., None]).reshape(matrix.shape)
 
 
+def is_finite(matrix: Matrix) -> bool:
+    """Whether every weight is a number."""
+    parts = (matrix.scales, matrix.minimums) if isinstance(matrix, Blocks) else (matrix,)
+    return all(bool(np.isfinite(part).all()) for part in parts)
+
+
 def take_rows(matrix: Matrix, rows: NDArray[np.int64]) -> Matrix:
     """The matrix of the given rows, in their order."""
     if not isinstance(matrix, Blocks):

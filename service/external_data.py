@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+# As deep as protobuf itself reads.
+_MOST_NESTED = 100
+
 # Of each message the fields that can hold, however deep, a tensor: by number, what they are (onnx.proto).
 _FIELDS = {
     "Model": {7: "Graph", 25: "Function"},
@@ -19,10 +22,12 @@ _FIELDS = {
 
 def locations(model: bytes) -> set[str]:
     """The `location` of every tensor that is stored outside the graph. Raises ValueError when it is no such file."""
-    return set(_locations(memoryview(model), "Model"))
+    return set(_locations(memoryview(model), "Model", 0))
 
 
-def _locations(data: memoryview, message: str) -> Iterator[str]:
+def _locations(data: memoryview, message: str, depth: int) -> Iterator[str]:
+    if depth > _MOST_NESTED:
+        raise ValueError(f"messages are nested deeper than {_MOST_NESTED}")
     entry: dict[str, str] = {}
     for number, value in _fields(data):
         kind = _FIELDS[message].get(number)
@@ -31,7 +36,7 @@ def _locations(data: memoryview, message: str) -> Iterator[str]:
         if message == "Entry":
             entry[kind] = bytes(value).decode()
         else:
-            yield from _locations(value, kind)
+            yield from _locations(value, kind, depth + 1)
     if entry.get("key") == "location":
         yield entry.get("value", "")
 

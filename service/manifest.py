@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os.path
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,6 +19,7 @@ PROMPT_MODEL_FILE = "prompt.onnx"
 PROMPT_WEIGHTS_FILE = "prompt.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION: Final = 1
+LARGEST_MANIFEST = 1 << 20
 
 
 class _Part(BaseModel):
@@ -170,6 +172,10 @@ def load(directory: Path) -> Manifest:
     path = directory / FILE_NAME
     hint = "export the model again: python -m model_export SOURCE DIRECTORY"
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise ModelDirectoryError(f"{path} is not a plain file; {hint}")
+        if (size := path.stat().st_size) > LARGEST_MANIFEST:
+            raise ModelDirectoryError(f"{path} has {size} bytes, expected at most {LARGEST_MANIFEST}; {hint}")
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path} does not exist; {hint}") from None
@@ -191,7 +197,7 @@ def load(directory: Path) -> Manifest:
 
 def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None:
     path = directory / name
-    if path.resolve().parent != directory.resolve():
+    if "\0" in name or Path(os.path.realpath(path)).parent != Path(os.path.realpath(directory)):
         raise ModelDirectoryError(f"{path} is outside the model directory {directory}; refusing to load it")
     if not path.is_file():
         raise ModelDirectoryError(f"{path} does not exist; {hint}")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service.engine.cache import Copy
+from service.engine.signature import check_signature
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
 from service.processor import byte_options
@@ -78,6 +79,7 @@ class Model:
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
         self._min_logits = manifest.quantization.min_logits if batch_invariant else 1
         self._many_rows = math.inf
+        self._decoding = self._prompts = self._load(directory / MODEL_FILE, manifest, threads)
         # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
         # empty row.
         shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
@@ -89,9 +91,8 @@ class Model:
         self._total_length = np.zeros(1, np.int32)
         self._logits = np.zeros((0, self.vocab_size), np.float32)
         self._calls: OrderedDict[tuple[int, int, int, int], _Call] = OrderedDict()
-        self._decoding = self._prompts = self._load(directory / MODEL_FILE, threads)
         if manifest.quantization.prompts is not None:
-            self._prompts = self._load(directory / PROMPT_MODEL_FILE, threads)
+            self._prompts = self._load(directory / PROMPT_MODEL_FILE, manifest, threads)
             if not batch_invariant:
                 self._many_rows = self._faster_from()
                 self._calls.clear()  # some are bound to the graph that was only tried
@@ -116,7 +117,7 @@ class Model:
         return min(seconds)
 
     @staticmethod
-    def _load(graph: Path, threads: int) -> ort.InferenceSession:
+    def _load(graph: Path, manifest: Manifest, threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -125,9 +126,11 @@ class Model:
         for name, value in byte_options().items():
             options.add_session_config_entry(name, value)
         try:
-            return ort.InferenceSession(graph, options, providers=[_PROVIDER])
+            session = ort.InferenceSession(graph, options, providers=[_PROVIDER])
         except Exception as error:  # onnxruntime raises its own unrelated types
-            raise ModelDirectoryError(f"{graph} cannot be loaded: {error}") from error
+            raise ModelDirectoryError(f"{graph} cannot be loaded: {' '.join(str(error).split())}") from error
+        check_signature(graph, session.get_inputs(), session.get_outputs(), manifest)
+        return session
 
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]

@@ -42,7 +42,16 @@ class Tokenizer:
         decoder = json.loads(path.read_text(encoding="utf-8")).get("decoder") or {}
         decoders = decoder.get("decoders", [decoder])
         self._strips_space = any(map(_strips_space, decoders))
+        self._check_ids(path)
         self._bytes = self._table(any(part.get("type") == "ByteLevel" for part in decoders))
+
+    def _check_ids(self, path: Path) -> None:
+        """Text must not become tokens that the model has no embedding for; special tokens it never becomes."""
+        special = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index >= self.vocab_size and index not in special:
+                message = f"{path}: token {token[:80]!r} is {index}, expected by the manifest one of"
+                raise ModelDirectoryError(f"{message} 0..{self.vocab_size - 1}")
 
     def _table(self, byte_level: bool) -> list[bytes]:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -61,8 +70,13 @@ class Tokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, without any added ones."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The token ids of `text`, without any added ones. Raises RuntimeError where the library gives up on it."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # its panics are no Exceptions, and would end more than one call
+            raise RuntimeError(f"the tokenizer gave up on a text of {len(text)} characters: {error}") from error
         return ids
 
     def prompt(self, text: str) -> Prompt:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from deploy import local
 from model_export.decoder_source import DecoderSource
-from model_export.export import read_source
+from model_export.opening import read_source
 from model_export.reference import reference_logits
 from tests.clients.documented import Workplace
 from tests.model_export.session import Session

@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from model_export.export import Options, export, read_source
+from model_export.export import Options, export
+from model_export.opening import read_source
 from tests.families.families import FAMILIES
 from tests.families.family import Family
 from tests.families.oracle import Oracle, make

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from deploy import local
-from model_export.export import read_source
+from model_export.opening import read_source
 from model_export.verify import kl_divergence
 from service import manifest
 from tests.model_export.session import Session

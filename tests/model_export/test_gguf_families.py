@@ -10,7 +10,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from model_export.export import Options, export, read_source
+from model_export.export import Options, export
+from model_export.opening import read_source
 from tests.model_export import tiny
 from tests.model_export.session import Session
 

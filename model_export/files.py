@@ -1,0 +1,62 @@
+"""Files of a source, opened only where they are plain files within the source."""
+
+from __future__ import annotations
+
+import json
+import os.path
+from pathlib import Path
+from typing import Any
+
+from model_export.errors import ExportError
+
+MIB = 1 << 20
+
+
+def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
+    """The path of the file `name` of `directory`.
+
+    Raises ExportError where that leads out of the directory, where there is no plain file, whose opening cannot block,
+    or where it has more than `largest` bytes.
+    """
+    path = directory / name
+    if not _within(directory, path):
+        raise ExportError(f"{path} leads out of {directory}; refusing to read it")
+    if not path.exists():
+        raise ExportError(f"{path} does not exist")
+    if not path.is_file():
+        raise ExportError(f"{path} is not a plain file")
+    size = path.stat().st_size
+    if largest is not None and size > largest:
+        raise ExportError(f"{path} has {size} bytes, expected at most {largest}")
+    return path
+
+
+def _within(directory: Path, path: Path) -> bool:
+    """Whether `path` lies in `directory`, or among the blobs that a snapshot of the Hugging Face cache links to."""
+    home, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    if target.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+
+
+def read_json(directory: Path, name: str, largest: int = 16 * MIB) -> dict[str, Any]:
+    """The JSON object in the file `name` of `directory`. Raises ExportError where there is none."""
+    path = plain_file(directory, name, largest)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ExportError(f"{path} is nested too deeply") from None
+    except ValueError as error:
+        raise ExportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return made

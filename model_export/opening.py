@@ -1,0 +1,65 @@
+"""Finds a source and opens it, whoever builds its graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from model_export import families, mobius_source
+from model_export.decoder_source import DecoderSource
+from model_export.errors import ExportError
+from model_export.files import read_json
+from model_export.gguf_check import check_gguf
+from model_export.gguf_metadata import Metadata
+from model_export.gguf_source import open_gguf, read_gguf
+from model_export.hf_check import check_hugging_face
+from model_export.hf_source import read_hugging_face
+from model_export.hub import HubName, download, hub_name
+from model_export.source import Source
+from model_export.vocabulary import check_vocabulary
+
+
+def find(path: Path) -> tuple[Path, HubName | None]:
+    """Where a source lies on this machine, and its name where it had to be downloaded."""
+    name = None if path.exists() else hub_name(str(path))
+    return (path, None) if name is None else (download(name), name)
+
+
+def read_source(path: Path) -> Source:
+    """Opens a GGUF file or a Hugging Face directory. Raises ExportError where it is damaged or not supported."""
+    source = _open(path)
+    check_vocabulary(str(path), source.vocabulary, source.dimensions.vocab_size)
+    return source
+
+
+@np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
+def _open(path: Path) -> Source:
+    try:
+        if path.is_file():
+            return _open_file(path)
+        if path.is_dir():
+            return _open_directory(path)
+    except ExportError as error:
+        if str(path) in str(error):
+            raise
+        raise ExportError(f"{path}: {error}") from error
+    if path.exists():
+        raise ExportError(f"{path} is neither a plain file nor a directory")
+    raise ExportError(f"{path} does not exist{', it is a link that leads nowhere' if path.is_symlink() else ''}")
+
+
+def _open_file(path: Path) -> Source:
+    check_gguf(path)
+    reader = open_gguf(path)
+    if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
+        return mobius_source.from_gguf(path, reader)
+    return DecoderSource(read_gguf(path, reader))
+
+
+def _open_directory(path: Path) -> Source:
+    check_hugging_face(path)
+    config = read_json(path, "config.json")
+    if config.get("model_type") in families.MOBIUS:
+        return mobius_source.from_directory(path, config)
+    return DecoderSource(read_hugging_face(path))

@@ -1,0 +1,177 @@
+"""Where the exporter may write, and what it leaves when it cannot go on."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model_export.__main__ import main
+from tests.model_export import tiny
+
+# From linux/prctl.h and linux/capability.h.
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny source in a folder of its own."""
+    (tmp_path / "in").mkdir()
+    return tiny.hugging_face(tmp_path / "in" / "Tiny")
+
+
+def contents(path: Path) -> list[str]:
+    """Everything below `path`."""
+    return sorted(str(each.relative_to(path)) for each in path.rglob("*"))
+
+
+def inside(source: Path) -> Path:
+    return source / "out" / "model"
+
+
+def itself(source: Path) -> Path:
+    return source
+
+
+def around(source: Path) -> Path:
+    return source.parent
+
+
+def through_a_link(source: Path) -> Path:
+    (source.parent.parent / "link").symlink_to(source)
+    return source.parent.parent / "link" / "out"
+
+
+def file(source: Path) -> Path:
+    (source.parent / "file").write_text("kept")
+    return source.parent / "file"
+
+
+def below_a_file(source: Path) -> Path:
+    return file(source) / "model"
+
+
+def link(source: Path) -> Path:
+    (source.parent / "model").symlink_to("nowhere")
+    return source.parent / "model"
+
+
+def link_to_a_directory(source: Path) -> Path:
+    (source.parent / "real").mkdir()
+    (source.parent / "real" / "manifest.json").write_text("{}")
+    (source.parent / "model").symlink_to("real")
+    return source.parent / "model"
+
+
+def loop(source: Path) -> Path:
+    (source.parent / "model").symlink_to("model")
+    return source.parent / "model" / "deeper"
+
+
+def long_name(source: Path) -> Path:
+    return source.parent / ("x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (inside, "lie within each other"),
+        (itself, "lie within each other"),
+        (around, "lie within each other"),
+        (through_a_link, "lie within each other"),
+        (file, "is not a model directory; refusing to replace it"),
+        (below_a_file, "file: "),
+        (link, "is a link; give the directory that it leads to"),
+        (link_to_a_directory, "is a link; give the directory that it leads to"),
+        (loop, "model: "),
+        (long_name, "File name too long"),
+    ],
+)
+def test_place_that_will_not_do(
+    place: Callable[[Path], Path], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, and everything is as it was, even where a model directory may be replaced."""
+    target = place(source)
+    before = contents(tmp_path)
+    assert main([str(source), str(target), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("model_export: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert contents(tmp_path) == before
+
+
+def test_source_in_the_directory_to_replace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replacing a model directory never takes the source with it."""
+    target = tmp_path / "model"
+    assert main([str(tiny.hugging_face(tmp_path / "Tiny")), str(target), "--quantization=float32"]) == 0
+    source = tiny.hugging_face(target / "Tiny")
+    before = contents(tmp_path)
+    assert main([str(source), str(target), "--overwrite"]) == 2
+    assert "lie within each other" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def as_anybody() -> None:
+    """Gives up root's right to write everywhere; others have none to give up."""
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+def command(source: Path, target: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """The exporter as a process of its own."""
+    arguments = [sys.executable, "-m", "model_export", str(source), str(target)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+
+
+def small_files(size: int) -> Callable[[], None]:
+    """Lets a process write no file above `size` bytes, as a full disk does."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [100, 20_000, 150_000])
+def test_full_disk(size: int, source: Path, tmp_path: Path) -> None:
+    """When there is no room for the weights, or for the tokenizer, one sentence says so and nothing is left."""
+    before = contents(tmp_path)
+    process = command(source, tmp_path / "new" / "out", small_files(size))
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert error.startswith("model_export: ")
+    assert error.endswith("File too large\n")
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_read_only_parent(source: Path, tmp_path: Path) -> None:
+    """Where nothing may be written, the sentence names the place."""
+    before = contents(tmp_path)
+    tmp_path.chmod(0o555)
+    process = command(source, tmp_path / "out", as_anybody)
+    output, error = process.communicate(timeout=60)
+    tmp_path.chmod(0o755)
+    assert (process.returncode, output, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"model_export: {tmp_path}/")
+    assert error.endswith(": Permission denied\n")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
+    """An export that is told to end in the middle leaves nothing, not even the folder that it made."""
+    before = contents(tmp_path)
+    target = tmp_path / "new" / "out"
+    process = command(source, target)
+    while not target.parent.exists() or not any(target.parent.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert error == "model_export: interrupted; nothing was written\n"
+    assert contents(tmp_path) == before
