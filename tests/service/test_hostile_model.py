@@ -228,7 +228,7 @@ CASES: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_at_start(case: str, exported: Path, tmp_path: Path) -> None:
-    """Whoever vouches for it: what cannot run, or is not what the manifest says, is refused before the first request."""
+    """What cannot run, or is not what the manifest says, is refused before any request, whoever vouches for it."""
     change, message = CASES[case]
     directory = shutil.copytree(exported, tmp_path / "model")
     change(directory)
