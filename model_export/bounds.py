@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from model_export.errors import ExportError
-
-
-class Kind(Protocol):
-    """What a value has to be."""
-
-    def holds(self, value: object) -> bool:
-        """Whether `value` is of this kind."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,9 @@ class Instance:
     def __str__(self) -> str:
         return self.name
 
+
+# What a value has to be.
+Kind = Whole | Real | Instance
 
 # Several times what the largest models have, and little enough that checking a source by them costs little.
 LAYERS = Whole(1, 1024)

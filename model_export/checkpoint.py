@@ -111,7 +111,8 @@ class Checkpoint:
 
     def matrix(self, name: str) -> Matrix:
         """The matrix `name` in the form in which the source holds it. Raises ExportError where it is not finite."""
-        matrix = self.tensors[name].load()
+        with np.errstate(all="ignore"):
+            matrix = self.tensors[name].load()
         if not is_finite(matrix):
             raise ExportError(f"{self.name}: tensor {name} holds a weight that is not finite")
         return matrix

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from model_export import bounds
-from model_export.bounds import check, check_heads, shown
+from model_export.bounds import Kind, check, check_heads, shown
 from model_export.errors import ExportError
 
-KEYS = {
+KEYS: dict[str, Kind] = {
     "general.architecture": bounds.TEXT,
     "general.organization": bounds.TEXT,
     "tokenizer.ggml.model": bounds.TEXT,
@@ -21,7 +21,7 @@ KEYS = {
     "tokenizer.ggml.add_space_prefix": bounds.FLAG,
 }
 # Behind the architecture's name.
-NUMBERS = {
+NUMBERS: dict[str, Kind] = {
     "block_count": bounds.LAYERS,
     "embedding_length": bounds.HIDDEN,
     "feed_forward_length": bounds.INTERMEDIATE,

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from model_export import bounds
-from model_export.bounds import check, check_heads
+from model_export.bounds import Kind, check, check_heads
 from model_export.errors import ExportError
 from model_export.files import MIB, plain_file, read_json
 
@@ -17,7 +17,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LARGEST_INDEX, LARGEST_TOKENIZER = 64 * MIB, 512 * MIB
 
 # Every name that some family has for it; what a family needs and has not is named where it is read.
-NUMBERS = {
+NUMBERS: dict[str, Kind] = {
     "num_hidden_layers": bounds.LAYERS,
     "n_layer": bounds.LAYERS,
     "hidden_size": bounds.HIDDEN,
@@ -33,7 +33,7 @@ NUMBERS = {
     "model_type": bounds.TEXT,
 }
 # These may be null as well, which means the usual.
-OPTIONAL = {
+OPTIONAL: dict[str, Kind] = {
     "n_inner": bounds.INTERMEDIATE,
     "num_key_value_heads": bounds.HEADS,
     "head_dim": bounds.HEAD_DIM,
@@ -51,7 +51,7 @@ OPTIONAL = {
     "rope_scaling": bounds.Instance(dict, "an object"),
     "rope_parameters": bounds.Instance(dict, "an object"),
 }
-ROTARY = {
+ROTARY: dict[str, Kind] = {
     "rope_theta": bounds.ROTARY_BASE,
     "factor": bounds.SCALING,
     "low_freq_factor": bounds.SCALING,

@@ -51,6 +51,6 @@ def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None
     for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
         if index >= vocab_size and index not in special:
             raise ExportError(f"{name}: token {token[:80]!r} is {index}, expected one of 0..{vocab_size - 1}")
-    for meaning, index in (("begins a text", vocabulary.bos), *(("ends one", end) for end in vocabulary.end)):
-        if index is not None and not 0 <= index < vocab_size:
-            raise ExportError(f"{name}: the token that {meaning} is {index}, expected one of 0..{vocab_size - 1}")
+    for meaning, ids in (("begins a text", (vocabulary.bos,)), ("ends one", vocabulary.end)):
+        if wrong := [index for index in ids if index is not None and not 0 <= index < vocab_size]:
+            raise ExportError(f"{name}: the token that {meaning} is {wrong[0]}, expected one of 0..{vocab_size - 1}")

@@ -127,7 +127,8 @@ def as_anybody() -> None:
 def command(source: Path, target: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
     """The exporter as a process of its own."""
     arguments = [sys.executable, "-m", "model_export", str(source), str(target)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, preexec_fn=prepare, **pipes)  # noqa: PLW1509 - takes no lock
 
 
 def small_files(size: int) -> Callable[[], None]:

@@ -134,6 +134,30 @@ def test_truncation_and_padding_of_the_file_are_off(directory):
     assert len(Tokenizer(path, NONE, 260).encode("xyz")) == 3
 
 
+def test_text_that_the_library_gives_up_on(directory):
+    """A split that would take exponential time is an error of that text alone, not one that ends the process."""
+    path = _byte_level(directory / "explodes.json")
+    made = json.loads(path.read_text())
+    made["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(made))
+    tokenizer = Tokenizer(path, NONE, 260)
+    with pytest.raises(RuntimeError, match="gave up on a text of 31 characters: Onig"):
+        tokenizer.encode("a" * 30 + "!")
+    assert tokenizer.encode("a")
+
+
+def test_special_token_beyond_the_vocabulary(directory):
+    """Text never becomes a special token, so one that the model has no embedding for is let be; any other is not."""
+    path = _byte_level(directory / "beyond.json")
+    made = tokenizers.Tokenizer.from_file(str(path))
+    size = made.get_vocab_size()
+    made.add_special_tokens(["<image>"])
+    made.save(str(path))
+    assert Tokenizer(path, NONE, size).encode("<image>")[0] < size
+    with pytest.raises(ModelDirectoryError, match=f"expected by the manifest one of 0..{size - 2}"):
+        Tokenizer(path, NONE, size - 1)
+
+
 def test_bos_goes_before_text_but_not_before_tokens(sentencepiece):
     """An added beginning-of-sequence token has no text; who sends tokens sends it themselves."""
     assert sentencepiece.prompt("a") == Prompt(token_ids=(1, 262), text="a", implied=1)

@@ -1,0 +1,273 @@
+"""Model directories whose hashes are right and whose contents are not: refused in one sentence before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from model_export.export import Options, export
+from service import manifest as manifests
+from service.errors import ModelDirectoryError, StartupError
+from service.server import load_model
+from service.settings import Settings
+from tests.model_export import tiny
+
+Change = Callable[[Path], object]
+Nodes = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a graph for prompts."""
+    folder = tmp_path_factory.mktemp("exported")
+    source = tiny.hugging_face(folder / "Tiny")
+    export(source, folder / "model", Options(max_kl=1.0, prompts="float32"), lambda label, total: lambda: None)
+    return folder / "model"
+
+
+def vouch(directory: Path) -> None:
+    """Makes the manifest's sizes and hashes those of the files, as whoever made the directory would."""
+    path = directory / "manifest.json"
+    described = json.loads(path.read_text())
+    for name in described["files"]:
+        file = directory / name
+        described["files"][name] = {"bytes": file.stat().st_size, "sha256": manifests.file_sha256(file)}
+    path.write_text(json.dumps(described))
+
+
+def described(**changes: Any) -> Change:
+    """The manifest with other numbers; a dotted name reaches into its parts."""
+
+    def change(directory: Path) -> None:
+        path = directory / "manifest.json"
+        content = json.loads(path.read_text())
+        for name, value in changes.items():
+            part, _, entry = name.rpartition("__")
+            (content[part] if part else content)[entry] = value
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def graph(change: Nodes, name: str = "model.onnx") -> Change:
+    """A graph after `change` of its protobuf."""
+
+    def edit(directory: Path) -> None:
+        model = onnx.load(directory / name, load_external_data=False)
+        change(model)
+        (directory / name).write_bytes(model.SerializeToString())
+
+    return edit
+
+
+def first_external(model: onnx.ModelProto) -> onnx.TensorProto:
+    """The first tensor that lies in the data file."""
+    return next(each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def external(**entries: str) -> Change:
+    """A graph whose first external tensor has other entries."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for entry in first_external(model).external_data:
+            entry.value = entries.get(entry.key, entry.value)
+
+    return graph(change)
+
+
+def operator(kind: str, domain: str = "") -> Change:
+    """A graph with one more node, of an operator that is not there."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node.append(onnx.helper.make_node(kind, ["input_ids"], ["evil"], domain=domain))
+        if domain and domain not in {each.domain for each in model.opset_import}:
+            model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+
+    return graph(change)
+
+
+def cycle(model: onnx.ModelProto) -> None:
+    """Two nodes that wait for each other."""
+    model.graph.node.append(onnx.helper.make_node("Identity", ["one"], ["other"]))
+    model.graph.node.append(onnx.helper.make_node("Identity", ["other"], ["one"]))
+
+
+def resized(name: str, axis: int, size: int, values: str = "input") -> Nodes:
+    """Another declared size of an input or output."""
+
+    def change(model: onnx.ModelProto) -> None:
+        value = next(each for each in getattr(model.graph, values) if each.name == name)
+        value.type.tensor_type.shape.dim[axis].dim_value = size
+
+    return change
+
+
+def renamed(old: str, new: str) -> Nodes:
+    """An input under another name."""
+
+    def change(model: onnx.ModelProto) -> None:
+        next(each for each in model.graph.input if each.name == old).name = new
+        for node in model.graph.node:
+            node.input[:] = [new if each == old else each for each in node.input]
+
+    return change
+
+
+def one_more_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(onnx.helper.make_tensor_value_info("surprise", onnx.TensorProto.FLOAT, [1]))
+
+
+def file(name: str, content: bytes) -> Change:
+    """A file of other bytes."""
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def nested(levels: int) -> bytes:
+    """A graph in a node's attribute in a graph, and so on."""
+    inner = b""
+    for _ in range(levels):
+        for field in (6, 5, 1):  # Attribute.g, Node.attribute, Graph.node
+            inner = bytes([field << 3 | 2]) + onnx_varint(len(inner)) + inner
+    return bytes([7 << 3 | 2]) + onnx_varint(len(inner)) + inner
+
+
+def onnx_varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
+    low = number & 127
+    return bytes([low]) if number < 128 else bytes([low | 128]) + onnx_varint(number >> 7)
+
+
+def tokenizer(change: Callable[[dict[str, Any]], object]) -> Change:
+    """The tokenizer after `change` of its JSON."""
+
+    def edit(directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+UNVOUCHED = "which manifest.json does not vouch for; refusing to load it"
+NO_MEMORY = "the memory does not hold one sequence of "
+NOT_LOADED = "model.onnx cannot be loaded: "
+
+CASES: dict[str, tuple[Change, str]] = {
+    "unknown operator": (operator("NoSuchOperator"), NOT_LOADED),
+    "operator of another's domain": (operator("Run", "evil.operators"), NOT_LOADED),
+    "operator of a compiled context": (operator("EPContext", "com.microsoft"), NOT_LOADED),
+    "path upwards": (external(location="../../secret"), f"takes tensors from '../../secret', {UNVOUCHED}"),
+    "absolute path": (external(location="/etc/passwd"), f"takes tensors from '/etc/passwd', {UNVOUCHED}"),
+    "address in memory": (external(location="*/_ORT_MEM_ADDR_/*", offset="4096"), UNVOUCHED),
+    "offset beyond the file": (external(offset=str(1 << 40)), NOT_LOADED),
+    "offset below zero": (external(offset="-4096"), NOT_LOADED),
+    "offset that is no number": (external(offset="0x"), NOT_LOADED),
+    "offset beyond all numbers": (external(offset=str(1 << 64)), NOT_LOADED),
+    "length beyond the file": (external(length=str(1 << 40)), NOT_LOADED),
+    "length that does not fit the shape": (external(length="4"), NOT_LOADED),
+    "shape beyond the file": (graph(lambda m: first_external(m).dims.__setitem__(0, 1 << 40)), NOT_LOADED),
+    "shape that overflows": (graph(lambda m: first_external(m).dims.extend([1 << 31, 1 << 31])), NOT_LOADED),
+    "shape below zero": (graph(lambda m: first_external(m).dims.__setitem__(0, -1)), NOT_LOADED),
+    "nodes in a circle": (graph(cycle), NOT_LOADED),
+    "empty graph": (file("model.onnx", b""), NOT_LOADED),
+    "no graph": (file("model.onnx", b"hello world" * 99), "model.onnx is not an ONNX graph: "),
+    "graph cut off": (
+        lambda directory: (directory / "model.onnx").write_bytes((directory / "model.onnx").read_bytes()[:5000]),
+        "model.onnx is not an ONNX graph: ",
+    ),
+    "nested graphs": (file("model.onnx", nested(3000)), "model.onnx is not an ONNX graph: messages are nested deeper"),
+    "empty graph for prompts": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded: "),
+    "unknown operator for prompts": (
+        graph(lambda m: m.graph.node.add(op_type="NoSuchOperator", output=["evil"]), "prompt.onnx"),
+        "prompt.onnx cannot be loaded: ",
+    ),
+    "one more input": (graph(one_more_input), "has an input 'surprise', which the manifest says nothing of"),
+    "input of another name": (
+        graph(renamed("seqlens_k", "lens")),
+        "has no input seqlens_k, which the manifest implies",
+    ),
+    "more layers": (described(kv__layers=3), "model.onnx has no input past_key.2, which the manifest implies"),
+    "fewer layers": (described(kv__layers=1), "model.onnx has an input 'past_key.1', which the manifest says"),
+    "more layers than memory has maps": (described(kv__layers=10**6), NO_MEMORY),
+    "other heads": (
+        described(kv__kv_heads=4),
+        "model.onnx: input past_key.0 is tensor(float) of shape [?, 2, ?, 32], expected by the manifest "
+        "tensor(float) of shape [?, 4, ?, 32]",
+    ),
+    "other head size": (described(kv__head_dim=16), "expected by the manifest tensor(float) of shape [?, 2, ?, 16]"),
+    "other type": (described(kv__dtype="float16"), "expected by the manifest tensor(float16) of shape [?, 2, ?, 32]"),
+    "larger vocabulary": (
+        described(vocab_size=tiny.VOCAB + 1),
+        "output logits is tensor(float) of shape [?, 260], expected by the manifest tensor(float) of shape [?, 261]",
+    ),
+    "smaller vocabulary": (described(vocab_size=200), "expected by the manifest one of 0..199"),
+    "vocabulary beyond memory": (described(vocab_size=1 << 60), NO_MEMORY),
+    "context beyond memory": (described(context_length=1 << 60), NO_MEMORY),
+    "head size beyond memory": (described(kv__head_dim=1 << 60), NO_MEMORY),
+    "tokenizer is not JSON": (file("tokenizer.json", b"{"), "tokenizer.json is not a tokenizer file: "),
+    "tokenizer is nested": (file("tokenizer.json", b'{"a":' * 10**5), "tokenizer.json is not a tokenizer file: "),
+    "token beyond the vocabulary": (
+        tokenizer(lambda t: t["model"]["vocab"].update(extra=tiny.VOCAB)),
+        "tokenizer.json: token 'extra' is 260, expected by the manifest one of 0..259",
+    ),
+    "prompts' graph for another model": (
+        graph(resized("past_value.1", 3, 64), "prompt.onnx"),
+        "prompt.onnx",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_at_start(case: str, exported: Path, tmp_path: Path) -> None:
+    """What cannot run, or is not what the manifest says, is refused before any request, whoever vouches for it."""
+    change, message = CASES[case]
+    directory = shutil.copytree(exported, tmp_path / "model")
+    change(directory)
+    vouch(directory)
+    with pytest.raises(StartupError) as caught:
+        load_model(Settings(model_dir=directory, threads=1))
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_what_they_are_made_from(exported: Path, tmp_path: Path) -> None:
+    """The same directory without a change is loaded."""
+    directory = shutil.copytree(exported, tmp_path / "model")
+    vouch(directory)
+    assert load_model(Settings(model_dir=directory, threads=1)).manifest.vocab_size == tiny.VOCAB
+
+
+@pytest.mark.parametrize("case", ["unknown operator", "other heads", "token beyond the vocabulary"])
+def test_command(case: str, exported: Path, tmp_path: Path) -> None:
+    """The service itself ends with 78, which tells supervisors not to try again, and one line."""
+    directory = shutil.copytree(exported, tmp_path / "model")
+    CASES[case][0](directory)
+    vouch(directory)
+    arguments = [sys.executable, "-m", "service", "--model-dir", str(directory)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 78
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert CASES[case][1] in errors[0]
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name", ["a\0b", "loop"])
+def test_names_that_lead_nowhere(name: str, exported: Path, tmp_path: Path) -> None:
+    """A name that no file can have, or a link to itself, is refused like one that leads out."""
+    directory = shutil.copytree(exported, tmp_path / "model")
+    (directory / "loop").symlink_to("loop")
+    content = json.loads((directory / "manifest.json").read_text())
+    content["files"] = {name: {"bytes": 1, "sha256": "0" * 64}, **content["files"]}
+    (directory / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ModelDirectoryError):
+        manifests.load(directory)
