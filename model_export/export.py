@@ -19,7 +19,7 @@ from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import open_gguf, read_gguf
+from model_export.gguf_source import gguf_parts, open_gguf, read_gguf
 from model_export.hf_source import read_hugging_face, read_json
 from model_export.hub import download, hub_name
 from model_export.initializers import Initializers
@@ -224,7 +224,7 @@ def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.
 
 def _source_bytes(path: Path) -> int:
     """The size of a source's weights on disk."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    files = gguf_parts(path) if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
 
 
