@@ -223,7 +223,7 @@ def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.
 
 def _source_bytes(path: Path) -> int:
     """The size of a source's weights on disk."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    files = gguf_parts(path) if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
 
 

@@ -47,9 +47,6 @@ def check_metadata(path: Path, metadata: Mapping[str, Any], shapes: Mapping[str,
 
     `shapes` are the tensors', the quickest dimension first.
     """
-    parts = int(metadata["split.count"]) if type(metadata.get("split.count")) is int else 1
-    if parts > 1:
-        raise ExportError(f"{path} is one of {parts} parts; merge them first: llama-gguf-split --merge")
     family = metadata.get("general.architecture")
     for key, kind in {**KEYS, **{f"{family}.{name}": kind for name, kind in NUMBERS.items()}}.items():
         if key in metadata:

@@ -20,6 +20,7 @@ from model_export.vocabulary import Vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 from model_export.weights import dequantize as unpacked
 
+PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
 
@@ -32,14 +33,36 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def gguf_name(path: Path) -> str:
-    """The name of the model in a file, without its quantization."""
-    return QUANTIZATION_SUFFIX.sub("", path.stem)
+    """The name of the model in a file, without its quantization and the number of a part."""
+    part = PART.fullmatch(path.stem)
+    return QUANTIZATION_SUFFIX.sub("", part["name"] if part else path.stem)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a model, of which `path` is the first. Raises ExportError where it is another, or one is missing."""
+    part = PART.fullmatch(path.stem)
+    if part is None or int(part["count"]) == 1:
+        return [path]
+    count = int(part["count"])
+    if int(part["number"]) != 1:
+        raise ExportError(f"{path} is part {int(part['number'])} of {count}; give the first")
+    parts = [path.with_name(f"{part['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    for each in parts:
+        if not each.is_file():
+            raise ExportError(f"{each} does not exist, one of the {count} parts of the model")
+    return parts
 
 
 def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
-    """The model of an opened file; tensors are read when they are asked for."""
+    """The model of an opened file and of the parts that follow it; tensors are read when they are asked for."""
     metadata = Metadata(reader)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    parts = gguf_parts(path)
+    if (count := metadata.get("split.count", 0)) > len(parts):
+        raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
+    every = [*reader.tensors, *(tensor for part in parts[1:] for tensor in open_gguf(part).tensors)]
+    stored = {tensor.name: tensor for tensor in every}
+    if len(stored) < len(every):
+        raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
     factors = {name: unpacked(_load(stored.pop(name))) for name in gguf_config.FACTORS if name in stored}
     architecture = gguf_config.architecture(metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
@@ -47,7 +70,7 @@ def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
     return Checkpoint(
         name=gguf_name(path),
         organization=metadata.get("general.organization", ""),
-        weights=main_type(reader.tensors),
+        weights=main_type(every),
         architecture=architecture,
         tensors=tensors,
         vocabulary=vocabulary_of(metadata),

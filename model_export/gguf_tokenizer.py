@@ -19,16 +19,30 @@ MARK_KEYS = {
     "middle": ("fim_mid", "middle"),
 }
 
-LETTERS_NUMBERS_REST = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _words(digits: str) -> str:
+    """Contractions, words, so many digits at once, and the rest."""
+    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{REST % ''}"
+
+
+def _cased_words(digits: str, contractions: str) -> str:
+    """Words that begin anew at a capital, with what may follow them, so many digits at once, and the rest."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    small, capital = f"{before}{UPPER}*{LOWER}+{contractions}", f"{before}{UPPER}+{LOWER}*{contractions}"
+    return rf"{small}|{capital}|\p{{N}}{digits}|{REST % '/'}"
+
+
 SPLITS = {
-    "llama-bpe": LETTERS_NUMBERS_REST.format(digits="{1,3}"),
-    "llama3": LETTERS_NUMBERS_REST.format(digits="{1,3}"),
-    "qwen2": LETTERS_NUMBERS_REST.format(digits=""),
+    **dict.fromkeys(("llama-bpe", "llama3", "dbrx", "smaug-bpe"), _words("{1,3}")),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _words("")),
+    "tekken": _cased_words("", ""),
+    "gpt-4o": _cased_words("{1,3}", f"{CONTRACTIONS}?"),
 }
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3")
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
 
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model_export import gguf_decoder
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import gguf_name, main_type, open_gguf, vocabulary_of
+from model_export.gguf_source import gguf_name, gguf_parts, main_type, open_gguf, vocabulary_of
 from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
 from model_export.mobius_graph import Attention, Translation
@@ -187,6 +187,8 @@ def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
 def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
     """The model of a GGUF file of one of `families.MOBIUS_GGUF`, its matrices as float32."""
     metadata = Metadata(reader)
+    if len(gguf_parts(path)) > 1:
+        raise ExportError(f"{path} is in several parts, which this family is not read from; join them first")
     return MobiusSource(
         path,
         name=gguf_name(path),

@@ -12,7 +12,7 @@ from model_export.errors import ExportError
 from model_export.files import read_json
 from model_export.gguf_check import check_gguf
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import open_gguf, read_gguf
+from model_export.gguf_source import gguf_parts, open_gguf, read_gguf
 from model_export.hf_check import check_hugging_face
 from model_export.hf_source import read_hugging_face
 from model_export.hub import HubName, download, hub_name
@@ -50,7 +50,8 @@ def _open(path: Path) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    check_gguf(path)
+    for part in gguf_parts(path):
+        check_gguf(part)
     reader = open_gguf(path)
     if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
         return mobius_source.from_gguf(path, reader)

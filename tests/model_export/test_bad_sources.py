@@ -217,7 +217,7 @@ GGUF: dict[str, tuple[Maker, str]] = {
         key("tokenizer.ggml.model", value(Value.STRING, "llama")),
         "has no tokenizer.ggml.scores",
     ),
-    "one part of three": (key("split.count", value(Value.UINT32, 3)), "is one of 3 parts; merge them first"),
+    "one part of three": (key("split.count", value(Value.UINT32, 3)), "is one of 3 parts, but not named"),
     "NaN weight": (poke("blk.1.ffn_up.weight", float("nan")), "tensor blk.1.ffn_up.weight holds a weight that is"),
     "infinite weight": (poke("token_embd.weight", float("inf")), "tensor token_embd.weight holds a weight that is"),
     "infinite norm": (poke("output_norm.weight", float("-inf")), "tensor output_norm.weight holds a weight that is"),

@@ -172,10 +172,10 @@ def test_only_wanted_positions_get_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["float32", "int8"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_prompt_graph_is_the_source(family: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "window", "smollm3", "phi3"])
+def test_prompt_graph_is_the_source(variant: str, form: str, tmp_path: Path) -> None:
     """The graph for prompts is close to the source; any chunks and wanted positions give bit-equal results."""
-    source = tiny.hugging_face(tmp_path / "Tiny", family, **VARIANTS[family])
+    source = tiny.hugging_face(tmp_path / "Tiny", **{"family": variant} | VARIANTS[variant])
     exported = run(source, tmp_path / "model", quantization="int8", prompts=form)
     assert manifest.load(exported).quantization.prompts == form
     session = Session(exported, graph="prompt.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from model_export.__main__ import main
-from model_export.families import OWN, REFUSED
+from model_export.families import MOBIUS, OWN, REFUSED
 from tests.model_export import tiny
+from tests.stack import ROOT
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({}, "recurrent layers"),
@@ -63,8 +65,12 @@ def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys
 
 
 def test_tables_agree() -> None:
-    """No family is both built and refused."""
-    assert not set(OWN) & set(REFUSED)
+    """No family is built twice, or built and refused, and the documents name every one that is built."""
+    built = [*OWN, *MOBIUS]
+    assert len(set(built)) == len(built)
+    assert not set(built) & set(REFUSED)
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "models.md").read_text()))
+    assert set(built) <= documented
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from model_export.errors import ExportError
 from model_export.export import Options, export
 from model_export.opening import read_source
+from service import manifest
 from tests.model_export import tiny
 from tests.model_export.session import Session
 
@@ -73,6 +75,41 @@ def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> 
     wanted = read_source(source).logits(tokens, int)
     actual = Session(tmp_path / "model").forward([tokens], past=[0])
     assert np.abs(actual - wanted).mean() < 0.15 * wanted.std()
+
+
+def parts(folder: Path) -> list[Path]:
+    """A model in several files, as GGUF's own tools cut it."""
+    folder.mkdir()
+    tiny.gguf(folder / "Tiny-Q8_0.gguf", GGMLQuantizationType.Q8_0, split_max_tensors=8)
+    return sorted(folder.iterdir())
+
+
+def test_parts_are_one_model(tmp_path: Path) -> None:
+    """The first of several files stands for the whole model."""
+    first, *rest = parts(tmp_path / "parts")
+    assert len(rest) == 2
+    assert first.name == "Tiny-Q8_0-00001-of-00003.gguf"
+    whole = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q8_0)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
+    np.testing.assert_array_equal(read_source(first).logits(tokens, int), read_source(whole).logits(tokens, int))
+    export(first, tmp_path / "model", Options(max_kl=0.05, prompts="none"), lambda label, total: int)
+    described = manifest.load(tmp_path / "model")
+    assert described.id == "Tiny"
+    assert described.quantization.source == "Q8_0"
+
+
+def test_parts_that_are_not_whole(tmp_path: Path) -> None:
+    """Another part than the first, a missing one and one by another name are refused by what is wrong."""
+    first, second, last = parts(tmp_path / "parts")
+    with pytest.raises(ExportError, match="is part 2 of 3; give the first"):
+        read_source(second)
+    renamed = last.rename(last.with_name("else.gguf"))
+    with pytest.raises(ExportError, match=r"00003-of-00003.gguf does not exist, one of the 3 parts"):
+        read_source(first)
+    renamed.rename(last)
+    alone = first.rename(first.with_name("Tiny.gguf"))
+    with pytest.raises(ExportError, match=r"is one of 3 parts, but not named -00001-of-00003.gguf"):
+        read_source(alone)
 
 
 # Where each block of these types holds its float16 scales.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_tokenizer import merges_by_score, read_vocabulary
+from model_export.gguf_tokenizer import _pre_tokenizer, merges_by_score, read_vocabulary
 from model_export.vocabulary import Vocabulary
 
 SENTENCE_PIECES = {
@@ -93,6 +93,22 @@ def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
     vocabulary = sentence_piece(tmp_path / "pieces.gguf")
     assert (vocabulary.bos, vocabulary.add_bos, vocabulary.end) == (1, True, (2,))
     assert vocabulary.tokenizer.encode("<s>a", add_special_tokens=False).ids[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [
+        ("llama-bpe", ["HelloWorld", "Ġit", "'s", "Ġ", "123", "45", "?!Ċ", "/x"]),
+        ("dbrx", ["HelloWorld", "Ġit", "'s", "Ġ", "123", "45", "?!Ċ", "/x"]),
+        ("qwen2", ["HelloWorld", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "/x"]),
+        ("tekken", ["Hello", "World", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "?!Ċ/", "x"]),
+        ("gpt-4o", ["Hello", "World", "Ġit's", "Ġ", "123", "45", "?!Ċ/", "x"]),
+    ],
+)
+def test_how_texts_are_cut(split: str, pieces: list[str]) -> None:
+    """Each kind of byte-level tokenizer cuts a text as its family does before it merges bytes."""
+    cut = _pre_tokenizer(split).pre_tokenize_str("HelloWorld it's 12345?!\n/x")
+    assert [piece for piece, _ in cut] == pieces
 
 
 def test_merges_cover_every_split() -> None:

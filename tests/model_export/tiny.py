@@ -155,12 +155,14 @@ def gguf(
     architecture: str | None = None,
     entries: Mapping[str, int | float | str] = MappingProxyType({}),
     short_factors: np.ndarray | None = None,
+    split_max_tensors: int = 0,
 ) -> Path:
     """Writes a GGUF file of the family, its matrices in `quantization`.
 
-    `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's.
+    `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's. With `split_max_tensors` the model
+    is in parts of so many tensors, whose names begin with the path's.
     """
-    writer = GGUFWriter(path, architecture or family)
+    writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(layers)
