@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from model_export.errors import ExportError, TooFarError
 from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
+from model_export.gguf_source import gguf_parts
 from model_export.initializers import Initializers
 from model_export.opening import find, read_source
 from model_export.operators import LinearForm
