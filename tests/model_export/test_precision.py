@@ -212,7 +212,7 @@ def test_numbers_beyond_float16(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rewrite(source, "model.norm.weight", lambda scale: scale * 1e6)
     assert main([str(source), str(tmp_path / "out" / "model"), "--quantization", "float16"]) == 2
     assert "output_norm.weight holds " in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def rewrite(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
