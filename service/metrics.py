@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -20,6 +20,9 @@ _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.
 _WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+
+# The label of what happened before it was known for which model.
+_NO_MODEL = ""
 
 # The older of two names for the same is still what some endpoint pickers read.
 _VLLM_NAMES = {
@@ -40,7 +43,7 @@ _VLLM_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
+    """An engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
 
     running: int
     waiting: int
@@ -55,35 +58,44 @@ class Reading:
 class _Live(Collector):
     """The metrics that are read at each scrape, and cost nothing in between."""
 
-    def __init__(self, read: Callable[[], Reading]) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, Reading]]) -> None:
         self._read = read
         self.unexpected = 0
 
     def collect(self) -> Iterator[Metric]:
         now = self._read()
-        yield GaugeMetricFamily("llm_running", "Sequences that hold a slot of keys and values.", now.running)
-        yield GaugeMetricFamily("llm_waiting", "Sequences that hold no slot yet.", now.waiting)
-        yield GaugeMetricFamily("llm_slots", "Slots of keys and values.", now.slots)
-        yield GaugeMetricFamily("llm_kv_usage_ratio", "Held slots by slots.", now.running / now.slots)
-        yield CounterMetricFamily(
-            "llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.looked_up_tokens
-        )
-        yield CounterMetricFamily("llm_prefix_cache_hits", "Prompt tokens found in it.", now.cached_tokens)
-        yield CounterMetricFamily("llm_preemptions", "Slots taken away from their sequences: none ever is.", 0)
-        faults = CounterMetricFamily("llm_faults", "What went wrong inside.", labels=["kind"])
-        faults.add_metric(["failed_step"], now.failed_steps)
-        faults.add_metric(["not_finite"], now.not_finite)
-        faults.add_metric(["slow_reader"], now.slow_readers)
-        faults.add_metric(["unexpected"], self.unexpected)
+
+        def each(
+            kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, of: Callable[[Reading], float]
+        ) -> Metric:
+            family = kind(name, text, labels=["model"])
+            for model, reading in now.items():
+                family.add_metric([model], of(reading))
+            return family
+
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield each(gauge, "llm_running", "Sequences that hold a slot of keys and values.", lambda it: it.running)
+        yield each(gauge, "llm_waiting", "Sequences that hold no slot yet.", lambda it: it.waiting)
+        yield each(gauge, "llm_slots", "Slots of keys and values.", lambda it: it.slots)
+        yield each(gauge, "llm_kv_usage_ratio", "Held slots by slots.", lambda it: it.running / it.slots)
+        looked_up = "Prompt tokens looked up in the prefix cache."
+        yield each(counter, "llm_prefix_cache_queries", looked_up, lambda it: it.looked_up_tokens)
+        yield each(counter, "llm_prefix_cache_hits", "Prompt tokens found in it.", lambda it: it.cached_tokens)
+        yield each(counter, "llm_preemptions", "Slots taken away from their sequences: none ever is.", lambda _: 0)
+        faults = CounterMetricFamily("llm_faults", "What went wrong inside.", labels=["model", "kind"])
+        for model, reading in now.items():
+            faults.add_metric([model, "failed_step"], reading.failed_steps)
+            faults.add_metric([model, "not_finite"], reading.not_finite)
+            faults.add_metric([model, "slow_reader"], reading.slow_readers)
+        faults.add_metric([_NO_MODEL, "unexpected"], self.unexpected)
         yield faults
 
 
 class _VllmNames(Collector):
     """The metrics of other collectors under vLLM's names."""
 
-    def __init__(self, sources: Sequence[Collector], model: str) -> None:
+    def __init__(self, sources: Sequence[Collector]) -> None:
         self._sources = sources
-        self._labels = {"model_name": model}
 
     def collect(self) -> Iterator[Metric]:
         for source in self._sources:
@@ -94,46 +106,36 @@ class _VllmNames(Collector):
     def _renamed(self, metric: Metric, name: str) -> Metric:
         made = Metric(name, metric.documentation, metric.type)
         made.samples = [
-            Sample(name + sample.name.removeprefix(metric.name), {**self._labels, **sample.labels}, sample.value)
+            Sample(name + sample.name.removeprefix(metric.name), _vllm_labels(sample.labels), sample.value)
             for sample in metric.samples
             if not sample.name.endswith("_created")
         ]
         return made
 
 
-class Metrics(Observer):
-    """Counts and times what it is told. A registry of its own: a process may have several."""
+class _EngineMetrics:
+    """What engines tell, by model."""
 
-    def __init__(self, read: Callable[[], Reading], vllm_model: str | None = None) -> None:
-        """`read` reads the engine; with `vllm_model` everything appears by vLLM's names too, labelled with it."""
-        self.registry = CollectorRegistry()
-        self._live = _Live(read)
-        self._requests = Counter("llm_requests", "Requests that ended.", ["outcome"], registry=None)
-        self._refused = Counter("llm_refused", "Requests that never began.", ["reason"], registry=None)
-        self._prompt_tokens = Counter("llm_prompt_tokens", "Tokens of prompts read to the end.", registry=None)
-        self._generated = Counter("llm_generation_tokens", "Tokens that were sampled.", registry=None)
-        self._queue = _histogram("llm_queue_time_seconds", "From the queue to the first slot.", _WAIT_BUCKETS)
-        self._first = _histogram("llm_time_to_first_token_seconds", "From call to first piece.", _WAIT_BUCKETS)
-        self._gap = _histogram("llm_inter_token_latency_seconds", "Between a sequence's tokens.", _STEP_BUCKETS)
-        self._duration = _histogram("llm_request_duration_seconds", "Completed requests.", _REQUEST_BUCKETS)
-        self._rows = _histogram("llm_batch_size", "Sequences in a decode step.", _ROW_BUCKETS)
-        steps = _histogram("llm_step_duration_seconds", "Steps of the engine.", _STEP_BUCKETS, "kind")
-        self._prompt_step, self._decode_step = steps.labels("prompt"), steps.labels("decode")
-        method = ("grpc_type", "grpc_service", "grpc_method")
-        self._began = Counter("grpc_server_started", "Calls that began.", method, registry=None)
-        self._ended = Counter("grpc_server_handled", "Calls that ended.", [*method, "grpc_code"], registry=None)
-        self._handling = _histogram("grpc_server_handling_seconds", "How long calls took.", _REQUEST_BUCKETS, *method)
-        for outcome in Outcome:
-            self._requests.labels(outcome.value)
-        for reason in Refusal:
-            self._refused.labels(reason.value)
-        own: list[Collector] = [self._live, self._requests, self._refused, self._prompt_tokens, self._generated]
-        own += [self._queue, self._first, self._gap, self._duration, self._rows, steps]
-        for collector in [*own, self._began, self._ended, self._handling]:
-            self.registry.register(collector)
-        if vllm_model is not None:
-            self.registry.register(_VllmNames(own, vllm_model))
-        ProcessCollector(registry=self.registry)
+    def __init__(self) -> None:
+        self.prompt_tokens = Counter(
+            "llm_prompt_tokens", "Tokens of prompts read to the end.", ["model"], registry=None
+        )
+        self.generated = Counter("llm_generation_tokens", "Tokens that were sampled.", ["model"], registry=None)
+        self.gap = _histogram("llm_inter_token_latency_seconds", "Between a sequence's tokens.", _STEP_BUCKETS, "model")
+        self.rows = _histogram("llm_batch_size", "Sequences in a decode step.", _ROW_BUCKETS, "model")
+        self.steps = _histogram("llm_step_duration_seconds", "Steps of the engine.", _STEP_BUCKETS, "model", "kind")
+
+    def all(self) -> list[Collector]:
+        return [self.prompt_tokens, self.generated, self.gap, self.rows, self.steps]
+
+
+class _OfEngine(Observer):
+    """Counts and times the steps of one model's engine."""
+
+    def __init__(self, metrics: _EngineMetrics, model: str) -> None:
+        self._prompt_tokens, self._generated = metrics.prompt_tokens.labels(model), metrics.generated.labels(model)
+        self._gap, self._rows = metrics.gap.labels(model), metrics.rows.labels(model)
+        self._prompt_step, self._decode_step = (metrics.steps.labels(model, kind) for kind in ("prompt", "decode"))
 
     def prompt_step(self, seconds: float) -> None:
         self._prompt_step.observe(seconds)
@@ -150,6 +152,49 @@ class Metrics(Observer):
         for gap in gaps:
             self._gap.observe(gap)
 
+
+class Metrics(Observer):
+    """Counts and times calls and requests, and has observers for engines.
+
+    A registry of its own: a process may have several.
+    """
+
+    def __init__(self, read: Callable[[], Mapping[str, Reading]], *, vllm_names: bool = False) -> None:
+        """`read` reads the engines, by model; with `vllm_names` everything appears by vLLM's names too."""
+        self.registry = CollectorRegistry()
+        self._live = _Live(read)
+        models = tuple(read())
+        self._requests = Counter("llm_requests", "Requests that ended.", ["model", "outcome"], registry=None)
+        self._refused = Counter("llm_refused", "Requests that never began.", ["model", "reason"], registry=None)
+        self._queue = _histogram("llm_queue_time_seconds", "From the queue to the first slot.", _WAIT_BUCKETS, "model")
+        self._first = _histogram("llm_time_to_first_token_seconds", "From call to first piece.", _WAIT_BUCKETS, "model")
+        self._duration = _histogram("llm_request_duration_seconds", "Completed requests.", _REQUEST_BUCKETS, "model")
+        engines = _EngineMetrics()
+        self._engines = {model: _OfEngine(engines, model) for model in models}
+        method = ("grpc_type", "grpc_service", "grpc_method")
+        self._began = Counter("grpc_server_started", "Calls that began.", method, registry=None)
+        self._ended = Counter("grpc_server_handled", "Calls that ended.", [*method, "grpc_code"], registry=None)
+        self._handling = _histogram("grpc_server_handling_seconds", "How long calls took.", _REQUEST_BUCKETS, *method)
+        for model in (*models, _NO_MODEL):
+            for outcome in Outcome:
+                self._requests.labels(model, outcome.value)
+            for reason in Refusal:
+                self._refused.labels(model, reason.value)
+        for model in models:
+            for histogram in (self._queue, self._first, self._duration):
+                histogram.labels(model)
+        own: list[Collector] = [self._live, self._requests, self._refused, *engines.all()]
+        own += [self._queue, self._first, self._duration]
+        for collector in [*own, self._began, self._ended, self._handling]:
+            self.registry.register(collector)
+        if vllm_names:
+            self.registry.register(_VllmNames(own))
+        ProcessCollector(registry=self.registry)
+
+    def engine(self, model: str) -> Observer:
+        """Whom the engine of this model tells of its steps."""
+        return self._engines[model]
+
     def call_began(self, method: Method) -> None:
         self._began.labels(method.kind, method.service, method.name).inc()
 
@@ -159,18 +204,19 @@ class Metrics(Observer):
         self._handling.labels(*labels).observe(seconds)
 
     def request_ended(self, ended: Ended) -> None:
-        self._requests.labels(ended.outcome.value).inc()
+        model = ended.model or _NO_MODEL
+        self._requests.labels(model, ended.outcome.value).inc()
         if ended.refusal is not None:
-            self._refused.labels(ended.refusal.value).inc()
+            self._refused.labels(model, ended.refusal.value).inc()
         if ended.outcome is Outcome.COMPLETED:
-            self._duration.observe(ended.seconds)
+            self._duration.labels(model).observe(ended.seconds)
         usage = ended.usage
         if usage is None:
             return
         if usage.queued_seconds is not None and usage.started_seconds is not None:
-            self._queue.observe(usage.started_seconds - usage.queued_seconds)
+            self._queue.labels(model).observe(usage.started_seconds - usage.queued_seconds)
         if usage.first_token_seconds is not None:
-            self._first.observe(usage.first_token_seconds)
+            self._first.labels(model).observe(usage.first_token_seconds)
 
     def failed_unexpectedly(self) -> None:
         self._live.unexpected += 1
@@ -189,6 +235,10 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _vllm_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    return {"model_name" if name == "model" else name: value for name, value in labels.items()}
 
 
 def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:

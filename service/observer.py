@@ -69,7 +69,8 @@ class Ended:
     """A completion request that has ended, `seconds` after its call began.
 
     `refusal` is set if it was refused, `usage` if the engine had taken it. `status` is gRPC's number; `trace` are the
-    caller's traceparent and tracestate, where it sent any.
+    caller's traceparent and tracestate, where it sent any. `model` is the id of the served model, empty where it named
+    none.
     """
 
     method: Method
@@ -80,6 +81,7 @@ class Ended:
     seconds: float
     usage: Usage | None
     trace: Mapping[str, str]
+    model: str = ""
 
 
 class Observer:

@@ -81,10 +81,11 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         "completion.outcome": ended.outcome.value,
         "completion.request_id": ended.request_id,
     }
+    if ended.model:
+        found["gen_ai.request.model"] = ended.model
     usage = ended.usage
     if usage is not None:
         found |= {
-            "gen_ai.request.model": usage.model,
             "gen_ai.response.model": usage.model,
             "gen_ai.response.id": usage.id,
             "gen_ai.request.max_tokens": usage.max_tokens,

@@ -8,8 +8,7 @@ import os
 import sys
 
 from bench.processes import memory
-from service import settings, telemetry
-from service.server import load_model
+from service import models, settings, telemetry
 from service.types import Prompt
 from tests.engines import collect
 from tests.fakes import request
@@ -33,5 +32,5 @@ async def fill(served):
 if __name__ == "__main__":
     loaded = settings.load(sys.argv[1:])
     telemetry.configure("info")
-    slots, generated = asyncio.run(fill(load_model(loaded)))
+    slots, generated = asyncio.run(fill(*models.load(loaded)))
     print(json.dumps({"slots": slots, "generated": generated, "peak": memory(os.getpid())}))

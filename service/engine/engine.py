@@ -150,6 +150,11 @@ class Engine:
         return self._scheduler.slots
 
     @property
+    def prompt_chunk(self) -> int:
+        """The most prompt tokens of a step."""
+        return self._scheduler.prompt_chunk
+
+    @property
     def reuse(self) -> Reuse:
         """What the cache has saved since the start."""
         return self._scheduler.reuse

@@ -42,15 +42,16 @@ _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamComplet
 class Call:
     """What becomes known of a call while it goes on; `began` is on the monotonic clock.
 
-    `trace` are the caller's traceparent and tracestate. `notes` go into its line in the log: never content, keys, or
-    names in clear. `usage` is what a completion request came to, once the engine has taken it; `error` is what ended
-    the call, also where gRPC cannot show it any more.
+    `trace` are the caller's traceparent and tracestate. `model` is the id of the served model that it asks for. `notes`
+    go into its line in the log: never content, keys, or names in clear. `usage` is what a completion request came to,
+    once the engine has taken it; `error` is what ended the call, also where gRPC cannot show it any more.
     """
 
     began: float
     request_id: str
     trace: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
+    model: str = ""
     usage: Usage | None = None
     error: Exception | None = None
 
@@ -153,7 +154,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             begun = call.usage is not None
             outcome, refusal = outcome_of(call.error, begun=begun, finished=finished, late=late)
             status = code.value[0]
-            ended = Ended(method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace)
+            ended = Ended(
+                method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace, call.model
+            )
             fields |= _summary(ended)
         for observer in self._observers:
             observer.call_ended(method, code.name, seconds)
@@ -167,6 +170,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _summary(ended: Ended) -> dict[str, object]:
     """What the log says of a completion request; times are null where it did not get so far."""
     fields: dict[str, object] = {"outcome": ended.outcome.value}
+    if ended.model:
+        fields["model"] = ended.model
     if ended.refusal is not None:
         fields["reason"] = ended.refusal.value
     usage = ended.usage

@@ -19,7 +19,7 @@ from service.engine import model
 from service.settings import Settings
 from tests.stack import ROOT
 
-NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "memory"]
+NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "names", "memory"]
 
 
 def examined(model_dir, **settings):
@@ -64,7 +64,7 @@ def test_a_damaged_model(model_dir, tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     found = examined(harmed)
-    assert failing(found) == ["model", "memory"]
+    assert failing(found) == ["model", "names", "memory"]
     assert "tokenizer.json has SHA-256" in found["model"].text
 
 
@@ -123,7 +123,7 @@ def test_the_doctor_as_a_command(model_dir, flags, code):
     assert (done.returncode, done.stderr) == (code, "")
     lines = done.stdout.splitlines()
     assert [line[6:20].strip() for line in lines] == NAMES
-    assert [line.startswith("FAIL") for line in lines] == [False] * 6 + [bool(code)]
+    assert [line.startswith("FAIL") for line in lines] == [False] * 7 + [bool(code)]
 
 
 @pytest.fixture

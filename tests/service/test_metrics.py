@@ -17,7 +17,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import free_ports
-from service import server as server_module
+from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -56,6 +56,9 @@ class Running:
         }
 
     async def value(self, name, **labels):
+        """A sample; what engines and requests count is that of the alphabet unless another `model` is named."""
+        if name.startswith("llm_"):
+            labels = {"model": "alphabet", **labels}
         return (await self.scrape())[name, frozenset(labels.items())]
 
     async def serving(self, name):
@@ -85,7 +88,7 @@ def made(letters, monkeypatch):
     def make(model, **settings):
         engine = Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100)
         served = ServedModel(manifest(), letters, engine, Limits(64, 4))
-        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        monkeypatch.setattr(models, "load", lambda _: (served,))
         port, metrics_port = free_ports(2)
         values = {"port": port, "metrics_port": metrics_port, "prompt_chunk": 16, "drain_seconds": 1, **settings}
         return Server(Settings(model_dir=Path("none"), **values)), metrics_port
@@ -105,10 +108,10 @@ async def running(made):
         yield each
 
 
-async def ended(running, outcome, count=1):
+async def ended(running, outcome, count=1, model="alphabet"):
     """Waits until so many requests have ended so: the caller of one that is cut off hears of it first."""
     for _ in range(500):
-        if await running.value("llm_requests_total", outcome=outcome) == count:
+        if await running.value("llm_requests_total", outcome=outcome, model=model) == count:
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"no {count} requests {outcome}")
@@ -119,16 +122,17 @@ async def test_a_whole_answer(running):
     for _ in range(2):
         await running.ask()
     found = await running.scrape()
-    value = {name: number for (name, labels), number in found.items() if not labels}
-    assert found["llm_requests_total", frozenset({("outcome", "completed")})] == 2
+    model = ("model", "alphabet")
+    value = {name: number for (name, labels), number in found.items() if labels == {model}}
+    assert found["llm_requests_total", frozenset({model, ("outcome", "completed")})] == 2
     assert (value["llm_prompt_tokens_total"], value["llm_generation_tokens_total"]) == (4, 8)
     assert (value["llm_prefix_cache_queries_total"], value["llm_prefix_cache_hits_total"]) == (4, 0)
     assert value["llm_time_to_first_token_seconds_count"] == 2
     assert value["llm_queue_time_seconds_count"] == 2
     assert value["llm_request_duration_seconds_count"] == 2
     assert value["llm_inter_token_latency_seconds_count"] == 6
-    assert found["llm_step_duration_seconds_count", frozenset({("kind", "prompt")})] == 2
-    assert found["llm_step_duration_seconds_count", frozenset({("kind", "decode")})] == 6
+    assert found["llm_step_duration_seconds_count", frozenset({model, ("kind", "prompt")})] == 2
+    assert found["llm_step_duration_seconds_count", frozenset({model, ("kind", "decode")})] == 6
     assert (value["llm_batch_size_count"], value["llm_batch_size_sum"]) == (6, 6)
     assert (value["llm_running"], value["llm_waiting"], value["llm_slots"]) == (0, 0, 4)
     assert value["llm_preemptions_total"] == 0
@@ -174,19 +178,21 @@ async def test_grpc(running):
 
 
 @pytest.mark.parametrize(
-    ("fields", "metadata", "reason"),
+    ("fields", "metadata", "reason", "model"),
     [
-        ({"temperature": 3}, KEY, "invalid"),
-        ({}, (), "unauthenticated"),
-        ({"model": "none"}, KEY, "unknown_model"),
+        ({"temperature": 3}, KEY, "invalid", "alphabet"),
+        ({"model": "abc", "temperature": 3}, KEY, "invalid", "alphabet"),
+        ({"model": ""}, KEY, "invalid", ""),
+        ({}, (), "unauthenticated", ""),
+        ({"model": "none"}, KEY, "unknown_model", ""),
     ],
 )
-async def test_refusals(running, fields, metadata, reason):
-    """Each by its reason; nothing reaches the engine."""
+async def test_refusals(running, fields, metadata, reason, model):
+    """Each by its reason, and the model's id if it was got so far; nothing reaches the engine."""
     with pytest.raises(grpc.aio.AioRpcError):
         await running.stub.CreateCompletion(asked(**fields), metadata=metadata)
-    await ended(running, "refused")
-    assert await running.value("llm_refused_total", reason=reason) == 1
+    await ended(running, "refused", model=model)
+    assert await running.value("llm_refused_total", reason=reason, model=model) == 1
     assert await running.value("llm_prompt_tokens_total") == 0
     assert await running.value("llm_queue_time_seconds_count") == 0
 
@@ -213,7 +219,7 @@ async def test_faults(running):
     await ended(running, "failed", 2)
     assert await running.value("llm_faults_total", kind="failed_step") == 1
     assert await running.value("llm_faults_total", kind="not_finite") == 1
-    assert await running.value("llm_faults_total", kind="unexpected") == 0
+    assert await running.value("llm_faults_total", kind="unexpected", model="") == 0
     assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="Internal") == 2
 
 
@@ -262,6 +268,7 @@ async def test_the_line_of_a_request(running, caplog):
     counts = {"sequences": 2, "prompt_tokens": 20, "cached_tokens": 18, "completion_tokens": 8}
     assert line | counts == line
     assert (line["outcome"], line["code"], line["request_id"]) == ("completed", "OK", "r-1")
+    assert line["model"] == "alphabet"
     assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
     assert prompt not in str(caplog.records)
     assert "klmn" not in str([record.__dict__ for record in caplog.records])
@@ -273,16 +280,16 @@ async def test_vllm_names(running):
     found = await running.scrape()
     names = [line.split("`")[1::2] for line in DOCS.splitlines() if line.startswith("| `vllm:")]
     assert len(names) == 14
-    model = ("model_name", "alphabet")
+    model, renamed = ("model", "alphabet"), ("model_name", "alphabet")
     for theirs, ours in names:
         same = {
-            (theirs + name.removeprefix(ours), labels | {model}): value
+            (theirs + name.removeprefix(ours), labels - {model} | {renamed}): value
             for (name, labels), value in found.items()
             if name.startswith(ours) and not name.endswith("_created")
         }
         assert same, ours
         assert same == {key: found[key] for key in same}
-    assert sum(name.startswith("vllm:") for name, _ in found) == sum(model in labels for _, labels in found)
+    assert sum(name.startswith("vllm:") for name, _ in found) == sum(renamed in labels for _, labels in found)
 
 
 async def test_the_documented_names(made):
@@ -369,4 +376,4 @@ async def test_the_warm_up_leaves_no_trace(running):
     assert running.model.steps == WARM_UP_STEPS
     assert await running.value("llm_generation_tokens_total") == 0
     assert await running.value("llm_prefix_cache_queries_total") == 0
-    assert running.server.model.engine._admission.pace.generation(100) == 0
+    assert running.server.models[0].engine._admission.pace.generation(100) == 0

@@ -12,7 +12,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
 from deploy.local import free_ports
-from service import server as server_module
+from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -38,7 +38,7 @@ def made(letters, monkeypatch):
         model = model or FakeModel()
         engine = Engine(model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
         served = ServedModel(manifest(), letters, engine, Limits(64, 4))
-        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        monkeypatch.setattr(models, "load", lambda _: (served,))
         (port,) = free_ports(1)
         values = {"port": port, "metrics_port": 0, "prompt_chunk": 16, "drain_seconds": 1}
         return Server(Settings(model_dir="none", otlp_endpoint=endpoint, **values))

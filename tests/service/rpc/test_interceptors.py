@@ -41,7 +41,7 @@ class Served:
         digest = hashlib.sha256(b"sk-right")
         keys = KeyRing({digest.digest(): Caller("team", digest.hexdigest())})
         self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
-        self.servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
+        self.servicer = CompletionServicer([served], self.tokenizing)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(self.servicer, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
