@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy import local
+from service import settings
 from service.settings import Settings
 from tests.deploy import helm as helms
 from tests.stack import ROOT
@@ -45,7 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "apiKeys": {"existingSecret": "mine"},
         "image": {"repository": "registry.example/texts", "tag": "1.2.3"},
         "imagePullSecrets": [{"name": "pull"}],
-        "model": {"dir": "/models/large", "existingClaim": "models"},
+        "model": {"dir": "/models", "names": ["large", "small"], "existingClaim": "models"},
         "env": {"COMPLETION_MAX_RUNNING": "64"},
         "drain": {"delaySeconds": 10, "seconds": 120},
         "metrics": {"enabled": False},
@@ -180,6 +181,18 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     assert len(set(names)) == len(names)
     known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields}
     assert set(names) <= known
+
+
+def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """The service reads the variable as the directory, or as those of the names within it."""
+    values, manifests = rendered
+    (service,) = pod_of(manifests)["spec"]["containers"]
+    (given,) = [each["value"] for each in service["env"] if each["name"] == "COMPLETION_MODEL_DIR"]
+    folder, names = values["model"]["dir"], values["model"].get("names")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPLETION_MODEL_DIR", given)
+        found = [str(model.directory) for model in settings.load([]).each_model()]
+    assert found == ([f"{folder}/{name}" for name in names] if names else [folder])
 
 
 def test_names_meet(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:

@@ -371,6 +371,77 @@ async def test_a_model_that_cannot_answer(made):
         await server.__aenter__()
 
 
+@pytest.fixture
+def made_of_two(letters, monkeypatch):
+    """A server over two fake models, `alphabet` and `second`, and its metrics' port."""
+
+    def make(*fakes):
+        named = zip(({}, {"id": "second", "aliases": ("two",)}), fakes, strict=True)
+        served = tuple(
+            ServedModel(
+                manifest(**changes),
+                letters,
+                Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100),
+                Limits(64, 4),
+            )
+            for changes, model in named
+        )
+        monkeypatch.setattr(models, "load", lambda _: served)
+        port, metrics_port = free_ports(2)
+        values = {"port": port, "metrics_port": metrics_port, "drain_seconds": 1, "vllm_metric_names": True}
+        return Server(Settings(model_dir=["none", "none"], **values)), metrics_port
+
+    return make
+
+
+async def test_every_model_is_warmed_up(made_of_two):
+    """The service is ready only once the second model has answered as well."""
+    first, second = FakeModel(), GatedModel()
+    server, _ = made_of_two(first, second)
+    entering = asyncio.ensure_future(server.__aenter__())
+    await second.reached()
+    assert first.steps == WARM_UP_STEPS
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        running = Running(server, second, 0, channel)
+        assert [await running.serving(name) for name in ("liveness", "startup", "readiness")] == [True, False, False]
+        second.gate.release(1000)
+        await entering
+        assert await running.serving("readiness")
+    await server.__aexit__(None, None, None)
+
+
+async def test_a_second_model_that_cannot_answer(made_of_two):
+    """The start fails, and says which."""
+    second = FakeModel()
+    second.fault = manifest().special_tokens.default_prompt
+    server, _ = made_of_two(FakeModel(), second)
+    with pytest.raises(StartupError, match=r"model second cannot answer.*warm-up"):
+        await server.__aenter__()
+
+
+async def test_two_models(made_of_two):
+    """Each metric of an engine is its model's alone, by whichever name it was called, and by vLLM's names too."""
+    fakes = FakeModel(slots=4), FakeModel(slots=2)
+    server, port = made_of_two(*fakes)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        each = Running(server, fakes[1], port, channel)
+        await each.ask(model="two", max_tokens=5)
+        await ended(each, "completed", model="second")
+        expected = {"llm_generation_tokens_total": 5, "llm_prompt_tokens_total": 2, "llm_batch_size_count": 4}
+        expected |= {"llm_time_to_first_token_seconds_count": 1, "llm_prefix_cache_queries_total": 2}
+        for name, value in expected.items():
+            assert await each.value(name, model="second") == value
+            assert await each.value(name) == 0
+        assert [await each.value("llm_slots", model=name) for name in ("alphabet", "second")] == [4, 2]
+        fakes[1].fault = 5
+        with pytest.raises(grpc.aio.AioRpcError):
+            await each.ask(model="second", text="f")
+        assert await each.value("llm_faults_total", model="second", kind="failed_step") == 1
+        assert await each.value("llm_faults_total", kind="failed_step") == 0
+        assert await each.value("vllm:generation_tokens_total", model_name="second") == 5
+        assert await each.value("vllm:generation_tokens_total", model_name="alphabet") == 0
+
+
 async def test_the_warm_up_leaves_no_trace(running):
     """Nothing is counted of it, and nothing learnt: the first caller meets an engine that has no pace yet."""
     assert running.model.steps == WARM_UP_STEPS
