@@ -1,4 +1,4 @@
-"""`python -m tests.fill` with the service's flags: fills every slot of the engine and prints what the process took."""
+"""`python -m tests.fill` with the service's flags: fills every slot of every engine and prints what the process took."""
 
 from __future__ import annotations
 
@@ -32,5 +32,7 @@ async def fill(served):
 if __name__ == "__main__":
     loaded = settings.load(sys.argv[1:])
     telemetry.configure("info")
-    slots, generated = asyncio.run(fill(*models.load(loaded)))
+    served = models.load(loaded)
+    filled = [asyncio.run(fill(each)) for each in served]
+    slots, generated = [slots for slots, _ in filled], [tokens for _, each in filled for tokens in each]
     print(json.dumps({"slots": slots, "generated": generated, "peak": memory(os.getpid())}))

@@ -125,6 +125,7 @@ async def test_failures(made):
     refused, failed = seen.named("text_completion"), seen.named("text_completion alphabet")
     assert (attributes(refused)["error.type"], refused.status.code) == ("invalid", refused.status.STATUS_CODE_UNSET)
     assert (attributes(failed)["error.type"], failed.status.code) == ("failed", failed.status.STATUS_CODE_ERROR)
+    assert attributes(refused)["gen_ai.request.model"] == "alphabet"
     assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert {span.parent_span_id for span in seen.spans if span.name == "queue"} == {failed.span_id}
 
