@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import manifest as manifests
-from service import memory, ports, watchdog
+from service import memory, ports, telemetry, watchdog
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -39,7 +39,7 @@ from service.types import Prompt, Request, SamplingParams
 if TYPE_CHECKING:
     from service.tracing import Tracing
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
 # Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
@@ -106,9 +106,9 @@ def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_lengt
     sizes = ("total", "weights", "kv_slot", "logits", "other")
     fields |= {f"{name}_mib": memory.mib(getattr(plan, name)) for name in sizes}
     if plan.slots < settings.max_running:
-        _log.warning("the memory budget holds fewer slots than max_running", extra={"fields": fields})
+        _log.warning("the memory budget holds fewer slots than max_running", **fields)
     else:
-        _log.info("the memory budget holds all slots", extra={"fields": fields})
+        _log.info("the memory budget holds all slots", **fields)
     return plan
 
 
@@ -253,7 +253,7 @@ class Server:
         await self._server.start()
         await self._warm_up()
         await self._set_health(True, *_READINESS, _STARTUP)
-        _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
+        _log.info("serving", address=self.address, model=self.model.manifest.id)
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
@@ -281,8 +281,7 @@ class Server:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-        fields = {**dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults)}
-        _log.info("stopped", extra={"fields": fields})
+        _log.info("stopped", **dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults))
 
     def _bind(self) -> None:
         try:
@@ -308,7 +307,7 @@ class Server:
             message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
             if "metrics_port" in self._settings.model_fields_set:
                 raise StartupError(f"{message}; choose another port (--metrics-port), or 0 for none") from None
-            _log.warning("%s; there are none", message)
+            _log.warning(f"{message}; there are none")
 
     async def _warm_up(self) -> None:
         """Answers a request of its own: only then is the service ready."""
@@ -328,7 +327,7 @@ class Server:
         """Watches the engine. When a step never ends, every caller hears of it, and the process exits with 1."""
         engine, seconds = self.model.engine, self._settings.watchdog_seconds
         await watchdog.hung(lambda: engine.turn, seconds)
-        _log.critical("the engine hangs", extra={"fields": {"seconds": seconds, **dataclasses.asdict(engine.stats)}})
+        _log.critical("the engine hangs", seconds=seconds, **dataclasses.asdict(engine.stats))
         await self._set_health(False, *_READINESS, _LIVENESS)
         engine.abandon()
         faulthandler.dump_traceback(all_threads=True)
@@ -359,7 +358,7 @@ async def serve(settings: Settings) -> None:
         await _first(stop, engine.died)
         for number in _SIGNALS:
             loop.add_signal_handler(number, os._exit, 128 + number)
-        _log.info("draining", extra={"fields": dataclasses.asdict(engine.stats)})
+        _log.info("draining", **dataclasses.asdict(engine.stats))
         await server.announce_end()
         await _first(engine.died, within=settings.drain_delay_seconds)
     watching.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 import threading
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any
 
 import grpc
 
+from service import telemetry
 from service.errors import StartupError
 from service.settings import Settings
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 # Device, inode, size and time of the last change of each file: equal stamps mean the same contents.
 Stamp = tuple[tuple[int, int, int, int], ...]
@@ -95,7 +95,7 @@ class Rotation:
 
     def _keep(self, stamp: Stamp | None, error: Exception) -> None:
         if stamp != self._stamp:
-            _log.warning("the TLS files are not valid, and the old ones stay", extra={"fields": {"error": str(error)}})
+            _log.warning("the TLS files are not valid, and the old ones stay", error=str(error))
         self._stamp = stamp
 
 

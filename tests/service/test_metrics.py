@@ -28,6 +28,7 @@ from service.server import Server
 from service.settings import Settings
 from tests.engines import GatedModel
 from tests.fakes import FakeModel, manifest
+from tests.logged import logged
 
 KEY = (("authorization", "Bearer any"),)
 WARM_UP_STEPS = 3
@@ -243,7 +244,7 @@ async def test_while_it_runs(made, caplog):
         codes = {code: await each.value("grpc_server_handled_total", **METHOD, grpc_code=code) for code in CUT_OFF}
         assert codes == CUT_OFF
         model.gate.release(1000)
-    lines = [record.fields for record in caplog.records if record.message == "call"]
+    lines = logged(caplog, "call")
     assert [line["outcome"] for line in lines] == ["deadline", "cancelled"]
     assert [line["sequences"] for line in lines] == [1, 2]
 
@@ -258,7 +259,7 @@ async def test_the_line_of_a_request(running, caplog):
     for _ in range(2):
         await running.stub.CreateCompletion(asked(text=prompt, n=2), metadata=(*KEY, ("x-request-id", "r-1")))
     await ended(running, "completed", 2)
-    line = [record.fields for record in caplog.records if record.message == "call"][-1]
+    line = logged(caplog, "call")[-1]
     counts = {"sequences": 2, "prompt_tokens": 20, "cached_tokens": 18, "completion_tokens": 8}
     assert line | counts == line
     assert (line["outcome"], line["code"], line["request_id"]) == ("completed", "OK", "r-1")
