@@ -13,13 +13,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from service.observer import Ended, Method, Observer, Outcome, Refusal
+from service.observer import Ended, Method, Observer, Outcome, Refusal, Usage
 
-# From a fast GPU's token to a large model's on a slow CPU.
-_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
-_WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
-_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+# From a fast GPU's token, or a short answer of it, to those of a large model on a slow CPU: in seconds.
+_LONG = (0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, *_LONG)
+_WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, *_LONG, 160)
+_REQUEST_BUCKETS = (*_WAIT_BUCKETS, 320, 640)
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+_TOKEN_BUCKETS = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 
 # The older of two names for the same is still what some endpoint pickers read.
 _VLLM_NAMES = {
@@ -31,25 +33,41 @@ _VLLM_NAMES = {
     "llm_prompt_tokens": ("vllm:prompt_tokens",),
     "llm_generation_tokens": ("vllm:generation_tokens",),
     "llm_preemptions": ("vllm:num_preemptions",),
+    "llm_finished": ("vllm:request_success",),
     "llm_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "llm_prefill_time_seconds": ("vllm:request_prefill_time_seconds",),
+    "llm_decode_time_seconds": ("vllm:request_decode_time_seconds",),
     "llm_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
     "llm_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
     "llm_request_duration_seconds": ("vllm:e2e_request_latency_seconds",),
+    "llm_request_prompt_tokens": ("vllm:request_prompt_tokens",),
+    "llm_request_generation_tokens": ("vllm:request_generation_tokens",),
+    "llm_request_longest_tokens": ("vllm:request_max_num_generation_tokens",),
 }
+# Endpoint pickers compare prompts block by block, and take a cache for blocks. Ours has slots and reuses any beginning
+# of a prompt, but none shorter than this, in tokens.
+_BLOCK = 16
+# What has ended by itself, by its caller, and by a fault; vLLM's words.
+_STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
+    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start.
+
+    `certificate_expires` is when the TLS certificate does, in Unix seconds, None without TLS.
+    """
 
     running: int
     waiting: int
     slots: int
+    slot_tokens: int
     looked_up_tokens: int
     cached_tokens: int
     failed_steps: int
     not_finite: int
     slow_readers: int
+    certificate_expires: float | None = None
 
 
 class _Live(Collector):
@@ -64,6 +82,7 @@ class _Live(Collector):
         yield GaugeMetricFamily("llm_running", "Sequences that hold a slot of keys and values.", now.running)
         yield GaugeMetricFamily("llm_waiting", "Sequences that hold no slot yet.", now.waiting)
         yield GaugeMetricFamily("llm_slots", "Slots of keys and values.", now.slots)
+        yield GaugeMetricFamily("llm_slot_tokens", "Tokens that a slot holds.", now.slot_tokens)
         yield GaugeMetricFamily("llm_kv_usage_ratio", "Held slots by slots.", now.running / now.slots)
         yield CounterMetricFamily(
             "llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.looked_up_tokens
@@ -76,13 +95,17 @@ class _Live(Collector):
         faults.add_metric(["slow_reader"], now.slow_readers)
         faults.add_metric(["unexpected"], self.unexpected)
         yield faults
+        if now.certificate_expires is not None:
+            name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
+            yield GaugeMetricFamily(name, text, now.certificate_expires)
 
 
 class _VllmNames(Collector):
-    """The metrics of other collectors under vLLM's names."""
+    """The metrics of other collectors under vLLM's names, and what vLLM calls its cache's configuration."""
 
-    def __init__(self, sources: Sequence[Collector], model: str) -> None:
+    def __init__(self, sources: Sequence[Collector], read: Callable[[], Reading], model: str) -> None:
         self._sources = sources
+        self._read = read
         self._labels = {"model_name": model}
 
     def collect(self) -> Iterator[Metric]:
@@ -90,6 +113,14 @@ class _VllmNames(Collector):
             for metric in source.collect():
                 for name in _VLLM_NAMES.get(metric.name, ()):
                     yield self._renamed(metric, name)
+        yield self._cache_config()
+
+    def _cache_config(self) -> Metric:
+        now = self._read()
+        sizes = {"block_size": str(_BLOCK), "num_gpu_blocks": str(now.slots * now.slot_tokens // _BLOCK)}
+        made = GaugeMetricFamily("vllm:cache_config_info", "The cache's size, as if it were made of blocks.")
+        made.add_sample(made.name, {**self._labels, **sizes}, 1)
+        return made
 
     def _renamed(self, metric: Metric, name: str) -> Metric:
         made = Metric(name, metric.documentation, metric.type)
@@ -110,12 +141,18 @@ class Metrics(Observer):
         self._live = _Live(read)
         self._requests = Counter("llm_requests", "Requests that ended.", ["outcome"], registry=None)
         self._refused = Counter("llm_refused", "Requests that never began.", ["reason"], registry=None)
+        self._finished = Counter("llm_finished", "Sequences that ended.", ["finished_reason"], registry=None)
         self._prompt_tokens = Counter("llm_prompt_tokens", "Tokens of prompts read to the end.", registry=None)
         self._generated = Counter("llm_generation_tokens", "Tokens that were sampled.", registry=None)
         self._queue = _histogram("llm_queue_time_seconds", "From the queue to the first slot.", _WAIT_BUCKETS)
         self._first = _histogram("llm_time_to_first_token_seconds", "From call to first piece.", _WAIT_BUCKETS)
+        self._prefill = _histogram("llm_prefill_time_seconds", "From first slot to first piece.", _WAIT_BUCKETS)
+        self._decode = _histogram("llm_decode_time_seconds", "From first piece to the end.", _REQUEST_BUCKETS)
         self._gap = _histogram("llm_inter_token_latency_seconds", "Between a sequence's tokens.", _STEP_BUCKETS)
         self._duration = _histogram("llm_request_duration_seconds", "Completed requests.", _REQUEST_BUCKETS)
+        self._asked = _histogram("llm_request_prompt_tokens", "Prompts of completed requests.", _TOKEN_BUCKETS)
+        self._answered = _histogram("llm_request_generation_tokens", "Their answers.", _TOKEN_BUCKETS)
+        self._longest = _histogram("llm_request_longest_tokens", "Their longest candidates.", _TOKEN_BUCKETS)
         self._rows = _histogram("llm_batch_size", "Sequences in a decode step.", _ROW_BUCKETS)
         steps = _histogram("llm_step_duration_seconds", "Steps of the engine.", _STEP_BUCKETS, "kind")
         self._prompt_step, self._decode_step = steps.labels("prompt"), steps.labels("decode")
@@ -127,12 +164,15 @@ class Metrics(Observer):
             self._requests.labels(outcome.value)
         for reason in Refusal:
             self._refused.labels(reason.value)
-        own: list[Collector] = [self._live, self._requests, self._refused, self._prompt_tokens, self._generated]
-        own += [self._queue, self._first, self._gap, self._duration, self._rows, steps]
+        for end in (_STOP, _LENGTH, _ABORT, _ERROR):
+            self._finished.labels(end)
+        own: list[Collector] = [self._live, self._requests, self._refused, self._finished, self._prompt_tokens]
+        own += [self._generated, self._queue, self._first, self._prefill, self._decode, self._gap, self._duration]
+        own += [self._asked, self._answered, self._longest, self._rows, steps]
         for collector in [*own, self._began, self._ended, self._handling]:
             self.registry.register(collector)
         if vllm_model is not None:
-            self.registry.register(_VllmNames(own, vllm_model))
+            self.registry.register(_VllmNames(own, read, vllm_model))
         ProcessCollector(registry=self.registry)
 
     def prompt_step(self, seconds: float) -> None:
@@ -164,13 +204,28 @@ class Metrics(Observer):
             self._refused.labels(ended.refusal.value).inc()
         if ended.outcome is Outcome.COMPLETED:
             self._duration.observe(ended.seconds)
-        usage = ended.usage
-        if usage is None:
-            return
+        if ended.usage is not None:
+            self._used(ended.usage, ended)
+
+    def _used(self, usage: Usage, ended: Ended) -> None:
+        """Counts a request that the engine had taken."""
+        self._finished.labels(_STOP).inc(usage.stopped)
+        self._finished.labels(_LENGTH).inc(usage.cut_off)
+        others = _ERROR if ended.outcome is Outcome.FAILED else _ABORT
+        self._finished.labels(others).inc(usage.sequences - usage.stopped - usage.cut_off)
         if usage.queued_seconds is not None and usage.started_seconds is not None:
             self._queue.observe(usage.started_seconds - usage.queued_seconds)
         if usage.first_token_seconds is not None:
             self._first.observe(usage.first_token_seconds)
+            if usage.started_seconds is not None:
+                self._prefill.observe(usage.first_token_seconds - usage.started_seconds)
+        if ended.outcome is not Outcome.COMPLETED:
+            return
+        if usage.first_token_seconds is not None:
+            self._decode.observe(ended.seconds - usage.first_token_seconds)
+        self._asked.observe(usage.prompt_tokens)
+        self._answered.observe(usage.completion_tokens)
+        self._longest.observe(usage.longest)
 
     def failed_unexpectedly(self) -> None:
         self._live.unexpected += 1

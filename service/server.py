@@ -182,6 +182,7 @@ class Server:
         self.model = load_model(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = _Health()
+        self._tls = tls.load(settings)
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
         self._tracing = _tracing(settings.otlp_endpoint)
@@ -191,7 +192,6 @@ class Server:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        self._credentials = tls.credentials(settings)
         self._add_services()
 
     def _make_metrics(self) -> Metrics | None:
@@ -205,11 +205,13 @@ class Server:
                 running=stats.running,
                 waiting=stats.waiting,
                 slots=engine.slots,
+                slot_tokens=self.model.limits.context_length,
                 looked_up_tokens=reuse.prompt_tokens,
                 cached_tokens=reuse.cached_tokens,
                 failed_steps=faults.failed_steps,
                 not_finite=faults.not_finite,
                 slow_readers=faults.slow_readers,
+                certificate_expires=None if self._tls is None else self._tls.expires,
             )
 
         return Metrics(read, self.model.manifest.id if self._settings.vllm_metric_names else None)
@@ -285,10 +287,10 @@ class Server:
 
     def _bind(self) -> None:
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 self._server.add_insecure_port(self.address)
             else:
-                self._server.add_secure_port(self.address, self._credentials)
+                self._server.add_secure_port(self.address, self._tls.credentials())
         except RuntimeError as error:
             pid = ports.listener(self._settings.port)
             if pid is None:
