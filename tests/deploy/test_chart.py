@@ -28,6 +28,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "scaled": {
         **KEYS,
         "autoscaling": {"enabled": True, "maxReplicas": 20},
+        "env": {"COMPLETION_OTLP_ENDPOINT": "http://collector.observability:4317"},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "httpRoute": GATEWAY,
         "networkPolicy": {
