@@ -232,10 +232,11 @@ class Metrics(Observer):
 
 
 class Exporter:
-    """Serves metrics over HTTP from threads of its own, until it is closed."""
+    """Serves metrics over HTTP from threads of its own, until it is closed. `address` is host:port."""
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         """Raises OSError when the port cannot be had."""
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         made: tuple[WSGIServer, Thread] = start_http_server(port, host, metrics.registry)
         self._server, self._thread = made
 

@@ -255,7 +255,8 @@ class Server:
         await self._server.start()
         await self._warm_up()
         await self._set_health(True, *_READINESS, _STARTUP)
-        _log.info("serving", address=self.address, model=self.model.manifest.id)
+        metrics = self._exporter and self._exporter.address
+        _log.info("serving", address=self.address, model=self.model.manifest.id, metrics=metrics)
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
