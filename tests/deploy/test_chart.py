@@ -28,6 +28,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "scaled": {
         **KEYS,
         "autoscaling": {"enabled": True, "maxReplicas": 20},
+        "metrics": {"vllmNames": True},
         "env": {"COMPLETION_OTLP_ENDPOINT": "http://collector.observability:4317"},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "httpRoute": GATEWAY,
@@ -181,6 +182,14 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     assert len(set(names)) == len(names)
     known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields}
     assert set(names) <= known
+
+
+def test_vllm_names(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """They are there where they are asked for, and where an endpoint picker reads them."""
+    values, manifests = rendered
+    (service,) = pod_of(manifests)["spec"]["containers"]
+    there = {"name": "COMPLETION_VLLM_METRIC_NAMES", "value": "true"} in service["env"]
+    assert there == (values["metrics"]["vllmNames"] or values["inferencePool"]["enabled"])
 
 
 def test_names_meet(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
