@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -47,6 +48,7 @@ _VLLM_NAMES = {
 # Endpoint pickers compare prompts block by block, and take a cache for blocks. Ours has slots and reuses any beginning
 # of a prompt, but none shorter than this, in tokens.
 _BLOCK = 16
+_OPEN_METRICS = "application/openmetrics-text"
 # What has ended by itself, by its caller, and by a fault; vLLM's words.
 _STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
 
@@ -239,12 +241,24 @@ class Exporter:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         made: tuple[WSGIServer, Thread] = start_http_server(port, host, metrics.registry)
         self._server, self._thread = made
+        self._server.set_app(_with_whole_names(make_wsgi_app(metrics.registry)))
 
     def close(self) -> None:
         """Ends the serving; whoever is being answered is not waited for."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _with_whole_names(app: WSGIApplication) -> WSGIApplication:
+    """Keeps the colons of names: in OpenMetrics the library writes `_` for them unless it is asked not to."""
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        asked = environ.get("HTTP_ACCEPT", "")
+        environ["HTTP_ACCEPT"] = f"{_OPEN_METRICS};version=1.0.0;escaping=allow-utf-8" if _OPEN_METRICS in asked else ""
+        return app(environ, start)
+
+    return answer
 
 
 def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:

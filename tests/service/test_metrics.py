@@ -335,15 +335,32 @@ async def test_the_documented_names(made):
         assert exported <= rows
 
 
-async def test_the_format_that_prometheus_asks_for(running):
-    """OpenMetrics is valid too, with the same values."""
+OPEN = "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        f"{OPEN};version=1.0.0,{OPEN};version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        f"{OPEN};version=1.0.0;escaping=allow-utf-8;q=0.6,{OPEN};version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4",
+        f"{OPEN};version=1.0.0;escaping=underscores;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    ],
+    ids=["second", "third", "third, old names"],
+)
+async def test_the_format_that_prometheus_asks_for(running, accept):
+    """To every version of it OpenMetrics is valid too, with the same names and values."""
     await running.ask()
-    page = await asyncio.to_thread(fetch, running.port, "application/openmetrics-text; version=1.0.0")
+    page = await asyncio.to_thread(fetch, running.port, accept)
     assert page.endswith("# EOF\n")
     families = {family.name: family for family in openmetrics.text_string_to_metric_families(page)}
     generated = families["llm_generation_tokens"].samples
     assert [sample.value for sample in generated if sample.name.endswith("_total")] == [4]
     assert families["vllm:time_to_first_token_seconds"].type == "histogram"
+    samples = {sample.name for family in families.values() for sample in family.samples}
+    plain = {name for name, _ in await running.scrape()}
+    assert {name for name in samples if not name.endswith("_created")} == {
+        name for name in plain if not name.endswith("_created")
+    }
 
 
 async def test_no_metrics(made):
