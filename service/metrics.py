@@ -55,10 +55,7 @@ _STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start.
-
-    `certificate_expires` is when the TLS certificate does, in Unix seconds, None without TLS.
-    """
+    """The engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
 
     running: int
     waiting: int
@@ -69,7 +66,6 @@ class Reading:
     failed_steps: int
     not_finite: int
     slow_readers: int
-    certificate_expires: float | None = None
 
 
 class _Live(Collector):
@@ -97,9 +93,17 @@ class _Live(Collector):
         faults.add_metric(["slow_reader"], now.slow_readers)
         faults.add_metric(["unexpected"], self.unexpected)
         yield faults
-        if now.certificate_expires is not None:
-            name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
-            yield GaugeMetricFamily(name, text, now.certificate_expires)
+
+
+class _Certificate(Collector):
+    """When the TLS certificate expires, read at each scrape."""
+
+    def __init__(self, expires: Callable[[], float]) -> None:
+        self._expires = expires
+
+    def collect(self) -> Iterator[Metric]:
+        name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
+        yield GaugeMetricFamily(name, text, self._expires())
 
 
 class _VllmNames(Collector):
@@ -137,8 +141,16 @@ class _VllmNames(Collector):
 class Metrics(Observer):
     """Counts and times what it is told. A registry of its own: a process may have several."""
 
-    def __init__(self, read: Callable[[], Reading], vllm_model: str | None = None) -> None:
-        """`read` reads the engine; with `vllm_model` everything appears by vLLM's names too, labelled with it."""
+    def __init__(
+        self,
+        read: Callable[[], Reading],
+        vllm_model: str | None = None,
+        certificate_expires: Callable[[], float] | None = None,
+    ) -> None:
+        """`read` reads the engine; with `vllm_model` everything appears by vLLM's names too, labelled with it.
+
+        With TLS `certificate_expires` tells when the certificate does, in Unix seconds.
+        """
         self.registry = CollectorRegistry()
         self._live = _Live(read)
         self._requests = Counter("llm_requests", "Requests that ended.", ["outcome"], registry=None)
@@ -175,6 +187,8 @@ class Metrics(Observer):
             self.registry.register(collector)
         if vllm_model is not None:
             self.registry.register(_VllmNames(own, read, vllm_model))
+        if certificate_expires is not None:
+            self.registry.register(_Certificate(certificate_expires))
         ProcessCollector(registry=self.registry)
 
     def prompt_step(self, seconds: float) -> None:

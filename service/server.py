@@ -211,10 +211,14 @@ class Server:
                 failed_steps=faults.failed_steps,
                 not_finite=faults.not_finite,
                 slow_readers=faults.slow_readers,
-                certificate_expires=None if self._tls is None else self._tls.expires,
             )
 
-        return Metrics(read, self.model.manifest.id if self._settings.vllm_metric_names else None)
+        certificate = self._tls
+        return Metrics(
+            read,
+            self.model.manifest.id if self._settings.vllm_metric_names else None,
+            None if certificate is None else lambda: certificate.expires,
+        )
 
     def _options(self) -> list[tuple[str, int]]:
         return [

@@ -27,7 +27,11 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
     It hands them to the standard library's logger of that name, whose level and handlers count.
     """
-    chain: list[Processor] = [structlog.stdlib.filter_by_level, structlog.stdlib.ProcessorFormatter.wrap_for_formatter]
+    chain: list[Processor] = [
+        structlog.stdlib.filter_by_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+    ]
     wrapped = structlog.wrap_logger(
         logging.getLogger(name), processors=chain, wrapper_class=structlog.stdlib.BoundLogger, context_class=dict
     )

@@ -42,8 +42,9 @@ def test_configuration() -> None:
 def test_metrics_are_as_prometheus_likes_them() -> None:
     """Names, units and types have no fault that promtool finds; vLLM's have colons, and it says so."""
     counts = dict.fromkeys(("looked_up_tokens", "cached_tokens", "failed_steps", "not_finite", "slow_readers"), 0)
-    reading = Reading(running=1, waiting=2, slots=4, slot_tokens=64, certificate_expires=1.8e9, **counts)
-    pages = [generate_latest(Metrics(lambda: reading, name).registry).decode() for name in (None, "alphabet")]
+    reading = Reading(running=1, waiting=2, slots=4, slot_tokens=64, **counts)
+    made = [Metrics(lambda: reading, model, lambda: 1.8e9) for model in (None, "alphabet")]
+    pages = [generate_latest(each.registry).decode() for each in made]
     ours, both = (promtool("check", "metrics", given=page) for page in pages)
     assert (ours.returncode, ours.stdout + ours.stderr) == (0, "")
     assert "vllm:num_requests_running metric names should not contain ':'" in both.stdout + both.stderr

@@ -99,6 +99,7 @@ def test_tls(model_dir, tmp_path):
     authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(other)
     good = examined(model_dir, tls_certificate=certificate, tls_key=key)
     assert (failing(good), str(certificate) in good["TLS"].text) == ([], True)
+    assert "expires 2" in good["TLS"].text  # some year
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=other)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]

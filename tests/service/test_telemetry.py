@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from service import telemetry
 from service.telemetry import LossyHandler, formatter, get_logger
 
 
@@ -79,12 +80,12 @@ def test_lines_are_written_in_order(logger):
 
 def test_ours_and_everyone_elses_lines_are_alike(ours):
     """When, how grave, whose and what, then the fields: whether by our logger or by a library's."""
-    get_logger("service.here").info("serving", address="127.0.0.1:1", slots=4)
+    get_logger("service.here").info("%s now", "serving", address="127.0.0.1:1", slots=4)
     logging.getLogger("grpc._cython.cygrpc").warning("%s of %d", "one", 3, extra={"address": "b"})
     own, foreign = read_lines(*ours)
     assert list(own) == ["time", "level", "logger", "message", "address", "slots"]
     assert list(foreign) == ["time", "level", "logger", "message", "address"]
-    assert (own["level"], own["logger"], own["message"], own["slots"]) == ("info", "service.here", "serving", 4)
+    assert (own["level"], own["logger"], own["message"], own["slots"]) == ("info", "service.here", "serving now", 4)
     assert (foreign["level"], foreign["logger"], foreign["message"]) == ("warning", "grpc._cython.cygrpc", "one of 3")
     for line in (own, foreign):
         assert abs(datetime.fromisoformat(line["time"]).timestamp() - time.time()) < 60
@@ -113,6 +114,12 @@ def test_what_is_no_json_is_shown(ours):
     (line,) = read_lines(*ours)
     assert "/model" in line["path"]
     assert line["text"] == "\udc80\x00\u2028"
+
+
+def test_fields_are_keyword_arguments():
+    """Nowhere in the service are they given as to the standard library: that would make a field `extra` of them."""
+    sources = (Path(telemetry.__file__).parent).rglob("*.py")
+    assert [path for path in sources if "extra={" in path.read_text()] == []
 
 
 def test_levels(ours):
