@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from service import memory, models, ports
 from service.engine.model import provider
@@ -93,16 +94,18 @@ def _keys(settings: Settings) -> str:
 
 
 def _tls(settings: Settings) -> str:
-    if tls.credentials(settings) is None:
+    loaded = tls.load(settings)
+    if loaded is None:
         return "off"
-    assert settings.tls_certificate is not None  # else `credentials` has raised
+    assert settings.tls_certificate is not None  # else `load` has raised
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
     except ssl.SSLError as error:
         message = f"{settings.tls_certificate} and {settings.tls_key} do not belong together or are damaged"
         raise StartupError(f"{message}: {error.reason}") from None
     callers = "callers need none" if settings.tls_client_ca is None else f"callers' from {settings.tls_client_ca}"
-    return f"{settings.tls_certificate}; {callers}"
+    until = datetime.fromtimestamp(loaded.expires, UTC)
+    return f"{settings.tls_certificate}, which expires {until:%Y-%m-%d %H:%M} UTC; {callers}"
 
 
 def _model(given: ModelSettings, checked: list[Checked]) -> str:

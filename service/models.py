@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from service import manifest as manifests
-from service import memory
+from service import memory, telemetry
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -21,7 +20,7 @@ from service.settings import ModelSettings, Settings
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 # What is generated to warm up: the prompt's step, and steps of the other graph.
 _WARM_UP_TOKENS = 3
@@ -112,9 +111,9 @@ def _log_plan(model: Checked, part: int, plan: memory.Plan) -> None:
     sizes = ("total", "weights", "kv_slot", "logits", "other")
     fields |= {f"{name}_mib": memory.mib(getattr(plan, name)) for name in sizes}
     if plan.slots < most:
-        _log.warning("the memory budget holds fewer slots than max_running", extra={"fields": fields})
+        _log.warning("the memory budget holds fewer slots than max_running", **fields)
     else:
-        _log.info("the memory budget holds all slots", extra={"fields": fields})
+        _log.info("the memory budget holds all slots", **fields)
 
 
 def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
@@ -166,13 +165,15 @@ def warm_up_request(model: ServedModel) -> Request:
     )
 
 
-def reading(engine: Engine) -> Reading:
-    """An engine's numbers at this moment."""
+def reading(model: ServedModel) -> Reading:
+    """The numbers of a model's engine at this moment."""
+    engine = model.engine
     stats, reuse, faults = engine.stats, engine.reuse, engine.faults
     return Reading(
         running=stats.running,
         waiting=stats.waiting,
         slots=engine.slots,
+        slot_tokens=model.limits.context_length,
         looked_up_tokens=reuse.prompt_tokens,
         cached_tokens=reuse.cached_tokens,
         failed_steps=faults.failed_steps,

@@ -46,7 +46,8 @@ class Usage:
 
     Seconds are since its call began, and None where it did not get so far: it waited from `queued_seconds` to
     `started_seconds`; the first piece of its answer came at `first_token_seconds`. Tokens are those of all candidates,
-    shown or not.
+    shown or not, `longest` those of the one that has most. Of its sequences `stopped` met an end token or a stop text,
+    and `cut_off` their length.
     """
 
     id: str
@@ -59,6 +60,9 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    longest: int = 0
+    stopped: int = 0
+    cut_off: int = 0
     queued_seconds: float | None = None
     started_seconds: float | None = None
     first_token_seconds: float | None = None

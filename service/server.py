@@ -19,7 +19,7 @@ from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import models, ports, watchdog
+from service import models, ports, telemetry, watchdog
 from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
@@ -35,7 +35,7 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from service.tracing import Tracing
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -73,6 +73,7 @@ class Server:
         self.models = models.load(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = Health()
+        self._tls = tls.load(settings)
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
         self._tracing = _tracing(settings.otlp_endpoint)
@@ -82,16 +83,20 @@ class Server:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        self._credentials = tls.credentials(settings)
         self._add_services()
 
     def _make_metrics(self) -> Metrics | None:
         if not self._settings.metrics_port:
             return None
-        return Metrics(self._read, vllm_names=self._settings.vllm_metric_names)
+        certificate = self._tls
+        return Metrics(
+            self._read,
+            vllm_names=self._settings.vllm_metric_names,
+            certificate_expires=None if certificate is None else lambda: certificate.expires,
+        )
 
     def _read(self) -> dict[str, Reading]:
-        return {model.id: models.reading(model.engine) for model in self.models}
+        return {model.id: models.reading(model) for model in self.models}
 
     def _options(self) -> list[tuple[str, int]]:
         return [
@@ -132,7 +137,8 @@ class Server:
         await self._server.start()
         await self._warm_up()
         await self._health.say(True, *READINESS, STARTUP)
-        _log.info("serving", extra={"fields": {"address": self.address, "models": [each.id for each in self.models]}})
+        metrics = self._exporter and self._exporter.address
+        _log.info("serving", address=self.address, models=[each.id for each in self.models], metrics=metrics)
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
@@ -160,15 +166,14 @@ class Server:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-        fields = _sums(engine.reuse for engine in engines) | _sums(engine.faults for engine in engines)
-        _log.info("stopped", extra={"fields": fields})
+        _log.info("stopped", **_sums(each.reuse for each in engines), **_sums(each.faults for each in engines))
 
     def _bind(self) -> None:
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 self._server.add_insecure_port(self.address)
             else:
-                self._server.add_secure_port(self.address, self._credentials)
+                self._server.add_secure_port(self.address, self._tls.credentials())
         except RuntimeError as error:
             pid = ports.listener(self._settings.port)
             if pid is None:
@@ -187,7 +192,7 @@ class Server:
             message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
             if "metrics_port" in self._settings.model_fields_set:
                 raise StartupError(f"{message}; choose another port (--metrics-port), or 0 for none") from None
-            _log.warning("%s; there are none", message)
+            _log.warning(f"{message}; there are none")
 
     async def _warm_up(self) -> None:
         """Has each model answer a request of the service's own, one after the other: only then is the service ready."""
@@ -213,8 +218,8 @@ class Server:
         """Watches a model's engine. When a step never ends, all callers hear of it, and the process exits with 1."""
         seconds = self._settings.watchdog_seconds
         await watchdog.hung(lambda: model.engine.turn, seconds)
-        fields = {"model": model.id, "seconds": seconds, **dataclasses.asdict(model.engine.stats)}
-        _log.critical("the engine hangs", extra={"fields": fields})
+        stats = dataclasses.asdict(model.engine.stats)
+        _log.critical("the engine hangs", model=model.id, seconds=seconds, **stats)
         await self._health.say(False, *READINESS, LIVENESS)
         for each in self.models:
             each.engine.abandon()
@@ -242,7 +247,7 @@ async def serve(settings: Settings) -> None:
         await _first(stop, *deaths)
         for number in _SIGNALS:
             loop.add_signal_handler(number, os._exit, 128 + number)
-        _log.info("draining", extra={"fields": _sums(engine.stats for engine in engines)})
+        _log.info("draining", **_sums(engine.stats for engine in engines))
         await server.announce_end()
         await _first(*deaths, within=settings.drain_delay_seconds)
     for watch in watching:

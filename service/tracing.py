@@ -92,6 +92,7 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
             "gen_ai.request.temperature": usage.temperature,
             "gen_ai.request.top_p": usage.top_p,
             "gen_ai.request.choice.count": usage.n,
+            "gen_ai.response.finish_reasons": ("stop",) * usage.stopped + ("length",) * usage.cut_off,
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage.completion_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import re
 import time
 import uuid
@@ -15,13 +14,14 @@ from typing import Any, TypeAlias
 import grpc
 from completion.v1 import completion_pb2 as pb
 
+from service import telemetry
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError
 from service.observer import Ended, Method, Observer, Usage
 from service.rpc.keys import Caller, KeyRing
 from service.rpc.outcome import outcome_of
 from service.rpc.status import status_of, trailing_metadata
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -164,7 +164,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 observer.failed_unexpectedly()
             if ended is not None:
                 observer.request_ended(ended)
-        _log.info("call", extra={"fields": {**fields, "seconds": round(seconds, 4), **call.notes}})
+        _log.info("call", **fields, seconds=round(seconds, 4), **call.notes)
 
 
 def _summary(ended: Ended) -> dict[str, object]:
@@ -257,5 +257,5 @@ def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
     current_call.get().error = error
     request_id = current_request_id.get()
     if not isinstance(error, ServiceError):
-        _log.error("call failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+        _log.error("call failed", exc_info=error, request_id=request_id)
     return status_of(error, request_id)

@@ -25,7 +25,7 @@ from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import UNLIMITED, Meter, Quota
 from service.text.tokenizer import Tokenizer
-from service.types import Delta, Request
+from service.types import Delta, FinishReason, Request
 
 # An event of the deadline's passing must be on its way before the deadline: then the stream is cut off.
 _LAST_EVENT_SECONDS = 0.5
@@ -189,6 +189,9 @@ def _fill(usage: Usage, generation: Generation, call: Call) -> None:
     """Notes what a generation came to."""
     usage.cached_tokens = generation.cached_tokens
     usage.completion_tokens = generation.completion_tokens
+    usage.longest = generation.longest
+    usage.stopped = generation.finished[FinishReason.STOP]
+    usage.cut_off = generation.finished[FinishReason.LENGTH]
     usage.queued_seconds = generation.queued_at - call.began
     if generation.started_at is not None:
         usage.started_seconds = generation.started_at - call.began

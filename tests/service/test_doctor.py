@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
 import trustme
@@ -93,12 +94,13 @@ def test_tls(model_dir, tmp_path):
     """Certificate and key must be there, and belong together."""
     authority = trustme.CA()
     certificate, key, other = (tmp_path / name for name in ("certificate.pem", "key.pem", "other.pem"))
-    issued = authority.issue_cert("127.0.0.1")
+    issued = authority.issue_cert("127.0.0.1", not_after=datetime(2099, 1, 2, 3, 4, tzinfo=UTC))
     issued.cert_chain_pems[0].write_to_path(certificate)
     issued.private_key_pem.write_to_path(key)
     authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(other)
     good = examined(model_dir, tls_certificate=certificate, tls_key=key)
     assert (failing(good), str(certificate) in good["TLS"].text) == ([], True)
+    assert "expires 2099-01-02 03:04 UTC" in good["TLS"].text
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=other)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]

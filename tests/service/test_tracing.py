@@ -75,6 +75,7 @@ async def test_a_request_and_its_parts(made):
         "gen_ai.response.id": answer.id,
         "gen_ai.request.max_tokens": 4,
         "gen_ai.request.temperature": 0.0,
+        "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": 20,
         "gen_ai.usage.output_tokens": 4,
         "rpc.service": "completion.v1.CompletionService",
