@@ -17,8 +17,8 @@ from completion.v1 import completion_pb2, completion_pb2_grpc
 from bench.client import API_KEY, Job, Piece, Stream, rest
 from bench.processes import START_SECONDS, answers, healthy, running, wait_until
 from deploy import local
+from service import models
 from service.engine.engine import Engine
-from service.server import load_model
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
 
@@ -119,7 +119,7 @@ def _grpc_stream(port: int) -> Stream:
 @contextmanager
 def bare_engine(setup: Setup) -> Iterator[Served]:
     """The engine alone, in the client's process: no gRPC, no JSON."""
-    engine = load_model(_settings(setup)).engine
+    engine = models.load(_settings(setup))[0].engine
     started = False
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:

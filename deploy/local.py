@@ -2,12 +2,12 @@
 
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
-MODEL_DIR names another model directory, API_KEY the key for the first request when the service was given a file
-of keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits every key at Envoy. TLS_DIR turns on
-TLS at the door and between the two, with the certificates in that folder (docs/security.md). REPLICAS starts as many
-services, which share the cores, and AFFINITY=session sends each session to one of them (docs/scaling.md).
-START_SECONDS is how long all may take to get ready. Prints a line that starts with `ready` once a completion has
-come through Envoy, then serves until Ctrl-C or SIGTERM.
+MODEL_DIR names another model directory (further ones follow as `-- --model-dir DIR`), API_KEY the key for the first
+request when the service was given a file of keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits
+every key at Envoy. TLS_DIR turns on TLS at the door and between the two, with the certificates in that folder
+(docs/security.md). REPLICAS starts as many services, which share the cores, and AFFINITY=session sends each session to
+one of them (docs/scaling.md). START_SECONDS is how long all may take to get ready. Prints a line
+that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from service import doctor, settings, telemetry
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
@@ -50,11 +50,37 @@ def _serve(arguments: Sequence[str]) -> int:
 
 def _show(arguments: Sequence[str]) -> int:
     loaded, origins = settings.load(arguments), settings.origins(arguments)
-    rows = [(name, str(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
+    rows = [(name, _shown(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
+    rows += [row for model in loaded.each_model() if model.table for row in _of_table(model, loaded, origins["models"])]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = (f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
     print("\n".join(lines))
     return 0
+
+
+def _of_table(model: settings.ModelSettings, loaded: settings.Settings, origin: str) -> Iterator[tuple[str, str, str]]:
+    """The rows of a model with a table: what it has of its own, and what it has as all models do."""
+    assert model.table is not None
+    table = loaded.models[model.table]
+    for name in settings.ModelTable.model_fields:
+        own = getattr(table, name)
+        if name in table.model_fields_set and own is not None:
+            yield f"models.{model.table}.{name}", _shown(own), origin
+        elif name != "memory_mib" and name in settings.Settings.model_fields:
+            yield f"models.{model.table}.{name}", _shown(getattr(loaded, name)), f"as {name}"
+
+
+def _shown(value: object) -> str:
+    """A setting's value on one line; of tables their names."""
+    match value:
+        case dict():
+            pairs = (
+                name if isinstance(each, settings.ModelTable) else f"{name}={each}" for name, each in value.items()
+            )
+            return ", ".join(pairs) or "None"
+        case tuple():
+            return ", ".join(map(str, value)) or "None"
+    return str(value)
 
 
 def _examine(arguments: Sequence[str]) -> int:

@@ -6,15 +6,16 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from service import manifest as manifests
-from service import memory, ports
+from service import memory, models, ports
 from service.engine.model import provider
 from service.errors import StartupError
+from service.models import Checked
 from service.rpc import tls
 from service.rpc.keys import KeyRing
-from service.server import check_host, context_length
-from service.settings import Settings
+from service.server import check_host
+from service.settings import ModelSettings, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,24 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "API keys": _keys,
         "TLS": _tls,
         "provider": lambda _: provider(),
-        "model": _model,
-        "memory": _memory,
     }
     for name, check in checks.items():
-        try:
-            yield Finding(name, True, check(settings))
-        except StartupError as error:
-            yield Finding(name, False, str(error))
+        yield _finding(name, check, settings)
+    checked: list[Checked] = []
+    for given in settings.each_model():
+        yield _finding("model", _model, given, checked)
+    if len(checked) < len(settings.each_model()):
+        yield from (Finding(name, False, "not known before all models are sound") for name in ("names", "memory"))
+        return
+    yield _finding("names", _names, checked, settings)
+    yield from _memory(checked, settings)
+
+
+def _finding(name: str, check: Callable[..., str], *arguments: object) -> Finding:
+    try:
+        return Finding(name, True, check(*arguments))
+    except StartupError as error:
+        return Finding(name, False, str(error))
 
 
 def _port(settings: Settings) -> str:
@@ -83,27 +94,42 @@ def _keys(settings: Settings) -> str:
 
 
 def _tls(settings: Settings) -> str:
-    if tls.credentials(settings) is None:
+    loaded = tls.load(settings)
+    if loaded is None:
         return "off"
-    assert settings.tls_certificate is not None  # else `credentials` has raised
+    assert settings.tls_certificate is not None  # else `load` has raised
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
     except ssl.SSLError as error:
         message = f"{settings.tls_certificate} and {settings.tls_key} do not belong together or are damaged"
         raise StartupError(f"{message}: {error.reason}") from None
     callers = "callers need none" if settings.tls_client_ca is None else f"callers' from {settings.tls_client_ca}"
-    return f"{settings.tls_certificate}; {callers}"
+    until = datetime.fromtimestamp(loaded.expires, UTC)
+    return f"{settings.tls_certificate}, which expires {until:%Y-%m-%d %H:%M} UTC; {callers}"
 
 
-def _model(settings: Settings) -> str:
-    manifest = manifests.load(settings.model_dir)
-    manifests.check_external_data(settings.model_dir, manifest)
-    return f"{manifest.id} in {settings.model_dir}: the hashes of {len(manifest.files)} files are right"
+def _model(given: ModelSettings, checked: list[Checked]) -> str:
+    """Adds a sound model to `checked`."""
+    model = models.check(given)
+    checked.append(model)
+    files = len(model.manifest.files)
+    return f"{model.manifest.id} in {given.directory}: the hashes of {files} files are right"
 
 
-def _memory(settings: Settings) -> str:
-    manifest = manifests.load(settings.model_dir)
-    budget = memory.budget(settings)
-    plan = memory.plan(manifest, settings, context_length(manifest, settings), budget)
-    found = f"{plan.slots} of {settings.max_running} slots, {memory.mib(plan.total)} of {budget // memory.MIB} MiB"
-    return found if plan.slots == settings.max_running else f"{found}: fewer run at once than max_running"
+def _names(checked: list[Checked], settings: Settings) -> str:
+    found = zip(checked, models.aliases(checked, settings.alias), strict=True)
+    return "; ".join(" = ".join((model.manifest.id, *names)) for model, names in found)
+
+
+def _memory(checked: list[Checked], settings: Settings) -> Iterator[Finding]:
+    """A finding for each model, or one for all when the budget cannot be divided."""
+    try:
+        plans = models.plans(checked, settings)
+    except StartupError as error:
+        yield Finding("memory", False, str(error))
+        return
+    for model, (part, plan) in zip(checked, plans, strict=True):
+        most = model.given.settings.max_running
+        found = f"{plan.slots} of {most} slots, {memory.mib(plan.total)} of {part // memory.MIB} MiB"
+        found += "" if plan.slots == most else ": fewer run at once than max_running"
+        yield Finding("memory", True, found if len(checked) == 1 else f"{model.manifest.id}: {found}")

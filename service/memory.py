@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -57,13 +57,68 @@ class Plan:
         return self.weights + (self.slots + 1) * self.kv_slot + self.logits + self.other
 
 
-def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: int) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a model claims of the budget: `least` for one sequence, `most` for all; or just its `own`, if it has one."""
+
+    name: str
+    least: int
+    most: int
+    own: int | None = None
+
+
+def claim(
+    name: str, manifest: Manifest, settings: Settings, context_length: int, *, own: int | None, models: int
+) -> Claim:
+    """A model's claim, where so many models share the process."""
+    least, most = (
+        _plan(manifest, settings, context_length, slots, models).total for slots in (1, settings.max_running)
+    )
+    return Claim(name, least, most, own)
+
+
+def divide(claims: Sequence[Claim], allowed: int) -> list[int]:
+    """Each model's part, together never more than `allowed`.
+
+    Models with a budget of their own get that. Of the rest each gets its least, and what is left then in proportion to
+    what more the models could use. Raises StartupError when that does not fit.
+    """
+    own = [each for each in claims if each.own is not None]
+    shared = [each for each in claims if each.own is None]
+    left = allowed - sum(each.own or 0 for each in own)
+    if left < 0:
+        named = ", ".join(f"{each.name} {mib(each.own or 0)} MiB" for each in own)
+        raise StartupError(
+            f"the models' own memory_mib come to more than all may take: {named}, together {mib(allowed - left)} MiB,"
+            f" and {allowed // MIB} MiB are allowed; lower them, or allow more (--memory-mib)"
+        )
+    spare = left - sum(each.least for each in shared)
+    if spare < 0 and len(claims) > 1:
+        named = ", ".join(f"{each.name} {mib(each.least)} MiB" for each in shared)
+        raise StartupError(
+            f"the memory does not hold one sequence of each model: that takes {named}, and {left // MIB} MiB are"
+            f" {'left beside what others have of their own' if own else 'allowed'}; lower context_length,"
+            f" prompt_chunk or max_waiting, serve fewer models, or allow more (--memory-mib)"
+        )
+    wanted = sum(each.most - each.least for each in shared)
+
+    def part(each: Claim) -> int:
+        if each.own is not None:
+            return each.own
+        more = spare * (each.most - each.least) // wanted if wanted else spare // len(shared)
+        return each.least + more
+
+    return [part(each) for each in claims]
+
+
+def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: int, models: int = 1) -> Plan:
     """The plan of the most slots, up to `max_running`, that stays within `allowed`.
 
-    Raises StartupError when not even one slot fits.
+    Where several `models` share the process, each bears its part of what that takes by itself. Raises StartupError when
+    not even one slot fits.
     """
     for slots in range(settings.max_running, 0, -1):
-        made = _plan(manifest, settings, context_length, slots)
+        made = _plan(manifest, settings, context_length, slots, models)
         if made.total <= allowed:
             return made
     raise StartupError(
@@ -74,7 +129,7 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: i
     )
 
 
-def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> Plan:
+def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int, models: int) -> Plan:
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
     parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
     activations = _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
@@ -86,7 +141,7 @@ def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: in
         weights=int(stored * (_HALVES_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
         kv_slot=context_length * manifest.kv.bytes_per_token,
         logits=rows * manifest.vocab_size * 4,
-        other=_PROCESS + tokenizer + (settings.prompt_chunk + slots + 1) * activations + tokens,
+        other=_PROCESS // models + tokenizer + (settings.prompt_chunk + slots + 1) * activations + tokens,
     )
 
 

@@ -46,7 +46,8 @@ class Usage:
 
     Seconds are since its call began, and None where it did not get so far: it waited from `queued_seconds` to
     `started_seconds`; the first piece of its answer came at `first_token_seconds`. Tokens are those of all candidates,
-    shown or not.
+    shown or not, `longest` those of the one that has most. Of its sequences `stopped` met an end token or a stop text,
+    and `cut_off` their length.
     """
 
     id: str
@@ -59,6 +60,9 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    longest: int = 0
+    stopped: int = 0
+    cut_off: int = 0
     queued_seconds: float | None = None
     started_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -69,7 +73,8 @@ class Ended:
     """A completion request that has ended, `seconds` after its call began.
 
     `refusal` is set if it was refused, `usage` if the engine had taken it. `status` is gRPC's number; `trace` are the
-    caller's traceparent and tracestate, where it sent any.
+    caller's traceparent and tracestate, where it sent any. `model` is the id of the served model, empty where it named
+    none.
     """
 
     method: Method
@@ -80,6 +85,7 @@ class Ended:
     seconds: float
     usage: Usage | None
     trace: Mapping[str, str]
+    model: str = ""
 
 
 class Observer:

@@ -1,4 +1,4 @@
-"""Wires the service together: model, engine, RPCs, health and reflection; starts it, and drains it at the end."""
+"""Wires the service together: models, RPCs, health and reflection; starts it, and drains it at the end."""
 
 from __future__ import annotations
 
@@ -8,86 +8,39 @@ import faulthandler
 import logging
 import os
 import signal
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
-from completion.v1 import completion_pb2, completion_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from completion.v1 import completion_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import manifest as manifests
-from service import memory, ports, watchdog
-from service.engine.cache import KVCache
-from service.engine.engine import Engine
-from service.engine.model import Model
-from service.engine.scheduler import Scheduler
+from service import models, ports, telemetry, watchdog
+from service.engine.cache import Reuse
+from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
 from service.metrics import Exporter, Metrics, Reading
-from service.observer import Observer
 from service.rpc import tls
+from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
-from service.rpc.parse import Limits
 from service.rpc.quota import Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.settings import Settings
-from service.text.tokenizer import Tokenizer
-from service.types import Prompt, Request, SamplingParams
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
 
-_log = logging.getLogger(__name__)
-
-SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
-# Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
-_READINESS = (SERVICE_NAME, "", "readiness")
-# Whether the start is over, and whether the process is of use at all: both stay true while it drains.
-_STARTUP, _LIVENESS = "startup", "liveness"
-# What is generated to warm up: the prompt's step, and steps of the other graph.
-_WARM_UP_TOKENS = 3
+_log = telemetry.get_logger(__name__)
 
 _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # More calls at once than Envoy sends to all replicas together: a bound on memory for who comes without it.
 _MAX_CALLS = 8192
-
-
-def load_model(settings: Settings) -> ServedModel:
-    """The model that the settings name, checked and ready to start. Raises StartupError."""
-    manifest = manifests.load(settings.model_dir)
-    manifests.check_external_data(settings.model_dir, manifest)
-    length = context_length(manifest, settings)
-    slots = _plan_memory(manifest, settings, length).slots
-    tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
-    model = Model(
-        settings.model_dir,
-        manifest,
-        slots=slots,
-        context_length=length,
-        threads=settings.threads,
-        batch_invariant=settings.batch_invariant,
-    )
-    scheduler = Scheduler(KVCache(slots), settings.prompt_chunk)
-    engine = Engine(
-        model,
-        tokenizer,
-        scheduler,
-        max_waiting=settings.max_waiting,
-        send_timeout=settings.send_timeout_seconds,
-        max_queue_seconds=settings.max_queue_seconds,
-    )
-    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops))
-
-
-def context_length(manifest: manifests.Manifest, settings: Settings) -> int:
-    """The most tokens of a sequence. Raises StartupError when it is set to more than the model can."""
-    length = settings.context_length or manifest.context_length
-    if length > manifest.context_length:
-        raise StartupError(f"context_length {length} is above the {manifest.context_length} of {settings.model_dir}")
-    return length
 
 
 def check_host(settings: Settings, keys: KeyRing) -> None:
@@ -96,20 +49,6 @@ def check_host(settings: Settings, keys: KeyRing) -> None:
         raise StartupError(
             f"host {settings.host} is not loopback: listening there needs an API key file (--api-keys-file)"
         )
-
-
-def _plan_memory(manifest: manifests.Manifest, settings: Settings, context_length: int) -> memory.Plan:
-    """The memory's plan, also in the log."""
-    budget = memory.budget(settings)
-    plan = memory.plan(manifest, settings, context_length, budget)
-    fields = {"slots": plan.slots, "max_running": settings.max_running, "budget_mib": budget // memory.MIB}
-    sizes = ("total", "weights", "kv_slot", "logits", "other")
-    fields |= {f"{name}_mib": memory.mib(getattr(plan, name)) for name in sizes}
-    if plan.slots < settings.max_running:
-        _log.warning("the memory budget holds fewer slots than max_running", extra={"fields": fields})
-    else:
-        _log.info("the memory budget holds all slots", extra={"fields": fields})
-    return plan
 
 
 def _tracing(endpoint: str | None) -> Tracing | None:
@@ -124,54 +63,6 @@ def _tracing(endpoint: str | None) -> Tracing | None:
     return Tracing(endpoint)
 
 
-def _warm_up_request(model: ServedModel, prompt_chunk: int) -> Request:
-    """A whole chunk of a prompt and a few tokens after it, for nobody."""
-    length = min(prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
-    token = model.manifest.special_tokens.default_prompt or 0  # any will do
-    prompt = Prompt((token,) * length, "", implied=length)
-    return Request(
-        id="warm-up",
-        model=model.manifest.id,
-        created=0,
-        identity="warm-up",
-        prompts=(prompt,),
-        max_tokens=_WARM_UP_TOKENS,
-        n=1,
-        best_of=1,
-        stream=False,
-        include_usage=False,
-        continuous_usage=False,
-        logprobs=None,
-        echo=False,
-        stop=(),
-        stop_token_ids=frozenset(),
-        min_tokens=0,
-        sampling=SamplingParams(temperature=0),
-    )
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """Health whose watches can be ended: they would hold up a drain for as long as their callers like."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802, the contract's name
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
-        try:
-            await super().Watch(request, context)
-        finally:
-            self._watches.discard(task)
-
-    def end_watches(self) -> None:
-        """Ends every watch."""
-        for task in self._watches:
-            task.cancel()
-
-
 class Server:
     """The running service. As an async context manager it serves inside the block and drains at its end."""
 
@@ -179,9 +70,10 @@ class Server:
         self._settings = settings
         self.keys = KeyRing.load(settings.api_keys_file)
         check_host(settings, self.keys)
-        self.model = load_model(settings)
+        self.models = models.load(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
-        self._health = _Health()
+        self._health = Health()
+        self._tls = tls.load(settings)
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
         self._tracing = _tracing(settings.otlp_endpoint)
@@ -191,28 +83,20 @@ class Server:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        self._credentials = tls.credentials(settings)
         self._add_services()
 
     def _make_metrics(self) -> Metrics | None:
         if not self._settings.metrics_port:
             return None
-        engine = self.model.engine
+        certificate = self._tls
+        return Metrics(
+            self._read,
+            vllm_names=self._settings.vllm_metric_names,
+            certificate_expires=None if certificate is None else lambda: certificate.expires,
+        )
 
-        def read() -> Reading:
-            stats, reuse, faults = engine.stats, engine.reuse, engine.faults
-            return Reading(
-                running=stats.running,
-                waiting=stats.waiting,
-                slots=engine.slots,
-                looked_up_tokens=reuse.prompt_tokens,
-                cached_tokens=reuse.cached_tokens,
-                failed_steps=faults.failed_steps,
-                not_finite=faults.not_finite,
-                slow_readers=faults.slow_readers,
-            )
-
-        return Metrics(read, self.model.manifest.id if self._settings.vllm_metric_names else None)
+    def _read(self) -> dict[str, Reading]:
+        return {model.id: models.reading(model) for model in self.models}
 
     def _options(self) -> list[tuple[str, int]]:
         return [
@@ -229,10 +113,9 @@ class Server:
         ]
 
     def _add_services(self) -> None:
-        models = dict.fromkeys(self.model.names, self.model)
         quota = Quota(self._settings.tokens_per_minute, self._settings.max_sequences)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(models, self._tokenizing, quota), self._server
+            CompletionServicer(self.models, self._tokenizing, quota), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -247,13 +130,15 @@ class Server:
     async def __aenter__(self) -> Server:
         self._bind()
         self._export_metrics()
-        self.model.engine.start(asyncio.get_running_loop())
-        await self._set_health(False, *_READINESS, _STARTUP)
-        await self._set_health(True, _LIVENESS)
+        for model in self.models:
+            model.engine.start(asyncio.get_running_loop())
+        await self._health.say(False, *READINESS, STARTUP)
+        await self._health.say(True, LIVENESS)
         await self._server.start()
         await self._warm_up()
-        await self._set_health(True, *_READINESS, _STARTUP)
-        _log.info("serving", extra={"fields": {"address": self.address, "model": self.model.manifest.id}})
+        await self._health.say(True, *READINESS, STARTUP)
+        metrics = self._exporter and self._exporter.address
+        _log.info("serving", address=self.address, models=[each.id for each in self.models], metrics=metrics)
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self
@@ -262,34 +147,33 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.announce_end()
-        died = self.model.engine.died.is_set()
-        if died:
-            await self._set_health(False, _LIVENESS)
-        await self._stop(0.0 if died else self._settings.drain_seconds)
+        dead = self.dead_models()
+        if dead:
+            await self._health.say(False, LIVENESS)
+        await self._stop(0.0 if dead else self._settings.drain_seconds)
 
     async def _stop(self, seconds: float) -> None:
         """Ends everything; what runs has so many seconds to finish."""
         # No new calls from here on. Those that outlast the drain hear why from the engine, before gRPC cuts them off.
-        engine = self.model.engine
+        engines = [model.engine for model in self.models]
         stopped = asyncio.ensure_future(self._server.stop(seconds + _LAST_WORDS_SECONDS))
         asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS / 4, self._health.end_watches)
         await asyncio.wait([stopped], timeout=seconds)
-        await asyncio.to_thread(engine.stop)
+        await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines))
         await stopped
         self._tokenizing.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-        fields = {**dataclasses.asdict(engine.reuse), **dataclasses.asdict(engine.faults)}
-        _log.info("stopped", extra={"fields": fields})
+        _log.info("stopped", **_sums(each.reuse for each in engines), **_sums(each.faults for each in engines))
 
     def _bind(self) -> None:
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 self._server.add_insecure_port(self.address)
             else:
-                self._server.add_secure_port(self.address, self._credentials)
+                self._server.add_secure_port(self.address, self._tls.credentials())
         except RuntimeError as error:
             pid = ports.listener(self._settings.port)
             if pid is None:
@@ -308,44 +192,47 @@ class Server:
             message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
             if "metrics_port" in self._settings.model_fields_set:
                 raise StartupError(f"{message}; choose another port (--metrics-port), or 0 for none") from None
-            _log.warning("%s; there are none", message)
+            _log.warning(f"{message}; there are none")
 
     async def _warm_up(self) -> None:
-        """Answers a request of its own: only then is the service ready."""
-        engine = self.model.engine
-        try:
-            await engine.warm_up(_warm_up_request(self.model, self._settings.prompt_chunk))
-        except (EngineFaultError, UnavailableError):
-            await self._stop(0)
-            raise StartupError("the model cannot answer: the warm-up request failed; the log says of what") from None
-        engine.observer = self._metrics or Observer()
+        """Has each model answer a request of the service's own, one after the other: only then is the service ready."""
+        for model in self.models:
+            try:
+                await model.engine.warm_up(models.warm_up_request(model))
+            except (EngineFaultError, UnavailableError):
+                await self._stop(0)
+                message = f"the model {model.id} cannot answer: the warm-up request failed; the log says of what"
+                raise StartupError(message) from None
+            if self._metrics is not None:
+                model.engine.observer = self._metrics.engine(model.id)
 
     async def announce_end(self) -> None:
         """Has health say NOT_SERVING, so that who asks sends no new requests; they are still taken."""
-        await self._set_health(False, *_READINESS)
+        await self._health.say(False, *READINESS)
 
-    async def end_if_hung(self) -> None:
-        """Watches the engine. When a step never ends, every caller hears of it, and the process exits with 1."""
-        engine, seconds = self.model.engine, self._settings.watchdog_seconds
-        await watchdog.hung(lambda: engine.turn, seconds)
-        _log.critical("the engine hangs", extra={"fields": {"seconds": seconds, **dataclasses.asdict(engine.stats)}})
-        await self._set_health(False, *_READINESS, _LIVENESS)
-        engine.abandon()
+    def dead_models(self) -> list[str]:
+        """The ids of the models whose engines have died."""
+        return [model.id for model in self.models if model.engine.died.is_set()]
+
+    async def end_if_hung(self, model: ServedModel) -> None:
+        """Watches a model's engine. When a step never ends, all callers hear of it, and the process exits with 1."""
+        seconds = self._settings.watchdog_seconds
+        await watchdog.hung(lambda: model.engine.turn, seconds)
+        stats = dataclasses.asdict(model.engine.stats)
+        _log.critical("the engine hangs", model=model.id, seconds=seconds, **stats)
+        await self._health.say(False, *READINESS, LIVENESS)
+        for each in self.models:
+            each.engine.abandon()
         faulthandler.dump_traceback(all_threads=True)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         logging.shutdown()
         os._exit(1)
 
-    async def _set_health(self, serving: bool, *names: str) -> None:
-        answers = health_pb2.HealthCheckResponse
-        for name in names:
-            await self._health.set(name, answers.SERVING if serving else answers.NOT_SERVING)
-
 
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish; a second signal ends the process at once.
 
-    Raises EngineDiedError when there is no engine to serve with any more: a supervisor should start the process again.
+    Raises EngineDiedError when a model has no engine any more: a supervisor should start the process again.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -353,18 +240,28 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     server = Server(settings)
     loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
-    engine = server.model.engine
-    watching = asyncio.ensure_future(server.end_if_hung())
+    engines = [model.engine for model in server.models]
+    deaths = [engine.died for engine in engines]
+    watching = [asyncio.ensure_future(server.end_if_hung(model)) for model in server.models]
     async with server:
-        await _first(stop, engine.died)
+        await _first(stop, *deaths)
         for number in _SIGNALS:
             loop.add_signal_handler(number, os._exit, 128 + number)
-        _log.info("draining", extra={"fields": dataclasses.asdict(engine.stats)})
+        _log.info("draining", **_sums(engine.stats for engine in engines))
         await server.announce_end()
-        await _first(engine.died, within=settings.drain_delay_seconds)
-    watching.cancel()
-    if engine.died.is_set():
-        raise EngineDiedError("the engine has died; the log says of what")
+        await _first(*deaths, within=settings.drain_delay_seconds)
+    for watch in watching:
+        watch.cancel()
+    if dead := server.dead_models():
+        raise EngineDiedError(f"the engine has died ({', '.join(dead)}); the log says of what")
+
+
+def _sums(counts: Iterable[Stats | Reuse | Faults]) -> dict[str, int]:
+    """The counts of all engines together, by name."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(dataclasses.asdict(each))
+    return dict(total)
 
 
 async def _first(*events: asyncio.Event, within: float | None = None) -> None:

@@ -6,23 +6,71 @@ import argparse
 import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, IPvAnyAddress, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from service.errors import StartupError
 
 ENV_PREFIX = "COMPLETION_"
+
+# What a model may have of its own has the same bounds there as for all.
+_ContextLength = Annotated[int, Field(ge=16)]
+_MaxRunning = Annotated[int, Field(ge=1, le=1024)]
+_Positive = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(gt=0)]
+_PromptChunk = Annotated[int, Field(ge=16, le=4096)]
+# A key file separates a key's models by commas.
+_Name = Annotated[str, Field(pattern=r"^[^\s,]+$")]
+
+
+def _several(given: object) -> object:
+    """One directory stands for a list of one."""
+    return (given,) if isinstance(given, str | Path) else given
+
+
+class ModelTable(BaseModel):
+    """What one model has of its own, in the file's table `[models.NAME]`; the rest is as for all models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dir: Path
+    aliases: tuple[_Name, ...] = ()
+    context_length: _ContextLength | None = None
+    max_running: _MaxRunning | None = None
+    memory_mib: _Positive | None = None
+    max_waiting: _Positive | None = None
+    max_queue_seconds: _Seconds | None = None
+    prompt_chunk: _PromptChunk | None = None
+    threads: _Positive | None = None
+    batch_invariant: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """One model to serve: its directory, and its aliases and its part of the memory, in MiB, where it has them given.
+
+    `settings` are the settings as they are for this model. `table` is the NAME in the file, if it has a table there.
+    """
+
+    directory: Path
+    settings: Settings
+    aliases: tuple[str, ...] = ()
+    memory_mib: int | None = None
+    table: str | None = None
 
 
 class Settings(BaseSettings):
@@ -41,7 +89,13 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
     )
 
-    model_dir: Path = Field(description="Model directory, as `python -m model_export` writes it.")
+    model_dir: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
+        (), description="Model directory, as `python -m model_export` writes it; repeat it for several models."
+    )
+    alias: dict[_Name, str] = Field({}, description="A further name of a model, as `NAME=ID`; repeat it for several.")
+    models: dict[str, ModelTable] = Field(
+        {}, description="Models with settings of their own: tables `[models.NAME]` of the file, or JSON."
+    )
     host: IPvAnyAddress = Field(
         IPv4Address("127.0.0.1"), description="IP address to listen on; other than loopback needs an API key file."
     )
@@ -57,22 +111,21 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM file of the authority that issues callers' certificates; with it callers must have one."
     )
-    context_length: int | None = Field(
-        None, ge=16, description="Most tokens of prompt and completion together; the model's own if not set."
+    context_length: _ContextLength | None = Field(
+        None, description="Most tokens of prompt and completion together; the model's own if not set."
     )
-    max_running: int = Field(
-        32, ge=1, le=1024, description="Most sequences that advance together, each with a slot of keys and values."
+    max_running: _MaxRunning = Field(
+        32, description="Most sequences that advance together, each with a slot of keys and values."
     )
-    memory_mib: int | None = Field(
+    memory_mib: _Positive | None = Field(
         None,
-        ge=1,
         description="Memory for the process, in MiB: limits the slots; 3/4 of what there is if not set.",
     )
-    max_waiting: int = Field(
-        1024, ge=1, description="Sequences that may wait before requests are refused; one caller's alone half of them."
+    max_waiting: _Positive = Field(
+        1024, description="Sequences that may wait before requests are refused; one caller's alone half of them."
     )
-    max_queue_seconds: float = Field(
-        30.0, gt=0, description="Longest estimated wait for a slot, in seconds, before a caller's requests are refused."
+    max_queue_seconds: _Seconds = Field(
+        30.0, description="Longest estimated wait for a slot, in seconds, before a caller's requests are refused."
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Most tokens of prompts and answers per minute and key; no limit if not set."
@@ -80,11 +133,12 @@ class Settings(BaseSettings):
     max_sequences: int | None = Field(
         None, ge=1, description="Most sequences of one key at once, running and waiting; no limit if not set."
     )
-    prompt_chunk: int = Field(
-        128, ge=16, le=4096, description="Most prompt tokens per step: what running streams wait for between tokens."
+    prompt_chunk: _PromptChunk = Field(
+        128, description="Most prompt tokens per step: what running streams wait for between tokens."
     )
-    threads: int = Field(
-        len(os.sched_getaffinity(0)), ge=1, description="Threads that compute; best the number of physical cores."
+    threads: _Positive = Field(
+        len(os.sched_getaffinity(0)),
+        description="Threads that compute, of each model; best the number of physical cores.",
     )
     batch_invariant: bool = Field(
         True, description="Whether a result never depends on what else runs; off is faster for a lone request."
@@ -137,7 +191,32 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return (init_settings, _Environment(settings_cls), TomlConfigSettingsSource(settings_cls))
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if not self.model_dir and not self.models:
+            named = f"(--model-dir, {ENV_PREFIX}MODEL_DIR, or a table [models.NAME] of the file)"
+            raise ValueError(f"there is no model to serve: name its directory {named}")
+        return self
+
+    def each_model(self) -> tuple[ModelSettings, ...]:
+        """The models to serve, those without a table first."""
+        plain = (ModelSettings(directory, self) for directory in self.model_dir)
+        return (*plain, *(self._of_table(name, table) for name, table in self.models.items()))
+
+    def _of_table(self, name: str, table: ModelTable) -> ModelSettings:
+        own = table.model_dump(exclude_none=True, exclude={"dir", "aliases", "memory_mib"})
+        return ModelSettings(table.dir, self.model_copy(update=own), table.aliases, table.memory_mib, name)
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, in which a single model directory need not be a JSON list."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        if field_name == "model_dir" and not value.startswith("["):
+            return value
+        return super().decode_complex_value(field_name, field, value)
 
 
 def load(arguments: Sequence[str]) -> Settings:
@@ -151,6 +230,8 @@ def load(arguments: Sequence[str]) -> Settings:
 
     try:
         return Configured()
+    except SettingsError as error:
+        raise StartupError(f"{error}: expected JSON, or NAME=ID for an alias") from None
     except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StartupError(_explain(error, file)) from None
 
@@ -160,7 +241,7 @@ def origins(arguments: Sequence[str]) -> dict[str, str]:
     file = _config_file(arguments)
     sources: list[tuple[str, PydanticBaseSettingsSource]] = [
         ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments))),
-        ("environment", EnvSettingsSource(Settings)),
+        ("environment", _Environment(Settings)),
         (f"file {file}", TomlConfigSettingsSource(Settings, file)),
     ]
     found = dict.fromkeys(Settings.model_fields, "default")
@@ -181,7 +262,10 @@ def _explain(error: ValueError, file: Path | None) -> str:
         return f"settings file {file}: {error}"
     problems = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
+        if not problem["loc"]:
+            problems.append(problem["msg"].removeprefix("Value error, "))
+            continue
+        where, name = ".".join(str(part) for part in problem["loc"]), str(problem["loc"][0])
         given = "" if problem["type"] == "missing" else f", but got {problem['input']!r}"
-        problems.append(f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): {problem['msg']}{given}")
+        problems.append(f"{where} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): {problem['msg']}{given}")
     return "; ".join(problems)

@@ -1,8 +1,7 @@
-"""Logging: one JSON object per line on standard output, without prompts, keys or user ids."""
+"""Structured logging: one JSON object per line on standard output, without prompts, keys or user ids."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -10,26 +9,55 @@ import sys
 import threading
 import time
 
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
 # Lines that may wait to be written: some megabytes.
 _CAPACITY = 10_000
 # How long the end of the process may wait for them, in seconds.
 _LAST_LINES_SECONDS = 1.0
 
 
-class JsonFormatter(logging.Formatter):
-    """Renders a record and its `fields` (passed as `extra={"fields": {...}}`) as one line of JSON."""
+# Every line begins with these.
+_FIRST = ("time", "level", "logger", "message")
 
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=True)
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger whose keyword arguments become fields of its line: `log.info("serving", address=...)`.
+
+    It hands them to the standard library's logger of that name, whose level and handlers count.
+    """
+    chain: list[Processor] = [
+        structlog.stdlib.filter_by_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+    ]
+    wrapped = structlog.wrap_logger(
+        logging.getLogger(name), processors=chain, wrapper_class=structlog.stdlib.BoundLogger, context_class=dict
+    )
+    logger: structlog.stdlib.BoundLogger = wrapped.bind()
+    return logger
+
+
+def formatter() -> logging.Formatter:
+    """Renders our loggers' records, and everyone else's with their `extra`, as the same lines of JSON."""
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+            _ordered,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+
+
+def _ordered(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    return {**{name: line[name] for name in _FIRST}, **line}
 
 
 class LossyHandler(logging.Handler):
@@ -71,9 +99,8 @@ class LossyHandler(logging.Handler):
             line = self._lines.get()
             try:
                 if self.dropped > told:
-                    dropped = self.dropped
-                    self._write(json.dumps({"level": "warning", "message": "log lines dropped", "dropped": dropped}))
-                    told = dropped
+                    told = self.dropped
+                    self._write(self.format(_dropped(told)))
                 self._write(line)
             except OSError:
                 self._lost += 1
@@ -85,8 +112,13 @@ class LossyHandler(logging.Handler):
             data = data[os.write(self._descriptor, data) :]
 
 
+def _dropped(lines: int) -> logging.LogRecord:
+    fields = {"name": __name__, "levelname": "WARNING", "levelno": logging.WARNING, "msg": "log lines dropped"}
+    return logging.makeLogRecord({**fields, "dropped": lines})
+
+
 def configure(level: str) -> None:
     """Sends records of `level` and above to standard output."""
     handler = LossyHandler(sys.stdout.fileno())
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(formatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

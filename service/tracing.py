@@ -81,16 +81,18 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         "completion.outcome": ended.outcome.value,
         "completion.request_id": ended.request_id,
     }
+    if ended.model:
+        found["gen_ai.request.model"] = ended.model
     usage = ended.usage
     if usage is not None:
         found |= {
-            "gen_ai.request.model": usage.model,
             "gen_ai.response.model": usage.model,
             "gen_ai.response.id": usage.id,
             "gen_ai.request.max_tokens": usage.max_tokens,
             "gen_ai.request.temperature": usage.temperature,
             "gen_ai.request.top_p": usage.top_p,
             "gen_ai.request.choice.count": usage.n,
+            "gen_ai.response.finish_reasons": ("stop",) * usage.stopped + ("length",) * usage.cut_off,
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage.completion_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,

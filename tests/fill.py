@@ -1,4 +1,4 @@
-"""`python -m tests.fill` with the service's flags: fills every slot of the engine and prints what the process took."""
+"""`python -m tests.fill` with the flags of the service: fills all slots of all engines and prints what that took."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import os
 import sys
 
 from bench.processes import memory
-from service import settings, telemetry
-from service.server import load_model
+from service import models, settings, telemetry
 from service.types import Prompt
 from tests.engines import collect
 from tests.fakes import request
@@ -33,5 +32,7 @@ async def fill(served):
 if __name__ == "__main__":
     loaded = settings.load(sys.argv[1:])
     telemetry.configure("info")
-    slots, generated = asyncio.run(fill(load_model(loaded)))
+    served = models.load(loaded)
+    filled = [asyncio.run(fill(each)) for each in served]
+    slots, generated = [slots for slots, _ in filled], [tokens for _, each in filled for tokens in each]
     print(json.dumps({"slots": slots, "generated": generated, "peak": memory(os.getpid())}))

@@ -95,7 +95,7 @@ class Service:
 
 @contextmanager
 def service(
-    model_dir: Path,
+    model_dir: Path | None,
     folder: Path,
     *arguments: str,
     fault: str = "",
@@ -105,11 +105,13 @@ def service(
 ) -> Iterator[Service]:
     """A service that serves, from `tests.faulty` where it is to have a fault; killed at the end if it still runs.
 
-    `around` is a command that runs another in its place.
+    Without `model_dir` the arguments name its models. `around` is a command that runs another in its place.
     """
     (port,) = free_ports(1)
     module = ["tests.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
-    flags = ["--model-dir", str(model_dir), "--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
+    flags = ["--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
+    if model_dir is not None:
+        flags += ["--model-dir", str(model_dir)]
     command = [*around, sys.executable, "-m", *module, *flags, *arguments]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         process = subprocess.Popen(command, cwd=ROOT, **{"stdout": out, "stderr": err, **popen})

@@ -1,12 +1,16 @@
 """docker-compose.yml: valid by the specification's schema, confined, and pointing at files that exist."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from service.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -49,14 +53,36 @@ def test_published_on_loopback_only(service: dict[str, Any]) -> None:
         assert port.endswith(":3000" if "grafana" in service.get("image", "") else f":{listener}")
 
 
-@pytest.mark.parametrize("name", ["envoy", "envoy-gpu", "prometheus"])
+@pytest.mark.parametrize("name", ["envoy", "envoy-gpu"])
 def test_shares_its_services_network(name: str) -> None:
     """Each runs in the network of the service that it waits for, where 127.0.0.1 is the service."""
     service = SERVICES[name]
     (upstream,) = service["depends_on"]
     assert service["network_mode"] == f"service:{upstream}"
-    if name != "prometheus":
-        assert service.get("profiles") == SERVICES[upstream].get("profiles")
+    assert service.get("profiles") == SERVICES[upstream].get("profiles")
+
+
+@pytest.mark.parametrize("name", ["service", "service-gpu"])
+def test_prometheus_finds_every_service(name: str) -> None:
+    """By its name in the network that they share, on the port of the metrics; starting Prometheus starts no service."""
+    scraped = yaml.safe_load((ROOT / "deploy" / "observability" / "prometheus.yaml").read_text())["scrape_configs"]
+    (source,) = scraped[0]["dns_sd_configs"]
+    assert name in source["names"]
+    assert source["port"] == Settings.model_fields["metrics_port"].default
+    arguments = SERVICES[name]["command"].split("$")[0].split()
+    assert arguments[arguments.index("--metrics-host") + 1] == "0.0.0.0"
+    for watching in ("prometheus", "grafana"):
+        assert "network_mode" not in SERVICES[watching]
+        assert name not in SERVICES[watching].get("depends_on", {})
+    source = yaml.safe_load((ROOT / "deploy/observability/grafana/datasources/prometheus.yaml").read_text())
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
+
+
+@pytest.mark.parametrize("name", ["service", "service-gpu"])
+def test_settings_that_are_passed_on(name: str) -> None:
+    """Variables of whoever starts compose reach the service by the names of its settings."""
+    known = {f"{ENV_PREFIX}{setting.upper()}" for setting in Settings.model_fields}
+    assert {"COMPLETION_OTLP_ENDPOINT"} <= set(SERVICES[name]["environment"]) <= known
 
 
 def test_files_exist(service: dict[str, Any]) -> None:
@@ -85,6 +111,17 @@ def test_image_gets_what_it_copies() -> None:
     for path in (path for paths in copied for path in paths):
         assert (ROOT / path).exists()
         assert path in allowed
+
+
+def test_image_has_what_settings_need() -> None:
+    """Whatever it runs on, the image has the extra for traces; every extra that it installs exists."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    (runtime,) = [line for line in lines if "/opt/service/bin/pip install" in line and '".[' in line]
+    extras = re.search(r'"\.\[(.*)\]"', runtime)
+    assert extras is not None
+    assert extras[1].split(",") == ["${RUNTIME}", "otel"]
+    assert {"cpu", "gpu", "otel", "export"} <= set(project["optional-dependencies"])
 
 
 def test_image_is_not_root() -> None:

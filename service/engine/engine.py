@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import queue
 import threading
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from service import telemetry
 from service.engine.admission import Admission, Pace, Ticket, Work
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
@@ -25,7 +25,7 @@ from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 Command = Callable[[], None]
 
@@ -148,6 +148,11 @@ class Engine:
     def slots(self) -> int:
         """How many sequences can run at once."""
         return self._scheduler.slots
+
+    @property
+    def prompt_chunk(self) -> int:
+        """The most prompt tokens of a step."""
+        return self._scheduler.prompt_chunk
 
     @property
     def reuse(self) -> Reuse:
@@ -293,7 +298,7 @@ class Engine:
             self._failures = 0
         except Exception as error:
             self._note(error)
-            _log.exception("a step of the model failed", extra={"fields": {"rows": len(sequences)}})
+            _log.exception("a step of the model failed", rows=len(sequences))
             if len(sequences) == 1:
                 self._fail(sequences[0].generation, self._blame(sequences[0]))
                 return
@@ -379,7 +384,7 @@ class Engine:
             self._send(sequence, delta)
         except Exception as error:
             self._note(error)
-            _log.exception("a sequence failed", extra={"fields": {"request_id": sequence.request.id}})
+            _log.exception("a sequence failed", request_id=sequence.request.id)
             self._fail(sequence.generation, EngineFaultError("the model failed"))
 
     def _time_token(self, sequence: Sequence) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
 from service.errors import SlowReaderError
-from service.types import Delta
+from service.types import Delta, FinishReason
 
 # What may wait for a reader, in bytes per candidate: at any time, and where it has taken nothing for some seconds.
 _MOST = 2 << 20
@@ -25,7 +25,8 @@ class Generation:
 
     Everything but construction happens on the event loop's thread. A reader that lets pieces grow too many, or wait
     for more than `send_timeout` seconds of `clock`, gets SlowReaderError in their place, and the request is freed.
-    `queued_at`, `started_at` and `first_piece_at` (of more than an echo) tell when it got how far, by `clock`.
+    `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (of
+    more than an echo) tell when it got how far, by `clock`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Generation:
         self._event = asyncio.Event()
         self._completion_tokens: dict[tuple[int, int], int] = {}
         self._cached_tokens: dict[int, int] = {}
+        self.finished: Counter[FinishReason] = Counter()
         self.queued_at = clock()
         self.started_at: float | None = None
         self.first_piece_at: float | None = None
@@ -56,6 +58,11 @@ class Generation:
     def completion_tokens(self) -> int:
         """Tokens in the pieces that have arrived."""
         return sum(self._completion_tokens.values())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the candidate that has most."""
+        return max(self._completion_tokens.values(), default=0)
 
     @property
     def cached_tokens(self) -> int:
@@ -77,6 +84,8 @@ class Generation:
         self._completion_tokens[delta.prompt_index, delta.candidate] = delta.completion_tokens
         if delta.candidate == 0:
             self._cached_tokens[delta.prompt_index] = delta.cached_tokens
+        if delta.finish_reason is not None:
+            self.finished[delta.finish_reason] += 1
         if self.first_piece_at is None and (delta.completion_tokens or delta.finish_reason is not None):
             self.first_piece_at = self._clock()
         self._event.set()

@@ -79,6 +79,11 @@ class Scheduler:
         self._decode_next = False
 
     @property
+    def prompt_chunk(self) -> int:
+        """The most prompt tokens of a step."""
+        return self._prompt_chunk
+
+    @property
     def slots(self) -> int:
         """How many sequences can hold a slot."""
         return self._cache.slots

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import re
 import time
 import uuid
@@ -15,13 +14,14 @@ from typing import Any, TypeAlias
 import grpc
 from completion.v1 import completion_pb2 as pb
 
+from service import telemetry
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError
 from service.observer import Ended, Method, Observer, Usage
 from service.rpc.keys import Caller, KeyRing
 from service.rpc.outcome import outcome_of
 from service.rpc.status import status_of, trailing_metadata
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -42,15 +42,16 @@ _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamComplet
 class Call:
     """What becomes known of a call while it goes on; `began` is on the monotonic clock.
 
-    `trace` are the caller's traceparent and tracestate. `notes` go into its line in the log: never content, keys, or
-    names in clear. `usage` is what a completion request came to, once the engine has taken it; `error` is what ended
-    the call, also where gRPC cannot show it any more.
+    `trace` are the caller's traceparent and tracestate. `model` is the id of the served model that it asks for. `notes`
+    go into its line in the log: never content, keys, or names in clear. `usage` is what a completion request came to,
+    once the engine has taken it; `error` is what ended the call, also where gRPC cannot show it any more.
     """
 
     began: float
     request_id: str
     trace: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
+    model: str = ""
     usage: Usage | None = None
     error: Exception | None = None
 
@@ -153,7 +154,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             begun = call.usage is not None
             outcome, refusal = outcome_of(call.error, begun=begun, finished=finished, late=late)
             status = code.value[0]
-            ended = Ended(method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace)
+            ended = Ended(
+                method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace, call.model
+            )
             fields |= _summary(ended)
         for observer in self._observers:
             observer.call_ended(method, code.name, seconds)
@@ -161,12 +164,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 observer.failed_unexpectedly()
             if ended is not None:
                 observer.request_ended(ended)
-        _log.info("call", extra={"fields": {**fields, "seconds": round(seconds, 4), **call.notes}})
+        _log.info("call", **fields, seconds=round(seconds, 4), **call.notes)
 
 
 def _summary(ended: Ended) -> dict[str, object]:
     """What the log says of a completion request; times are null where it did not get so far."""
     fields: dict[str, object] = {"outcome": ended.outcome.value}
+    if ended.model:
+        fields["model"] = ended.model
     if ended.refusal is not None:
         fields["reason"] = ended.refusal.value
     usage = ended.usage
@@ -252,5 +257,5 @@ def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
     current_call.get().error = error
     request_id = current_request_id.get()
     if not isinstance(error, ServiceError):
-        _log.error("call failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+        _log.error("call failed", exc_info=error, request_id=request_id)
     return status_of(error, request_id)

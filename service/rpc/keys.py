@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 import time
@@ -12,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from service import telemetry
 from service.errors import AuthenticationError, StartupError
 from service.rpc.quota import UNLIMITED, Quota
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 _LINE = re.compile(
     r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"
@@ -85,9 +85,9 @@ class KeyRing:
         try:
             self._keys = _read(self._file)
         except StartupError as error:
-            _log.error("the API keys stay as they were: %s", error)
+            _log.error("the API keys stay as they were", error=str(error))
         else:
-            _log.info("API keys read", extra={"fields": {"keys": len(self._keys)}})
+            _log.info("API keys read", keys=len(self._keys))
 
     def _follow(self) -> None:
         """Reloads a file that has changed, looking once a second."""

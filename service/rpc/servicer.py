@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import UNLIMITED, Meter, Quota
 from service.text.tokenizer import Tokenizer
-from service.types import Delta, Request
+from service.types import Delta, FinishReason, Request
 
 # An event of the deadline's passing must be on its way before the deadline: then the stream is cut off.
 _LAST_EVENT_SECONDS = 0.5
@@ -33,24 +33,31 @@ _LAST_EVENT_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that answers requests."""
+    """A model that answers requests. `aliases` are its names besides its id; its manifest's if they are not given."""
 
     manifest: Manifest
     tokenizer: Tokenizer
     engine: Engine
     limits: Limits
+    aliases: tuple[str, ...] | None = None
+
+    @property
+    def id(self) -> str:
+        """What logs, metrics and traces call it."""
+        return self.manifest.id
 
     @property
     def names(self) -> tuple[str, ...]:
         """Its id and its aliases."""
-        return (self.manifest.id, *self.manifest.aliases)
+        return (self.id, *(self.manifest.aliases if self.aliases is None else self.aliases))
 
 
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
-    def __init__(self, models: Mapping[str, ServedModel], tokenizing: Executor, quota: Quota = UNLIMITED) -> None:
-        self._models = models
+    def __init__(self, models: Iterable[ServedModel], tokenizing: Executor, quota: Quota = UNLIMITED) -> None:
+        """No two models have a name in common."""
+        self._models = {name: model for model in models for name in model.names}
         self._tokenizing = tokenizing
         self._meter = Meter(quota)
 
@@ -144,7 +151,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         used = 0
         try:
             with model.engine.submit(request, deadline.left) as generation:
-                usage = current_call.get().usage = _usage(request, model.manifest.id, sequences, prompt_tokens)
+                usage = current_call.get().usage = _usage(request, model.id, sequences, prompt_tokens)
                 try:
                     yield generation
                 finally:
@@ -158,6 +165,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if model is None:
             message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
+        current_call.get().model = model.id
         if not current_caller.get().may_use(*model.names):
             message = f"This key may not use the model `{shown(name)}`."
             raise ForbiddenError(message, param="model", code="model_not_allowed")
@@ -181,6 +189,9 @@ def _fill(usage: Usage, generation: Generation, call: Call) -> None:
     """Notes what a generation came to."""
     usage.cached_tokens = generation.cached_tokens
     usage.completion_tokens = generation.completion_tokens
+    usage.longest = generation.longest
+    usage.stopped = generation.finished[FinishReason.STOP]
+    usage.cut_off = generation.finished[FinishReason.LENGTH]
     usage.queued_seconds = generation.queued_at - call.began
     if generation.started_at is not None:
         usage.started_seconds = generation.started_at - call.began

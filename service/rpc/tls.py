@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 import threading
 from dataclasses import dataclass
@@ -10,31 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 
+from service import telemetry
 from service.errors import StartupError
 from service.settings import Settings
 
-_log = logging.getLogger(__name__)
+_log = telemetry.get_logger(__name__)
 
 # Device, inode, size and time of the last change of each file: equal stamps mean the same contents.
 Stamp = tuple[tuple[int, int, int, int], ...]
 
 
-def credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What the settings say of TLS; None where they say nothing. Raises StartupError.
-
-    Who replaces the files replaces what new connections are offered; those that there are go on.
-    """
+def load(settings: Settings) -> Rotation | None:
+    """What the settings say of TLS; None where they say nothing. Raises StartupError."""
     certificate, key, client_ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
     if certificate is None and key is None and client_ca is None:
         return None
     if certificate is None or key is None:
         raise StartupError("TLS needs both --tls-certificate and --tls-key; --tls-client-ca is only for use with them")
-    files = Files(certificate, key, client_ca)
-    rotation = Rotation(files)
-    # The stubs do not know that None means no change.
-    fetch: Any = rotation.fetch
-    return grpc.dynamic_ssl_server_credentials(rotation.first, fetch, client_ca is not None)
+    return Rotation(Files(certificate, key, client_ca))
 
 
 @dataclass(frozen=True)
@@ -64,15 +58,34 @@ class Files:
             raise StartupError(f"TLS files {self.certificate} and {self.key} do not do: {error}") from None
         return grpc.ssl_server_certificate_configuration([pair], authority)
 
+    def expires(self) -> float:
+        """When the first certificate of the chain expires, in Unix seconds. Raises StartupError."""
+        try:
+            chain = x509.load_pem_x509_certificates(self.certificate.read_bytes())
+        except (OSError, ValueError) as error:
+            raise StartupError(f"TLS file {self.certificate} cannot be read: {error}") from None
+        return min(each.not_valid_after_utc for each in chain).timestamp()
+
 
 class Rotation:
-    """Looks at the files for each new connection; what is not valid changes nothing, and is told once."""
+    """Looks at the files for each new connection; what is not valid changes nothing, and is told once.
+
+    Who replaces the files replaces what new connections are offered; those that there are go on. `expires` is until
+    when that will do, in Unix seconds.
+    """
 
     def __init__(self, files: Files) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self.first = files.read()
+        self._first = files.read()
         self._stamp: Stamp | None = files.stamp()
+        self.expires = files.expires()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """What a port is opened with."""
+        # The stubs do not know that None means no change.
+        fetch: Any = self.fetch
+        return grpc.dynamic_ssl_server_credentials(self._first, fetch, self._files.client_ca is not None)
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """The new configuration, or None while the one there is holds. gRPC calls it on threads of its own."""
@@ -85,17 +98,17 @@ class Rotation:
             if stamp == self._stamp:
                 return None
             try:
-                loaded = self._files.read()
+                loaded, expires = self._files.read(), self._files.expires()
             except StartupError as error:
                 self._keep(stamp, error)
                 return None
-            self._stamp = stamp
+            self._stamp, self.expires = stamp, expires
             _log.info("the TLS files have changed: new connections get the new certificate")
             return loaded
 
     def _keep(self, stamp: Stamp | None, error: Exception) -> None:
         if stamp != self._stamp:
-            _log.warning("the TLS files are not valid, and the old ones stay", extra={"fields": {"error": str(error)}})
+            _log.warning("the TLS files are not valid, and the old ones stay", error=str(error))
         self._stamp = stamp
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy import local
+from service import settings
 from service.settings import Settings
 from tests.deploy import helm as helms
 from tests.stack import ROOT
@@ -24,10 +25,12 @@ KEYS = {"apiKeys": {"lines": ["0" * 64 + " team-a", "f" * 64 + " team-b max_sequ
 GATEWAY = {"enabled": True, "parentRefs": [{"name": "gateway", "namespace": "edge"}], "hostnames": ["texts.example"]}
 VALUES: dict[str, dict[str, Any]] = {
     "default": KEYS,
-    "affinity": {**KEYS, "affinity": {"enabled": True}},
+    "in turn": {**KEYS, "affinity": {"enabled": False}},
     "scaled": {
         **KEYS,
         "autoscaling": {"enabled": True, "maxReplicas": 20},
+        "metrics": {"vllmNames": True},
+        "env": {"COMPLETION_OTLP_ENDPOINT": "http://collector.observability:4317"},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "httpRoute": GATEWAY,
         "networkPolicy": {
@@ -45,7 +48,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "apiKeys": {"existingSecret": "mine"},
         "image": {"repository": "registry.example/texts", "tag": "1.2.3"},
         "imagePullSecrets": [{"name": "pull"}],
-        "model": {"dir": "/models/large", "existingClaim": "models"},
+        "model": {"dir": "/models", "names": ["large", "small"], "existingClaim": "models"},
         "env": {"COMPLETION_MAX_RUNNING": "64"},
         "drain": {"delaySeconds": 10, "seconds": 120},
         "metrics": {"enabled": False},
@@ -182,6 +185,26 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     assert set(names) <= known
 
 
+def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """The service reads the variable as the directory, or as those of the names within it."""
+    values, manifests = rendered
+    (service,) = pod_of(manifests)["spec"]["containers"]
+    (given,) = [each["value"] for each in service["env"] if each["name"] == "COMPLETION_MODEL_DIR"]
+    folder, names = values["model"]["dir"], values["model"].get("names")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPLETION_MODEL_DIR", given)
+        found = [str(model.directory) for model in settings.load([]).each_model()]
+    assert found == ([f"{folder}/{name}" for name in names] if names else [folder])
+
+
+def test_vllm_names(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """They are there where they are asked for, and where an endpoint picker reads them."""
+    values, manifests = rendered
+    (service,) = pod_of(manifests)["spec"]["containers"]
+    there = {"name": "COMPLETION_VLLM_METRIC_NAMES", "value": "true"} in service["env"]
+    assert there == (values["metrics"]["vllmNames"] or values["inferencePool"]["enabled"])
+
+
 def test_names_meet(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
     """Services, policies and pools select the pods and name ports that they have; all volumes are mounted."""
     _, manifests = rendered
@@ -217,6 +240,27 @@ def envoy_of(manifests: list[Manifest]) -> dict[str, Any]:
 ENVOY_MAP = "demo-completion-service-envoy"
 
 
+def has_affinity(values: dict[str, Any]) -> bool:
+    """Not beside an endpoint picker: one of them decides."""
+    return bool(values["affinity"]["enabled"] and not values["inferencePool"]["enabled"])
+
+
+def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """Sessions, and else keys, stay on a ring of all pods, where nobody gets more than 1.25 times the mean load."""
+    values, manifests = rendered
+    resources = envoy_of(manifests)["static_resources"]
+    (cluster,) = resources["clusters"]
+    expected = ("STRICT_DNS", "RING_HASH") if has_affinity(values) else ("STATIC", "ROUND_ROBIN")
+    assert (cluster["type"], cluster["lb_policy"]) == expected
+    assert cluster["common_lb_config"]["consistent_hashing_lb_config"] == {"hash_balance_factor": 125}
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    routes = manager["route_config"]["virtual_hosts"][0]["routes"]
+    hashed = [route["route"]["hash_policy"] for route in routes if "hash_policy" in route.get("route", {})]
+    assert len(hashed) == 3  # gRPC; completions and models over REST
+    for policy in hashed:
+        assert [each["header"]["header_name"] for each in policy] == ["x-session-id", "authorization"]
+
+
 def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
     """The configuration is envoy/envoy.yaml without the viewer's pages; with affinity it knows all pods."""
     values, manifests = rendered
@@ -229,7 +273,7 @@ def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[
     pages = [str(route.get("direct_response", {}).get("body", {}).get("filename")) for route in host["routes"]]
     host["routes"] = [route for route, page in zip(host["routes"], pages, strict=True) if not page.startswith(left_out)]
     assert sum(page.startswith(left_out) for page in pages) == 3
-    if values["affinity"]["enabled"]:
+    if has_affinity(values):
         (cluster,) = resources["clusters"]
         cluster |= {"type": "STRICT_DNS", "lb_policy": "RING_HASH"}
         (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
@@ -289,7 +333,6 @@ def test_helm_can_keep_a_release(rendered: tuple[dict[str, Any], list[Manifest]]
         ({**KEYS, "env": {"COMPLETION_HOST": "127.0.0.1"}}, "COMPLETION_HOST"),
         ({**KEYS, "httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({**KEYS, "inferencePool": {"enabled": True}}, "inferencePool.endpointPicker.name"),
-        ({**VALUES["inference"], "affinity": {"enabled": True}}, "exclude each other"),
         ({**KEYS, "serviceMonitor": {"enabled": True}, "metrics": {"enabled": False}}, "needs metrics.enabled"),
         ({**KEYS, "autoscaling": {"enabled": True, "minReplicas": 9}}, "minReplicas 9 is above maxReplicas 8"),
     ],

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
+from service.metrics import Metrics, Reading
 from tests.stack import ROOT
 
 FOLDER = ROOT / "deploy" / "observability"
@@ -24,17 +26,31 @@ DASHBOARD: dict[str, Any] = json.loads((FOLDER / "grafana" / "dashboards" / "com
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
-def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def promtool(*arguments: str | Path, given: str | None = None) -> subprocess.CompletedProcess[str]:
     found = shutil.which("promtool") or shutil.which("promtool", path=Path(sys.executable).parent)
     if found is None:
         pytest.skip("no promtool: it is in Debian's package prometheus, from which `make test` takes it")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([found, *arguments], input=given, capture_output=True, text=True, check=False)
 
 
 def test_configuration() -> None:
     """Prometheus accepts its configuration and the rules that it names."""
     result = promtool("check", "config", FOLDER / "prometheus.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_metrics_are_as_prometheus_likes_them() -> None:
+    """Names, units and types have no fault that promtool finds; vLLM's have colons, and it says so."""
+    counts = dict.fromkeys(("looked_up_tokens", "cached_tokens", "failed_steps", "not_finite", "slow_readers"), 0)
+    reading = Reading(running=1, waiting=2, slots=4, slot_tokens=64, **counts)
+    made = [
+        Metrics(lambda: {"alphabet": reading}, vllm_names=vllm_names, certificate_expires=lambda: 1.8e9)
+        for vllm_names in (False, True)
+    ]
+    pages = [generate_latest(each.registry).decode() for each in made]
+    ours, both = (promtool("check", "metrics", given=page) for page in pages)
+    assert (ours.returncode, ours.stdout + ours.stderr) == (0, "")
+    assert "vllm:num_requests_running metric names should not contain ':'" in both.stdout + both.stderr
 
 
 def test_alerts_fire_when_they_should() -> None:

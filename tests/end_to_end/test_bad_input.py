@@ -55,7 +55,7 @@ class Watched:
         answer = self.ask(Ask())
         assert answer.status == 200
         assert paris(answer.json)
-        engine = self.service.server.model.engine
+        engine = self.service.server.models[0].engine
         deadline = time.monotonic() + 10
         while engine.stats.running or engine.stats.waiting:
             assert time.monotonic() < deadline, engine.stats
@@ -250,12 +250,12 @@ def test_refused_by_grpc(watched: Watched, number, method, metadata, size, statu
 
 def test_deadline_that_has_passed(watched: Watched) -> None:
     """Row 103: DEADLINE_EXCEEDED, and the engine never hears of the request."""
-    before = watched.service.server.model.engine.reuse
+    before = watched.service.server.models[0].engine.reuse
     for _ in range(5):
         with pytest.raises(grpc.RpcError) as caught:
             watched.stub.CreateCompletion(message(GOOD), metadata=METADATA, timeout=-1)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert watched.service.server.model.engine.reuse == before
+    assert watched.service.server.models[0].engine.reuse == before
     watched.check_nothing_left()
 
 

@@ -54,7 +54,7 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ServiceThread(settings) as service, envoy(http_port, grpc_port, tmp_path_factory.mktemp("envoy")):
         stack = Stack(http_port, grpc_port)
         stack.wait_until_ready()
-        yield Watched(stack, service.server.model.engine)
+        yield Watched(stack, service.server.models[0].engine)
 
 
 def test_two_hundred_cancelled_streams_leave_nothing(watched: Watched) -> None:

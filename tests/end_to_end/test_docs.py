@@ -60,7 +60,7 @@ def test_every_setting_is_documented(name: str) -> None:
     (row,) = [line for line in SETTINGS.splitlines() if line.startswith(f"| `{name}` |")]
     assert f"`--{name.replace('_', '-')}` | `{ENV_PREFIX}{name.upper()}`" in row
     assert row.endswith(f"{field.description} |")
-    if name != "threads" and field.default is not None and not field.is_required():
+    if name != "threads" and field.default is not None and not isinstance(field.default, tuple | dict):
         assert f"| {field.default} |" in row
 
 

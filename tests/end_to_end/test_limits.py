@@ -57,7 +57,7 @@ def limited(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         with ServiceThread(settings) as service, envoy(http_port, grpc_port, folder):
             stack = Stack(http_port, grpc_port)
             stack.wait_until_ready()
-            yield Limited(stack, service.server.model.engine)
+            yield Limited(stack, service.server.models[0].engine)
 
 
 def test_requests_per_minute(limited: Limited) -> None:

@@ -15,14 +15,14 @@ NEW = 6
 
 
 def scrape(stack: Stack) -> dict[tuple[str, str], float]:
-    """All samples, by name and the value of their one label, if they have one."""
+    """All samples of the process and of its one model, by name and outcome, if they have one."""
     answer = Stack(stack.metrics, 0).request("GET", "/metrics", headers={})
     assert answer.status == 200
     return {
         (sample.name, sample.labels.get("outcome", "")): sample.value
         for family in text_string_to_metric_families(answer.body.decode())
         for sample in family.samples
-        if set(sample.labels) <= {"outcome"}
+        if set(sample.labels) <= {"model", "outcome"} and sample.labels.get("model") != ""
     }
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from service import manifest
+from service import manifest, models
 from service.errors import StartupError
 from service.manifest import FileEntry
-from service.server import load_model
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.processes import TINY, export_tiny
@@ -88,7 +87,7 @@ def test_a_harmed_file(model: Path, name: str, harm: Callable[[Path], tuple[str,
     """File, what was found, what was expected, and what to do."""
     said = harm(model / name)
     with pytest.raises(StartupError) as caught:
-        load_model(Settings(model_dir=model))
+        models.load(Settings(model_dir=model))
     for part in (str(model / name), *said):
         assert part in str(caught.value)
 

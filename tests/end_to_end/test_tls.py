@@ -297,4 +297,4 @@ def test_incomplete_settings(certificates: Path, given: dict[str, str], problem:
     """Half a configuration is an error, never an unencrypted port."""
     files = {name: certificates / file for name, file in given.items()}
     with pytest.raises(StartupError, match=problem):
-        tls.credentials(Settings(model_dir=certificates, **files))
+        tls.load(Settings(model_dir=certificates, **files))

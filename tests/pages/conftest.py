@@ -31,7 +31,7 @@ def guarded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ServiceThread(settings) as service, envoy(http_port, grpc_port, folder):
         stack = Stack(http_port, grpc_port)
         stack.wait_until_ready()
-        yield Guarded(stack, service.server.model.engine)
+        yield Guarded(stack, service.server.models[0].engine)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 def attributes(holder):
     """A span's or resource's attributes as plain values."""
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in holder.attributes}
+    return {each.key: plain(each.value) for each in holder.attributes}
+
+
+def plain(value):
+    found = getattr(value, value.WhichOneof("value"))
+    return [plain(each) for each in found.values] if value.HasField("array_value") else found
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
 import trustme
@@ -19,7 +20,7 @@ from service.engine import model
 from service.settings import Settings
 from tests.stack import ROOT
 
-NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "memory"]
+NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "names", "memory"]
 
 
 def examined(model_dir, **settings):
@@ -64,7 +65,7 @@ def test_a_damaged_model(model_dir, tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     found = examined(harmed)
-    assert failing(found) == ["model", "memory"]
+    assert failing(found) == ["model", "names", "memory"]
     assert "tokenizer.json has SHA-256" in found["model"].text
 
 
@@ -93,12 +94,13 @@ def test_tls(model_dir, tmp_path):
     """Certificate and key must be there, and belong together."""
     authority = trustme.CA()
     certificate, key, other = (tmp_path / name for name in ("certificate.pem", "key.pem", "other.pem"))
-    issued = authority.issue_cert("127.0.0.1")
+    issued = authority.issue_cert("127.0.0.1", not_after=datetime(2099, 1, 2, 3, 4, tzinfo=UTC))
     issued.cert_chain_pems[0].write_to_path(certificate)
     issued.private_key_pem.write_to_path(key)
     authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(other)
     good = examined(model_dir, tls_certificate=certificate, tls_key=key)
     assert (failing(good), str(certificate) in good["TLS"].text) == ([], True)
+    assert "expires 2099-01-02 03:04 UTC" in good["TLS"].text
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=other)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate)) == ["TLS"]
     assert failing(examined(model_dir, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]
@@ -123,7 +125,7 @@ def test_the_doctor_as_a_command(model_dir, flags, code):
     assert (done.returncode, done.stderr) == (code, "")
     lines = done.stdout.splitlines()
     assert [line[6:20].strip() for line in lines] == NAMES
-    assert [line.startswith("FAIL") for line in lines] == [False] * 6 + [bool(code)]
+    assert [line.startswith("FAIL") for line in lines] == [False] * 7 + [bool(code)]
 
 
 @pytest.fixture

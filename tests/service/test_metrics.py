@@ -17,7 +17,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import free_ports
-from service import server as server_module
+from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -28,6 +28,7 @@ from service.server import Server
 from service.settings import Settings
 from tests.engines import GatedModel
 from tests.fakes import FakeModel, manifest
+from tests.logged import logged
 
 KEY = (("authorization", "Bearer any"),)
 WARM_UP_STEPS = 3
@@ -56,6 +57,9 @@ class Running:
         }
 
     async def value(self, name, **labels):
+        """A sample; what engines and requests count is that of the alphabet unless another `model` is named."""
+        if name.startswith("llm_") and "certificate" not in name:
+            labels = {"model": "alphabet", **labels}
         return (await self.scrape())[name, frozenset(labels.items())]
 
     async def serving(self, name):
@@ -85,7 +89,7 @@ def made(letters, monkeypatch):
     def make(model, **settings):
         engine = Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100)
         served = ServedModel(manifest(), letters, engine, Limits(64, 4))
-        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        monkeypatch.setattr(models, "load", lambda _: (served,))
         port, metrics_port = free_ports(2)
         values = {"port": port, "metrics_port": metrics_port, "prompt_chunk": 16, "drain_seconds": 1, **settings}
         return Server(Settings(model_dir=Path("none"), **values)), metrics_port
@@ -105,10 +109,10 @@ async def running(made):
         yield each
 
 
-async def ended(running, outcome, count=1):
+async def ended(running, outcome, count=1, model="alphabet"):
     """Waits until so many requests have ended so: the caller of one that is cut off hears of it first."""
     for _ in range(500):
-        if await running.value("llm_requests_total", outcome=outcome) == count:
+        if await running.value("llm_requests_total", outcome=outcome, model=model) == count:
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"no {count} requests {outcome}")
@@ -119,18 +123,24 @@ async def test_a_whole_answer(running):
     for _ in range(2):
         await running.ask()
     found = await running.scrape()
-    value = {name: number for (name, labels), number in found.items() if not labels}
-    assert found["llm_requests_total", frozenset({("outcome", "completed")})] == 2
+    model = ("model", "alphabet")
+    value = {name: number for (name, labels), number in found.items() if labels == {model}}
+    assert found["llm_requests_total", frozenset({model, ("outcome", "completed")})] == 2
     assert (value["llm_prompt_tokens_total"], value["llm_generation_tokens_total"]) == (4, 8)
     assert (value["llm_prefix_cache_queries_total"], value["llm_prefix_cache_hits_total"]) == (4, 0)
     assert value["llm_time_to_first_token_seconds_count"] == 2
     assert value["llm_queue_time_seconds_count"] == 2
     assert value["llm_request_duration_seconds_count"] == 2
     assert value["llm_inter_token_latency_seconds_count"] == 6
-    assert found["llm_step_duration_seconds_count", frozenset({("kind", "prompt")})] == 2
-    assert found["llm_step_duration_seconds_count", frozenset({("kind", "decode")})] == 6
+    assert found["llm_step_duration_seconds_count", frozenset({model, ("kind", "prompt")})] == 2
+    assert found["llm_step_duration_seconds_count", frozenset({model, ("kind", "decode")})] == 6
     assert (value["llm_batch_size_count"], value["llm_batch_size_sum"]) == (6, 6)
-    assert (value["llm_running"], value["llm_waiting"], value["llm_slots"]) == (0, 0, 4)
+    assert value["llm_prefill_time_seconds_count"] == value["llm_decode_time_seconds_count"] == 2
+    for name, total in (("prompt", 4), ("generation", 8), ("longest", 8)):
+        assert value[f"llm_request_{name}_tokens_count"] == 2
+        assert value[f"llm_request_{name}_tokens_sum"] == total
+    assert (value["llm_running"], value["llm_waiting"]) == (0, 0)
+    assert (value["llm_slots"], value["llm_slot_tokens"]) == (4, 64)
     assert value["llm_preemptions_total"] == 0
     assert value["llm_time_to_first_token_seconds_sum"] <= value["llm_request_duration_seconds_sum"]
     assert sum(number for (name, _), number in found.items() if name == "llm_requests_total") == 2
@@ -153,6 +163,8 @@ async def test_candidates(running):
     assert await running.value("llm_generation_tokens_total") == 12
     assert await running.value("llm_inter_token_latency_seconds_count") == 9
     assert await running.value("llm_batch_size_sum") == 9
+    assert await running.value("llm_request_generation_tokens_sum") == 12
+    assert await running.value("llm_request_longest_tokens_sum") == 4
 
 
 async def test_grpc(running):
@@ -174,19 +186,21 @@ async def test_grpc(running):
 
 
 @pytest.mark.parametrize(
-    ("fields", "metadata", "reason"),
+    ("fields", "metadata", "reason", "model"),
     [
-        ({"temperature": 3}, KEY, "invalid"),
-        ({}, (), "unauthenticated"),
-        ({"model": "none"}, KEY, "unknown_model"),
+        ({"temperature": 3}, KEY, "invalid", "alphabet"),
+        ({"model": "abc", "temperature": 3}, KEY, "invalid", "alphabet"),
+        ({"model": ""}, KEY, "invalid", ""),
+        ({}, (), "unauthenticated", ""),
+        ({"model": "none"}, KEY, "unknown_model", ""),
     ],
 )
-async def test_refusals(running, fields, metadata, reason):
-    """Each by its reason; nothing reaches the engine."""
+async def test_refusals(running, fields, metadata, reason, model):
+    """Each by its reason, and the model's id if it was got so far; nothing reaches the engine."""
     with pytest.raises(grpc.aio.AioRpcError):
         await running.stub.CreateCompletion(asked(**fields), metadata=metadata)
-    await ended(running, "refused")
-    assert await running.value("llm_refused_total", reason=reason) == 1
+    await ended(running, "refused", model=model)
+    assert await running.value("llm_refused_total", reason=reason, model=model) == 1
     assert await running.value("llm_prompt_tokens_total") == 0
     assert await running.value("llm_queue_time_seconds_count") == 0
 
@@ -213,7 +227,7 @@ async def test_faults(running):
     await ended(running, "failed", 2)
     assert await running.value("llm_faults_total", kind="failed_step") == 1
     assert await running.value("llm_faults_total", kind="not_finite") == 1
-    assert await running.value("llm_faults_total", kind="unexpected") == 0
+    assert await running.value("llm_faults_total", kind="unexpected", model="") == 0
     assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="Internal") == 2
 
 
@@ -243,7 +257,7 @@ async def test_while_it_runs(made, caplog):
         codes = {code: await each.value("grpc_server_handled_total", **METHOD, grpc_code=code) for code in CUT_OFF}
         assert codes == CUT_OFF
         model.gate.release(1000)
-    lines = [record.fields for record in caplog.records if record.message == "call"]
+    lines = logged(caplog, "call")
     assert [line["outcome"] for line in lines] == ["deadline", "cancelled"]
     assert [line["sequences"] for line in lines] == [1, 2]
 
@@ -258,31 +272,62 @@ async def test_the_line_of_a_request(running, caplog):
     for _ in range(2):
         await running.stub.CreateCompletion(asked(text=prompt, n=2), metadata=(*KEY, ("x-request-id", "r-1")))
     await ended(running, "completed", 2)
-    line = [record.fields for record in caplog.records if record.message == "call"][-1]
+    line = logged(caplog, "call")[-1]
     counts = {"sequences": 2, "prompt_tokens": 20, "cached_tokens": 18, "completion_tokens": 8}
     assert line | counts == line
     assert (line["outcome"], line["code"], line["request_id"]) == ("completed", "OK", "r-1")
+    assert line["model"] == "alphabet"
     assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
     assert prompt not in str(caplog.records)
     assert "klmn" not in str([record.__dict__ for record in caplog.records])
 
 
 async def test_vllm_names(running):
-    """The documented names have the values of ours, labelled with the model; without the setting there are none."""
+    """The documented names have the values of ours, labelled with the model."""
     await running.ask(n=2)
     found = await running.scrape()
     names = [line.split("`")[1::2] for line in DOCS.splitlines() if line.startswith("| `vllm:")]
-    assert len(names) == 14
-    model = ("model_name", "alphabet")
+    assert len(names) == 20
+    model, renamed = ("model", "alphabet"), ("model_name", "alphabet")
     for theirs, ours in names:
         same = {
-            (theirs + name.removeprefix(ours), labels | {model}): value
+            (theirs + name.removeprefix(ours), labels - {model} | {renamed}): value
             for (name, labels), value in found.items()
             if name.startswith(ours) and not name.endswith("_created")
         }
         assert same, ours
         assert same == {key: found[key] for key in same}
-    assert sum(name.startswith("vllm:") for name, _ in found) == sum(model in labels for _, labels in found)
+    assert sum(name.startswith("vllm:") for name, _ in found) == sum(renamed in labels for _, labels in found)
+    others = {name for name, _ in found if name.startswith("vllm:") and not name.startswith(tuple(dict(names)))}
+    assert others == set(NOT_RENAMED)
+    for name, labels in NOT_RENAMED.items():
+        assert found[name, frozenset(labels.items()) | {renamed}] == 1
+
+
+# Four slots of 64 tokens, in blocks of 16.
+NOT_RENAMED = {"vllm:cache_config_info": {"block_size": "16", "num_gpu_blocks": "16"}}
+# What vLLM's own Grafana dashboard asks for, and the endpoint picker of the Gateway API's inference extension, but for
+# adapters, of which there are none.
+READ_BY_OTHERS = """
+vllm:e2e_request_latency_seconds_bucket vllm:prompt_tokens_total vllm:generation_tokens_total
+vllm:time_per_output_token_seconds_bucket vllm:inter_token_latency_seconds_bucket vllm:num_requests_running
+vllm:num_requests_waiting vllm:time_to_first_token_seconds_bucket vllm:gpu_cache_usage_perc vllm:kv_cache_usage_perc
+vllm:request_prompt_tokens_bucket vllm:request_generation_tokens_bucket vllm:request_success_total
+vllm:request_queue_time_seconds_sum vllm:request_prefill_time_seconds_sum vllm:request_decode_time_seconds_sum
+vllm:request_max_num_generation_tokens_sum vllm:cache_config_info
+"""
+
+
+async def test_what_others_read(running):
+    """Everything that public dashboards and endpoint pickers ask for is there before the first request."""
+    names = {name for name, _ in await running.scrape()}
+    assert set(READ_BY_OTHERS.split()) <= names
+
+
+async def test_vllm_names_are_an_option(made):
+    """Without the setting there are none."""
+    async for each in run(made, FakeModel()):
+        assert not [name for name, _ in await each.scrape() if name.startswith("vllm:")]
 
 
 async def test_the_documented_names(made):
@@ -292,19 +337,37 @@ async def test_the_documented_names(made):
         page = await asyncio.to_thread(fetch, each.port)
         exported = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
         exported = {name for name in exported if not name.startswith("process_") and not name.endswith("_created")}
-        rows = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith(("| `llm_", "| `grpc_"))]
-        assert sorted(exported) == sorted(rows)
+        rows = {line.split("`")[1] for line in DOCS.splitlines() if line.startswith(("| `llm_", "| `grpc_"))}
+        assert rows - exported == {"llm_certificate_expiry_timestamp_seconds"}  # only where there is one
+        assert exported <= rows
 
 
-async def test_the_format_that_prometheus_asks_for(running):
-    """OpenMetrics is valid too, with the same values."""
+OPEN = "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        f"{OPEN};version=1.0.0,{OPEN};version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        f"{OPEN};version=1.0.0;escaping=allow-utf-8;q=0.6,{OPEN};version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4",
+        f"{OPEN};version=1.0.0;escaping=underscores;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    ],
+    ids=["second", "third", "third, old names"],
+)
+async def test_the_format_that_prometheus_asks_for(running, accept):
+    """To every version of it OpenMetrics is valid too, with the same names and values."""
     await running.ask()
-    page = await asyncio.to_thread(fetch, running.port, "application/openmetrics-text; version=1.0.0")
+    page = await asyncio.to_thread(fetch, running.port, accept)
     assert page.endswith("# EOF\n")
     families = {family.name: family for family in openmetrics.text_string_to_metric_families(page)}
     generated = families["llm_generation_tokens"].samples
     assert [sample.value for sample in generated if sample.name.endswith("_total")] == [4]
     assert families["vllm:time_to_first_token_seconds"].type == "histogram"
+    samples = {sample.name for family in families.values() for sample in family.samples}
+    plain = {name for name, _ in await running.scrape()}
+    assert {name for name in samples if not name.endswith("_created")} == {
+        name for name in plain if not name.endswith("_created")
+    }
 
 
 async def test_no_metrics(made):
@@ -364,9 +427,80 @@ async def test_a_model_that_cannot_answer(made):
         await server.__aenter__()
 
 
+@pytest.fixture
+def made_of_two(letters, monkeypatch):
+    """A server over two fake models, `alphabet` and `second`, and its metrics' port."""
+
+    def make(*fakes):
+        named = zip(({}, {"id": "second", "aliases": ("two",)}), fakes, strict=True)
+        served = tuple(
+            ServedModel(
+                manifest(**changes),
+                letters,
+                Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100),
+                Limits(64, 4),
+            )
+            for changes, model in named
+        )
+        monkeypatch.setattr(models, "load", lambda _: served)
+        port, metrics_port = free_ports(2)
+        values = {"port": port, "metrics_port": metrics_port, "drain_seconds": 1, "vllm_metric_names": True}
+        return Server(Settings(model_dir=["none", "none"], **values)), metrics_port
+
+    return make
+
+
+async def test_every_model_is_warmed_up(made_of_two):
+    """The service is ready only once the second model has answered as well."""
+    first, second = FakeModel(), GatedModel()
+    server, _ = made_of_two(first, second)
+    entering = asyncio.ensure_future(server.__aenter__())
+    await second.reached()
+    assert first.steps == WARM_UP_STEPS
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        running = Running(server, second, 0, channel)
+        assert [await running.serving(name) for name in ("liveness", "startup", "readiness")] == [True, False, False]
+        second.gate.release(1000)
+        await entering
+        assert await running.serving("readiness")
+    await server.__aexit__(None, None, None)
+
+
+async def test_a_second_model_that_cannot_answer(made_of_two):
+    """The start fails, and says which."""
+    second = FakeModel()
+    second.fault = manifest().special_tokens.default_prompt
+    server, _ = made_of_two(FakeModel(), second)
+    with pytest.raises(StartupError, match=r"model second cannot answer.*warm-up"):
+        await server.__aenter__()
+
+
+async def test_two_models(made_of_two):
+    """Each metric of an engine is its model's alone, by whichever name it was called, and by vLLM's names too."""
+    fakes = FakeModel(slots=4), FakeModel(slots=2)
+    server, port = made_of_two(*fakes)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        each = Running(server, fakes[1], port, channel)
+        await each.ask(model="two", max_tokens=5)
+        await ended(each, "completed", model="second")
+        expected = {"llm_generation_tokens_total": 5, "llm_prompt_tokens_total": 2, "llm_batch_size_count": 4}
+        expected |= {"llm_time_to_first_token_seconds_count": 1, "llm_prefix_cache_queries_total": 2}
+        for name, value in expected.items():
+            assert await each.value(name, model="second") == value
+            assert await each.value(name) == 0
+        assert [await each.value("llm_slots", model=name) for name in ("alphabet", "second")] == [4, 2]
+        fakes[1].fault = 5
+        with pytest.raises(grpc.aio.AioRpcError):
+            await each.ask(model="second", text="f")
+        assert await each.value("llm_faults_total", model="second", kind="failed_step") == 1
+        assert await each.value("llm_faults_total", kind="failed_step") == 0
+        assert await each.value("vllm:generation_tokens_total", model_name="second") == 5
+        assert await each.value("vllm:generation_tokens_total", model_name="alphabet") == 0
+
+
 async def test_the_warm_up_leaves_no_trace(running):
     """Nothing is counted of it, and nothing learnt: the first caller meets an engine that has no pace yet."""
     assert running.model.steps == WARM_UP_STEPS
     assert await running.value("llm_generation_tokens_total") == 0
     assert await running.value("llm_prefix_cache_queries_total") == 0
-    assert running.server.model.engine._admission.pace.generation(100) == 0
+    assert running.server.models[0].engine._admission.pace.generation(100) == 0

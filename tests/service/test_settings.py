@@ -33,7 +33,7 @@ def test_precedence(monkeypatch, file):
     monkeypatch.setenv("COMPLETION_MAX_RUNNING", "2")
     loaded = settings.load(["--config", str(file), "--port", "1"])
     assert (loaded.port, loaded.max_running, loaded.max_waiting, loaded.prompt_chunk) == (1, 2, 3, 128)
-    assert loaded.model_dir == Path("from-file")
+    assert loaded.model_dir == (Path("from-file"),)
 
 
 def test_file_named_by_the_environment(monkeypatch, file):

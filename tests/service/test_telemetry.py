@@ -7,11 +7,13 @@ import logging
 import os
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from service.telemetry import JsonFormatter, LossyHandler
+from service import telemetry
+from service.telemetry import LossyHandler, formatter, get_logger
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def logger():
 
 def attach(logger, descriptor, capacity=10):
     handler = LossyHandler(descriptor, capacity)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(formatter())
     logger.addHandler(handler)
     return handler
 
@@ -43,17 +45,89 @@ def drained(handler, reading):
     return read
 
 
+def read_lines(handler, reading):
+    """All that the handler has to write, parsed."""
+    handler.flush()
+    return [json.loads(line) for line in drained(handler, reading).splitlines()]
+
+
+@pytest.fixture
+def ours():
+    """A pipe to read from, and a handler of the root logger that writes to it."""
+    reading, writing = os.pipe()
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
+    handler = attach(root, writing)
+    yield handler, reading
+    root.removeHandler(handler)
+    root.setLevel(level)
+    os.close(reading), os.close(writing)
+
+
 def test_lines_are_written_in_order(logger):
     """One JSON object per line, with its fields; flush waits for them."""
     reading, writing = os.pipe()
     handler = attach(logger, writing)
     for number in range(5):
-        logger.info("line", extra={"fields": {"number": number}})
+        logger.info("line", extra={"number": number})
     handler.flush()
     lines = [json.loads(line) for line in os.read(reading, 1 << 16).splitlines()]
     assert [line["number"] for line in lines] == list(range(5))
     assert handler.dropped == 0
     os.close(reading), os.close(writing)
+
+
+def test_ours_and_everyone_elses_lines_are_alike(ours):
+    """When, how grave, whose and what, then the fields: whether by our logger or by a library's."""
+    get_logger("service.here").info("%s now", "serving", address="127.0.0.1:1", slots=4)
+    logging.getLogger("grpc._cython.cygrpc").warning("%s of %d", "one", 3, extra={"address": "b"})
+    own, foreign = read_lines(*ours)
+    assert list(own) == ["time", "level", "logger", "message", "address", "slots"]
+    assert list(foreign) == ["time", "level", "logger", "message", "address"]
+    assert (own["level"], own["logger"], own["message"], own["slots"]) == ("info", "service.here", "serving now", 4)
+    assert (foreign["level"], foreign["logger"], foreign["message"]) == ("warning", "grpc._cython.cygrpc", "one of 3")
+    for line in (own, foreign):
+        assert abs(datetime.fromisoformat(line["time"]).timestamp() - time.time()) < 60
+
+
+def test_exceptions_are_fields(ours):
+    """Trace and all on the same line, as text; ours and everyone else's."""
+    for log in (get_logger("service.here"), logging.getLogger("asyncio")):
+        try:
+            raise ValueError("no\nsuch")
+        except ValueError:
+            log.exception("it failed")
+    get_logger("service.here").error("it failed", exc_info=KeyError("later"))
+    lines = read_lines(*ours)
+    assert [line["level"] for line in lines] == ["error"] * 3
+    for line in lines[:2]:
+        assert line["exception"].startswith("Traceback")
+        assert line["exception"].endswith("ValueError: no\nsuch")
+    assert lines[2]["exception"] == "KeyError: 'later'"
+    assert not any("exc_info" in line for line in lines)
+
+
+def test_what_is_no_json_is_shown(ours):
+    """A field of any type, and text that is not whole Unicode, make a line all the same."""
+    get_logger("service.here").warning("odd", path=Path("/model"), text="\udc80\x00\u2028")
+    (line,) = read_lines(*ours)
+    assert "/model" in line["path"]
+    assert line["text"] == "\udc80\x00\u2028"
+
+
+def test_fields_are_keyword_arguments():
+    """Nowhere in the service are they given as to the standard library: that would make a field `extra` of them."""
+    sources = (Path(telemetry.__file__).parent).rglob("*.py")
+    assert [path for path in sources if "extra={" in path.read_text()] == []
+
+
+def test_levels(ours):
+    """What is below the level costs nothing and writes nothing."""
+    get_logger("service.here").debug("hidden")
+    logging.getLogger("grpc").debug("hidden")
+    get_logger("service.here").info("shown")
+    assert [line["message"] for line in read_lines(*ours)] == ["shown"]
 
 
 def test_a_reader_that_does_not_read(logger):
@@ -70,6 +144,7 @@ def test_a_reader_that_does_not_read(logger):
     told = [line["dropped"] for line in lines if line["message"] == "log lines dropped"]
     assert told == sorted(told)
     assert len(lines) - len(told) + told[-1] == 2000
+    assert {line["logger"] for line in lines if line["message"] == "log lines dropped"} == {"service.telemetry"}
     os.close(reading), os.close(writing)
 
 

@@ -12,7 +12,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
 from deploy.local import free_ports
-from service import server as server_module
+from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -38,7 +38,7 @@ def made(letters, monkeypatch):
         model = model or FakeModel()
         engine = Engine(model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
         served = ServedModel(manifest(), letters, engine, Limits(64, 4))
-        monkeypatch.setattr(server_module, "load_model", lambda _: served)
+        monkeypatch.setattr(models, "load", lambda _: (served,))
         (port,) = free_ports(1)
         values = {"port": port, "metrics_port": 0, "prompt_chunk": 16, "drain_seconds": 1}
         return Server(Settings(model_dir="none", otlp_endpoint=endpoint, **values))
@@ -75,6 +75,7 @@ async def test_a_request_and_its_parts(made):
         "gen_ai.response.id": answer.id,
         "gen_ai.request.max_tokens": 4,
         "gen_ai.request.temperature": 0.0,
+        "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": 20,
         "gen_ai.usage.output_tokens": 4,
         "rpc.service": "completion.v1.CompletionService",
@@ -125,6 +126,7 @@ async def test_failures(made):
     refused, failed = seen.named("text_completion"), seen.named("text_completion alphabet")
     assert (attributes(refused)["error.type"], refused.status.code) == ("invalid", refused.status.STATUS_CODE_UNSET)
     assert (attributes(failed)["error.type"], failed.status.code) == ("failed", failed.status.STATUS_CODE_ERROR)
+    assert attributes(refused)["gen_ai.request.model"] == "alphabet"
     assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert {span.parent_span_id for span in seen.spans if span.name == "queue"} == {failed.span_id}
 

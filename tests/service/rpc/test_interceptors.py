@@ -25,6 +25,7 @@ from service.rpc.parse import Limits
 from service.rpc.quota import Meter, Quota
 from service.rpc.servicer import CompletionServicer, ServedModel
 from tests.fakes import END, VOCABULARY, FakeModel, manifest
+from tests.logged import logged
 
 KEY = (("authorization", "Bearer sk-right"),)
 METHOD = "/completion.v1.CompletionService/CreateCompletion"
@@ -41,7 +42,7 @@ class Served:
         digest = hashlib.sha256(b"sk-right")
         keys = KeyRing({digest.digest(): Caller("team", digest.hexdigest())})
         self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
-        self.servicer = CompletionServicer({"alphabet": served, "abc": served}, self.tokenizing)
+        self.servicer = CompletionServicer([served], self.tokenizing)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(self.servicer, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
@@ -248,7 +249,7 @@ async def test_log_line_per_call(served, caplog):
     caplog.set_level(logging.INFO)
     await served.stub.CreateCompletion(asked(text="secret", user="me", max_tokens=1), metadata=KEY)
     for _ in range(100):
-        lines = [record.fields for record in caplog.records if record.message == "call"]
+        lines = logged(caplog, "call")
         if lines:
             break
         await asyncio.sleep(0.005)
@@ -263,7 +264,7 @@ async def test_users_are_logged_by_pseudonym(served, caplog):
     for user in ("alice", "bob", "alice"):
         await served.stub.CreateCompletion(asked(max_tokens=1, user=user), metadata=KEY)
     for _ in range(100):
-        users = [record.fields["user"] for record in caplog.records if record.message == "call"]
+        users = [line["user"] for line in logged(caplog, "call")]
         if len(users) == 3:
             break
         await asyncio.sleep(0.005)

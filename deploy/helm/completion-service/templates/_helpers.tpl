@@ -45,7 +45,7 @@ envoy/envoy.yaml of the repository. Other than there are only the address of the
 {{- end -}}
 {{- end -}}
 {{- $_ := set $host "routes" $routes -}}
-{{- if .Values.affinity.enabled -}}
+{{- if and .Values.affinity.enabled (not .Values.inferencePool.enabled) -}}
 {{- $cluster := first $config.static_resources.clusters -}}
 {{- $endpoint := first (first $cluster.load_assignment.endpoints).lb_endpoints -}}
 {{- $name := printf "%s-replicas.%s.svc" (include "completion-service.name" .) .Release.Namespace -}}
