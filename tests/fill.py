@@ -1,4 +1,4 @@
-"""`python -m tests.fill` with the service's flags: fills every slot of every engine and prints what the process took."""
+"""`python -m tests.fill` with the flags of the service: fills all slots of all engines and prints what that took."""
 
 from __future__ import annotations
 
