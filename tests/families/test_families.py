@@ -77,7 +77,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             service, stubs[reading] = serve(stack, model, chunk)
         yield Served(
             family,
-            service.server.model.tokenizer,
+            service.server.models[0].tokenizer,
             [oracle.continuation(prompt, NEW_TOKENS) for prompt in ids],
             ids,
             stubs,
