@@ -13,6 +13,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from model_export import cuda
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.gguf_source import read_gguf
@@ -48,6 +49,7 @@ class Options:
     quantization: Form | Literal["auto"] = "auto"
     activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
     max_kl: float = 0.005
     overwrite: bool = False
 
@@ -59,16 +61,21 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     """
     _check_destination(directory, options.overwrite)
     source = read_source(path)
-    form = _form(options.quantization, source)
-    activations = _activations(options.activations, form)
+    form = _form(options.quantization, source, options.device)
+    activations = _activations(options.activations, form, options.device)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, activations) as data:
-            ir.save(source.build(form, data, progress("building", layers)), model)
+            graph = source.build(form, data, progress("building", layers))
+            lacking = cuda.unsupported(graph)
+            if lacking and options.device == "cuda":
+                raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")
+            ir.save(graph, model)
         source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
         prompts, report = _add_prompt_graph(source, form, activations, options, work, progress)
-        _manifest(source, form, activations, prompts, report, options=options, directory=work).write(work)
+        described = _manifest(source, form, activations, prompts, report, options=options, directory=work)
+        described.model_copy(update={"devices": ("cpu",) if lacking else ("cpu", "cuda")}).write(work)
     return report
 
 
@@ -100,7 +107,9 @@ def _prompt_forms(
 ) -> list[PromptForm]:
     """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
     if wanted in ("int8", "float32") and activations == "float16":
-        raise ExportError(f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32")
+        raise ExportError(
+            f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32"
+        )
     if form == "float32" or wanted == "none" or activations == "float16":
         return []
     if wanted != "auto":
@@ -128,17 +137,19 @@ def read_source(path: Path) -> Source:
     raise ExportError(f"{path} does not exist")
 
 
-def _form(wanted: Form | Literal["auto"], source: Source) -> Form:
+def _form(wanted: Form | Literal["auto"], source: Source, device: Literal["cpu", "cuda"]) -> Form:
     if wanted != "auto":
         return wanted
-    return "int4z" if source.weights in ("Q4_0", "Q4_1") else "int8"
+    if source.weights in ("Q4_0", "Q4_1"):
+        return "int4z"
+    return "float16" if device == "cuda" else "int8"
 
 
-def _activations(wanted: Activations | Literal["auto"], form: Form) -> Activations:
-    """The type in which the graph computes: its matrices' where they are plain, else float32 unless asked for."""
+def _activations(wanted: Activations | Literal["auto"], form: Form, device: Literal["cpu", "cuda"]) -> Activations:
+    """The type in which the graph computes: its matrices' where they are plain, else the device's unless asked for."""
     own: Activations | None = form if form in ("float32", "float16") else None
     if wanted == "auto":
-        return own or "float32"
+        return own or ("float16" if device == "cuda" else "float32")
     if own not in (None, wanted):
         raise ExportError(f"--quantization {own} computes in {own}; --activations {wanted} is for int8, int4 and int4z")
     return wanted

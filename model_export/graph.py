@@ -4,7 +4,7 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 `max_len` positions a row:
 
 - `input_ids` int64 [B, S]: the tokens, padded on the right;
-- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row;
+- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row; only in float32, see below;
 - `seqlens_k` int32 [B]: past plus valid tokens, minus one;
 - `total_sequence_length` int32 [1]: an upper bound of `seqlens_k` + 1;
 - `logits_idx` int64 [R]: the positions in the flattened [B * S] whose logits are wanted;
@@ -12,6 +12,9 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
 Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
+
+A graph in float16 is for GPUs as well, whose attention has no `query_seqlens`: all S tokens of a row count, and several
+rows that have a past are of one token each. Padding is written behind a row's end, where the next call overwrites it.
 
 On a CPU a token's results are bit-equal for any split of a prompt into calls, as long as no call reads one token, or
 one more than a multiple of 128, from a row: such a last token goes through other kernels.
@@ -74,13 +77,10 @@ class _Decoder:
         self.total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
         self.query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
         self.logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
-        self.inputs = [
-            self.input_ids,
-            self.seqlens_k,
-            self.total_sequence_length,
-            self.query_seqlens,
-            self.logits_idx,
-        ]
+        self.inputs = [self.input_ids, self.seqlens_k, self.total_sequence_length, self.logits_idx]
+        self.for_cpu = operators.floats == ir.DataType.FLOAT
+        if self.for_cpu:
+            self.inputs.append(self.query_seqlens)
         self.cos_cache, self.sin_cache = _rotary_caches(self.architecture, operators)
 
     def forward(self, on_layer: Callable[[], object]) -> list[ir.Value]:
@@ -127,8 +127,7 @@ class _Decoder:
             self.total_sequence_length,
             self.cos_cache,
             self.sin_cache,
-            *[None] * 7,
-            self.query_seqlens,
+            *([None] * 7 + [self.query_seqlens] if self.for_cpu else []),
             outputs=3,
             domain=CONTRIB,
             num_heads=architecture.heads,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from service import manifest as manifests
 from service import memory, ports
-from service.engine.model import provider
+from service.engine.device import provider
 from service.errors import StartupError
 from service.rpc import tls
 from service.rpc.keys import KeyRing
@@ -36,7 +36,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "metrics port": _metrics_port,
         "API keys": _keys,
         "TLS": _tls,
-        "provider": lambda _: provider(),
+        "provider": lambda _: provider("cpu", 0),
         "model": _model,
         "memory": _memory,
     }

@@ -88,6 +88,20 @@ def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: in
     )
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def kv_slots(slots: int, few_shapes: bool) -> int:
+    """How many slots of keys and values a model has for so many sequences.
+
+    One more than is ever held: a call too narrow for its results to be independent of it is padded with an empty row.
+    Where calls take few shapes, as many as the largest.
+    """
+    return max(slots + 1, power_of_two(slots)) if few_shapes else slots + 1
+
+
 def mib(size: int) -> int:
     """The size in MiB, rounded up."""
     return math.ceil(size / MIB)

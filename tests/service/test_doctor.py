@@ -15,7 +15,7 @@ import trustme
 from deploy.local import free_ports
 from service import __main__ as command
 from service import doctor
-from service.engine import model
+from service.engine import device
 from service.settings import Settings
 from tests.stack import ROOT
 
@@ -106,7 +106,7 @@ def test_tls(model_dir, tmp_path):
 
 def test_no_provider(model_dir, monkeypatch):
     """A build of onnxruntime that cannot compute here is named, with what it has."""
-    monkeypatch.setattr(model.ort, "get_available_providers", lambda: ["OtherProvider"])
+    monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["OtherProvider"])
     found = examined(model_dir)
     assert failing(found) == ["provider"]
     assert "OtherProvider" in found["provider"].text
