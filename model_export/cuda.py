@@ -1,4 +1,4 @@
-"""Which of a graph's nodes an NVIDIA GPU can run: checked against the list of onnxruntime's CUDA kernels.
+"""Graphs for NVIDIA GPUs: what they give besides logits, and whether onnxruntime has CUDA kernels for all of it.
 
 `cuda_kernels.json` is what onnxruntime-gpu itself lists, for the version that it names: every operator's kernels as
 [first opset, last opset, types by constraint], and its schemas as [first opset, inputs, outputs], each given by a
@@ -11,9 +11,46 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
 KERNELS = Path(__file__).with_name("cuda_kernels.json")
+
+
+# As many as the sampler looks at before it sorts a whole row.
+SHORTLIST = 64
+
+
+def add_shortlist(model: ir.Model) -> None:
+    """Adds what sampling mostly needs of the `logits` [R, vocab], so that they can stay on the GPU.
+
+    `top_logits` float32 [R, k], falling, `top_ids` int64 [R, k], and `log_sum_exp` float32 [R, 1] of all.
+    """
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    assert logits.shape is not None
+    vocabulary = logits.shape[1]
+    assert isinstance(vocabulary, int)
+    count = min(SHORTLIST, vocabulary)
+    tape = Tape()
+    top, ids = tape.op_multi_out("TopK", [logits, _constant(graph, "shortlist.size", count)], num_outputs=2)
+    peak = tape.op("Gather", [top, _constant(graph, "shortlist.first", 0)], {"axis": 1})
+    weights = tape.op("Exp", [tape.op("Sub", [logits, peak])])
+    total = tape.op("ReduceSum", [weights, _constant(graph, "shortlist.axis", 1)], {"keepdims": 1})
+    normalizer = tape.op("Add", [tape.op("Log", [total]), peak])
+    graph.extend(tape.nodes)
+    outputs = {"top_logits": (top, count), "top_ids": (ids, count), "log_sum_exp": (normalizer, 1)}
+    for name, (value, columns) in outputs.items():
+        value.name, value.shape = name, ir.Shape(["R", columns])
+        value.dtype = ir.DataType.INT64 if value is ids else ir.DataType.FLOAT
+        graph.outputs.append(value)
+
+
+def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(np.array([number], np.int64), name=name))
+    graph.register_initializer(value)
+    return value
 
 
 def unsupported(model: ir.Model) -> list[str]:

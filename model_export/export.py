@@ -68,6 +68,8 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, activations) as data:
             graph = source.build(form, data, progress("building", layers))
+            if options.device == "cuda":
+                cuda.add_shortlist(graph)
             lacking = cuda.unsupported(graph)
             if lacking and options.device == "cuda":
                 raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")

@@ -11,6 +11,7 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 - `past_key.i`, `past_value.i` float32 or float16 [B, kv_heads, max_len, head_dim] for each layer i.
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
+A graph for GPUs has further outputs, see `cuda.add_shortlist`.
 Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
 
 A graph in float16 is for GPUs as well, whose attention has no `query_seqlens`: all S tokens of a row count, and several

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from service import manifest as manifests
-from service import memory, ports
+from service import memory, placement, ports
 from service.engine.device import provider
 from service.errors import StartupError
 from service.rpc import tls
@@ -36,7 +36,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "metrics port": _metrics_port,
         "API keys": _keys,
         "TLS": _tls,
-        "provider": lambda _: provider("cpu", 0),
+        "provider": lambda settings: provider(settings.device, settings.device_id),
         "model": _model,
         "memory": _memory,
     }
@@ -103,7 +103,9 @@ def _model(settings: Settings) -> str:
 
 def _memory(settings: Settings) -> str:
     manifest = manifests.load(settings.model_dir)
+    settings = placement.settled(manifest, settings)
     budget = memory.budget(settings)
     plan = memory.plan(manifest, settings, context_length(manifest, settings), budget)
-    found = f"{plan.slots} of {settings.max_running} slots, {memory.mib(plan.total)} of {budget // memory.MIB} MiB"
-    return found if plan.slots == settings.max_running else f"{found}: fewer run at once than max_running"
+    _, slots = placement.place(manifest, settings, context_length(manifest, settings), plan.slots)
+    found = f"{slots} of {settings.max_running} slots, {memory.mib(plan.total)} of {budget // memory.MIB} MiB"
+    return found if slots == settings.max_running else f"{found}: fewer run at once than max_running"

@@ -74,18 +74,22 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: i
 
 def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> Plan:
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
-    parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
-    activations = _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
     rows = max(settings.prompt_chunk, slots) + _SAMPLER_ROWS
     tokens = context_length * (slots * _RUNNING_TOKEN + settings.max_waiting * _WAITING_TOKEN)
     tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
     return Plan(
         slots=slots,
         weights=int(stored * _WEIGHTS_FACTOR),
-        kv_slot=context_length * manifest.kv.bytes_per_token,
+        kv_slot=0 if settings.device == "cuda" else context_length * manifest.kv.bytes_per_token,
         logits=rows * manifest.vocab_size * 4,
-        other=_PROCESS + tokenizer + (settings.prompt_chunk + slots + 1) * activations + tokens,
+        other=_PROCESS + tokenizer + (settings.prompt_chunk + slots + 1) * activations(manifest) + tokens,
     )
+
+
+def activations(manifest: Manifest) -> int:
+    """What the intermediate results of one position take."""
+    parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
+    return _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
 
 
 def power_of_two(number: int) -> int:

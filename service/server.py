@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import manifest as manifests
-from service import memory, ports, watchdog
+from service import memory, placement, ports, watchdog
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -60,7 +60,8 @@ def load_model(settings: Settings) -> ServedModel:
     manifest = manifests.load(settings.model_dir)
     manifests.check_external_data(settings.model_dir, manifest)
     length = context_length(manifest, settings)
-    slots = _plan_memory(manifest, settings, length).slots
+    settings = placement.settled(manifest, settings)
+    device, slots = placement.place(manifest, settings, length, _plan_memory(manifest, settings, length).slots)
     tokenizer = Tokenizer(settings.model_dir / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         settings.model_dir,
@@ -69,6 +70,7 @@ def load_model(settings: Settings) -> ServedModel:
         context_length=length,
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
+        device=device,
     )
     scheduler = Scheduler(KVCache(slots), settings.prompt_chunk)
     engine = Engine(

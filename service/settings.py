@@ -57,6 +57,15 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM file of the authority that issues callers' certificates; with it callers must have one."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="What computes; auto is an NVIDIA GPU where there is one and the model is for it."
+    )
+    device_id: int = Field(0, ge=0, description="Which GPU, as its driver counts them.")
+    gpu_memory_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Memory of the GPU for the model, in MiB: limits the slots; 9/10 of what is free if not set.",
+    )
     context_length: int | None = Field(
         None, ge=16, description="Most tokens of prompt and completion together; the model's own if not set."
     )
@@ -87,7 +96,8 @@ class Settings(BaseSettings):
         len(os.sched_getaffinity(0)), ge=1, description="Threads that compute; best the number of physical cores."
     )
     batch_invariant: bool = Field(
-        True, description="Whether a result never depends on what else runs; off is faster for a lone request."
+        True,
+        description="Whether a result never depends on what else runs (CPU alone); off is faster for a lone request.",
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries of a request's `stop`; some editors send 16.")
     max_message_bytes: int = Field(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import logging
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ _CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 # For onnxruntime: this run is no part of any captured graph.
 _NOT_CAPTURED = -1
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -44,6 +41,8 @@ class Device(Protocol):
     index: int
     # Whether calls take few shapes only, since each is prepared once: rows, tokens and logits are padded.
     few_shapes: bool
+    # Whether its memory is not the host's, so that what stays there saves a copy.
+    apart: bool
 
     def load(self, graph: Path, threads: int) -> ort.InferenceSession:
         """The graph, ready to run here. Raises ModelDirectoryError when it is not to be loaded."""
@@ -84,7 +83,7 @@ class Cpu:
 
     kind: Literal["cpu", "cuda"] = "cpu"
     index = 0
-    few_shapes = False
+    few_shapes = apart = False
 
     def load(self, graph: Path, threads: int) -> ort.InferenceSession:
         return _session(graph, _options(threads), [CPU_PROVIDER])
@@ -125,7 +124,7 @@ class Cuda:
     """
 
     kind: Literal["cpu", "cuda"] = "cuda"
-    few_shapes = True
+    few_shapes = apart = True
 
     def __init__(self, driver: Driver, index: int, session_bytes: int) -> None:
         self.index = index
@@ -187,16 +186,22 @@ def run_options(graph: int | None) -> ort.RunOptions:
 
 def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
     """What computes, and on which device. Raises StartupError when it is not there."""
-    lacking = None if wanted == "cpu" else lacks_cuda(index)
+    available = ort.get_available_providers()
+    lacking = "" if wanted == "cpu" else lacks_cuda(index)
     if wanted == "cuda" and lacking is not None:
-        raise StartupError(f"device cuda: {lacking}")
-    if wanted == "cpu" or lacking is not None:
-        available = ort.get_available_providers()
+        raise StartupError(no_cuda(lacking))
+    if lacking is not None:
         if CPU_PROVIDER not in available:
             raise StartupError(f"onnxruntime {ort.__version__} has no {CPU_PROVIDER}, only {', '.join(available)}")
-        return f"onnxruntime {ort.__version__}, {CPU_PROVIDER}{f'; not CUDA: {lacking}' if lacking else ''}"
+        why = f"; not CUDA: {lacking}" if lacking and CUDA_PROVIDER in available else ""
+        return f"onnxruntime {ort.__version__}, {CPU_PROVIDER}{why}"
     driver = Driver(index)
     return f"onnxruntime {ort.__version__}, {CUDA_PROVIDER} on {driver.name}, {driver.free() >> 20} MiB free"
+
+
+def no_cuda(lacking: str) -> str:
+    """What to say when CUDA is asked for."""
+    return f"--device cuda cannot be had: {lacking}"
 
 
 def lacks_cuda(index: int) -> str | None:
@@ -213,28 +218,6 @@ def lacks_cuda(index: int) -> str | None:
     except Exception as error:  # onnxruntime raises its own unrelated types
         return f"onnxruntime's {CUDA_PROVIDER} does not work: {_missing_library() or error}"
     return None
-
-
-def choose(wanted: Literal["auto", "cpu", "cuda"], index: int, devices: tuple[str, ...], directory: Path) -> str:
-    """`cpu` or `cuda`: where a model in `directory`, exported for `devices`, is to run.
-
-    Raises StartupError when CUDA is wanted and cannot be had, ModelDirectoryError when the model is not for it.
-    """
-    if wanted == "cpu":
-        return "cpu"
-    lacking = lacks_cuda(index)
-    if lacking is not None:
-        if wanted == "cuda":
-            raise StartupError(f"device cuda: {lacking}")
-        return "cpu"
-    if "cuda" in devices:
-        return "cuda"
-    problem = f"{directory} was exported for {', '.join(devices)} alone"
-    hint = "export it again: python -m model_export SOURCE DIRECTORY --device cuda"
-    if wanted == "cuda":
-        raise ModelDirectoryError(f"device cuda: {problem}; {hint}")
-    _log.warning("%s: it runs on the CPU beside a GPU; %s", problem, hint)
-    return "cpu"
 
 
 def _package() -> str:

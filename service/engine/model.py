@@ -107,7 +107,9 @@ class Model:
         self._graphs = itertools.count()
         self._decoding = self._prompts = self._device.load(directory / MODEL_FILE, threads)
         self._ragged = any(each.name == "query_seqlens" for each in self._decoding.get_inputs())
-        self._results = Results(self._device, self._decoding, 0, self.vocab_size)
+        # What a GPU has captured is bound to its results: they grow for scored prompts alone.
+        rows = power_of_two(slots) if self._device.few_shapes else 0
+        self._results = Results(self._device, self._decoding, rows, self.vocab_size)
         if manifest.quantization.prompts is not None:
             self._prompts = self._device.load(directory / PROMPT_MODEL_FILE, threads)
             if not batch_invariant:
@@ -198,7 +200,7 @@ class Model:
             call.query_seqlens[:] = call.seqlens_k[:] = 0
             call.query_seqlens[: len(rows)] = [len(row) for row in rows]
         else:
-            # What an idle row writes lands behind all that matters; the last position of a full slot is never read again.
+            # What an idle row writes lands behind all that matters; a full slot's last position is never read again.
             call.seqlens_k[:] = np.minimum(self._lengths[slots], self.context_length - 1)
         for index, (row, length) in enumerate(zip(rows, past, strict=True)):
             if row:

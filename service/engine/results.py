@@ -27,7 +27,7 @@ class Results:
         shapes = {each.name: each.shape for each in session.get_outputs()}
         self._outputs: dict[str, tuple[int, int, Any]] = {"logits": (0, vocabulary, np.float32)}
         self._whole = end = rows * vocabulary * 4
-        if device.kind != "cpu" and _SHORTLIST.keys() <= shapes.keys():
+        if device.apart and _SHORTLIST.keys() <= shapes.keys():
             for name, dtype in sorted(_SHORTLIST.items(), key=lambda item: -np.dtype(item[1]).itemsize):
                 self._outputs[name] = (end, shapes[name][1], dtype)
                 end += rows * shapes[name][1] * np.dtype(dtype).itemsize
