@@ -189,7 +189,8 @@ class Model:
         if not self._device.few_shapes:
             return _Shape(first_slot, count, width, logits)
         count = min(power_of_two(count), self._kv_slots - first_slot)
-        width = min(power_of_two(width), self.context_length - max(past))
+        room = min(self.context_length - length for row, length in zip(rows, past, strict=True) if row)
+        width = min(power_of_two(width), room)
         shape = _Shape(first_slot, count, width, power_of_two(logits))
         return _Shape(0, count, 1, count) if shape.decodes else shape
 
