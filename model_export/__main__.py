@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
+from model_export.precision import MAX_KL, MAX_KL_INT4
+from model_export.report import table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
-        report = export(
+        described = export(
             options.source,
             options.directory,
             Options(
@@ -31,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
                 prompts=options.prompts,
                 device=options.device,
                 max_kl=options.max_kl,
+                fim_order=options.fim_order,
                 overwrite=options.overwrite,
             ),
             _progress,
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("model_export: interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(f"{options.directory}: {report}")
+    print(f"{options.directory}: {table(described)}")
     return 0
 
 
@@ -82,8 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-kl",
         type=float,
-        default=0.005,
-        help="largest divergence from the source in nats per token (%(default)s)",
+        help=f"largest divergence from the source in nats per token ({MAX_KL}; int4 {MAX_KL_INT4})",
+    )
+    parser.add_argument(
+        "--fim-order",
+        choices=("auto", "psm", "spm"),
+        default="auto",
+        help="order of a prompt for filling in the middle: prefix, suffix, middle or suffix, prefix, middle; auto goes "
+        "by the names of the tokens",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if it exists")
     return parser

@@ -16,10 +16,12 @@ import onnx_ir as ir
 from model_export import cuda
 from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
+from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.gguf_source import read_gguf
 from model_export.hf_source import read_hugging_face
 from model_export.initializers import Initializers
 from model_export.operators import LinearForm
+from model_export.precision import Device, Precision, choose_precision
 from model_export.quantize import Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
@@ -31,10 +33,6 @@ PromptForm = Literal["int8", "float32"]
 # Above this size of its matrices a second graph for prompts takes more memory than its speed is worth.
 PROMPT_GRAPH_BYTES = 2 << 30
 BYTES_PER_WEIGHT: dict[PromptForm, int] = {"int8": 1, "float32": 4}
-FILL_IN_THE_MIDDLE = (
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-)
 
 Progress = Callable[[str, int], Callable[[], object]]
 
@@ -49,70 +47,97 @@ class Options:
     quantization: Form | Literal["auto"] = "auto"
     activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    max_kl: float = 0.005
+    device: Device = "cpu"
+    max_kl: float | None = None
+    fim_order: Order | Literal["auto"] = "auto"
     overwrite: bool = False
 
 
-def export(path: Path, directory: Path, options: Options, progress: Progress) -> Report:
+def export(path: Path, directory: Path, options: Options, progress: Progress) -> manifest.Manifest:
     """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
+
+    Returns its description.
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
     _check_destination(directory, options.overwrite)
     source = read_source(path)
-    form = _form(options.quantization, source, options.device)
-    activations = _activations(options.activations, form, options.device)
+    precision = choose_precision(options.quantization, options.activations, source.weights, options.device)
+    if options.prompts in ("int8", "float32") and precision.activations == "float16":
+        raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are to be float16")
+    special_tokens = _special_tokens(source, options.fim_order)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
-        with Initializers(work / manifest.WEIGHTS_FILE, activations) as data:
-            graph = source.build(form, data, progress("building", layers))
-            if options.device == "cuda":
-                cuda.add_shortlist(graph)
-            lacking = cuda.unsupported(graph)
-            if lacking and options.device == "cuda":
-                raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")
+        with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
+            graph = source.build(precision.form, data, progress("building", layers))
+            devices = _finish_for(options.device, graph)
             ir.save(graph, model)
         source.vocabulary.tokenizer.save(str(work / manifest.TOKENIZER_FILE))
-        prompts, report = _add_prompt_graph(source, form, activations, options, work, progress)
-        described = _manifest(source, form, activations, prompts, report, options=options, directory=work)
-        described.model_copy(update={"devices": ("cpu",) if lacking else ("cpu", "cuda")}).write(work)
-    return report
+        prompts, report = _add_prompt_graph(source, precision, options, work, progress)
+        files = {file.name: _file_entry(file) for file in sorted(work.iterdir())}
+        described = manifest.Manifest(
+            format_version=manifest.FORMAT_VERSION,
+            id=options.id or source.name,
+            aliases=options.aliases,
+            created=int(time.time()),
+            owned_by=options.owned_by or source.organization or "unknown",
+            architecture=source.dimensions.family,
+            context_length=source.dimensions.context_length,
+            vocab_size=source.dimensions.vocab_size,
+            special_tokens=special_tokens,
+            kv=_kv_layout(source, precision),
+            devices=devices,
+            quantization=_quantization(source, precision, prompts),
+            quality=report.quality(_source_bytes(path), sum(entry.bytes for entry in files.values())),
+            files=files,
+        )
+        described.write(work)
+    return described
+
+
+def _finish_for(device: Device, graph: ir.Model) -> tuple[Device, ...]:
+    """Adds what that device wants of a graph, and gives the devices that can run it.
+
+    Raises ExportError when that one cannot.
+    """
+    if device == "cuda":
+        cuda.add_shortlist(graph)
+    lacking = cuda.unsupported(graph)
+    if lacking and device == "cuda":
+        raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")
+    return ("cpu",) if lacking else ("cpu", "cuda")
 
 
 def _add_prompt_graph(
-    source: Source, form: Form, activations: Activations, options: Options, work: Path, progress: Progress
+    source: Source, precision: Precision, options: Options, work: Path, progress: Progress
 ) -> tuple[PromptForm | None, Report]:
     """Builds the first wanted graph for prompts that is close enough to the source. Gives its form and the report.
 
     Raises TooFarError when none is, or when it is the generating graph that is too far.
     """
     layers, model = source.dimensions.layers, work / manifest.MODEL_FILE
-    forms = _prompt_forms(options.prompts, form, activations, source)
+    max_kl = precision.max_kl if options.max_kl is None else options.max_kl
+    forms = _prompt_forms(options.prompts, precision, source)
     for prompts in forms:
         graph = work / manifest.PROMPT_MODEL_FILE
         with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
             matrices: LinearForm = "int8_rows" if prompts == "int8" else "float32"
             on_layer = progress(f"building for prompts, {prompts}", layers)
-            ir.save(source.build_for_prompts(matrices, form, data, on_layer), graph)
+            ir.save(source.build_for_prompts(matrices, precision.form, data, on_layer), graph)
         try:
-            return prompts, verify(source, model, graph, options.max_kl, progress("verifying", layers))
+            return prompts, verify(source, model, graph, max_kl, progress("verifying", layers))
         except TooFarError:
             if prompts == forms[-1]:
                 raise
-    return None, verify(source, model, None, options.max_kl, progress("verifying", layers))
+    return None, verify(source, model, None, max_kl, progress("verifying", layers))
 
 
 def _prompt_forms(
-    wanted: Literal["auto", "int8", "float32", "none"], form: Form, activations: Activations, source: Source
+    wanted: Literal["auto", "int8", "float32", "none"], precision: Precision, source: Source
 ) -> list[PromptForm]:
-    """The forms of a second graph that are worth having beside one whose matrices are of `form`, the quickest first."""
-    if wanted in ("int8", "float32") and activations == "float16":
-        raise ExportError(
-            f"--prompts {wanted} is for float32 activations; give --prompts none or --activations float32"
-        )
-    if form == "float32" or wanted == "none" or activations == "float16":
+    """The forms of a second graph that are worth having beside one of `precision`, the quickest first."""
+    if precision.form == "float32" or wanted == "none" or precision.activations == "float16":
         return []
     if wanted != "auto":
         return [wanted]
@@ -139,24 +164,6 @@ def read_source(path: Path) -> Source:
     raise ExportError(f"{path} does not exist")
 
 
-def _form(wanted: Form | Literal["auto"], source: Source, device: Literal["cpu", "cuda"]) -> Form:
-    if wanted != "auto":
-        return wanted
-    if source.weights in ("Q4_0", "Q4_1"):
-        return "int4z"
-    return "float16" if device == "cuda" else "int8"
-
-
-def _activations(wanted: Activations | Literal["auto"], form: Form, device: Literal["cpu", "cuda"]) -> Activations:
-    """The type in which the graph computes: its matrices' where they are plain, else the device's unless asked for."""
-    own: Activations | None = form if form in ("float32", "float16") else None
-    if wanted == "auto":
-        return own or ("float16" if device == "cuda" else "float32")
-    if own not in (None, wanted):
-        raise ExportError(f"--quantization {own} computes in {own}; --activations {wanted} is for int8, int4 and int4z")
-    return wanted
-
-
 @contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
@@ -177,64 +184,46 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _manifest(
-    source: Source,
-    form: Form,
-    activations: Activations,
-    prompts: PromptForm | None,
-    report: Report,
-    *,
-    options: Options,
-    directory: Path,
-) -> manifest.Manifest:
+def _kv_layout(source: Source, precision: Precision) -> manifest.KVLayout:
     dimensions = source.dimensions
-    return manifest.Manifest(
-        format_version=manifest.FORMAT_VERSION,
-        id=options.id or source.name,
-        aliases=options.aliases,
-        created=int(time.time()),
-        owned_by=options.owned_by or source.organization or "unknown",
-        architecture=dimensions.family,
-        context_length=dimensions.context_length,
-        vocab_size=dimensions.vocab_size,
-        special_tokens=_special_tokens(source),
-        kv=manifest.KVLayout(
-            layers=dimensions.layers,
-            kv_heads=dimensions.kv_heads,
-            head_dim=dimensions.head_dim,
-            dtype=activations,
-        ),
-        quantization=manifest.Quantization(
-            weights=form,
-            activations=activations,
-            prompts=prompts,
-            source=source.weights,
-            min_rows=2 if form == "int4z" else 1,
-        ),
-        quality=manifest.Quality(kl=report.kl, max_logit_error=report.max_logit_error, tokens=report.tokens),
-        files={path.name: _file_entry(path) for path in sorted(directory.iterdir())},
+    return manifest.KVLayout(
+        layers=dimensions.layers,
+        kv_heads=dimensions.kv_heads,
+        head_dim=dimensions.head_dim,
+        dtype=precision.activations,
     )
 
 
-def _special_tokens(source: Source) -> manifest.SpecialTokens:
+def _quantization(source: Source, precision: Precision, prompts: PromptForm | None) -> manifest.Quantization:
+    return manifest.Quantization(
+        weights=precision.form,
+        activations=precision.activations,
+        prompts=prompts,
+        source=source.weights,
+        min_rows=precision.min_rows,
+        min_logits=precision.min_logits,
+    )
+
+
+def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.SpecialTokens:
     vocabulary = source.vocabulary
     token_id = vocabulary.tokenizer.token_to_id
     end_of_text = token_id("<|endoftext|>")
+    marks = reorder(find_marks(vocabulary.tokenizer, vocabulary.marks), order)
+    end = set(vocabulary.end) if marks is None else {*vocabulary.end, *end_of_middle(vocabulary.tokenizer)}
     return manifest.SpecialTokens(
         bos=vocabulary.bos,
         add_bos=vocabulary.add_bos,
-        end=vocabulary.end,
+        end=tuple(sorted(end)),
         default_prompt=vocabulary.bos if end_of_text is None else end_of_text,
-        fill_in_the_middle=_fill_in_the_middle(token_id),
+        fill_in_the_middle=marks,
     )
 
 
-def _fill_in_the_middle(token_id: Callable[[str], int | None]) -> manifest.FillInTheMiddle | None:
-    for names in FILL_IN_THE_MIDDLE:
-        prefix, suffix, middle = (token_id(name) for name in names)
-        if prefix is not None and suffix is not None and middle is not None:
-            return manifest.FillInTheMiddle(prefix=prefix, suffix=suffix, middle=middle)
-    return None
+def _source_bytes(path: Path) -> int:
+    """The size of a source's weights on disk."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def _file_entry(path: Path) -> manifest.FileEntry:

@@ -11,6 +11,13 @@ from model_export.gguf_metadata import Metadata
 from model_export.vocabulary import Vocabulary, end_tokens
 
 CONTROL, USER_DEFINED = 3, 4
+END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Today's name, and the one of older files.
+MARK_KEYS = {
+    "prefix": ("fim_pre", "prefix"),
+    "suffix": ("fim_suf", "suffix"),
+    "middle": ("fim_mid", "middle"),
+}
 
 LETTERS_NUMBERS_REST = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
@@ -35,7 +42,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     else:
         raise ExportError(f"tokenizer model {kind!r} is not supported; supported are gpt2 and llama")
     _add_special_tokens(tokenizer, metadata)
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_KEYS]
     bos_by_default = kind == "llama" or split in WHOLE_WORDS_FIRST
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     return Vocabulary(
@@ -43,7 +50,18 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         bos=bos,
         add_bos=bos is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
         end=end_tokens(tokenizer, ids),
+        marks=_marks(metadata),
     )
+
+
+def _marks(metadata: Metadata) -> dict[str, int]:
+    found = {}
+    for part, names in MARK_KEYS.items():
+        ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+        index = next((index for index in ids if index is not None), None)
+        if index is not None:
+            found[part] = index
+    return found
 
 
 def _byte_level(metadata: Metadata, split: str) -> Tokenizer:

@@ -90,5 +90,7 @@ class Initializers:
 def _halved(name: str, array: NDArray[Any]) -> NDArray[np.float16]:
     largest, limit = np.abs(array).max(initial=0), np.finfo(np.float16).max
     if not largest <= limit:
-        raise ExportError(f"{name} holds {largest:g}, and float16 ends at {limit:g}; export it with float32 activations")
+        raise ExportError(
+            f"{name} holds {largest:g}, and float16 ends at {limit:g}; export it with float32 activations"
+        )
     return array.astype(np.float16)

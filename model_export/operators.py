@@ -19,7 +19,7 @@ from model_export.quantize import (
     mixed_columns,
     mixing,
     pack,
-    pack_beside_remainders,
+    pack_apart,
     pack_rows,
     pack_signed_rows,
 )
@@ -121,9 +121,9 @@ class Operators:
         takes two bytes. With `few_rows` those would gain nothing, and float32 takes their place.
         """
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
-        if self._form == "int4z" and self._portable:
-            return self._linear_in_blocks_and_means(value, name, matrix, offset)
         if self._form in {"int4", "int4z", "int8"}:
+            if self._portable:
+                return self._linear_in_blocks_and_means(value, name, *pack_apart(matrix, self._form), offset)
             return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
         if self._form in PLAIN_FORMS or few_rows:
             product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
@@ -138,10 +138,9 @@ class Operators:
         return self._matmul_nbits(value, self._store(name, packed), offset)
 
     def _linear_in_blocks_and_means(
-        self, value: ir.Value, name: str, matrix: Matrix, offset: ir.Value | None
+        self, value: ir.Value, name: str, packed: Packed, remainders: Floats | None, offset: ir.Value | None
     ) -> ir.Value:
         """The same with the remainders as a matrix of their own, so that no provider meets an odd number of columns."""
-        packed, remainders = pack_beside_remainders(matrix)
         product = self._matmul_nbits(value, self._store(name, packed), offset)
         if remainders is None:
             return product

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from model_export.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
 
-# The forms of matrices: plain numbers, blocks with a scale and a whole zero point, and 4-bit blocks of any offset.
+# The forms of matrices: plain numbers or blocks. In int4 and int4z, 4-bit blocks of the source keep their values; all
+# other matrices are rounded to 4 bits in int4, and to 8 in int4z.
 Form = Literal["float32", "float16", "int8", "int4", "int4z"]
 PLAIN_FORMS = ("float32", "float16")
 
@@ -94,28 +95,23 @@ def mixing(size: int) -> Floats:
 
 
 def pack(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> Packed:
-    """Packs in `form`; in int4z what the source holds in 4 bits, all else in 8 bits."""
-    if form == "int4":
-        return _pack_int4(matrix)
-    if form == "int4z" and isinstance(matrix, Blocks) and matrix.bits == 4:
+    """Packs in `form`: what the source holds in blocks of as many bits as they are, all else rounded."""
+    if form != "int8" and isinstance(matrix, Blocks) and matrix.bits == 4:
         return _pack_int4z(matrix)
-    return _pack_int8(matrix)
+    return _round_to_int4(dequantize(matrix)) if form == "int4" else _pack_int8(matrix)
 
 
-def pack_beside_remainders(matrix: Matrix) -> tuple[Packed, Floats | None]:
-    """The same as int4z, the remainders [rows, blocks] apart: they belong to the means of blocks. None where all are 0.
-
-    `block_means` makes the means.
-    """
-    if not isinstance(matrix, Blocks) or matrix.bits != 4:
-        return _pack_int8(matrix), None
+def pack_apart(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[Packed, Floats | None]:
+    """The same, with what 4-bit blocks leave over in float: [rows, blocks] to multiply with `block_means`, or None."""
+    if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
+        return pack(matrix, form), None
     packed, remainders = _split_int4(matrix)
     return packed, BLOCK * remainders if remainders.any() else None
 
 
 def block_means(columns: int) -> Floats:
     """A matrix [columns, columns / 32], a product with which gives the mean of each block."""
-    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / BLOCK
+    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
 
 
 def _pack_int8(matrix: Matrix) -> Packed:
@@ -155,14 +151,8 @@ def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
     return whole, matrix.minimums + matrix.scales * zeros
 
 
-def _pack_int4(matrix: Matrix) -> Packed:
-    """Packs 4-bit blocks around a whole zero point exactly, all else by the scale that errs least."""
-    if isinstance(matrix, Blocks) and matrix.bits == 4:
-        whole, remainders = _split_int4(matrix)
-        if not remainders.any():
-            return whole
-    rows = matrix.shape[0]
-    codes, scales, zeros = _least_squares_int4(dequantize(matrix).reshape(rows, -1, BLOCK))
+def _round_to_int4(weights: Floats) -> Packed:
+    codes, scales, zeros = _least_squares_int4(weights.reshape(len(weights), -1, BLOCK))
     return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
 
 

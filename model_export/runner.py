@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,25 @@ class Runner:
         parts = [self._forward(tokens[end - size : end], int(end)) for end, size in zip(ends, chunks, strict=True)]
         return np.concatenate(parts)
 
-    def _forward(self, tokens: NDArray[np.int64], end: int) -> Floats:
+    def tokens_per_second(self, tokens: NDArray[np.int64], chunk: int, generated: int) -> tuple[float, float]:
+        """Tokens a second of reading all but the last `generated` of `tokens`, `chunk` at a time, then those singly.
+
+        Only the last token of a call gets logits.
+        """
+        self._forward(tokens[:1], 1)  # each graph's first call takes longer
+        self._forward(tokens[:2], 2)
+        read = len(tokens) - generated
+        ends = [*range(chunk, read, chunk), read]
+        began = time.perf_counter()
+        for start, end in zip([0, *ends], ends, strict=False):
+            self._forward(tokens[start:end], end, wanted=1)
+        turned = time.perf_counter()
+        for end in range(read + 1, len(tokens) + 1):
+            self._forward(tokens[end - 1 : end], end)
+        return read / (turned - began), generated / (time.perf_counter() - turned)
+
+    def _forward(self, tokens: NDArray[np.int64], end: int, wanted: int | None = None) -> Floats:
+        """The logits after the last `wanted` of `tokens`, by default all, of which the last is the text's `end`-th."""
         session = self._decoding if len(tokens) == 1 else self._reading
         binding = session.io_binding()
         feeds = {
@@ -46,7 +65,7 @@ class Runner:
             "seqlens_k": np.array([end - 1], np.int32),
             "total_sequence_length": np.array([end], np.int32),
             "query_seqlens": np.array([len(tokens)], np.int32),
-            "logits_idx": np.arange(len(tokens), dtype=np.int64),
+            "logits_idx": np.arange(len(tokens) - (wanted or len(tokens)), len(tokens), dtype=np.int64),
         }
         if all(entry.name != "query_seqlens" for entry in session.get_inputs()):
             del feeds["query_seqlens"]

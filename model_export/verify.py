@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from model_export.errors import ExportError, TooFarError
 from model_export.runner import Runner
 from model_export.source import Source
 from model_export.weights import Floats
+from service import manifest
 
 TEXT = Path(__file__).with_name("verification_text.txt")
 MAX_TOKENS = 1024
 CHUNK = 128
 DECODED = 32
+MOST_SURPRISE = 700.0  # its exponential is still a number
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Report:
 
     `kl` is the mean Kullback-Leibler divergence from the source's next-token distribution, in nats per token, by the
     graph that generates; `prompt_kl` is that by the graph that reads prompts, and `decode_kl` that for the last tokens,
-    generated one by one behind such a prompt. Errors are differences of logits, by the graph that generates.
+    generated one by one behind such a prompt. Errors are differences of logits, by the graph that generates. Speeds are
+    in tokens a second; the source's is that of its own logits in float32.
     """
 
     tokens: int
@@ -35,6 +40,34 @@ class Report:
     decode_kl: float
     mean_logit_error: float
     max_logit_error: float
+    source_perplexity: float
+    perplexity: float
+    source_read_per_second: float
+    read_per_second: float
+    generated_per_second: float
+
+    def quality(self, source_bytes: int, export_bytes: int) -> manifest.Quality:
+        """The report as the manifest keeps it, with the sizes of source and export."""
+        return manifest.Quality(
+            kl=self.kl,
+            max_logit_error=self.max_logit_error,
+            tokens=self.tokens,
+            prompt_kl=self.prompt_kl,
+            decode_kl=self.decode_kl,
+            mean_logit_error=self.mean_logit_error,
+            source=manifest.Measures(
+                bytes=source_bytes,
+                perplexity=self.source_perplexity,
+                read_per_second=self.source_read_per_second,
+                generated_per_second=None,
+            ),
+            export=manifest.Measures(
+                bytes=export_bytes,
+                perplexity=self.perplexity,
+                read_per_second=self.read_per_second,
+                generated_per_second=self.generated_per_second,
+            ),
+        )
 
     def __str__(self) -> str:
         return (
@@ -50,7 +83,9 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
     by either graph or decoded, and ExportError when a text read in chunks is as far from the same text read whole.
     """
     tokens = _tokens(source)
+    began = time.perf_counter()
     expected = source.logits(tokens, on_layer)
+    source_rate = len(tokens) / (time.perf_counter() - began)
     runner = Runner(model, len(tokens), prompts)
     whole = runner.logits(tokens, [len(tokens)])
     prompted = runner.logits(tokens, _chunks(len(tokens), CHUNK))
@@ -61,6 +96,7 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
     decoded = min(DECODED, len(tokens) - 1)
     single = runner.logits(tokens, [len(tokens) - decoded] + [1] * decoded)[-decoded:]
     chunked = prompted if prompts is None else Runner(model, len(tokens)).logits(tokens, _chunks(len(tokens), CHUNK))
+    read_rate, generated_rate = runner.tokens_per_second(tokens, CHUNK, decoded)
     report = Report(
         tokens=len(tokens),
         kl=kl_divergence(expected, chunked),
@@ -68,9 +104,20 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
         decode_kl=kl_divergence(expected[-decoded:], single),
         mean_logit_error=float(np.abs(chunked - expected).mean()),
         max_logit_error=float(np.abs(chunked - expected).max()),
+        source_perplexity=perplexity(expected, tokens),
+        perplexity=perplexity(chunked, tokens),
+        source_read_per_second=source_rate,
+        read_per_second=read_rate,
+        generated_per_second=generated_rate,
     )
-    if not max(report.kl, report.prompt_kl, report.decode_kl) <= max_kl:
-        raise TooFarError(f"the exported model is too far from its source (at most {max_kl} allowed): {report}")
+    farthest = max(report.kl, report.prompt_kl, report.decode_kl)
+    if not farthest <= max_kl:
+        raise TooFarError(
+            f"the exported model is too far from its source (at most {max_kl} allowed): {report}; choose another "
+            f"--quantization, or --max-kl {math.ceil(farthest * 100) / 100:g} to take it as it is"
+            if math.isfinite(farthest)
+            else f"the exported model gives no finite logits: {report}; choose another --quantization or --activations"
+        )
     return report
 
 
@@ -81,6 +128,12 @@ def kl_divergence(expected: Floats, actual: Floats) -> float:
         log_p, log_q = _log_softmax(one), _log_softmax(other)
         total += float(np.sum(np.exp(log_p) * (log_p - log_q)))
     return total / len(expected)
+
+
+def perplexity(logits: Floats, tokens: NDArray[np.int64]) -> float:
+    """The perplexity of `tokens` [tokens], all but the first, by the `logits` [tokens, vocab] after each."""
+    surprise = [-float(_log_softmax(row)[token]) for row, token in zip(logits, tokens[1:], strict=False)]
+    return math.exp(min(sum(surprise) / len(surprise), MOST_SURPRISE))
 
 
 def _log_softmax(logits: Floats) -> NDArray[np.float64]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
@@ -20,12 +20,17 @@ END_TOKENS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer, the token that begins a text and whether it has to, and the tokens that end a completion."""
+    """The tokenizer, the token that begins a text and whether it has to, and the tokens that end a completion.
+
+    `marks` are the tokens of filling in the middle that the source declares, by what they stand before: `prefix`,
+    `suffix`, `middle`.
+    """
 
     tokenizer: Tokenizer
     bos: int | None
     add_bos: bool
     end: tuple[int, ...]
+    marks: Mapping[str, int] = field(default_factory=dict)
 
 
 def end_tokens(tokenizer: Tokenizer, declared: Iterable[int | None]) -> tuple[int, ...]:

@@ -32,11 +32,22 @@ class FileEntry(_Part):
 
 
 class FillInTheMiddle(_Part):
-    """Token ids that mark a prompt's parts for a model trained to fill in the middle."""
+    """Token ids that mark a prompt's parts for a model trained to fill in the middle.
+
+    Each stands before its part, in the order of `order`: prefix, suffix, middle (`psm`) or suffix, prefix, middle
+    (`spm`). `middle` is None where nothing stands between the prefix and the middle, which only `spm` allows.
+    """
 
     prefix: int = Field(ge=0)
     suffix: int = Field(ge=0)
-    middle: int = Field(ge=0)
+    middle: int | None = Field(ge=0)
+    order: Literal["psm", "spm"] = "psm"
+
+    @model_validator(mode="after")
+    def _check(self) -> FillInTheMiddle:
+        if self.order == "psm" and self.middle is None:
+            raise ValueError("the order psm needs a token before the middle")
+        return self
 
 
 class SpecialTokens(_Part):
@@ -75,6 +86,7 @@ class Quantization(_Part):
     graph computes: in float16 it is made of operators that GPUs have as well. `prompts` is the form of the matrices of
     a second graph, which reads prompts faster; None when there is none. `min_rows` is the fewest rows of a call from
     which results no longer depend on the number of rows: one row may take another kernel than several.
+    `min_logits` is the same for the positions that get logits.
     """
 
     weights: Literal["float32", "float16", "int8", "int4", "int4z"]
@@ -82,14 +94,38 @@ class Quantization(_Part):
     prompts: Literal["float32", "int8"] | None = None
     source: str
     min_rows: int = Field(ge=1)
+    min_logits: int = Field(default=1, ge=1)
+
+
+class Measures(_Part):
+    """One model on the exporter's text and machine: its size, its perplexity, and its tokens a second.
+
+    `bytes` are those of the files; `read_per_second` is reading a prompt, `generated_per_second` one token after the
+    other, None where that was not measured. The source's are those of plain float32 arithmetic over its weights.
+    """
+
+    bytes: int = Field(ge=0)
+    perplexity: float
+    read_per_second: float
+    generated_per_second: float | None
 
 
 class Quality(_Part):
-    """What the exporter measured against the source weights: `kl` in nats per token, `max_logit_error` in logits."""
+    """What the exporter measured against the source weights, over `tokens` tokens of text.
+
+    Divergences are in nats per token: `kl` of the graph that generates, `prompt_kl` of the one that reads prompts,
+    `decode_kl` of tokens generated one by one. Errors are in logits, of the graph that generates. Directories of before
+    there was a report have `kl`, `max_logit_error` and `tokens` alone.
+    """
 
     kl: float
     max_logit_error: float
     tokens: int = Field(ge=1)
+    prompt_kl: float | None = None
+    decode_kl: float | None = None
+    mean_logit_error: float | None = None
+    source: Measures | None = None
+    export: Measures | None = None
 
 
 class Manifest(_Part):
@@ -117,8 +153,10 @@ class Manifest(_Part):
     def _check(self) -> Manifest:
         special = self.special_tokens
         marks = special.fill_in_the_middle
-        ids = {special.bos, special.default_prompt, *special.end, *(marks.model_dump().values() if marks else ())}
-        wrong = sorted(index for index in ids - {None} if index >= self.vocab_size)
+        ids: set[int | None] = {special.bos, special.default_prompt, *special.end}
+        if marks is not None:
+            ids |= {marks.prefix, marks.suffix, marks.middle}
+        wrong = sorted(index for index in ids if index is not None and index >= self.vocab_size)
         if wrong:
             raise ValueError(f"special tokens {wrong} are not within 0..{self.vocab_size - 1}")
         return self

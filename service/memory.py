@@ -24,6 +24,8 @@ _PROCESS = 256 * MIB
 _TOKENIZER_FACTOR = 20
 # onnxruntime packs the matrices anew; of the mapped file the token embeddings stay as well.
 _WEIGHTS_FACTOR = 1.5
+# A processor multiplies matrices of float16 as float32, and keeps them both ways.
+_HALVES_FACTOR = 3.0
 # A position's activations in the arena, which grows by doubling, per square root of the weights of a layer.
 _ACTIVATIONS_FACTOR = 64
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4z": 0.5}
@@ -79,7 +81,7 @@ def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: in
     tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
     return Plan(
         slots=slots,
-        weights=int(stored * _WEIGHTS_FACTOR),
+        weights=int(stored * (_HALVES_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
         kv_slot=0 if settings.device == "cuda" else context_length * manifest.kv.bytes_per_token,
         logits=rows * manifest.vocab_size * 4,
         other=_PROCESS + tokenizer + (settings.prompt_chunk + slots + 1) * activations(manifest) + tokens,

@@ -92,6 +92,7 @@ class Model:
         self._kv_layout = manifest.kv
         self._kv_slots = kv_slots(slots, self._device.few_shapes)
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
+        self._min_logits = manifest.quantization.min_logits if batch_invariant else 1
         self._many_rows = math.inf
         position = manifest.kv.head_dim * np.dtype(manifest.kv.dtype).itemsize
         self._head_bytes, self._position_bytes = context_length * position, position
@@ -186,6 +187,8 @@ class Model:
         count, width = len(rows), max(len(row) for row in rows)
         if count * width < self._min_rows:
             count = self._min_rows
+        if logits:
+            logits = max(logits, self._min_logits)
         if not self._device.few_shapes:
             return _Shape(first_slot, count, width, logits)
         count = min(power_of_two(count), self._kv_slots - first_slot)

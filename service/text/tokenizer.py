@@ -18,6 +18,8 @@ from service.types import Prompt
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _SENTENCEPIECE_SPACE = "\u2581"
+# A text that joins with none that follows it.
+_START = "\0"
 
 
 class Tokenizer:
@@ -81,13 +83,26 @@ class Tokenizer:
         return Prompt(token_ids=token_ids, text=text, tail=detokenizer.unfinished)
 
     def fill_in_the_middle(self, prompt: Prompt, suffix: str) -> Prompt:
-        """The prompt whose completion stands between `prompt` and `suffix`; the model must have tokens for that."""
+        """The prompt whose completion stands between `prompt` and `suffix`; the model must have tokens for that.
+
+        Before all stands the beginning-of-sequence token, where the prompt has it.
+        """
         marks = self._special.fill_in_the_middle
         if marks is None:
             raise ValueError("the model has no fill-in-the-middle tokens")
-        start, text = prompt.token_ids[: prompt.implied], prompt.token_ids[prompt.implied :]
-        ids = (*start, marks.prefix, *text, marks.suffix, *self.encode(suffix), marks.middle)
-        return dataclasses.replace(prompt, token_ids=ids, tail=b"")
+        start = prompt.token_ids[:1] if prompt.token_ids[0] == self._special.bos else ()
+        before = (marks.prefix, *prompt.token_ids[max(prompt.implied, len(start)) :])
+        after = (marks.suffix, *self._encode_further(suffix))
+        middle = () if marks.middle is None else (marks.middle,)
+        parts = (*before, *after) if marks.order == "psm" else (*after, *before)
+        return dataclasses.replace(prompt, token_ids=(*start, *parts, *middle), implied=len(start), tail=b"")
+
+    def _encode_further(self, text: str) -> list[int]:
+        """The token ids of a text that does not begin one: without the space that some tokenizers put before it."""
+        if not self._strips_space:
+            return self.encode(text)
+        start, whole = self.encode(_START), self.encode(_START + text)
+        return whole[len(start) :] if whole[: len(start)] == start else self.encode(text)
 
     def text_bytes(self, ids: Iterable[int], implied: int = 0) -> Iterator[bytes]:
         """The bytes that each token of a whole text adds to it, none for the first `implied`."""

@@ -53,6 +53,12 @@ def test_weights_are_the_data_of_every_graph():
     assert plan(model=described(tokenizer_json=5 << 20)).weights == plan().weights
 
 
+def test_matrices_in_float16_are_kept_in_float32_too():
+    """They take twice the room that others do."""
+    halves = described().model_copy(update={"quantization": Quantization(weights="float16", source="", min_rows=1)})
+    assert plan(model=halves).weights == 2 * plan().weights
+
+
 def test_logits_of_the_larger_of_a_prompt_chunk_and_a_batch():
     """Scoring a prompt takes a row of logits for every token of a chunk, decoding one for every sequence."""
     row = 49152 * 4
