@@ -28,7 +28,8 @@ class Setup:
     """What every peer is started with: the same weights and threads, and room for the same load.
 
     `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` keeps converted
-    models. `device` is what our service computes on; it refuses what would wait longer than `queue_seconds`: by default nothing.
+    models. Our service computes on `device`, and refuses what would wait longer than `queue_seconds`: by default
+    nothing.
     """
 
     model_dir: Path

@@ -115,19 +115,20 @@ def greedy(model, tokens, count):
     return made
 
 
+LISTING = """
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+for each in state.get_all_opkernel_def():
+    if each.provider == "CUDAExecutionProvider":
+        print(f"{each.domain}:{each.op_name}")
+"""
+
+
 def test_the_list_of_kernels_is_what_is_registered():
     """What graphs are checked against is what this onnxruntime lists of its own CUDA provider."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    if not hasattr(state, "get_all_opkernel_def"):
-        pytest.skip("this build does not list its kernels")
-    try:
-        listed = state.get_all_opkernel_def()
-    except RuntimeError as error:
-        pytest.skip(f"this build cannot list its kernels here: {error}")
-    there = {f"{each.domain}:{each.op_name}" for each in listed if each.provider == "CUDAExecutionProvider"}
-    kept = json.loads(cuda.KERNELS.read_text())["operators"]
-    assert set(kept) <= there
+    done = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=False)
+    if done.returncode:  # it asks every provider of the build, and falls over one that cannot be loaded, like TensorRT
+        pytest.skip(f"onnxruntime does not list its kernels here: exit code {done.returncode}")
+    assert set(json.loads(cuda.KERNELS.read_text())["operators"]) <= set(done.stdout.split())
 
 
 def test_every_node_is_on_the_gpu(directory):
