@@ -66,7 +66,10 @@ class Device(Protocol):
         ...
 
     def copy_rows(self, block: Block, source: int, target: int, *, rows: int, pitch: int, width: int) -> None:
-        """Copies `width` bytes of each of `rows` rows, `pitch` bytes apart, between two offsets; `wait` ends it."""
+        """Copies `width` bytes of each of `rows` rows, `pitch` bytes apart; `wait` ends it.
+
+        The offsets `source` and `target` are of whole rows.
+        """
         ...
 
     def wait(self) -> None:
@@ -107,8 +110,8 @@ class Cpu:
         """It is there."""
 
     def copy_rows(self, block: Block, source: int, target: int, *, rows: int, pitch: int, width: int) -> None:
-        of, to = (block.host[at : at + rows * pitch].reshape(rows, pitch)[:, :width] for at in (source, target))
-        to[...] = of
+        memory, of, to = block.host.reshape(-1, pitch), source // pitch, target // pitch
+        memory[to : to + rows, :width] = memory[of : of + rows, :width]
 
     def wait(self) -> None:
         """Nothing is under way."""
