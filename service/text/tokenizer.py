@@ -90,7 +90,8 @@ class Tokenizer:
         marks = self._special.fill_in_the_middle
         if marks is None:
             raise ValueError("the model has no fill-in-the-middle tokens")
-        start = prompt.token_ids[:1] if prompt.token_ids[0] == self._special.bos else ()
+        begun = prompt.token_ids[0] == self._special.bos and (self._special.add_bos or not prompt.implied)
+        start = prompt.token_ids[:1] if begun else ()
         before = (marks.prefix, *prompt.token_ids[max(prompt.implied, len(start)) :])
         after = (marks.suffix, *self._encode_further(suffix))
         middle = () if marks.middle is None else (marks.middle,)

@@ -162,18 +162,67 @@ def test_empty_prompt_without_default_token_is_refused(byte_level):
     assert caught.value.param == "prompt"
 
 
-def test_fill_in_the_middle(directory):
-    """The marks stand around prompt and suffix, behind the beginning of the sequence."""
+SPACED_A, A, B = 262, 260, 261
+FILLED = {
+    "psm": ("psm", 12, (1, 10, SPACED_A, 11, B, 12)),
+    "spm": ("spm", 12, (1, 11, B, 10, SPACED_A, 12)),
+    "spm without a middle": ("spm", None, (1, 11, B, 10, SPACED_A)),
+}
+
+
+def _fills(path, order="psm", middle=12, add_bos=True):
     special = SpecialTokens(
         bos=1,
-        add_bos=True,
+        add_bos=add_bos,
         end=(2,),
         default_prompt=1,
-        fill_in_the_middle=FillInTheMiddle(prefix=10, suffix=11, middle=12),
+        fill_in_the_middle=FillInTheMiddle(prefix=10, suffix=11, middle=middle, order=order),
     )
-    tokenizer = Tokenizer(_sentencepiece(directory / "fill.json"), special, 264)
-    filled = tokenizer.fill_in_the_middle(tokenizer.prompt("a"), "a")
-    assert filled == Prompt(token_ids=(1, 10, 262, 11, 262, 12), text="a", implied=1)
+    return Tokenizer(_sentencepiece(path), special, 264)
+
+
+@pytest.mark.parametrize("case", FILLED)
+def test_fill_in_the_middle(directory, case):
+    """Each mark stands before its part, all behind the beginning of the sequence; no space goes before a suffix."""
+    order, middle, ids = FILLED[case]
+    tokenizer = _fills(directory / "fill.json", order, middle)
+    filled = tokenizer.fill_in_the_middle(tokenizer.prompt("a"), "b")
+    assert filled == Prompt(token_ids=ids, text="a", implied=1)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "ids"), [("a", [A]), (" a", [SPACED_A]), ("", []), ("\na", [13, A]), ("ab", [A, B])]
+)
+def test_suffix_goes_on(directory, suffix, ids):
+    """A suffix begins with what it begins with, a space only where it has one."""
+    tokenizer = _fills(directory / "suffix.json")
+    filled = tokenizer.fill_in_the_middle(tokenizer.prompt("b"), suffix)
+    assert filled.token_ids[filled.token_ids.index(11) + 1 : -1] == tuple(ids)
+
+
+def test_fill_in_the_middle_of_byte_level_text(directory):
+    """Nothing is added to either part, and nothing before them where the model wants no beginning."""
+    marks = FillInTheMiddle(prefix=250, suffix=251, middle=252)
+    special = SpecialTokens(bos=0, add_bos=False, end=(0,), default_prompt=0, fill_in_the_middle=marks)
+    tokenizer = Tokenizer(_byte_level(directory / "fill_bytes.json"), special, 260)
+    filled = tokenizer.fill_in_the_middle(tokenizer.prompt("he"), "hehe")
+    assert filled.token_ids == (250, 257, 251, 257, 257, 252)
+
+
+def test_fill_behind_nothing(directory):
+    """An empty prompt leaves the prefix empty; its stand-in stays only where it begins every sequence."""
+    tokenizer = _fills(directory / "empty.json")
+    assert tokenizer.fill_in_the_middle(tokenizer.prompt(""), "b").token_ids == (1, 10, 11, B, 12)
+    tokenizer = _fills(directory / "empty.json", add_bos=False)
+    assert tokenizer.fill_in_the_middle(tokenizer.prompt(""), "b").token_ids == (10, 11, B, 12)
+
+
+def test_fill_behind_tokens(directory):
+    """Tokens are taken as they are; a beginning of the sequence among them stays the first."""
+    tokenizer = _fills(directory / "tokens.json")
+    assert tokenizer.fill_in_the_middle(tokenizer.prompt_of_tokens([A]), "b").token_ids == (10, A, 11, B, 12)
+    filled = tokenizer.fill_in_the_middle(tokenizer.prompt_of_tokens([1, A]), "b")
+    assert filled.token_ids == (1, 10, A, 11, B, 12)
 
 
 def test_fill_in_the_middle_needs_its_tokens(byte_level):
