@@ -45,7 +45,10 @@ class Precision:
 
 
 def choose_precision(
-    form: Form | Literal["auto"], activations: Activations | Literal["auto"], source_weights: str, device: Device
+    form: Form | Literal["auto"],
+    activations: Activations | Literal["auto"],
+    source_weights: str,
+    device: Device = "cpu",
 ) -> Precision:
     """What `auto` means on a device for a source whose matrices are of the form `source_weights`.
 
