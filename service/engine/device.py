@@ -22,7 +22,10 @@ Bytes = npt.NDArray[np.uint8]
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
-# For onnxruntime: this run is no part of any captured graph.
+# For onnxruntime: flash attention, and memory-efficient attention where a GPU is too old for it. Both read lengths on
+# the GPU, as captured graphs need; cuDNN's, the default on some GPUs, makes a plan of its own for each shape.
+_ATTENTION = 1 | 2
+# And: this run is no part of any captured graph.
 _NOT_CAPTURED = -1
 
 
@@ -177,6 +180,7 @@ def provider_options(index: int, session_bytes: int) -> dict[str, str]:
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
         "use_tf32": "0",
+        "sdpa_kernel": str(_ATTENTION),
     }
 
 

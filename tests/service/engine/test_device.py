@@ -21,6 +21,7 @@ def test_provider_options():
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
         "use_tf32": "0",
+        "sdpa_kernel": "3",
     }
 
 
