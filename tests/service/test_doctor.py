@@ -112,6 +112,15 @@ def test_no_provider(model_dir, monkeypatch):
     assert "OtherProvider" in found["provider"].text
 
 
+def test_cuda_without_a_gpu(model_dir):
+    """Asked for, it is missing by name; left to itself the service takes the CPU."""
+    found = examined(model_dir, device="cuda")
+    assert failing(found) == ["provider", "memory"]
+    assert "--device cuda cannot be had: onnxruntime-gpu is not installed" in found["provider"].text
+    assert "pip install 'completion-service[gpu]'" in found["provider"].text
+    assert failing(examined(model_dir, device="auto")) == []
+
+
 @pytest.mark.parametrize(("flags", "code"), [((), 0), (("--memory-mib", "100"), 1)])
 def test_the_doctor_as_a_command(model_dir, flags, code):
     """One line per thing; 1 if any of them fails, 0 if none does."""
