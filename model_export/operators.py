@@ -141,7 +141,9 @@ class Operators:
         self, value: ir.Value, name: str, packed: Packed, remainders: Floats | None, offset: ir.Value | None
     ) -> ir.Value:
         """The same with the remainders as a matrix of their own, so that no provider meets an odd number of columns."""
-        product = self._matmul_nbits(value, self._store(name, packed), offset)
+        product = self._matmul_nbits(value, self._store(name, packed))
+        if offset is not None:
+            product = self.apply("Add", product, offset)
         if remainders is None:
             return product
         if packed.columns not in self._block_means:
