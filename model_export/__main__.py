@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
                 quantization=options.quantization,
                 activations=options.activations,
                 prompts=options.prompts,
+                device=options.device,
                 max_kl=options.max_kl,
                 fim_order=options.fim_order,
                 overwrite=options.overwrite,
@@ -93,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="form of the matrices of a second graph, which reads prompts faster; auto takes int8 where this processor "
         "has 8-bit dot products and the result is close enough, and has none above 2 GiB",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what the model is to run on; cuda makes auto take float16 matrices (4-bit sources stay in 4 bits) and "
+        "float16 activations, and refuses what an NVIDIA GPU has no kernel for (%(default)s)",
     )
     parser.add_argument(
         "--max-kl",

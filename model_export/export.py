@@ -16,13 +16,14 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from model_export import cuda
 from model_export.errors import ExportError, TooFarError
 from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.gguf_source import gguf_parts
 from model_export.initializers import Initializers
 from model_export.opening import find, read_source
 from model_export.operators import LinearForm
-from model_export.precision import Precision, choose_precision
+from model_export.precision import Device, Precision, choose_precision
 from model_export.quantize import Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
@@ -48,6 +49,7 @@ class Options:
     quantization: Form | Literal["auto"] = "auto"
     activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
+    device: Device = "cpu"
     max_kl: float | None = None
     fim_order: Order | Literal["auto"] = "auto"
     overwrite: bool = False
@@ -64,7 +66,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     """
     _check_destination(path, directory, options.overwrite)
     path, source, options = _open(path, options)
-    precision = choose_precision(options.quantization, options.activations, source.weights)
+    precision = choose_precision(options.quantization, options.activations, source.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are to be float16")
     special_tokens = _special_tokens(source, options.fim_order)
@@ -72,7 +74,9 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
         layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
-            ir.save(source.build(precision.form, data, progress("building", layers)), model)
+            graph = source.build(precision.form, data, progress("building", layers))
+            devices = _finish_for(options.device, graph)
+            ir.save(graph, model)
         text = source.vocabulary.tokenizer.to_str(pretty=True)
         (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
         prompts, report = _add_prompt_graph(source, precision, options, work, progress)
@@ -88,12 +92,26 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             vocab_size=source.dimensions.vocab_size,
             special_tokens=special_tokens,
             kv=_kv_layout(source, precision),
+            devices=devices,
             quantization=_quantization(source, precision, prompts),
             quality=report.quality(_source_bytes(path), sum(entry.bytes for entry in files.values())),
             files=files,
         )
         described.write(work)
     return described
+
+
+def _finish_for(device: Device, graph: ir.Model) -> tuple[Device, ...]:
+    """Adds what that device wants of a graph, and gives the devices that can run it.
+
+    Raises ExportError when that one cannot.
+    """
+    if device == "cuda":
+        cuda.add_shortlist(graph)
+    lacking = cuda.unsupported(graph)
+    if lacking and device == "cuda":
+        raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")
+    return ("cpu",) if lacking else ("cpu", "cuda")
 
 
 def _add_prompt_graph(

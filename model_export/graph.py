@@ -4,14 +4,18 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 `max_len` positions a row:
 
 - `input_ids` int64 [B, S]: the tokens, padded on the right;
-- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row;
+- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row; only in float32, see below;
 - `seqlens_k` int32 [B]: past plus valid tokens, minus one;
 - `total_sequence_length` int32 [1]: an upper bound of `seqlens_k` + 1;
 - `logits_idx` int64 [R]: the positions in the flattened [B * S] whose logits are wanted;
 - `past_key.i`, `past_value.i` float32 or float16 [B, kv_heads, max_len, head_dim] for each layer i.
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
+A graph for GPUs has further outputs, see `cuda.add_shortlist`.
 Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
+
+A graph in float16 is for GPUs as well, whose attention has no `query_seqlens`: all S tokens of a row count, and several
+rows that have a past are of one token each. Padding is written behind a row's end, where the next call overwrites it.
 
 On a CPU a token's results are bit-equal for any split of a prompt into calls, as long as no call reads one token, or
 one more than a multiple of 128, from a row: such a last token goes through other kernels.
@@ -26,12 +30,10 @@ import onnx_ir as ir
 
 from model_export.checkpoint import Architecture, Checkpoint
 from model_export.initializers import Initializers
+from model_export.interface import Interface
 from model_export.operators import CONTRIB, LinearForm, Operators, Table
 from model_export.quantize import Form
 from model_export.weights import stack_rows
-
-OPSETS = {"": 21, CONTRIB: 1}
-IR_VERSION = 10
 
 
 def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
@@ -51,16 +53,8 @@ def build_prompt_graph(
 
 
 def _build(decoder: _Decoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-    outputs = decoder.forward(on_layer)
-    graph = ir.Graph(
-        decoder.inputs,
-        outputs,
-        nodes=decoder.operators.nodes,
-        initializers=data.used,
-        opset_imports=OPSETS,
-        name=decoder.checkpoint.name,
-    )
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
+    logits = decoder.logits(on_layer)
+    return decoder.interface.model(logits, decoder.architecture.vocab_size, data, decoder.checkpoint.name)
 
 
 class _Decoder:
@@ -69,41 +63,30 @@ class _Decoder:
         self.architecture = checkpoint.architecture
         self.operators = operators
         self.few_wanted = few_wanted
-        self.input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
-        self.seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
-        self.total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
-        self.query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
-        self.logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
-        self.inputs = [
-            self.input_ids,
-            self.seqlens_k,
-            self.total_sequence_length,
-            self.query_seqlens,
-            self.logits_idx,
-        ]
+        self.interface = Interface(operators)
         self.rotary_caches = _rotary_caches(self.architecture, operators)
 
-    def forward(self, on_layer: Callable[[], object]) -> list[ir.Value]:
-        """The graph's outputs. What a layer adds to the residual stream is added in the norm that follows."""
+    def logits(self, on_layer: Callable[[], object]) -> ir.Value:
+        """The logits [R, vocab]. What a layer adds to the residual stream is added in the norm that follows."""
         table = self.operators.table("token_embd.weight", self.checkpoint.matrix("token_embd.weight"))
-        residual = self.operators.look_up(table, self.input_ids)
+        residual = self.operators.look_up(table, self.interface.input_ids)
         scale = self._vector("blk.0.attn_norm.weight")
         hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
-        present: list[ir.Value] = []
         for layer in range(self.architecture.layers):
-            attended, *keys_and_values = self._attention(layer, hidden)
-            present += keys_and_values
+            attended = self._attention(layer, hidden)
             few = self.few_wanted and layer == self.architecture.layers - 1
             if few:
-                attended, residual = self._wanted_positions(attended), self._wanted_positions(residual)
+                attended, residual = (
+                    self.interface.wanted_positions(attended),
+                    self.interface.wanted_positions(residual),
+                )
             attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few)
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
             added = self._mlp(layer, hidden, few_rows=few)
             hidden, residual = self._add_and_norm(added, residual, self._norm_after(layer))
             on_layer()
-        wanted = hidden if self.few_wanted else self._wanted_positions(hidden)
-        logits = self._head(wanted, table)
-        return [_declare(logits, "logits", ir.DataType.FLOAT, ["R", self.architecture.vocab_size]), *present]
+        wanted = hidden if self.few_wanted else self.interface.wanted_positions(hidden)
+        return self._head(wanted, table)
 
     def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
         """The logits of `hidden` [R, columns]. Where they are few, twice the arithmetic is no price for exactness."""
@@ -113,32 +96,18 @@ class _Decoder:
             hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.few_wanted
         )
 
-    def _attention(self, layer: int, hidden: ir.Value) -> list[ir.Value]:
-        """The attended values [B, S, heads * head_dim], and the layer's present keys and values."""
-        architecture, attention, prefix = self.architecture, self.architecture.attention[layer], f"blk.{layer}."
-        floats = self.operators.floats
-        cache_shape: list[int | str] = ["B", architecture.kv_heads, "max_len", architecture.head_dim]
-        past = [ir.val(f"past_{kind}.{layer}", floats, cache_shape) for kind in ("key", "value")]
-        self.inputs += past
-        attended, key, value = self.operators.apply_many(
-            "GroupQueryAttention",
-            *self._queries_keys_values(prefix, hidden),
-            *past,
-            self.seqlens_k,
-            self.total_sequence_length,
-            *(self.rotary_caches if attention.rotary else [None, None]),
-            *[None] * 7,
-            self.query_seqlens,
-            outputs=3,
-            domain=CONTRIB,
+    def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
+        """The attended values [B, S, heads * head_dim] of a layer."""
+        architecture, attention = self.architecture, self.architecture.attention[layer]
+        return self.interface.attend(
+            self._queries_keys_values(f"blk.{layer}.", hidden),
+            self.rotary_caches if attention.rotary else [None, None],
+            architecture.kv_heads,
+            architecture.head_dim,
             num_heads=architecture.heads,
-            kv_num_heads=architecture.kv_heads,
             do_rotary=int(attention.rotary),
             local_window_size=-1 if attention.window is None else attention.window,
         )
-        _declare(key, f"present_key.{layer}", floats, cache_shape)
-        _declare(value, f"present_value.{layer}", floats, cache_shape)
-        return [attended, key, value]
 
     def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
         """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
@@ -179,11 +148,6 @@ class _Decoder:
         following = layer + 1
         return f"blk.{following}.attn_norm.weight" if following < self.architecture.layers else "output_norm.weight"
 
-    def _wanted_positions(self, value: ir.Value) -> ir.Value:
-        """The rows [R, columns] of `value` [B, S, columns] that get logits."""
-        flat = self.operators.apply("Flatten", value, axis=2)
-        return self.operators.apply("Gather", flat, self.logits_idx, axis=0)
-
     def _vector(self, name: str) -> ir.Value:
         return self.operators.vector(name, self.checkpoint.floats(name))
 
@@ -196,9 +160,3 @@ def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.
         operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
         operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
     ]
-
-
-def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-    """Names `value` and gives its type, as the graph's outputs need."""
-    value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
-    return value

@@ -15,14 +15,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
-from model_export.graph import IR_VERSION, OPSETS
 from model_export.initializers import Initializers
+from model_export.interface import Interface
 from model_export.mobius_nodes import (
     CACHES,
     COPIED,
     FOLDED,
     PAST,
-    QUERY_SEQLENS,
     constant_of,
     head_of,
     key_shape,
@@ -34,7 +33,7 @@ from model_export.operators import CONTRIB, Operators, Table
 from model_export.weights import Floats
 
 # Attributes of attention that say what a model computes; the window comes from the configuration.
-_ATTENTION_ATTRIBUTES = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
+_ATTENTION_ATTRIBUTES = ("num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,7 @@ class Translation:
         self._data = data
         self._attentions = attentions
         self._context_length = context_length
-        self._input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
-        self._seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
-        self._total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
-        self._query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
-        self._logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
-        self._inputs = [
-            self._input_ids,
-            self._seqlens_k,
-            self._total_sequence_length,
-            self._query_seqlens,
-            self._logits_idx,
-        ]
-        self._present: list[ir.Value] = []
+        self._interface = Interface(operators)
         self._values: dict[ir.Value, ir.Value] = {}
         self._constants: dict[ir.Value, NDArray[Any]] = {}
         self._tables: list[tuple[Table, NDArray[Any]]] = []
@@ -97,16 +84,7 @@ class Translation:
             if node.op_type == "GroupQueryAttention":
                 on_layer()
         logits = self._values[logits_of(self._source)]
-        _declare(logits, "logits", ["R", self._vocab_size()], ir.DataType.FLOAT)
-        graph = ir.Graph(
-            self._inputs,
-            [logits, *self._present],
-            nodes=self._operators.nodes,
-            initializers=self._data.used,
-            opset_imports=OPSETS,
-            name=self._source.name,
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
+        return self._interface.model(logits, self._vocab_size(), self._data, self._source.name or "decoder")
 
     def _vocab_size(self) -> int:
         matrix = self._constant(self._head.inputs[1])
@@ -178,7 +156,7 @@ class Translation:
         constant = self._constant(value)
         if constant is None:
             if value.name == "input_ids":
-                return self._input_ids
+                return self._interface.input_ids
             if value.name == "position_ids":
                 return self._positions()
             raise ExportError(f"the graph takes {value.name}, which the service does not give")
@@ -190,14 +168,19 @@ class Translation:
     def _positions(self) -> ir.Value:
         """Each token's place [B, S] in its row; those of padding are within the context as well."""
         operators = self._operators
-        first = operators.apply("Sub", self._seqlens_k, self._query_seqlens)
-        first = operators.apply("Cast", first, to=ir.DataType.INT64.value)
-        first = operators.apply("Unsqueeze", first, operators.sizes("positions.columns", 1))
+
+        def whole(value: ir.Value) -> ir.Value:
+            return operators.apply("Cast", value, to=ir.DataType.INT64.value)
+
         zero, one, last = (
             self._data.constant(f"positions.{number}", np.array(number, np.int64))
             for number in (0, 1, self._context_length - 1)
         )
-        width = operators.apply("Gather", operators.apply("Shape", self._input_ids), one)
+        width = operators.apply("Gather", operators.apply("Shape", self._interface.input_ids), one)
+        # Without lengths of their own all of a row's tokens count.
+        lengths = width if self._interface.query_seqlens is None else whole(self._interface.query_seqlens)
+        first = operators.apply("Sub", whole(self._interface.seqlens_k), lengths)
+        first = operators.apply("Unsqueeze", first, operators.sizes("positions.columns", 1))
         # Counted from one, as `seqlens_k` is one less than the number of positions.
         counted = operators.apply("Range", one, operators.apply("Add", width, one), one)
         return operators.apply("Clip", operators.apply("Add", first, counted), zero, last)
@@ -262,45 +245,26 @@ class Translation:
 
     def _multiply_wanted(self, value: ir.Value, name: str, matrix: Floats) -> ir.Value:
         """The head over the wanted positions [R, columns] alone."""
-        flat = self._operators.apply("Flatten", value, axis=2)
-        wanted = self._operators.apply("Gather", flat, self._logits_idx, axis=0)
+        wanted = self._interface.wanted_positions(value)
         tied = (table for table, rows in self._tables if np.array_equal(rows, matrix))
         return self._operators.head(wanted, name, matrix, next(tied, None))
 
     def _attend(self, node: ir.Node) -> None:
-        layer = len(self._present) // 2
-        attention = self._attentions[layer]
-        kv_heads, head_dim = key_shape(node)
-        shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
-        past = [ir.val(f"past_{kind}.{layer}", self._operators.floats, shape) for kind in ("key", "value")]
-        self._inputs += past
+        attention = self._attentions[self._interface.layers]
         attributes = {name: node.attributes[name].value for name in _ATTENTION_ATTRIBUTES if name in node.attributes}
         if attention.window is not None:
             attributes["local_window_size"] = attention.window
         if attention.scale is not None:
             attributes["scale"] = attention.scale
-        inputs = list(node.inputs) + [None] * (QUERY_SEQLENS - len(node.inputs))
-        queries = [None if value is None else self._value(value) for value in inputs[:PAST]]
-        caches = [None if value is None else self._cache(value) for value in inputs[CACHES:]]
+        queries = [None if value is None else self._value(value) for value in node.inputs[:PAST]]
+        caches = [None if value is None else self._cache(value) for value in node.inputs[CACHES:]]
         if attention.rotations is not None:
-            names = (f"rotations.{layer}.{kind}" for kind in ("cosine", "sine"))
-            caches[:2] = map(self._operators.vector, names, attention.rotations)
-        attended, key, value = self._operators.apply_many(
-            "GroupQueryAttention",
-            *queries,
-            *past,
-            self._seqlens_k,
-            self._total_sequence_length,
-            *caches,
-            self._query_seqlens,
-            outputs=3,
-            domain=CONTRIB,
-            **attributes,
-        )
-        self._present += [
-            _declare(key, f"present_key.{layer}", shape, self._operators.floats),
-            _declare(value, f"present_value.{layer}", shape, self._operators.floats),
-        ]
+            names = (f"rotations.{self._interface.layers}.{kind}" for kind in ("cosine", "sine"))
+            caches = list(map(self._operators.vector, names, attention.rotations))
+        caches += [None] * (2 - len(caches))
+        if len(caches) > 2:
+            raise ExportError("the graph's attention takes more than queries, keys, values and rotations")
+        attended = self._interface.attend(queries, caches, *key_shape(node), **attributes)
         self._values[node.outputs[0]] = attended
 
     def _cache(self, value: ir.Value) -> ir.Value:
@@ -312,8 +276,3 @@ class Translation:
             rotations = np.ascontiguousarray(constant[: self._context_length])
             self._values[value] = self._operators.vector(f"rotations.{len(self._values)}", rotations)
         return self._values[value]
-
-
-def _declare(value: ir.Value, name: str, shape: list[int | str], kind: ir.DataType) -> ir.Value:
-    value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
-    return value

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from model_export.errors import ExportError
 
 # Inputs of GroupQueryAttention by their places.
-PAST, CACHES, QUERY_SEQLENS = 3, 7, 16
+PAST, CACHES = 3, 7
 # What works on each position alone, and on any number of them.
 COPIED = frozenset(
     (

@@ -8,6 +8,9 @@ from typing import Literal
 from model_export.errors import ExportError
 from model_export.quantize import PLAIN_FORMS, Activations, Form
 
+# What a model is to run on.
+Device = Literal["cpu", "cuda"]
+
 # Nats per token that an export may be off its source. Rounding anew to 4 bits is never as close as the others.
 MAX_KL = 0.005
 MAX_KL_INT4 = 0.1
@@ -42,17 +45,22 @@ class Precision:
 
 
 def choose_precision(
-    form: Form | Literal["auto"], activations: Activations | Literal["auto"], source_weights: str
+    form: Form | Literal["auto"],
+    activations: Activations | Literal["auto"],
+    source_weights: str,
+    device: Device = "cpu",
 ) -> Precision:
-    """What `auto` means for a source whose matrices are of the form `source_weights`.
+    """What `auto` means on a device for a source whose matrices are of the form `source_weights`.
 
     Raises ExportError where form and activations do not go together.
     """
     if form == "auto":
-        form = "int4z" if source_weights in ("Q4_0", "Q4_1") else "int8"
+        plain: Form = "float16" if device == "cuda" else "int8"
+        form = "int4z" if source_weights in ("Q4_0", "Q4_1") else plain
     own: Activations | None = form if form in ("float32", "float16") else None
     if own is not None and activations not in ("auto", own):
         raise ExportError(
             f"--quantization {own} computes in {own}; --activations {activations} goes with int8, int4 and int4z"
         )
-    return Precision(form, own or ("float32" if activations == "auto" else activations))
+    usual: Activations = "float16" if device == "cuda" else "float32"
+    return Precision(form, own or (usual if activations == "auto" else activations))

@@ -67,6 +67,8 @@ class Runner:
             "query_seqlens": np.array([len(tokens)], np.int32),
             "logits_idx": np.arange(len(tokens) - (wanted or len(tokens)), len(tokens), dtype=np.int64),
         }
+        if all(entry.name != "query_seqlens" for entry in session.get_inputs()):
+            del feeds["query_seqlens"]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, cache in self._caches.items():

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from service import memory, models, ports
-from service.engine.model import provider
+from service import memory, models, placement, ports
+from service.engine.device import provider
 from service.errors import StartupError
 from service.models import Checked
 from service.rpc import tls
@@ -37,7 +37,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "metrics port": _metrics_port,
         "API keys": _keys,
         "TLS": _tls,
-        "provider": lambda _: provider(),
+        "provider": lambda settings: provider(settings.device, settings.device_id),
     }
     for name, check in checks.items():
         yield _finding(name, check, settings)
@@ -124,12 +124,17 @@ def _names(checked: list[Checked], settings: Settings) -> str:
 def _memory(checked: list[Checked], settings: Settings) -> Iterator[Finding]:
     """A finding for each model, or one for all when the budget cannot be divided."""
     try:
-        plans = models.plans(checked, settings)
+        settled = models.settle(checked)
+        plans = models.plans(settled, settings)
+        placed = [
+            placement.place(model.manifest, model.given.settings, model.context_length, plan.slots)
+            for model, (_, plan) in zip(settled, plans, strict=True)
+        ]
     except StartupError as error:
         yield Finding("memory", False, str(error))
         return
-    for model, (part, plan) in zip(checked, plans, strict=True):
+    for model, (part, plan), (_, slots) in zip(settled, plans, placed, strict=True):
         most = model.given.settings.max_running
-        found = f"{plan.slots} of {most} slots, {memory.mib(plan.total)} of {part // memory.MIB} MiB"
-        found += "" if plan.slots == most else ": fewer run at once than max_running"
+        found = f"{slots} of {most} slots, {memory.mib(plan.total)} of {part // memory.MIB} MiB"
+        found += "" if slots == most else ": fewer run at once than max_running"
         yield Finding("memory", True, found if len(checked) == 1 else f"{model.manifest.id}: {found}")

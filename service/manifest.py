@@ -131,7 +131,10 @@ class Quality(_Part):
 
 
 class Manifest(_Part):
-    """A model directory's description; see docs/model-directory.md for the file as JSON."""
+    """A model directory's description; see docs/model-directory.md for the file as JSON.
+
+    `devices` are those that have a kernel for every operator of the graphs.
+    """
 
     format_version: Literal[1]
     id: str = Field(min_length=1)
@@ -144,6 +147,7 @@ class Manifest(_Part):
     special_tokens: SpecialTokens
     kv: KVLayout
     quantization: Quantization
+    devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
     quality: Quality
     files: dict[str, FileEntry]
 

@@ -131,18 +131,36 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: i
 
 def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int, models: int) -> Plan:
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
-    parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
-    activations = _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
     rows = max(settings.prompt_chunk, slots) + _SAMPLER_ROWS
     tokens = context_length * (slots * _RUNNING_TOKEN + settings.max_waiting * _WAITING_TOKEN)
     tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
     return Plan(
         slots=slots,
         weights=int(stored * (_HALVES_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
-        kv_slot=context_length * manifest.kv.bytes_per_token,
+        kv_slot=0 if settings.device == "cuda" else context_length * manifest.kv.bytes_per_token,
         logits=rows * manifest.vocab_size * 4,
-        other=_PROCESS // models + tokenizer + (settings.prompt_chunk + slots + 1) * activations + tokens,
+        other=_PROCESS // models + tokenizer + (settings.prompt_chunk + slots + 1) * activations(manifest) + tokens,
     )
+
+
+def activations(manifest: Manifest) -> int:
+    """What the intermediate results of one position take."""
+    parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
+    return _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def kv_slots(slots: int, few_shapes: bool) -> int:
+    """How many slots of keys and values a model has for so many sequences.
+
+    One more than is ever held: a call too narrow for its results to be independent of it is padded with an empty row.
+    Where calls take few shapes, as many as the largest.
+    """
+    return max(slots + 1, power_of_two(slots)) if few_shapes else slots + 1
 
 
 def mib(size: int) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service import manifest as manifests
-from service import memory, telemetry
+from service import memory, placement, telemetry
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.model import Model
@@ -50,6 +50,16 @@ def check(given: ModelSettings) -> Checked:
     return Checked(given, manifest)
 
 
+def settle(models: Sequence[Checked]) -> list[Checked]:
+    """The models, each on the device that it is to have. Raises StartupError where one cannot be had."""
+    settled = []
+    for model in models:
+        own = placement.settled(model.manifest, model.given.settings, model.given.directory)
+        settled.append(replace(model, given=replace(model.given, settings=own)))
+    placement.check_apart({str(model.given.directory): model.given.settings for model in settled})
+    return settled
+
+
 def aliases(models: Sequence[Checked], more: Mapping[str, str]) -> list[tuple[str, ...]]:
     """The names besides its id of each model: its manifest's, its settings', and of `more` those that lead to its id.
 
@@ -78,7 +88,7 @@ def aliases(models: Sequence[Checked], more: Mapping[str, str]) -> list[tuple[st
 
 
 def plans(models: Sequence[Checked], settings: Settings) -> list[tuple[int, memory.Plan]]:
-    """Each model's part of the memory, in bytes, and what it takes of it. Raises StartupError if one is too small."""
+    """Each settled model's part of the memory, in bytes, and what it takes. Raises StartupError if one is too small."""
     count = len(models)
     claims = []
     for model in models:
@@ -99,6 +109,7 @@ def load(settings: Settings) -> tuple[ServedModel, ...]:
     """The models that the settings name, checked and ready to start. Raises StartupError."""
     models = [check(given) for given in settings.each_model()]
     names = aliases(models, settings.alias)
+    models = settle(models)
     parts = plans(models, settings)
     for model, (part, plan) in zip(models, parts, strict=True):
         _log_plan(model, part, plan)
@@ -119,6 +130,7 @@ def _log_plan(model: Checked, part: int, plan: memory.Plan) -> None:
 def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
     directory, manifest, settings = checked.given.directory, checked.manifest, checked.given.settings
     length = checked.context_length
+    device, slots = placement.place(manifest, settings, length, slots)
     tokenizer = Tokenizer(directory / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         directory,
@@ -127,6 +139,7 @@ def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
         context_length=length,
         threads=settings.threads,
         batch_invariant=settings.batch_invariant,
+        device=device,
     )
     engine = Engine(
         model,

@@ -28,6 +28,8 @@ from service.errors import StartupError
 ENV_PREFIX = "COMPLETION_"
 
 # What a model may have of its own has the same bounds there as for all.
+_Device = Literal["auto", "cpu", "cuda"]
+_DeviceId = Annotated[int, Field(ge=0)]
 _ContextLength = Annotated[int, Field(ge=16)]
 _MaxRunning = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[int, Field(ge=1)]
@@ -49,6 +51,9 @@ class ModelTable(BaseModel):
 
     dir: Path
     aliases: tuple[_Name, ...] = ()
+    device: _Device | None = None
+    device_id: _DeviceId | None = None
+    gpu_memory_mib: _Positive | None = None
     context_length: _ContextLength | None = None
     max_running: _MaxRunning | None = None
     memory_mib: _Positive | None = None
@@ -111,6 +116,14 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM file of the authority that issues callers' certificates; with it callers must have one."
     )
+    device: _Device = Field(
+        "auto", description="What computes; auto is an NVIDIA GPU where there is one and the model is for it."
+    )
+    device_id: _DeviceId = Field(0, description="Which GPU, as its driver counts them.")
+    gpu_memory_mib: _Positive | None = Field(
+        None,
+        description="Memory of the GPU for the model, in MiB: limits the slots; 9/10 of what is free if not set.",
+    )
     context_length: _ContextLength | None = Field(
         None, description="Most tokens of prompt and completion together; the model's own if not set."
     )
@@ -141,7 +154,8 @@ class Settings(BaseSettings):
         description="Threads that compute, of each model; best the number of physical cores.",
     )
     batch_invariant: bool = Field(
-        True, description="Whether a result never depends on what else runs; off is faster for a lone request."
+        True,
+        description="Whether a result never depends on what else runs (CPU alone); off is faster for a lone request.",
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries of a request's `stop`; some editors send 16.")
     max_message_bytes: int = Field(

@@ -85,6 +85,18 @@ def test_settings_that_are_passed_on(name: str) -> None:
     assert {"COMPLETION_OTLP_ENDPOINT"} <= set(SERVICES[name]["environment"]) <= known
 
 
+def test_the_gpu_is_reserved_and_asked_for() -> None:
+    """The service for GPUs has one, is built with CUDA and its model, and does not start without."""
+    service = SERVICES["service-gpu"]
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+    assert service["environment"] == {"COMPLETION_DEVICE": "cuda"}
+    assert service["build"]["args"] == {"RUNTIME": "gpu"}
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert 'if [ "${RUNTIME}" = gpu ]; then device=cuda; else device=cpu; fi' in dockerfile
+    assert '--device "${device}"' in dockerfile
+
+
 def test_files_exist(service: dict[str, Any]) -> None:
     """Dockerfiles, mounted folders and the files that Envoy's configuration names are in the repository."""
     if "build" in service:

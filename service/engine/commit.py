@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence as Seq
 
 from service.engine import sampler
-from service.engine.sampler import Floats, Score
+from service.engine.sampler import Floats, Row, Score
 from service.engine.sequence import Sequence
 from service.errors import NotFiniteError
 from service.text.tokenizer import Tokenizer
@@ -19,8 +19,8 @@ class Committer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def score_prompt(self, sequence: Sequence, logits: Floats) -> None:
-        """Scores the prompt's next tokens by `logits` [positions, vocabulary], which follow consecutive tokens."""
+    def score_prompt(self, sequence: Sequence, logits: Floats | Seq[Row]) -> None:
+        """Scores the prompt's next tokens by rows of logits, which follow consecutive tokens."""
         group, count = sequence.group, sequence.request.logprobs or 0
         ids = group.prompt.token_ids
         if not group.scores:
@@ -47,8 +47,8 @@ class Committer:
         tokens = tuple(sequence.group.scores) if request.echo and request.logprobs is not None else ()
         return self._delta(sequence, text, tokens, finish)
 
-    def advance(self, sequence: Sequence, logits: Floats) -> Delta | None:
-        """Samples the next token from `logits` [vocabulary] and gives what became final by it, if anything.
+    def advance(self, sequence: Sequence, logits: Row) -> Delta | None:
+        """Samples the next token from a row of logits and gives what became final by it, if anything.
 
         Raises NotFiniteError when the logits are not numbers.
         """
@@ -73,7 +73,7 @@ class Committer:
         return self._show(sequence, whole, FinishReason.LENGTH)
 
     @staticmethod
-    def _sample(sequence: Sequence, logits: Floats) -> int:
+    def _sample(sequence: Sequence, logits: Row) -> int:
         request, params = sequence.request, sequence.request.sampling
         banned = tuple(request.stop_token_ids) if sequence.generated < request.min_tokens else ()
         _check_finite(logits)
@@ -114,7 +114,7 @@ class Committer:
         )
 
 
-def _check_finite(logits: Floats) -> None:
-    """Of a row with one number that is not finite, none can be trusted; minus infinity is a token that cannot be."""
-    if not math.isfinite(logits.max()):
+def _check_finite(logits: Row) -> None:
+    """Of a row with one number that is not finite, none can be trusted."""
+    if not sampler.is_finite(logits):
         raise NotFiniteError("the model's logits are not finite")

@@ -16,7 +16,7 @@ from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
 from service.engine.model import Model
-from service.engine.sampler import Floats
+from service.engine.sampler import Row, whole
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
@@ -344,7 +344,7 @@ class Engine:
             self._outbox.append(lambda: self._started(sequence.generation))
             self._flush()  # who comes meanwhile waits for this prompt no longer than for any step
         self._model.copy(chunk.copies)
-        logits = group.logits
+        logits: Row = group.logits
         if chunk.start < chunk.end:
             length = chunk.end - chunk.start
             wanted = range(length) if sequence.scores_prompt else range(length - 1, length)
@@ -359,7 +359,7 @@ class Engine:
             if group.unstarted == sequence.request.best_of:
                 self.observer.prompt_read(chunk.end)
             group.unstarted -= 1
-            group.logits = logits.copy() if group.unstarted else None
+            group.logits = whole(logits).copy() if group.unstarted else None
             self._send(sequence, self._committer.begin(sequence))
             if sequence.request.max_tokens:
                 self._commit(sequence, logits)
@@ -374,7 +374,7 @@ class Engine:
         for row, (_, sequence) in enumerate(decoding):
             self._commit(sequence, logits[row])
 
-    def _commit(self, sequence: Sequence, logits: Floats) -> None:
+    def _commit(self, sequence: Sequence, logits: Row) -> None:
         """Advances one sequence by its logits; a fault of its own ends its request alone."""
         if sequence.finished:  # a sibling's fault, earlier in this step, ended the request
             return

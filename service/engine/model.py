@@ -1,9 +1,9 @@
-"""The exported model and its keys and values: the only place that knows onnxruntime."""
+"""The exported model and its keys and values, on the device where they are."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service.engine.cache import Copy
+from service.engine.device import Block, Cpu, Device
+from service.engine.results import Results, Rows
 from service.engine.signature import check_signature
-from service.errors import ModelDirectoryError, StartupError
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
-from service.processor import byte_options
+from service.memory import kv_slots, power_of_two
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128
@@ -28,29 +29,41 @@ _BINDINGS = 128
 _MANY_ROWS = (8, 16, 32)
 _WORTH_CHANGING = 0.95
 _TIMED_STEPS = 5
+# Where a call's inputs begin in their block: for any type of any device.
+_ALIGNMENT = 256
 
 
-_PROVIDER = "CPUExecutionProvider"
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A call's rows and their width in tokens, from a slot on, and how many positions get logits, all with padding."""
 
+    first_slot: int
+    rows: int
+    width: int
+    logits: int
 
-def provider() -> str:
-    """What computes: onnxruntime's version and its provider. Raises StartupError when it is not there."""
-    available = ort.get_available_providers()
-    if _PROVIDER not in available:
-        raise StartupError(f"onnxruntime {ort.__version__} has no {_PROVIDER}, only {', '.join(available)}")
-    return f"onnxruntime {ort.__version__}, {_PROVIDER}"
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a step of generated tokens, whose shapes and addresses recur."""
+        return self.first_slot == 0 and self.width == 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call's inputs, at fixed addresses, and the session and binding that take them."""
+    """One call's inputs, at fixed addresses, and the session and binding that take them.
+
+    `graph` numbers what a GPU may capture and replay. Without `query_seqlens` every token of every row counts.
+    """
 
     session: ort.InferenceSession
     binding: Any
+    graph: int | None
+    inputs: Block
     input_ids: npt.NDArray[np.int64]
-    seqlens_k: npt.NDArray[np.int32]
-    query_seqlens: npt.NDArray[np.int32]
     logits_idx: npt.NDArray[np.int64]
+    seqlens_k: npt.NDArray[np.int32]
+    query_seqlens: npt.NDArray[np.int32] | None
+    total_sequence_length: npt.NDArray[np.int32]
 
 
 class Model:
@@ -59,7 +72,7 @@ class Model:
     Rows of several tokens go through the graph for prompts where there is one. So do many rows where results may depend
     on the batch, from the number on at which that was faster when it was tried at the start. Keys and values are one
     buffer per layer, [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and extends them in
-    place. Not thread-safe: one thread owns it.
+    place. Not thread-safe: one thread at a time may use it.
     """
 
     def __init__(
@@ -71,31 +84,39 @@ class Model:
         context_length: int,
         threads: int,
         batch_invariant: bool,
+        device: Device | None = None,
     ) -> None:
         self.vocab_size = manifest.vocab_size
         self.slots = slots
         self.context_length = context_length
-        self._layers = manifest.kv.layers
+        self._device = device or Cpu()
+        self._kv_layout = manifest.kv
+        self._kv_slots = kv_slots(slots, self._device.few_shapes)
         self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
         self._min_logits = manifest.quantization.min_logits if batch_invariant else 1
         self._many_rows = math.inf
         self._decoding = self._prompts = self._load(directory / MODEL_FILE, manifest, threads)
-        # One slot more than is ever held: a call too narrow for its results to be independent of it is padded with an
-        # empty row.
-        shape = (slots + 1, manifest.kv.kv_heads, context_length, manifest.kv.head_dim)
+        position = manifest.kv.head_dim * np.dtype(manifest.kv.dtype).itemsize
+        self._head_bytes, self._position_bytes = context_length * position, position
+        self._slot_bytes = manifest.kv.kv_heads * self._head_bytes
         self._kv = {
-            f"{part}.{layer}": _reserve(shape, manifest.kv.dtype)
-            for layer in range(self._layers)
+            f"{part}.{layer}": self._device.reserve(self._kv_slots * self._slot_bytes)
+            for layer in range(manifest.kv.layers)
             for part in ("key", "value")
         }
-        self._total_length = np.zeros(1, np.int32)
-        self._logits = np.zeros((0, self.vocab_size), np.float32)
-        self._calls: OrderedDict[tuple[int, int, int, int], _Call] = OrderedDict()
+        # How many positions of each slot may matter to someone.
+        self._lengths = np.zeros(self._kv_slots, np.int32)
+        self._calls: OrderedDict[_Shape, _Call] = OrderedDict()
+        self._graphs = itertools.count()
+        self._ragged = any(each.name == "query_seqlens" for each in self._decoding.get_inputs())
+        # What a GPU has captured is bound to its results: they grow for scored prompts alone.
+        rows = power_of_two(slots) if self._device.few_shapes else 0
+        self._results = Results(self._device, self._decoding, rows, self.vocab_size)
         if manifest.quantization.prompts is not None:
             self._prompts = self._load(directory / PROMPT_MODEL_FILE, manifest, threads)
             if not batch_invariant:
                 self._many_rows = self._faster_from()
-                self._calls.clear()  # some are bound to the graph that was only tried
+                self._forget_calls()  # some are bound to the graph that was only tried
 
     def _faster_from(self) -> float:
         """From how many rows on the graph for prompts generates tokens faster on this machine."""
@@ -108,7 +129,7 @@ class Model:
     def _step_seconds(self, rows: int, many_rows: float) -> float:
         """The least time of some steps of `rows` rows, when so many rows take the graph for prompts."""
         self._many_rows = many_rows
-        self._calls.clear()
+        self._forget_calls()
         seconds = []
         for _ in range(_TIMED_STEPS):
             began = time.perf_counter()
@@ -116,46 +137,30 @@ class Model:
             seconds.append(time.perf_counter() - began)
         return min(seconds)
 
-    @staticmethod
-    def _load(graph: Path, manifest: Manifest, threads: int) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Threads that still spin after a call would take the cores from the other graph's next call.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        for name, value in byte_options().items():
-            options.add_session_config_entry(name, value)
-        try:
-            session = ort.InferenceSession(graph, options, providers=[_PROVIDER])
-        except Exception as error:  # onnxruntime raises its own unrelated types
-            raise ModelDirectoryError(f"{graph} cannot be loaded: {' '.join(str(error).split())}") from error
+    def _load(self, graph: Path, manifest: Manifest, threads: int) -> ort.InferenceSession:
+        session = self._device.load(graph, threads)
         check_signature(graph, session.get_inputs(), session.get_outputs(), manifest)
         return session
 
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Rows:
         """Extends slots `first_slot`.. by the tokens of `rows`, after their first `past` positions.
 
-        A row may be empty: its slot stays as it is. Returns the logits [len(logits_at), vocabulary] after the tokens
-        at `logits_at`, pairs of row and position in the row; they are valid until the next call.
+        A row may be empty: its slot stays as it is. Gives the logits after the tokens at `logits_at`, pairs of row and
+        position in the row, where they are whole as an array [len(logits_at), vocabulary]; they are valid until the
+        next call.
         """
-        width = max(len(row) for row in rows)
         self._check(first_slot, rows, past)
-        padded_rows = len(rows) if len(rows) * width >= self._min_rows else self._min_rows
-        padded_logits = max(len(logits_at), self._min_logits) if logits_at else 0
-        call = self._call(first_slot, padded_rows, width, padded_logits)
-        call.query_seqlens[:] = 0
-        call.seqlens_k[:] = 0
-        for index, (row, length) in enumerate(zip(rows, past, strict=True)):
+        shape = self._shape(first_slot, rows, past, len(logits_at))
+        call = self._call(shape)
+        for index, row in enumerate(rows):
             call.input_ids[index, : len(row)] = row
-            call.query_seqlens[index] = len(row)
-            call.seqlens_k[index] = max(0, length + len(row) - 1)
-        self._total_length[0] = max(int(call.seqlens_k.max()) + 1, width)
-        call.logits_idx[:] = 0
-        call.logits_idx[: len(logits_at)] = [row * width + position for row, position in logits_at]
-        call.session.run_with_iobinding(call.binding)
-        return self._logits[: len(logits_at)]
+        self._fill_lengths(call, shape, rows, past)
+        call.logits_idx[: len(logits_at)] = [row * shape.width + position for row, position in logits_at]
+        self._device.send(call.inputs)
+        self._device.run(call.session, call.binding, call.graph)
+        return self._results.read(len(logits_at))
 
     def probe(self, slot: int) -> None:
         """Raises what `forward` does where it fails on a single token. The slot's first position is lost."""
@@ -164,8 +169,15 @@ class Model:
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies keys and values between slots, in order."""
         for item in copies:
-            for buffer in self._kv.values():
-                buffer[item.target, :, : item.length] = buffer[item.source, :, : item.length]
+            source, target = item.source * self._slot_bytes, item.target * self._slot_bytes
+            width = item.length * self._position_bytes
+            for block in self._kv.values():
+                self._device.copy_rows(
+                    block, source, target, rows=self._kv_layout.kv_heads, pitch=self._head_bytes, width=width
+                )
+            self._lengths[item.target] = item.length
+        if copies:
+            self._device.wait()
 
     def _check(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
         """A wrong length would write beyond a slot: some kernels clamp it in silence."""
@@ -174,51 +186,100 @@ class Model:
         for row, length in zip(rows, past, strict=True):
             if length < 0 or length + len(row) > self.context_length:
                 raise ValueError(f"{length} + {len(row)} positions do not fit a slot of {self.context_length}")
+        if not self._ragged and len(rows) > 1 and max(len(row) for row in rows) > 1:
+            raise ValueError(f"{len(rows)} rows of several tokens: this graph takes one")
 
-    def _call(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
-        key = (first_slot, rows, width, logits)
-        call = self._calls.get(key)
+    def _shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> _Shape:
+        count, width = len(rows), max(len(row) for row in rows)
+        if count * width < self._min_rows:
+            count = self._min_rows
+        if logits:
+            logits = max(logits, self._min_logits)
+        if not self._device.few_shapes:
+            return _Shape(first_slot, count, width, logits)
+        count = min(power_of_two(count), self._kv_slots - first_slot)
+        room = min(self.context_length - length for row, length in zip(rows, past, strict=True) if row)
+        width = min(power_of_two(width), room)
+        shape = _Shape(first_slot, count, width, power_of_two(logits))
+        return _Shape(0, count, 1, count) if shape.decodes else shape
+
+    def _fill_lengths(self, call: _Call, shape: _Shape, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
+        """Says how much of each slot there is, and how much of each row counts."""
+        slots = slice(shape.first_slot, shape.first_slot + shape.rows)
+        if call.query_seqlens is not None:
+            call.query_seqlens[:] = call.seqlens_k[:] = 0
+            call.query_seqlens[: len(rows)] = [len(row) for row in rows]
+        else:
+            # What an idle row writes lands behind all that matters; a full slot's last position is never read again.
+            call.seqlens_k[:] = np.minimum(self._lengths[slots], self.context_length - 1)
+        for index, (row, length) in enumerate(zip(rows, past, strict=True)):
+            if row:
+                counted = len(row) if call.query_seqlens is not None else shape.width
+                call.seqlens_k[index] = length + counted - 1
+                self._lengths[shape.first_slot + index] = length + len(row)
+            elif call.query_seqlens is not None:
+                call.seqlens_k[index] = max(0, length - 1)
+        if call.graph is None:
+            call.total_sequence_length[0] = max(int(call.seqlens_k.max()) + 1, shape.width)
+
+    def _call(self, shape: _Shape) -> _Call:
+        call = self._calls.get(shape)
         if call is None:
-            if logits > len(self._logits):
-                self._logits = np.zeros((logits, self.vocab_size), np.float32)
-                self._calls.clear()  # they point into the old buffer
-            call = self._calls[key] = self._bind(*key)
+            if shape.logits > self._results.rows:
+                self._forget_calls()  # they point into the old buffer
+                self._results.release()
+                self._results = Results(self._device, self._decoding, shape.logits, self.vocab_size)
+            call = self._calls[shape] = self._bind(shape)
             if len(self._calls) > _BINDINGS:
-                self._calls.popitem(last=False)
-        self._calls.move_to_end(key)
+                self._device.release(self._calls.popitem(last=False)[1].inputs)
+        self._calls.move_to_end(shape)
         return call
 
-    def _bind(self, first_slot: int, rows: int, width: int, logits: int) -> _Call:
-        session = self._prompts if width > 1 or rows >= self._many_rows else self._decoding
-        call = _Call(
+    def _forget_calls(self) -> None:
+        while self._calls:
+            self._device.release(self._calls.popitem()[1].inputs)
+
+    def _bind(self, shape: _Shape) -> _Call:
+        session = self._prompts if shape.width > 1 or shape.rows >= self._many_rows else self._decoding
+        binding = session.io_binding()
+        sizes = {
+            "input_ids": ((shape.rows, shape.width), np.int64),
+            "logits_idx": ((shape.logits,), np.int64),
+            "seqlens_k": ((shape.rows,), np.int32),
+        }
+        if self._ragged:
+            sizes["query_seqlens"] = ((shape.rows,), np.int32)
+        inputs, views = self._inputs(binding, sizes)
+        total = np.full(1, self.context_length, np.int32)
+        binding.bind_input("total_sequence_length", "cpu", 0, np.int32, total.shape, total.ctypes.data)
+        kv_shape = (shape.rows, self._kv_layout.kv_heads, self.context_length, self._kv_layout.head_dim)
+        for name, block in self._kv.items():
+            address = block.address + shape.first_slot * self._slot_bytes
+            place = (self._device.kind, self._device.index, np.dtype(self._kv_layout.dtype), kv_shape, address)
+            binding.bind_input(f"past_{name}", *place)
+            binding.bind_output(f"present_{name}", *place)
+        self._results.bind(binding, shape.logits)
+        return _Call(
             session=session,
-            binding=session.io_binding(),
-            input_ids=np.zeros((rows, width), np.int64),
-            seqlens_k=np.zeros(rows, np.int32),
-            query_seqlens=np.zeros(rows, np.int32),
-            logits_idx=np.zeros(logits, np.int64),
+            binding=binding,
+            graph=next(self._graphs) if self._device.few_shapes and shape.decodes else None,
+            inputs=inputs,
+            input_ids=views["input_ids"],
+            logits_idx=views["logits_idx"],
+            seqlens_k=views["seqlens_k"],
+            query_seqlens=views.get("query_seqlens"),
+            total_sequence_length=total,
         )
-        for name in ("input_ids", "seqlens_k", "query_seqlens", "logits_idx"):
-            _bind_input(call.binding, name, getattr(call, name))
-        _bind_input(call.binding, "total_sequence_length", self._total_length)
-        for name, buffer in self._kv.items():
-            view = buffer[first_slot : first_slot + rows]
-            _bind_input(call.binding, f"past_{name}", view)
-            _bind_output(call.binding, f"present_{name}", view)
-        _bind_output(call.binding, "logits", self._logits[:logits])
-        return call
 
-
-def _reserve(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """Zeros that take memory page by page, when first written: a huge page would take a slot's whole length at once."""
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _bind_input(binding: Any, name: str, array: npt.NDArray[Any]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: npt.NDArray[Any]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def _inputs(self, binding: Any, sizes: dict[str, Any]) -> tuple[Block, dict[str, npt.NDArray[Any]]]:
+        """One block for the inputs of these shapes and types, so that one copy sends them all; and the host's views."""
+        places, end = {}, 0
+        for name, (shape, dtype) in sizes.items():
+            places[name] = slice(end, end + math.prod(shape) * np.dtype(dtype).itemsize)
+            end = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
+        block, views = self._device.block(end), {}
+        for name, (shape, dtype) in sizes.items():
+            address = block.address + places[name].start
+            binding.bind_input(name, self._device.kind, self._device.index, dtype, shape, address)
+            views[name] = block.host[places[name]].view(dtype).reshape(shape)
+        return block, views

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,30 @@ _LEAST_PENALTY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
+class Shortlist:
+    """A row of logits on a device, of which the likeliest are at hand: all above some logit, falling, equal ones by id.
+
+    `normalizer` is log_normalizer of the whole row. `whole` brings that to the host; it gives the row that this is as
+    long as the model makes no further call.
+    """
+
+    ids: Ids
+    logits: Floats
+    normalizer: float
+    whole: Callable[[], Floats]
+
+    @classmethod
+    def of(cls, ids: Ids, logits: Floats, normalizer: float, whole: Callable[[], Floats]) -> Shortlist:
+        """From the k likeliest, falling, where equal logits are in any order and some equal to the last may lack."""
+        kept = logits > logits[-1]
+        order = np.lexsort((ids[kept], -logits[kept]))
+        return cls(ids[kept][order], logits[kept][order], normalizer, whole)
+
+
+Row = Floats | Shortlist
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """A token's log probability, and the likeliest tokens (with this one) as (id, log probability), falling."""
 
@@ -33,8 +58,24 @@ def log_normalizer(logits: Floats) -> float:
     return float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
 
 
-def score(logits: Floats, token: int, count: int) -> Score:
-    """The model's own score of `token` among `logits` [vocabulary], with the `count` likeliest tokens."""
+def whole(row: Row) -> Floats:
+    """All logits of a row."""
+    return row.whole() if isinstance(row, Shortlist) else row
+
+
+def is_finite(row: Row) -> bool:
+    """Whether a row's logits are numbers; minus infinity is a token that cannot be."""
+    return math.isfinite(row.normalizer if isinstance(row, Shortlist) else row.max())
+
+
+def score(row: Row, token: int, count: int) -> Score:
+    """The model's own score of `token` among a row of logits, with the `count` likeliest tokens."""
+    if isinstance(row, Shortlist) and count <= len(row.ids) and token in row.ids:
+        values = (row.logits.astype(np.float64) - row.normalizer).astype(np.float32)
+        scores: dict[int, float] = dict(zip(row.ids.tolist(), values.tolist(), strict=True))
+        likeliest = dict(list(scores.items())[:count]) | {token: scores[token]}
+        return Score(scores[token], tuple(likeliest.items()))
+    logits = whole(row)
     normalizer = log_normalizer(logits)
     likeliest = _likeliest(logits, count).tolist() if count else []
     ids = likeliest if token in likeliest else [*likeliest, token]
@@ -43,20 +84,20 @@ def score(logits: Floats, token: int, count: int) -> Score:
 
 
 def process(
-    logits: Floats,
+    row: Row,
     params: SamplingParams,
     prompt: Sequence[int],
     counts: Mapping[int, int],
     banned: Sequence[int],
-) -> Floats:
-    """Applies penalties, bias and bans to a copy of `logits`, or returns them as they are when there are none.
+) -> Row:
+    """Applies penalties, bias and bans to a copy of a row of logits, or returns it as it is when there are none.
 
     `counts` are the generated tokens; `prompt` matters to the repetition penalty alone.
     """
     penalized = params.presence_penalty or params.frequency_penalty
     if not (penalized or params.logit_bias or banned or params.repetition_penalty != 1):
-        return logits
-    logits = logits.copy()
+        return row
+    logits = whole(row).copy()
     if params.repetition_penalty != 1:
         seen = np.fromiter({*prompt, *counts}, np.int64)
         values = logits[seen]
@@ -81,11 +122,16 @@ def uniform(seed: int, stream: int, position: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def choose(logits: Floats, params: SamplingParams, u: float) -> int:
+def choose(row: Row, params: SamplingParams, u: float) -> int:
     """The token at quantile `u` of the distribution that temperature, top_k, top_p and min_p leave.
 
     Filters apply in that order; top_p is of what top_k left. Ties in probability go to the lower id.
     """
+    if isinstance(row, Shortlist):
+        chosen = _choose_among(row, params, u)
+        if chosen is not None:
+            return chosen
+    logits = whole(row)
     if params.greedy or params.top_k == 1 or params.top_p == 0:
         return int(logits.argmax())
     scaled = logits * np.float32(1 / params.temperature)
@@ -93,6 +139,24 @@ def choose(logits: Floats, params: SamplingParams, u: float) -> int:
     if not params.top_k and params.top_p >= 1 and params.min_p <= 0:
         return _quantile(weights, u)
     ids, kept = _filter(weights, params)
+    return int(ids[_quantile(kept, u)])
+
+
+def _choose_among(row: Shortlist, params: SamplingParams, u: float) -> int | None:
+    """What `choose` gives, where the shortlist holds all that the filters keep."""
+    if not len(row.ids):
+        return None
+    if params.greedy or params.top_k == 1 or params.top_p == 0:
+        return int(row.ids[0])
+    scaled = row.logits * np.float32(1 / params.temperature)
+    weights, count, total = np.exp(scaled - scaled[0]), params.top_k or len(scaled), None
+    if not params.top_k:
+        if params.top_p < 1 and params.temperature != 1:
+            return None  # the whole row's weight is known as it is, not at another temperature
+        total = math.exp(row.normalizer - float(row.logits[0]))
+    if count > len(weights) or (total is not None and not _covers(weights, total, params, whole_vocabulary=True)):
+        return None
+    ids, kept = _cut(row.ids[:count], weights[:count], total, params)
     return int(ids[_quantile(kept, u)])
 
 
@@ -110,10 +174,14 @@ def _filter(weights: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
     ids = _likeliest(weights, min(limit, _SHORTLIST))
     if len(ids) < limit and not _covers(weights[ids], total, params, whole_vocabulary=limit == vocabulary):
         ids = _likeliest(weights, limit)
-    kept = weights[ids]
+    return _cut(ids, weights[ids], total if limit == vocabulary else None, params)
+
+
+def _cut(ids: Ids, kept: Floats, total: float | None, params: SamplingParams) -> tuple[Ids, Floats]:
+    """What top_p and min_p keep of the likeliest, whose weights are `kept`; `total` is all weight that top_p is of."""
     if params.top_p < 1:
         cumulative = np.cumsum(kept, dtype=np.float64)
-        mass = total if limit == vocabulary else float(cumulative[-1])
+        mass = float(cumulative[-1]) if total is None else total
         count = int(np.searchsorted(cumulative, params.top_p * mass, side="left")) + 1
         ids, kept = ids[:count], kept[:count]
     if params.min_p > 0:

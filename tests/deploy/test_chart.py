@@ -49,7 +49,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "image": {"repository": "registry.example/texts", "tag": "1.2.3"},
         "imagePullSecrets": [{"name": "pull"}],
         "model": {"dir": "/models", "names": ["large", "small"], "existingClaim": "models"},
-        "env": {"COMPLETION_MAX_RUNNING": "64"},
+        "env": {"COMPLETION_MAX_RUNNING": "64", "COMPLETION_DEVICE": "cuda"},
         "drain": {"delaySeconds": 10, "seconds": 120},
         "metrics": {"enabled": False},
         "podDisruptionBudget": {"enabled": False},

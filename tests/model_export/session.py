@@ -21,6 +21,7 @@ class Session:
         for name, value in byte_options().items():
             options.add_session_config_entry(name, value)
         self.session = onnxruntime.InferenceSession(directory / graph, options)
+        self.ragged = any(entry.name == "query_seqlens" for entry in self.session.get_inputs())
         self.caches = {
             entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])
             for entry in self.session.get_inputs()
@@ -30,7 +31,18 @@ class Session:
     def forward(
         self, rows: Sequence[np.ndarray], past: Sequence[int], wanted: Sequence[int] | None = None
     ) -> np.ndarray:
-        """The logits of the `wanted` flat positions, of every valid one by default."""
+        """The logits of the `wanted` flat positions, of every valid one by default.
+
+        A graph without lengths of rows takes prompts one by one.
+        """
+        if not self.ragged and len(rows) > 1 and max(len(row) for row in rows) > 1:
+            assert wanted is None
+            return np.concatenate([self._run(at, [row], [past[at]], None) for at, row in enumerate(rows)])
+        return self._run(0, rows, past, wanted)
+
+    def _run(
+        self, first: int, rows: Sequence[np.ndarray], past: Sequence[int], wanted: Sequence[int] | None
+    ) -> np.ndarray:
         lengths, width = np.array([len(row) for row in rows]), max(len(row) for row in rows)
         valid = [row * width + column for row, length in enumerate(lengths) for column in range(length)]
         totals = np.array(past) + lengths
@@ -41,11 +53,13 @@ class Session:
             "query_seqlens": lengths.astype(np.int32),
             "logits_idx": np.array(valid if wanted is None else wanted, np.int64),
         }
+        if not self.ragged:
+            del feeds["query_seqlens"]
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         for name, cache in self.caches.items():
-            view = cache[: len(rows)]
+            view = cache[first : first + len(rows)]
             place = ("cpu", 0, view.dtype, view.shape, view.ctypes.data)
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past", "present"), *place)

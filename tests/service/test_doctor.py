@@ -16,7 +16,7 @@ import trustme
 from deploy.local import free_ports
 from service import __main__ as command
 from service import doctor
-from service.engine import model
+from service.engine import device
 from service.settings import Settings
 from tests.stack import ROOT
 
@@ -108,10 +108,19 @@ def test_tls(model_dir, tmp_path):
 
 def test_no_provider(model_dir, monkeypatch):
     """A build of onnxruntime that cannot compute here is named, with what it has."""
-    monkeypatch.setattr(model.ort, "get_available_providers", lambda: ["OtherProvider"])
+    monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["OtherProvider"])
     found = examined(model_dir)
     assert failing(found) == ["provider"]
     assert "OtherProvider" in found["provider"].text
+
+
+def test_cuda_without_a_gpu(model_dir):
+    """Asked for, it is missing by name; left to itself the service takes the CPU."""
+    found = examined(model_dir, device="cuda")
+    assert failing(found) == ["provider", "memory"]
+    assert "--device cuda cannot be had: onnxruntime-gpu is not installed" in found["provider"].text
+    assert "pip install 'completion-service[gpu]'" in found["provider"].text
+    assert failing(examined(model_dir, device="auto")) == []
 
 
 @pytest.mark.parametrize(("flags", "code"), [((), 0), (("--memory-mib", "100"), 1)])

@@ -15,8 +15,8 @@ import pytest
 
 from model_export.export import Options, export
 from service import manifest as manifests
+from service import models
 from service.errors import ModelDirectoryError, StartupError
-from service.server import load_model
 from service.settings import Settings
 from tests.model_export import tiny
 
@@ -159,7 +159,7 @@ def tokenizer(change: Callable[[dict[str, Any]], object]) -> Change:
 
 UNVOUCHED = "which manifest.json does not vouch for; refusing to load it"
 NO_MEMORY = "the memory does not hold one sequence of "
-NOT_LOADED = "model.onnx cannot be loaded: "
+NOT_LOADED = "model.onnx cannot be loaded by onnxruntime "
 
 CASES: dict[str, tuple[Change, str]] = {
     "unknown operator": (operator("NoSuchOperator"), NOT_LOADED),
@@ -185,10 +185,10 @@ CASES: dict[str, tuple[Change, str]] = {
         "model.onnx is not an ONNX graph: ",
     ),
     "nested graphs": (file("model.onnx", nested(3000)), "model.onnx is not an ONNX graph: messages are nested deeper"),
-    "empty graph for prompts": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded: "),
+    "empty graph for prompts": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded by onnxruntime "),
     "unknown operator for prompts": (
         graph(lambda m: m.graph.node.add(op_type="NoSuchOperator", output=["evil"]), "prompt.onnx"),
-        "prompt.onnx cannot be loaded: ",
+        "prompt.onnx cannot be loaded by onnxruntime ",
     ),
     "one more input": (graph(one_more_input), "has an input 'surprise', which the manifest says nothing of"),
     "input of another name": (
@@ -234,7 +234,7 @@ def test_refused_at_start(case: str, exported: Path, tmp_path: Path) -> None:
     change(directory)
     vouch(directory)
     with pytest.raises(StartupError) as caught:
-        load_model(Settings(model_dir=directory, threads=1))
+        models.load(Settings(model_dir=directory, threads=1))
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -243,7 +243,7 @@ def test_what_they_are_made_from(exported: Path, tmp_path: Path) -> None:
     """The same directory without a change is loaded."""
     directory = shutil.copytree(exported, tmp_path / "model")
     vouch(directory)
-    assert load_model(Settings(model_dir=directory, threads=1)).manifest.vocab_size == tiny.VOCAB
+    assert models.load(Settings(model_dir=directory, threads=1))[0].manifest.vocab_size == tiny.VOCAB
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "other heads", "token beyond the vocabulary"])

@@ -1,0 +1,71 @@
+"""What a call of the model gives: logits, whole or as much of them as sampling mostly needs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from service.engine.device import Device
+from service.engine.sampler import Floats, Shortlist
+
+Rows = Floats | list[Shortlist]
+
+# A graph for GPUs gives each row's likeliest logits as well, falling, their ids, and the logarithm of the sum of
+# the exponentials of all.
+_SHORTLIST = {"top_logits": np.float32, "top_ids": np.int64, "log_sum_exp": np.float32}
+
+
+class Results:
+    """Room for the logits [rows, vocabulary] of a call, and for its shortlists where the device keeps the logits."""
+
+    def __init__(self, device: Device, session: ort.InferenceSession, rows: int, vocabulary: int) -> None:
+        self.rows = rows
+        self._device = device
+        shapes = {each.name: each.shape for each in session.get_outputs()}
+        self._outputs: dict[str, tuple[int, int, Any]] = {"logits": (0, vocabulary, np.float32)}
+        self._whole = end = rows * vocabulary * 4
+        if device.apart and _SHORTLIST.keys() <= shapes.keys():
+            for name, dtype in sorted(_SHORTLIST.items(), key=lambda item: -np.dtype(item[1]).itemsize):
+                self._outputs[name] = (end, shapes[name][1], dtype)
+                end += rows * shapes[name][1] * np.dtype(dtype).itemsize
+        self._end = end
+        self._block = device.block(max(end, 1))
+
+    def release(self) -> None:
+        """Gives the room back; no call may write here any more."""
+        self._device.release(self._block)
+
+    def bind(self, binding: Any, rows: int) -> None:
+        """Has a call write its first `rows` rows here."""
+        for name, (start, columns, dtype) in self._outputs.items():
+            address = self._block.address + start
+            binding.bind_output(name, self._device.kind, self._device.index, dtype, (rows, columns), address)
+
+    def read(self, rows: int) -> Rows:
+        """The first `rows` rows: a GPU's as shortlists, of which each brings the whole row only when asked."""
+        if "top_ids" not in self._outputs:
+            return self._logits(0, rows)
+        self._device.fetch(self._block, self._whole, self._end)
+        ids, logits, normalizers = (self._view(name, rows) for name in ("top_ids", "top_logits", "log_sum_exp"))
+        return [
+            Shortlist.of(ids[row], logits[row], float(normalizers[row, 0]), functools.partial(self._row, row))
+            for row in range(rows)
+        ]
+
+    def _row(self, row: int) -> Floats:
+        whole: Floats = self._logits(row, 1)[0]
+        return whole
+
+    def _logits(self, row: int, count: int) -> Floats:
+        size = self._outputs["logits"][1] * 4
+        self._device.fetch(self._block, row * size, (row + count) * size)
+        whole: Floats = self._view("logits", row + count)[row:]
+        return whole
+
+    def _view(self, name: str, rows: int) -> Any:
+        start, columns, dtype = self._outputs[name]
+        end = start + rows * columns * np.dtype(dtype).itemsize
+        return self._block.host[start:end].view(dtype).reshape(rows, columns)

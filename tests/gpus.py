@@ -1,0 +1,71 @@
+"""A GPU of the tests' own: the code for CUDA, over memory of the host's and onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from service.engine import device
+from service.engine.device import Cuda
+
+
+class HostDriver:
+    """The driver's calls on memory of the host's, apart from what the engine may touch, and a count of bytes moved."""
+
+    name = "host"
+
+    def __init__(self):
+        self.memory = {}
+        self.sent = self.fetched = 0
+        self.copies = []
+
+    def free(self):
+        return 1 << 40
+
+    def allocate(self, size):
+        array = np.zeros(max(1, size), np.uint8)
+        self.memory[array.ctypes.data] = array
+        return array.ctypes.data
+
+    def host_memory(self, size):
+        return np.full(size, 255, np.uint8)
+
+    def release(self, address, host):
+        del self.memory[address]
+
+    def send(self, target, source):
+        self.sent += source.nbytes
+        ctypes.memmove(target, source.ctypes.data, source.nbytes)
+
+    def fetch(self, target, source):
+        self.fetched += target.nbytes
+        ctypes.memmove(target.ctypes.data, source, target.nbytes)
+
+    def copy_rows(self, target, source, *, rows, pitch, width):
+        self.copies.append((target, source, rows, pitch, width))
+
+    def wait(self):
+        """Copies are done no sooner than they must be."""
+        for target, source, rows, pitch, width in self.copies:
+            for row in range(rows):
+                ctypes.memmove(target + row * pitch, source + row * pitch, width)
+        self.copies.clear()
+
+
+class StandIn(Cuda):
+    """All of Cuda but the provider."""
+
+    kind = "cpu"
+
+    def __init__(self):
+        super().__init__(HostDriver(), 0, 1 << 30)
+        self.driver = self._driver
+        self.runs = []
+
+    def load(self, graph, threads):
+        return device.Cpu().load(graph, threads)
+
+    def run(self, session, binding, graph):
+        self.runs.append((graph, binding))
+        super().run(session, binding, graph)

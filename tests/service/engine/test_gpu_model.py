@@ -1,0 +1,183 @@
+"""The model as a GPU runs it: padded calls of few shapes, tensors apart from the host, the same results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model_export.export import Options, export
+from service import manifest
+from service.engine.cache import Copy
+from service.engine.device import Cpu
+from service.engine.model import Model
+from service.engine.sampler import Shortlist, whole
+from tests.gpus import StandIn
+from tests.model_export import tiny
+
+CONTEXT, SLOTS = 64, 6
+# Calls of other widths sum in another order, in float16.
+CLOSE = {"rtol": 0, "atol": 0.05}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny random model for CUDA."""
+    folder = tmp_path_factory.mktemp("gpu")
+    source = tiny.hugging_face(folder / "source")
+    export(source, folder / "model", Options(device="cuda", max_kl=0.05), lambda *_: lambda: None)
+    return folder / "model"
+
+
+def load(directory, device):
+    described = manifest.load(directory)
+    return Model(
+        directory, described, slots=SLOTS, context_length=CONTEXT, threads=1, batch_invariant=True, device=device
+    )
+
+
+@pytest.fixture
+def gpu(directory):
+    """The model on the stand-in."""
+    return load(directory, StandIn())
+
+
+@pytest.fixture(scope="module")
+def plain(directory):
+    """The same model on the CPU, where nothing is padded."""
+    return load(directory, Cpu())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Random tokens."""
+    return np.random.default_rng(5).integers(0, tiny.VOCAB, CONTEXT).tolist()
+
+
+def prompt(model, slot, tokens, cuts=()):
+    start = 0
+    for end in (*cuts, len(tokens)):
+        rows = model.forward(slot, [tokens[start:end]], [start], [(0, end - start - 1)])
+        start = end
+    return whole(rows[0]).copy()
+
+
+def decode(model, rows, past):
+    at = [(index, 0) for index, row in enumerate(rows) if row is not None]
+    got = model.forward(0, [[] if row is None else [row] for row in rows], past, at)
+    return np.stack([whole(row).copy() for row in got])
+
+
+@pytest.mark.parametrize("cuts", [(), (16,), (5, 6, 30), (1, 2)])
+def test_prompts_whole_and_in_chunks(gpu, plain, tokens, cuts):
+    """A prompt gives the same logits padded and cut in any way."""
+    expected = prompt(plain, 1, tokens[:45])
+    np.testing.assert_allclose(prompt(gpu, 1, tokens[:45], cuts), expected, **CLOSE)
+
+
+def test_a_ragged_batch(gpu, plain, tokens):
+    """Rows of different lengths, some of which sit out, each get what they get without padding."""
+    lengths = [20, 3, 41, 9, 30]
+    for model in (gpu, plain):
+        for slot, length in enumerate(lengths):
+            prompt(model, slot, tokens[slot : slot + length])
+    rows = [5, None, 7, 8, 9]
+    np.testing.assert_allclose(decode(gpu, rows, lengths), decode(plain, rows, lengths), **CLOSE)
+    assert decode(gpu, rows, [21, 3, 42, 10, 31]).shape == (4, tiny.VOCAB)
+
+
+def test_padding_leaves_other_slots_as_they_are(gpu, plain, tokens):
+    """What is kept in slots beyond a batch, or in one that sits out, is the same after many padded steps."""
+    for model in (gpu, plain):
+        for slot in range(SLOTS):
+            prompt(model, slot, tokens[: 10 + slot])
+    for step in range(8):
+        decode(gpu, [1, None, 2], [10 + step, 11, 12 + step])
+    for slot in (1, 3, 4, 5):
+        length = 10 + slot
+        after = [whole(model.forward(slot, [[7]], [length], [(0, 0)])[0]).copy() for model in (gpu, plain)]
+        np.testing.assert_allclose(*after, **CLOSE)
+
+
+def test_a_full_slot(gpu, plain, tokens):
+    """The last positions of a slot can be read, although padding takes room as well."""
+    expected = prompt(plain, 0, tokens)
+    np.testing.assert_allclose(prompt(gpu, 0, tokens, (33, 50)), expected, **CLOSE)
+    decode(gpu, [None, 3], [CONTEXT, 0])
+    again = whole(gpu.forward(0, [tokens[-2:]], [CONTEXT - 2], [(0, 1)])[0])
+    np.testing.assert_allclose(again, expected, **CLOSE)
+
+
+def test_copies_between_slots(gpu, plain, tokens):
+    """A prompt goes on in another slot, and in a third by way of it, after copies of no more than it has."""
+    expected = prompt(plain, 0, tokens[:30])
+    prompt(gpu, 0, tokens[:28])
+    gpu.copy([Copy(0, 4, 28), Copy(4, 2, 28)])
+    assert not gpu._device.driver.copies
+    continued = gpu.forward(2, [tokens[28:30]], [28], [(0, 1)])[0]
+    np.testing.assert_allclose(whole(continued), expected, **CLOSE)
+
+
+def test_steps_of_generated_tokens_recur(gpu, tokens):
+    """Any number of rows takes the shape of a power of two, each bound once and captured by a number of its own."""
+    for slot in range(SLOTS):
+        prompt(gpu, slot, tokens[:9])
+    device = gpu._device
+    device.runs.clear()
+    for _ in range(2):
+        for count in range(1, SLOTS + 1):
+            decode(gpu, [4] * count, [9] * count)
+    by_rows = [device.runs[at][0] for at in (0, 1, 2, 3, 4, 5)]
+    assert (by_rows[2], by_rows[4]) == (by_rows[3], by_rows[5])
+    assert len({*by_rows}) == 4
+    assert None not in by_rows
+    assert [graph for graph, _ in device.runs[6:]] == by_rows
+    assert len({id(binding) for _, binding in device.runs}) == 4
+    steps = {shape.rows: call for shape, call in gpu._calls.items() if shape.decodes}
+    assert set(steps) == {1, 2, 4, 8}
+    assert all(call.total_sequence_length[0] == CONTEXT for call in steps.values())
+
+
+def test_prompts_are_not_captured(gpu, tokens):
+    """A prompt's slot and length differ from call to call: its widths are powers of two, and nothing is captured."""
+    for slot in range(SLOTS):
+        for width in (2, 3, 9, 16, 17):
+            prompt(gpu, slot, tokens[:width])
+    assert {graph for graph, _ in gpu._device.runs} == {None}
+    assert {shape.width for shape in gpu._calls} == {2, 4, 16, 32}
+
+
+def test_what_is_bound_is_given_back(gpu, tokens, monkeypatch):
+    """Calls that are forgotten give their memory back; keys and values stay where they are."""
+    monkeypatch.setattr("service.engine.model._BINDINGS", 3)
+    before = len(gpu._device.driver.memory)
+    for slot in range(SLOTS):
+        for width in (2, 4, 8, 16):
+            prompt(gpu, slot, tokens[:width])
+    assert len(gpu._device.driver.memory) == before + 3
+    gpu.forward(0, [tokens[:40]], [0], [(0, at) for at in range(40)])
+    assert len(gpu._device.driver.memory) == before + 1
+
+
+def test_only_the_likeliest_come_to_the_host(gpu, tokens):
+    """A step brings 64 candidates a row; a whole row comes when it is asked for, and is right."""
+    prompt(gpu, 0, tokens[:9])
+    driver = gpu._device.driver
+    driver.sent = driver.fetched = 0
+    (row,) = gpu.forward(0, [[4]], [9], [(0, 0)])
+    assert isinstance(row, Shortlist)
+    assert driver.fetched == 8 * (64 * (4 + 8) + 4)  # room for eight rows
+    assert driver.sent < 2048
+    logits = row.whole()
+    assert driver.fetched == 8 * (64 * (4 + 8) + 4) + tiny.VOCAB * 4
+    likeliest = np.argsort(-logits, kind="stable")[: len(row.ids)]
+    assert np.array_equal(row.ids, likeliest)
+    assert np.array_equal(row.logits, logits[likeliest])
+    assert row.normalizer == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-5)
+
+
+def test_several_rows_of_several_tokens_are_refused(gpu):
+    """Attention without lengths of rows takes one prompt at a time: anything else is an error before it runs."""
+    with pytest.raises(ValueError, match="2 rows of several tokens"):
+        gpu.forward(0, [[1, 2], [3]], [0, 0], [])
+    with pytest.raises(ValueError, match=f"do not fit a slot of {CONTEXT}"):
+        gpu.forward(0, [[1]], [CONTEXT], [])
