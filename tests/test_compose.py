@@ -90,7 +90,7 @@ def test_the_gpu_is_reserved_and_asked_for() -> None:
     service = SERVICES["service-gpu"]
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
-    assert service["environment"] == {"COMPLETION_DEVICE": "cuda"}
+    assert service["environment"]["COMPLETION_DEVICE"] == "cuda"
     assert service["build"]["args"] == {"RUNTIME": "gpu"}
     dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
     assert 'if [ "${RUNTIME}" = gpu ]; then device=cuda; else device=cpu; fi' in dockerfile
