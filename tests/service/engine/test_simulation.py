@@ -12,18 +12,18 @@ from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.errors import EngineDiedError
 from service.text.transcript import Piece, StopMatcher, Transcript
-from tests.simulation.__main__ import episode, simulate
 from tests.simulation.callers import STATES, Violation
+from tests.simulation.episodes import episode, simulate
 
 STEPS = int(os.environ.get("SIMULATION_STEPS", "1000000"))
 
 
 @pytest.mark.timeout(600)
-def test_a_million_steps(letters):
+def test_a_million_steps():
     """Whatever callers do and whatever fails: everyone gets what is theirs, once, and nothing is left behind."""
     seed = int(os.environ.get("SIMULATION_SEED", random.SystemRandom().randrange(10**6)))
     print(f"python -m tests.simulation --seed {seed} --steps {STEPS}")
-    totals = simulate(seed, STEPS, letters)
+    totals = simulate(seed, STEPS)
     print(totals)
     assert totals["steps"] >= STEPS
     ends = {"finished", "refused", "deadline", "EngineFaultError", "UnavailableError", "SlowReaderError", "died"}
