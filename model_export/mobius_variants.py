@@ -23,7 +23,7 @@ _ONLY: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "stablelm": {"qk_layernorm": (False,), "use_parallel_residual": (False,), "attention_bias": (False,)},
 }
 # Families whose heads all have keys of their own, by the name of the number of heads.
-_OWN_KEYS = {"gpt2": "n_head", "gpt_bigcode": "n_head", "gpt_neox": "num_attention_heads"}
+_OWN_KEYS = {"gpt2": "n_head", "gpt_neox": "num_attention_heads"}
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
