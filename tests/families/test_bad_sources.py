@@ -274,3 +274,12 @@ def test_whole_sources_export(sources: Callable[[str], Path], tmp_path: Path) ->
     """What the bad sources are made from is good."""
     for name in ("gemma2", "gpt2", "gemma3-with-images"):
         assert main([str(sources(name)), str(tmp_path / name), "--quantization", "float32"]) == 0
+
+
+def test_tables_of_old_files(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """Tables that files of old hold beside the weights, of whatever type, count for nothing."""
+    source = tmp_path / "Tiny"
+    shutil.copytree(sources("gpt_neox"), source)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    tensors(lambda held: held.update({"gpt_neox.layers.0.attention.bias": mask}))(source)
+    assert main([str(source), str(tmp_path / "model"), "--quantization", "float32"]) == 0

@@ -38,5 +38,5 @@ def test_forms_are_near_the_source(source: Path, tmp_path: Path, form: Form) -> 
 def test_without_the_extra_the_refusal_names_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mobius-onnx is not installed, the sentence says what to install."""
     monkeypatch.setitem(sys.modules, "mobius", None)
-    with pytest.raises(ExportError, match=r"needs mobius: pip install 'completion-service\[families\]'"):
+    with pytest.raises(ExportError, match=r"needs mobius: pip install '\.\[families\]'"):
         read_source(source)

@@ -108,6 +108,10 @@ LYING: dict[str, tuple[Maker, str]] = {
     "config's layers": (hugging_face(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected a whole"),
     "config's head size": (hugging_face(head_dim=10**10), "head_dim is 10000000000, expected a whole"),
     "config's context": (hugging_face(max_position_embeddings=10**12), "max_position_embeddings is 1000000000000"),
+    "config's rotations": (
+        hugging_face(max_position_embeddings=1 << 22, head_dim=4096),
+        f"rotations of all positions are {1 << 33}, expected at most",
+    ),
     "safetensors header": (header(lambda h: None, length=HUGE), "not a complete safetensors file"),
     "safetensors header within its bound": (header(lambda h: None, 90 << 20), "not a complete safetensors file"),
     "safetensors shape": (
