@@ -65,6 +65,7 @@ WINDOW = Whole(0, 1 << 31)
 EPSILON = Real(1e-20, 1.0)
 ROTARY_BASE = Real(1.0, 1e15)
 SCALING = Real(1e-3, 1e6)
+MOST_ROTATIONS = 1 << 28
 TEXT = Instance(str, "a text")
 FLAG = Instance(bool, "true or false")
 
@@ -84,6 +85,12 @@ def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: in
     size = hidden // heads if head_dim is None else head_dim
     if size < HEAD_DIM.low or size % 2:
         raise ExportError(f"{where}: the head size is {size}, expected an even number")
+
+
+def check_rotations(where: str, context: int, head_dim: int) -> None:
+    """Raises ExportError where a table of the rotations of all positions would have too many entries."""
+    if (entries := context * (head_dim // 2)) > MOST_ROTATIONS:
+        raise ExportError(f"{where}: rotations of all positions are {entries}, expected at most {MOST_ROTATIONS}")
 
 
 def shown(value: object) -> str:

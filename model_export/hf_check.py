@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from model_export import bounds
-from model_export.bounds import Kind, check, check_heads, shown
+from model_export.bounds import Kind, check, check_heads, check_rotations, shown
 from model_export.errors import ExportError
 from model_export.files import MIB, plain_file, read_json
 
@@ -73,7 +73,6 @@ ADAPTER = "adapter_config.json"
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # Tables that old files hold and nobody reads.
 UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
-MOST_ROTATIONS = 1 << 28
 TOKEN = bounds.Whole(0, bounds.VOCABULARY.high - 1)
 
 
@@ -118,9 +117,7 @@ def check_config(where: str, config: dict[str, Any]) -> None:
     if heads is not None and hidden is not None:
         head_dim = config.get("head_dim")
         check_heads(where, hidden, heads, config.get("num_key_value_heads") or heads, head_dim)
-        context = config.get("max_position_embeddings") or 0
-        if (turned := context * ((head_dim or hidden // heads) // 2)) > MOST_ROTATIONS:
-            raise ExportError(f"{where}: rotations of all positions are {turned}, expected at most {MOST_ROTATIONS}")
+        check_rotations(where, config.get("max_position_embeddings") or 0, head_dim or hidden // heads)
 
 
 _HIDDEN = ("hidden_size", "n_embd")

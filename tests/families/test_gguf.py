@@ -79,6 +79,7 @@ def write(
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in (keys or {}).items():
         kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.kv_data[0].pop(f"{family.name}.{key}", None)
         writer.add_key_value(f"{family.name}.{key}", value, kind)
     _write_tokenizer(writer, family)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -169,6 +170,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     ),
     "base in windows": ("gemma3", {"rope.freq_base_swa": 500.0}, None, "gemma3.rope.freq_base_swa is 500.0"),
     "yarn": ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "rope.scaling.type is 'yarn'"),
+    "rotations": (
+        "gemma2",
+        {"context_length": 1 << 22, "attention.key_length": 4096},
+        None,
+        "rotations of all positions",
+    ),
     "not causal": ("gemma2", {"attention.causal": False}, None, "attention.causal is False"),
     "far layer": ("gemma2", {}, "blk.3000000.attn_norm.weight", "has a tensor blk.3000000.attn_norm.weight, which a"),
     "layer that is no number": ("gpt2", {}, "blk.x.attn_norm.weight", "has a tensor blk.x.attn_norm.weight, which a"),
