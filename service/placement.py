@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from service import telemetry
@@ -93,10 +93,12 @@ def place(manifest: Manifest, settings: Settings, context_length: int, slots: in
     driver = Driver(settings.device_id)
     allowed = budget(settings, driver.free())
     made = plan(manifest, settings, context_length, slots, allowed)
-    fields = {name: value if name == "slots" else mib(value) for name, value in asdict(made).items()}
-    fields |= {"gpu": driver.name, "max_running": settings.max_running, "budget_mib": allowed // MIB}
-    say = _log.info if made.slots == slots else _log.warning
-    say(f"the GPU's memory holds {made.slots} of {slots} slots", **fields)
+    fields = {"model": manifest.id, "gpu": driver.name, "slots": made.slots, "max_running": settings.max_running}
+    fields |= {f"{name}_mib": mib(getattr(made, name)) for name in ("kv", "logits", "session")}
+    if made.slots < slots:
+        _log.warning("the GPU's memory holds fewer slots than the process", budget_mib=allowed // MIB, **fields)
+    else:
+        _log.info("the GPU's memory holds all slots", budget_mib=allowed // MIB, **fields)
     return Cuda(driver, settings.device_id, made.session), made.slots
 
 
