@@ -129,7 +129,7 @@ def _kinds(config: Config, family: str, rotates: list[bool]) -> list[str]:
 
 def _rotary(config: Config, family: str, head_dim: int) -> Rotary:
     """The rotation, which `rope_scaling` slows down; newer configurations keep all of it in `rope_parameters`."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaling: Config = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
         raise ExportError(f"rotary scaling of its own for layers of the kind {nested[0]!r} is not supported")
     base = float(scaling.get("rope_theta", config.get("rope_theta", USUAL_BASE.get(family, 1e4))))

@@ -69,7 +69,9 @@ def read_hugging_face(directory: Path) -> Checkpoint:
 
 
 def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
-    return one is not None and one.shape == other.shape and np.array_equal(*map(dequantize, (one.load(), other.load())))
+    if one is None or one.shape != other.shape:
+        return False
+    return np.array_equal(dequantize(one.load()), dequantize(other.load()))
 
 
 def _tensors(directory: Path) -> dict[str, LazyTensor]:
