@@ -349,7 +349,7 @@ CONFIG: dict[str, tuple[Maker, str]] = {
         hugging_face(rope_scaling={"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
         "low_freq_factor is 4.0, expected less than",
     ),
-    "rope type": (hugging_face(rope_scaling={"rope_type": ["x"]}), "rotary scaling ['x'] is not supported"),
+    "rope type": (hugging_face(rope_scaling={"rope_type": ["x"]}), "rope_type is ['x'], expected a text"),
     "tied by a text": (hugging_face(tie_word_embeddings="no"), "tie_word_embeddings is 'no', expected true or false"),
     "type of an array": (hugging_face(model_type=["llama"]), "model_type is ['llama'], expected a text"),
     "no type": (edited("config.json", lambda c: c.pop("model_type")), "architecture None is not supported"),
