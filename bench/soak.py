@@ -28,7 +28,7 @@ from deploy import local
 MIB = 1 << 20
 CLIENTS = 6
 SAMPLE_SECONDS = 1.0
-# Caches, arenas and pools fill at first, for some ninety seconds: what happens before this share of the time is not judged.
+# Caches, arenas and pools fill at first, for some ninety seconds: this share of the time is not judged.
 WARM_UP = 0.5
 
 
