@@ -20,6 +20,7 @@ from model_export import cuda
 from model_export.errors import ExportError, TooFarError
 from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.gguf_source import gguf_parts
+from model_export.hf_check import weight_files
 from model_export.initializers import Initializers
 from model_export.opening import find, read_source
 from model_export.operators import LinearForm
@@ -135,7 +136,8 @@ def _add_prompt_graph(
         except TooFarError:
             if prompts == forms[-1]:
                 raise
-    return None, verify(source, model, None, max_kl, progress("verifying", layers))
+    rounded = precision.form != "float32"
+    return None, verify(source, model, None, max_kl, progress("verifying", layers), rounded=rounded)
 
 
 def _prompt_forms(
@@ -242,7 +244,7 @@ def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.
 
 def _source_bytes(path: Path) -> int:
     """The size of a source's weights on disk."""
-    files = gguf_parts(path) if path.is_file() else path.glob("*.safetensors")
+    files = gguf_parts(path) if path.is_file() else weight_files(path)
     return sum(file.stat().st_size for file in files)
 
 

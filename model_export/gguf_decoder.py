@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 
+from model_export.bounds import shown
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.weights import Floats
@@ -45,6 +46,7 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
     layers, heads, hidden = require("block_count"), require("attention.head_count"), require("embedding_length")
     head_dim = require("attention.key_length")
     every = _FULL_EVERY[family]
+    _refuse_variants(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
     config = {
         "vocab_size": vocab_size,
         "max_position_embeddings": require("context_length"),
@@ -62,8 +64,7 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
     base = metadata.get(f"{family}.rope.freq_base", 1e6 if family == "gemma3" else _LOCAL_BASE)
     rotation: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if metadata.get(f"{family}.rope.scaling.type", "none") != "none":
-        kind, factor = require("rope.scaling.type"), require("rope.scaling.factor")
-        rotation |= {"rope_type": kind, "factor": factor}
+        rotation |= {"rope_type": "linear", "factor": require("rope.scaling.factor")}
     soft_caps = {
         "attn_logit_softcapping": metadata.get(f"{family}.attn_logit_softcapping"),
         "final_logit_softcapping": metadata.get(f"{family}.final_logit_softcapping"),
@@ -75,20 +76,47 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
     return config | soft_caps | {"model_type": "gemma3_text", "rope_parameters": rotations}
 
 
-def state(reader: GGUFReader, family: str, names: list[str]) -> dict[str, Floats]:
-    """The tensors under transformers' `names`, all those that the file has. Raises ExportError for any more."""
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-    layers = 1 + max((int(name.split(".")[1]) for name in by_name if name.startswith("blk.")), default=0)
+def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> None:
+    """Raises ExportError for keys that say something else of the family than all its models have in common."""
+    every = _FULL_EVERY[family]
+    usual: dict[str, tuple[object, ...]] = {
+        "attention.sliding_window_pattern": (every, windowed, [int(each) for each in windowed]),
+        "attention.causal": (True,),
+        "rope.freq_base_swa": (_LOCAL_BASE,),
+        "rope.scaling.type": ("none", "linear"),
+    }
+    for key, values in usual.items():
+        if (value := metadata.get(f"{family}.{key}")) is not None and value not in values:
+            raise ExportError(f"{family}.{key} is {shown(value)}, supported is {shown(values[0])}")
+
+
+def state(reader: GGUFReader, metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
+    """The tensors under transformers' names, which are those of `shapes`.
+
+    Raises ExportError where one is missing, but for a head that is the embedding, where one has another shape, or where
+    the file has one more.
+    """
+    family = metadata.require("general.architecture")
     architecture = next(key for key in MODEL_ARCH if MODEL_ARCH_NAMES[key] == family)
-    known = get_tensor_name_map(architecture, layers)
+    known = get_tensor_name_map(architecture, metadata.require(f"{family}.block_count"))
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
     found = {}
-    for name in names:
-        tensor = by_name.pop(known.get_name(name, try_suffixes=(".weight", ".bias")) or "", None)
-        if tensor is not None:
-            found[name] = _ADAPTED[family](name, _floats(tensor))
+    for name, shape in shapes.items():
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if (tensor := by_name.pop(theirs, None)) is not None:
+            _check_shape(tensor, _ADAPTED[family](name, np.broadcast_to(np.float32(0), shape)).shape)
+            found[name] = tensor
+        elif name != "lm_head.weight":
+            raise ExportError(f"the GGUF file has no tensor {theirs}")
     if by_name:
         raise ExportError(f"the GGUF file has a tensor {min(by_name)}, which a {family} model has not")
-    return found
+    return {name: _ADAPTED[family](name, _floats(tensor)) for name, tensor in found.items()}
+
+
+def _check_shape(tensor: ReaderTensor, expected: tuple[int, ...]) -> None:
+    shape = [int(size) for size in tensor.shape[::-1]]
+    if shape != list(expected):
+        raise ExportError(f"tensor {tensor.name} has shape {shape}, expected {list(expected)}")
 
 
 def _floats(tensor: ReaderTensor) -> Floats:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from model_export import bounds
-from model_export.bounds import Kind, check, check_heads, check_rotation
+from model_export.bounds import Kind, check, check_heads, check_rotation, shown
 from model_export.errors import ExportError
 from model_export.files import MIB, plain_file, read_json
 
@@ -77,6 +78,20 @@ ROTARY: dict[str, Kind] = {
     "high_freq_factor": bounds.SCALING,
     "original_max_position_embeddings": bounds.CONTEXT,
 }
+# What makes transformers open other files, or code of a hub; and what else the entry may say.
+CODE: dict[str, tuple[object, ...]] = {
+    "transformers_weights": (),
+    "attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation_internal": ("eager", "sdpa"),
+    "experts_implementation": (),
+    "_experts_implementation": (),
+    "_experts_implementation_internal": (),
+}
+ADAPTER = "adapter_config.json"
+FLOAT_TYPES = ("F32", "F16", "BF16")
+# Tables that old files hold and nobody reads.
+UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 TOKEN = bounds.Whole(0, bounds.VOCABULARY.high - 1)
 
 
@@ -84,9 +99,11 @@ def check_hugging_face(directory: Path) -> None:
     """Raises ExportError unless `directory` holds a configuration, whole safetensors and a tokenizer's file."""
     path = directory / "config.json"
     config = read_json(directory, path.name)
-    for part in (config, config.get("text_config")):
+    for part in (config, config.get("text_config"), config.get("vision_config")):
         if isinstance(part, dict):
             check_config(str(path), part)
+    if (directory / ADAPTER).exists():
+        raise ExportError(f"{directory} holds an adapter ({ADAPTER}); merge it into its model first")
     _check_weights(directory)
     if not (directory / "tokenizer.json").exists():
         raise ExportError(f"{directory / 'tokenizer.json'} does not exist; a slow tokenizer has to be converted first")
@@ -106,6 +123,9 @@ def check_config(where: str, config: dict[str, Any]) -> None:
             check(f"{where}: {name}", config[name], kind)
     for name in ("rope_scaling", "rope_parameters"):
         _check_rotary(f"{where}: {name}", config.get(name) or {})
+    for name, harmless in CODE.items():
+        if (value := config.get(name)) is not None and value not in harmless:
+            raise ExportError(f"{where}: {name} is {shown(value)}, which may name other files or code; remove it")
     _check_tokens(where, config)
     if method := config.get("quantization_config") or config.get("compression_config"):
         by = method.get("quant_method") if isinstance(method, dict) else method
@@ -143,9 +163,11 @@ def _check_tokens(where: str, config: dict[str, Any]) -> None:
 
 def weight_files(directory: Path) -> dict[Path, list[str]]:
     """The files of weights, and which tensors the index says that each has. Raises ExportError where there are none."""
-    if (directory / INDEX).exists():
-        return _indexed(directory)
     whole = directory / "model.safetensors"  # beside which other forms of the same weights may lie
+    if (directory / INDEX).exists():
+        if whole.exists():
+            raise ExportError(f"{directory} holds both {whole.name} and {INDEX}; remove one of them")
+        return _indexed(directory)
     found = [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))
     if found:
         return {plain_file(directory, path.name): [] for path in found}
@@ -173,13 +195,19 @@ def _indexed(directory: Path) -> dict[Path, list[str]]:
 
 def _check_weights(directory: Path) -> None:
     """The safetensors library itself refuses headers that do not fit their file; their tensors must fit each other."""
+    for path in sorted(directory.glob("*.safetensors")):  # whichever of them a library chooses to open
+        plain_file(directory, path.name)
     found: dict[str, Path] = {}
     for path, expected in weight_files(directory).items():
         try:
             with safe_open(path, "numpy") as file:
                 names = set(file.keys())
+                kinds = {name: file.get_slice(name).get_dtype() for name in names if not UNREAD.fullmatch(name)}
         except (OSError, SafetensorError) as error:
             raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
+        for name, kind in kinds.items():
+            if kind not in FLOAT_TYPES:
+                raise ExportError(f"{path}: tensor {name} holds {kind}, which is not supported")
         if missing := sorted(set(expected) - names):
             raise ExportError(f"{path} has no tensor {missing[0]}, expected by {INDEX}")
         if twice := sorted(names & found.keys()):

@@ -44,7 +44,6 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 def read_hugging_face(directory: Path) -> Checkpoint:
@@ -88,10 +87,8 @@ def _tensors_of(path: Path) -> dict[str, LazyTensor]:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
-                piece = file.get_slice(name)
-                if piece.get_dtype() not in FLOAT_TYPES:
-                    raise ExportError(f"{path}: tensor {name} holds {piece.get_dtype()}, which is not supported")
-                tensors[_gguf_name(name)] = LazyTensor(tuple(piece.get_shape()), partial(_load, path, name))
+                shape = tuple(file.get_slice(name).get_shape())
+                tensors[_gguf_name(name)] = LazyTensor(shape, partial(_load, path, name))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
     return tensors

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from model_export import families
 from model_export.errors import ExportError
+from model_export.files import read_json
+from model_export.panics import quiet
 
+CONFIG = "config.json"
 # What is read of a model, and nothing else: no pickles, which run code when they are opened, and no code.
 WANTED = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "model.safetensors.index.json",
     "special_tokens_map.json",
@@ -45,15 +49,27 @@ def hub_name(source: str) -> HubName | None:
 def download(wanted: HubName) -> Path:
     """The directory of the model in the client's cache, downloaded as far as it is not there yet.
 
-    Raises ExportError where the hub cannot be reached, does not know the model, or does not give it to this caller.
+    Its configuration comes first, and weights only where its family is supported. Raises ExportError where that is not,
+    or the hub cannot be reached, does not know the model, or does not give it to this caller.
     """
+    with quiet():
+        found = _snapshot(wanted, wanted.revision, (CONFIG,))
+    if not (found / CONFIG).exists():
+        raise ExportError(f"{wanted} has no {CONFIG} on the hub, so it is no model that can be exported by its name")
+    config = read_json(found, CONFIG)
+    if (family := config.get("model_type")) not in families.OWN + families.MOBIUS:
+        raise ExportError(f"{wanted}: {families.refusal(family, config)}")
+    return _snapshot(wanted, found.name, WANTED)  # of the very commit
+
+
+def _snapshot(wanted: HubName, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download  # noqa: PLC0415, slow to load and seldom needed
 
     try:
         found = snapshot_download(
             f"{wanted.owner}/{wanted.name}",
-            revision=wanted.revision,
-            allow_patterns=list(WANTED),
+            revision=revision,
+            allow_patterns=list(patterns),
             ignore_patterns=list(UNWANTED),
         )
     except errors.GatedRepoError:

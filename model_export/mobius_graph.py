@@ -272,6 +272,8 @@ class Translation:
         constant = self._constant(value)
         if constant is None or constant.ndim != 2:
             raise ExportError(f"attention takes {value.name}, which the service does not give")
+        if len(constant) < self._context_length:
+            raise ExportError(f"the graph has {len(constant)} rotations for a context of {self._context_length}")
         if value not in self._values:
             rotations = np.ascontiguousarray(constant[: self._context_length])
             self._values[value] = self._operators.vector(f"rotations.{len(self._values)}", rotations)

@@ -1,12 +1,7 @@
-"""A model whose graph mobius-onnx builds and whose logits transformers computes; both need torch.
-
-transformers reads the source, a Hugging Face directory or a GGUF file. No code that comes with a source is run, and no
-pickle is opened.
-"""
+"""A model whose graph mobius-onnx builds and whose logits transformers computes; both need torch."""
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,21 +15,26 @@ import onnx_ir as ir
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
-from model_export import gguf_decoder
+from model_export import mobius_decoder
+from model_export.bounds import shown
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import gguf_name, gguf_parts, main_type, open_gguf, vocabulary_of
+from model_export.gguf_source import gguf_name, gguf_parts, main_type, vocabulary_of
 from model_export.hf_source import read_vocabulary
 from model_export.initializers import Initializers
+from model_export.mobius_decoder import imported, told
 from model_export.mobius_graph import Attention, Translation
 from model_export.mobius_nodes import key_shape
+from model_export.mobius_variants import check_variant
 from model_export.operators import LinearForm, Operators
 from model_export.quantize import Form
 from model_export.source import Dimensions
 from model_export.vocabulary import Vocabulary
 from model_export.weights import Floats
 
-_INSTALL = "pip install 'completion-service[families]'"
+# What has windows in transformers: elsewhere the entry of config.json counts for nothing.
+_WINDOWS_BY_LAYER = ("gemma2", "gemma3_text", "olmo3")
+_WINDOWS_EVERYWHERE = ("starcoder2",)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MobiusSource:
     vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
-        _import("mobius")
+        imported("mobius")
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -68,57 +68,21 @@ class MobiusSource:
             kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=embedding.shape[0],
-            context_length=self._decoder.config.max_position_embeddings,
+            context_length=_context(self._decoder.config),
             layer_weights=sum(weight.numel() for weight in self._decoder.parameters()) - embedding.numel(),
         )
 
     @cached_property
     def _decoder(self) -> Any:
         """The model of text in transformers, in float32."""
-        try:
-            model = self._from_directory() if self.path.is_dir() else self._from_file()
-        except ExportError:
-            raise
-        except Exception as error:  # of any library below it
-            raise ExportError(f"{self.path} cannot be loaded: {_first_line(error)}") from error
-        return _decoder_of_text(model).eval()
-
-    def _from_directory(self) -> Any:
-        model, loading = _import("transformers").AutoModelForCausalLM.from_pretrained(
-            self.path,
-            dtype="float32",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if wrong := sorted(map(str, loading[kind])):
-                raise ExportError(f"{self.path} has {kind.replace('_keys', '')} tensors, {wrong[0]} among them")
-        return model
-
-    def _from_file(self) -> Any:
-        transformers, torch = _import("transformers"), _import("torch")
-        reader = open_gguf(self.path)
-        rows = next((tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight"), 0)
-        config = transformers.AutoConfig.for_model(**gguf_decoder.configuration(Metadata(reader), int(rows)))
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        state = gguf_decoder.state(reader, self.family, list(model.state_dict()))
-        tied = ["lm_head.weight"] if "lm_head.weight" not in state else []
-        missing, _ = model.load_state_dict({name: torch.tensor(each) for name, each in state.items()}, strict=False)
-        if lacking := sorted(set(missing) - set(tied)):
-            raise ExportError(f"{self.path} has no tensor {lacking[0]}")
-        return model
+        return mobius_decoder.load(self.path)
 
     @cached_property
     def _graph(self) -> ir.Graph:
-        with self._for_mobius() as directory:
-            try:
-                package = _import("mobius").build(
-                    str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
-                )
-            except Exception as error:  # of any library below it
-                raise ExportError(f"mobius-onnx cannot build {self.path}: {_first_line(error)}") from error
+        with self._for_mobius() as directory, told(f"mobius-onnx cannot build {self.path}"):
+            package = imported("mobius").build(
+                str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
+            )
         if set(package) != {"model"}:
             raise ExportError(f"{self.path} has several parts ({', '.join(package)}), not only a decoder of text")
         graph: ir.Graph = package["model"].graph
@@ -138,8 +102,7 @@ class MobiusSource:
     def _attentions(self) -> list[Attention]:
         """What each layer attends to, as transformers has it."""
         config, layers = self._decoder.config, self.dimensions.layers
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        window, kinds = _windows(config, layers)
         rotations: dict[str, tuple[Floats, Floats] | None] = dict.fromkeys(kinds)
         if set(kinds) <= set(getattr(config, "rope_parameters", None) or {}):
             rotations = {kind: self._rotations(kind) for kind in rotations}
@@ -150,7 +113,7 @@ class MobiusSource:
         ]
 
     def _rotations(self, kind: str) -> tuple[Floats, Floats]:
-        torch = _import("torch")
+        torch = imported("torch")
         positions = torch.arange(self.dimensions.context_length)[None]
         with torch.inference_mode():
             tables = self._decoder.base_model.rotary_emb(torch.zeros(1), positions, kind)
@@ -169,7 +132,7 @@ class MobiusSource:
         return Translation(self._graph, operators, data, self._attentions, context).translate(on_layer)
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
-        torch = _import("torch")
+        torch = imported("torch")
         with torch.inference_mode():
             logits: Floats = self._decoder(torch.from_numpy(tokens)[None]).logits[0].float().numpy()
         for _ in range(self.dimensions.layers):
@@ -179,8 +142,13 @@ class MobiusSource:
 
 def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
     """The model of a Hugging Face directory of one of `families.MOBIUS`."""
+    where, text = str(path / "config.json"), config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise ExportError(f"{where}: text_config is {shown(text)}, expected an object")
+    for part in (config, {**text, "model_type": f"{config['model_type']}_text"}):
+        check_variant(where, part)
     kind = config.get("dtype") or config.get("torch_dtype") or "float32"
-    vocabulary = read_vocabulary(path, {**config.get("text_config", {}), **config})
+    vocabulary = read_vocabulary(path, {**text, **config})
     return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
 
 
@@ -199,24 +167,22 @@ def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
     )
 
 
-def _decoder_of_text(model: Any) -> Any:
-    """The part of `model` that reads and writes text: all of it, but of one that sees images too."""
-    whole = model.base_model
-    if not hasattr(whole, "language_model"):
-        return model
-    decoder = _import("transformers").AutoModelForCausalLM.from_config(model.config.text_config)
-    setattr(decoder, decoder.base_model_prefix, whole.language_model)
-    decoder.lm_head = model.lm_head
-    return decoder
+def _context(config: Any) -> int:
+    """The positions within which a rotation is the same for every length of a text."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    originals = [
+        each["original_max_position_embeddings"]
+        for each in (scaling, *scaling.values())
+        if isinstance(each, dict) and each.get("rope_type") == "longrope"
+    ]
+    context: int = min([config.max_position_embeddings, *originals])
+    return context
 
 
-def _import(name: str) -> Any:
-    """A module of the extra `families`, which most exports do without."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f"this family of models needs {error.name}: {_INSTALL}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+def _windows(config: Any, layers: int) -> tuple[int | None, list[str]]:
+    """The window of those layers that have one, and of which kind each layer is."""
+    if config.model_type in _WINDOWS_BY_LAYER:
+        return config.sliding_window, config.layer_types
+    if config.model_type in _WINDOWS_EVERYWHERE and config.sliding_window:
+        return config.sliding_window, ["sliding_attention"] * layers
+    return None, ["full_attention"] * layers

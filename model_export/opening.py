@@ -26,24 +26,24 @@ def find(path: Path) -> tuple[Path, HubName | None]:
     return (path, None) if name is None else (download(name), name)
 
 
+@np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
 def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory. Raises ExportError where it is damaged or not supported."""
-    source = _open(path)
-    check_vocabulary(str(path), source.vocabulary, source.dimensions.vocab_size)
-    return source
-
-
-@np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
-def _open(path: Path) -> Source:
     try:
-        if path.is_file():
-            return _open_file(path)
-        if path.is_dir():
-            return _open_directory(path)
+        source = _open(path)
+        check_vocabulary(str(path), source.vocabulary, source.dimensions.vocab_size)
     except ExportError as error:
         if str(path) in str(error):
             raise
         raise ExportError(f"{path}: {error}") from error
+    return source
+
+
+def _open(path: Path) -> Source:
+    if path.is_file():
+        return _open_file(path)
+    if path.is_dir():
+        return _open_directory(path)
     if path.exists():
         raise ExportError(f"{path} is neither a plain file nor a directory")
     raise ExportError(f"{path} does not exist{', it is a link that leads nowhere' if path.is_symlink() else ''}")

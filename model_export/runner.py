@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from model_export.errors import ExportError
 from model_export.weights import Floats
 from service.processor import byte_options
 
@@ -75,7 +78,8 @@ class Runner:
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
         binding.bind_output("logits")
-        session.run_with_iobinding(binding)
+        with _told():
+            session.run_with_iobinding(binding)
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
 
@@ -84,4 +88,16 @@ def _session(graph: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     for name, value in byte_options().items():
         options.add_session_config_entry(name, value)
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what goes wrong is raised as well
+    with _told():
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises ExportError for what onnxruntime raises, whose errors have no class in common."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"onnxruntime cannot run the exported graph: {reason}") from error

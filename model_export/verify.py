@@ -77,11 +77,20 @@ class Report:
         )
 
 
-def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_layer: Callable[[], object]) -> Report:
+def verify(
+    source: Source,
+    model: Path,
+    prompts: Path | None,
+    max_kl: float,
+    on_layer: Callable[[], object],
+    *,
+    rounded: bool = True,
+) -> Report:
     """Measures `model`, and the `prompts` graph if it has one, against `source`.
 
     Raises TooFarError when a divergence from the source exceeds `max_kl` nats per token, that of a text read in chunks
-    by either graph or decoded, and ExportError when a text read in chunks is as far from the same text read whole.
+    by either graph or decoded, and ExportError when a text read in chunks is as far from the same text read whole. Only
+    what is `rounded` may be let through by a larger bound.
     """
     tokens = _tokens(source)
     began = time.perf_counter()
@@ -115,13 +124,17 @@ def verify(source: Source, model: Path, prompts: Path | None, max_kl: float, on_
     )
     farthest = max(report.kl, report.prompt_kl, report.decode_kl)
     if not farthest <= max_kl:
-        raise TooFarError(
-            f"the exported model is too far from its source (at most {max_kl} allowed): {report}; choose another "
-            f"--quantization, or --max-kl {math.ceil(farthest * 100) / 100:g} to take it as it is"
-            if math.isfinite(farthest)
-            else f"the exported model gives no finite logits: {report}; choose another --quantization or --activations"
-        )
+        raise TooFarError(_too_far(report, farthest, max_kl, rounded))
     return report
+
+
+def _too_far(report: Report, farthest: float, max_kl: float, rounded: bool) -> str:
+    if not math.isfinite(farthest):
+        return f"the exported model gives no finite logits: {report}; choose another --quantization or --activations"
+    far = f"the exported model is too far from its source (at most {max_kl} allowed): {report}"
+    if not rounded:
+        return f"{far}; nothing was rounded, so the graph does not compute what this variant of its family does"
+    return f"{far}; choose another --quantization, or --max-kl {math.ceil(farthest * 100) / 100:g} to take it as it is"
 
 
 def kl_divergence(expected: Floats, actual: Floats) -> float:

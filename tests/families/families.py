@@ -24,6 +24,7 @@ LONGROPE = {
     "original_max_position_embeddings": 160,
     "partial_rotary_factor": 0.5,
 }
+WHOLE_LONGROPE = LONGROPE | {"partial_rotary_factor": 1.0}
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 SLIDING_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 # A part of a head is turned; attention takes parts of 16 at least.
@@ -107,11 +108,19 @@ FAMILIES = [
         {"model_type": "granite", "logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
         | {"attention_multiplier": 0.3},
     ),
+    Family(
+        "granite-longrope",
+        {"model_type": "granite", "rope_parameters": WHOLE_LONGROPE, "original_max_position_embeddings": 160},
+    ),
     Family("nemotron", {"model_type": "nemotron", "head_dim": 64}, sizes=WIDE),
     Family("olmo", {"model_type": "olmo"}),
     Family("olmo2", {"model_type": "olmo2"}),
+    # Windows that transformers keeps and does not use.
+    Family("olmo2-unused-window", {"model_type": "olmo2"} | SLIDING_AND_FULL),
+    Family("olmo2-yarn", {"model_type": "olmo2", "rope_parameters": YARN | {"original_max_position_embeddings": 64}}),
     Family("olmo3", {"model_type": "olmo3"} | SLIDING_AND_FULL),
     Family("phi", {"model_type": "phi", "partial_rotary_factor": 0.5}, sizes=WIDE),
     Family("stablelm", {"model_type": "stablelm"}, sizes=WIDE),
     Family("starcoder2", {"model_type": "starcoder2", "sliding_window": WINDOW}),
+    Family("starcoder2-unused-kinds", {"model_type": "starcoder2"} | SLIDING_AND_FULL),
 ]

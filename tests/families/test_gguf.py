@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import resource
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
+from model_export.__main__ import main
 from model_export.export import Options, export
 from model_export.opening import read_source
+from service.manifest import Manifest
 from tests.families.families import FAMILIES
 from tests.families.family import Family
 from tests.families.oracle import Oracle, make
@@ -23,8 +29,7 @@ ARCHITECTURES = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
-
-
+SECONDS = 30
 # What files do not say is the same in all of a family's models.
 UNSAID = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -36,12 +41,22 @@ UNSAID = {
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def family(request: pytest.FixtureRequest) -> Family:
     """Each family that has such files."""
-    family = next(family for family in FAMILIES if family.name == request.param)
-    return replace(family, config={**family.config, **UNSAID[family.name]})
+    return named(request.param)
 
 
-def write(family: Family, oracle: Oracle, path: Path) -> None:
-    """Writes the oracle's model as a GGUF file, its weights in float32."""
+def named(name: str) -> Family:
+    """A family as its files have it."""
+    family = next(family for family in FAMILIES if family.name == name)
+    return replace(family, config={**family.config, **UNSAID[name]})
+
+
+def write(
+    family: Family, oracle: Oracle, path: Path, keys: Mapping[str, Any] | None = None, extra: str | None = None
+) -> None:
+    """Writes the oracle's model as a GGUF file, its weights in float32, with `keys` of its family besides.
+
+    `extra` is the name of a further tensor.
+    """
     model = oracle.model
     config, architecture = model.config, ARCHITECTURES[family.name]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
@@ -62,6 +77,9 @@ def write(family: Family, oracle: Oracle, path: Path) -> None:
     if family.name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    for key, value in (keys or {}).items():
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"{family.name}.{key}", value, kind)
     _write_tokenizer(writer, family)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -73,6 +91,8 @@ def write(family: Family, oracle: Oracle, path: Path) -> None:
         if family.name == "gpt2" and values.ndim == 2 and "transformer.h" in name:
             values = values.T
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(values))
+    if extra is not None:
+        writer.add_tensor(extra, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,13 +120,100 @@ def _write_tokenizer(writer: gguf.GGUFWriter, family: Family) -> None:
 
 def test_files_hold_what_directories_hold(family: Family, tmp_path: Path) -> None:
     """A family's GGUF file has the logits of the directory that it was made of, and exports as near to them."""
+    made = exported(family, {}, tmp_path)
+    assert made.quality.kl < 1e-6
+
+
+def exported(family: Family, keys: Mapping[str, Any], tmp_path: Path) -> Manifest:
+    """The export of the family's GGUF file with `keys`, whose logits are those of the directory."""
     oracle = Oracle(make(family, tmp_path / "source"))
     path = tmp_path / "model-F32.gguf"
-    write(family, oracle, path)
+    write(family, oracle, path, keys)
     tokens = np.arange(100) % family.sizes["vocab_size"]
     expected = oracle.continuation(list(tokens), 1).logprobs
     logits = read_source(path).logits(tokens, lambda: None)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(logprobs, expected, atol=family.tolerance)
-    made = export(path, tmp_path / "model", Options(quantization="float32"), lambda label, total: lambda: None)
-    assert made.quality.kl < 1e-6
+    return export(path, tmp_path / "model", Options(quantization="float32"), lambda label, total: lambda: None)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+# What is written of rotations and windows, and the configuration that says the same.
+SAID: dict[str, dict[str, Any]] = {
+    "gemma2": {"rope_parameters": LINEAR},
+    "gemma3": {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}},
+}
+ROTATION = {"rope.freq_base": 50000.0, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+PATTERNS: dict[str, dict[str, Any]] = {
+    "gemma2": {"attention.sliding_window_pattern": 2},
+    "gemma3": {"attention.sliding_window_pattern": [True] * 5 + [False], "rope.freq_base_swa": 10000.0},
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_files_say_how_positions_turn(name: str, tmp_path: Path) -> None:
+    """A base and a scaling of the rotation count, and what every file of the family would say changes nothing."""
+    family = named(name)
+    family = replace(family, config={**family.config, **SAID[name]})
+    assert exported(family, {**ROTATION, **PATTERNS[name]}, tmp_path).quality.kl < 1e-6
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
+    "pattern": ("gemma2", {"attention.sliding_window_pattern": 3}, None, "sliding_window_pattern is 3, supported is 2"),
+    "pattern of layers": (
+        "gemma3",
+        {"attention.sliding_window_pattern": [True] * 6},
+        None,
+        "sliding_window_pattern is [True, True, True, True, True, True], supported is 6",
+    ),
+    "base in windows": ("gemma3", {"rope.freq_base_swa": 500.0}, None, "gemma3.rope.freq_base_swa is 500.0"),
+    "yarn": ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "rope.scaling.type is 'yarn'"),
+    "not causal": ("gemma2", {"attention.causal": False}, None, "attention.causal is False"),
+    "far layer": ("gemma2", {}, "blk.3000000.attn_norm.weight", "has a tensor blk.3000000.attn_norm.weight, which a"),
+    "layer that is no number": ("gpt2", {}, "blk.x.attn_norm.weight", "has a tensor blk.x.attn_norm.weight, which a"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What the family's files never say, and what belongs to no layer, ends in one sentence."""
+    name, keys, extra, message = REFUSED[case]
+    write(named(name), Oracle(make(named(name), tmp_path / "source")), tmp_path / "Tiny.gguf", keys, extra)
+    assert message in refusal(tmp_path, capfd)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("gemma2", {"intermediate_size": 1 << 20}),
+        ("gemma2", {"num_hidden_layers": 1000}),
+        ("gpt2", {"n_positions": 1 << 20}),
+        ("gpt2", {"n_layer": 1000}),
+    ],
+)
+def test_lies_cost_no_memory(
+    name: str, sizes: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that claims other sizes than its tensors have is refused before anything is allocated."""
+    oracle = Oracle(make(named(name), tmp_path / "source"))
+    for key, size in sizes.items():
+        setattr(oracle.model.config, key, size)
+    write(named(name), oracle, tmp_path / "Tiny.gguf")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(tmp_path, capfd)
+    assert "Tiny.gguf: " in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
+
+
+def refusal(folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which the command line refuses the folder's file; nothing is left."""
+    began = time.monotonic()
+    capfd.readouterr()
+    assert main([str(folder / "Tiny.gguf"), str(folder / "out" / "model")]) == 2
+    assert time.monotonic() - began < SECONDS
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert error.startswith("model_export: ")
+    assert not (folder / "out").exists()
+    return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from gguf import GGMLQuantizationType
 from model_export import export as exporting
 from model_export.__main__ import main
 from model_export.checkpoint import Checkpoint
+from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.export import Options, export
 from model_export.opening import read_source
+from model_export.runner import Runner
 from model_export.verify import Report, verify
 from service import manifest
 from tests.model_export import tiny
@@ -322,3 +325,31 @@ def test_existing_directory_is_kept(tmp_path: Path) -> None:
     run(source, target, quantization="float32", id="other", overwrite=True)
     assert json.loads((target / "manifest.json").read_text())["id"] == "other"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Tiny", "model"]
+
+
+def test_nothing_rounded_offers_no_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where floats as they are come out far from the source, no larger bound is offered: the graph is wrong."""
+    right = DecoderSource.logits
+    monkeypatch.setattr(DecoderSource, "logits", lambda *arguments: 2 * right(*arguments))
+    with pytest.raises(TooFarError, match="nothing was rounded, so the graph does not compute") as refusal:
+        run(tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "model", quantization="float32")
+    assert "--max-kl" not in str(refusal.value)
+
+
+def test_graph_that_cannot_run(tmp_path: Path) -> None:
+    """What onnxruntime does not load ends in one sentence."""
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="onnxruntime cannot run the exported graph: ") as refusal:
+        Runner(tmp_path / "model.onnx", 8)
+    assert "\n" not in str(refusal.value)
+
+
+def test_other_forms_beside_the_weights_do_not_count(tmp_path: Path) -> None:
+    """The source's size is that of the weights that were read."""
+    source = tiny.hugging_face(tmp_path / "Tiny")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    shutil.copy(source / "model-0.safetensors", source / "consolidated.safetensors")
+    exported = run(source, tmp_path / "model", quantization="float32")
+    measured = manifest.load(exported).quality.source
+    assert measured is not None
+    assert measured.bytes == size

@@ -140,6 +140,27 @@ def test_a_copy_serves_where_the_hub_cannot_be_reached(hub: Hub, tmp_path: Path)
     assert manifest.load(tmp_path / "two").id == "Tiny-1M"
 
 
+def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) -> None:
+    """A family that is not supported is refused by its configuration alone."""
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"model_export: {NAME}: architecture 'mamba' is not supported: its recurrent layers")
+    assert ran.stderr.count("\n") == 1
+    assert [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path] == ["config.json"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_configuration(hub: Hub, tmp_path: Path) -> None:
+    """What has no configuration, say GGUF files alone, is refused for that."""
+    (hub.folder / "config.json").unlink()
+    ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
+    assert ran.returncode == 2
+    assert f"{NAME} has no config.json on the hub" in ran.stderr
+    assert not any("/resolve/" in path for path in hub.asked)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

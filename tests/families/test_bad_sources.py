@@ -1,0 +1,276 @@
+"""Hostile and unsupported sources of families over mobius-onnx end in one sentence, run nothing and leave nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model_export.__main__ import main
+from tests.families.families import FAMILIES
+from tests.families.oracle import make
+
+pytestmark = pytest.mark.families
+
+SECONDS = 30
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A whole source of a family, made once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def source(name: str) -> Path:
+        if not (folder / name).exists():
+            make(next(family for family in FAMILIES if family.name == name), folder / name)
+        return folder / name
+
+    return source
+
+
+def config(**changes: Any) -> Change:
+    """Entries of config.json."""
+
+    def change(path: Path) -> None:
+        settings = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps(settings))
+
+    return change
+
+
+def text_config(**changes: Any) -> Change:
+    """Entries of the part of config.json that is about text."""
+
+    def change(path: Path) -> None:
+        settings = json.loads((path / "config.json").read_text())
+        settings["text_config"] |= changes
+        (path / "config.json").write_text(json.dumps(settings))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    """Other weights."""
+
+    def rewrite(path: Path) -> None:
+        held = load_file(path / WEIGHTS)
+        change(held)
+        save_file(held, path / WEIGHTS, metadata={"format": "pt"})
+
+    return rewrite
+
+
+def third(held: dict[str, torch.Tensor]) -> str:
+    """The name of some tensor, always the same."""
+    return sorted(held)[2]
+
+
+def spoil(held: dict[str, torch.Tensor], value: float) -> None:
+    """One weight that is no number."""
+    held[third(held)].view(-1)[0] = value
+
+
+def linked(path: Path) -> None:
+    """The weights are a link out of the directory."""
+    outside = path.parent.parent / "outside.safetensors"
+    shutil.copy(path / WEIGHTS, outside)
+    (path / WEIGHTS).unlink()
+    (path / WEIGHTS).symlink_to(outside)
+
+
+def linked_beside_an_index(path: Path) -> None:
+    """An index names a file that is whole, and what transformers would read instead is a link out of the directory."""
+    shutil.copy(path / WEIGHTS, path / "shard.safetensors")
+    names = dict.fromkeys(load_file(path / WEIGHTS), "shard.safetensors")
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    linked(path)
+
+
+def two_forms(path: Path) -> None:
+    """Both one file of weights and an index of several."""
+    linked_beside_an_index(path)
+    (path / WEIGHTS).unlink()
+    shutil.copy(path / "shard.safetensors", path / WEIGHTS)
+
+
+def unnamed_link(path: Path) -> None:
+    """A link out of the directory that the configuration names."""
+    (path / "other.safetensors").symlink_to("/etc/passwd")
+
+
+def pickled(path: Path) -> None:
+    """The configuration names a pickle beside the weights."""
+    torch.save(load_file(path / WEIGHTS), path / "weights.bin")
+    config(transformers_weights="weights.bin")(path)
+
+
+def cut(path: Path) -> None:
+    """The file of weights ends too early."""
+    os.truncate(path / WEIGHTS, (path / WEIGHTS).stat().st_size - 100)
+
+
+def adapter(path: Path) -> None:
+    """An adapter that names another model."""
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
+
+
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "linked weights": (linked, "leads out of"),
+    "linked weights beside an index": (linked_beside_an_index, "leads out of"),
+    "two forms of weights": (two_forms, f"holds both {WEIGHTS} and {INDEX}"),
+    "another link": (unnamed_link, "other.safetensors leads out of"),
+    "pickle by name": (pickled, "transformers_weights is 'weights.bin', which may name other files or code"),
+    "weights by name": (config(transformers_weights="../x.safetensors"), "transformers_weights is '../x.safetensors'"),
+    "kernel of a hub": (config(attn_implementation="kernels-community/flash-attn"), "attn_implementation is 'kernels-"),
+    "flash attention": (
+        config(_attn_implementation="flash_attention_2"),
+        "_attn_implementation is 'flash_attention_2'",
+    ),
+    "kernels of parts": (config(attn_implementation={"": "a/b"}), "attn_implementation is {'': 'a/b'}"),
+    "experts of a hub": (config(_experts_implementation="a/b"), "_experts_implementation is 'a/b'"),
+    "adapter": (adapter, "holds an adapter (adapter_config.json)"),
+    "cut off": (cut, "is not a complete safetensors file"),
+    "NaN": (tensors(lambda held: spoil(held, float("nan"))), "holds a weight that is not finite"),
+    "infinite": (tensors(lambda held: spoil(held, float("inf"))), "holds a weight that is not finite"),
+    "missing tensor": (tensors(lambda held: held.pop(third(held))), "weights, but its files hold "),
+    "tensor too many": (
+        tensors(lambda held: held.update({"model.evil\n.weight": torch.zeros(3)})),
+        "has a tensor that its family has not, ",
+    ),
+    "misshapen": (
+        tensors(lambda held: held.update({third(held): torch.cat([held[third(held)]] * 2)})),
+        "expected [",
+    ),
+    "integers": (
+        tensors(lambda held: held.update({third(held): held[third(held)].to(torch.int8)})),
+        "holds I8, which is not supported",
+    ),
+    "activation": (
+        config(hidden_activation="nonsense", hidden_act="nonsense", activation_function="nonsense"),
+        "cannot be loaded: ",
+    ),
+}
+LAYERS = {"gpt2": "n_layer"}
+WIDTH = {"gpt2": {"n_embd": 1 << 17, "n_inner": 1 << 20}}
+FAR_WIDER = {"hidden_size": 1 << 17, "intermediate_size": 1 << 20}
+
+
+@pytest.fixture
+def refused(
+    sources: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str, Change], str]:
+    """The sentence with which a family's changed source is refused; no memory for much, nothing run, nothing left."""
+
+    def refusal(family: str, change: Change) -> str:
+        source, target, marker = tmp_path / "source" / "Tiny", tmp_path / "target", tmp_path / "ran"
+        shutil.copytree(sources(family), source)
+        target.mkdir()
+        code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+        config(auto_map=code, trust_remote_code=True)(source)
+        (source / "evil.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
+        change(source)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.monotonic()
+        capfd.readouterr()
+        assert main([str(source), str(target / "out" / "model"), "--quantization", "float32"]) == 2
+        assert time.monotonic() - began < SECONDS
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
+        out, error = capfd.readouterr()
+        assert out == ""
+        assert error.startswith("model_export: ")
+        assert error.count("\n") == 1
+        assert error.rstrip("\n").isprintable()
+        assert "Tiny" in error
+        assert not marker.exists()
+        assert list(target.iterdir()) == []
+        return error
+
+    return refusal
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "gemma3-with-images"])
+def test_one_sentence(refused: Callable[[str, Change], str], family: str, case: str) -> None:
+    """Each bad source is refused by one sentence that says what is wrong."""
+    change, message = HOSTILE[case]
+    if family == "gemma3-with-images" and case == "activation":
+        change = text_config(hidden_activation="nonsense")
+    assert message in refused(family, change)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_lies_cost_no_memory(refused: Callable[[str, Change], str], family: str) -> None:
+    """A configuration that claims far more than the files hold is refused before anything is allocated."""
+    claims = WIDTH.get(family, FAR_WIDER) | {LAYERS.get(family, "num_hidden_layers"): 40, "layer_types": None}
+    assert "weights, but its files hold " in refused(family, config(**claims))
+
+
+def test_tables_cost_no_memory(refused: Callable[[str, Change], str]) -> None:
+    """What a decoder computes for itself, here the square of its context, is bounded as well."""
+    assert "its configuration needs tables of " in refused("gpt_bigcode", config(n_positions=1 << 22))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (None, "text_config is None, expected an object"),
+        (5, "text_config is 5, expected an object"),
+        ([1], "text_config is [1], expected an object"),
+    ],
+)
+def test_text_config(refused: Callable[[str, Change], str], part: object, message: str) -> None:
+    """The part about text is an object."""
+    assert message in refused("gemma3-with-images", config(text_config=part))
+
+
+def test_sizes_of_images_are_bounded(refused: Callable[[str, Change], str]) -> None:
+    """The part about images, which is not exported, costs nothing either."""
+    assert "num_hidden_layers is 1000000000" in refused(
+        "gemma3-with-images", config(vision_config={"num_hidden_layers": 10**9})
+    )
+
+
+LONG = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+VARIANTS: list[tuple[str, dict[str, Any], str]] = [
+    ("arcee", {"mlp_bias": True}, "mlp_bias is True, supported with arcee is False"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual is False, supported with gpt_neox is True"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias is False"),
+    ("gpt_neox", {"num_key_value_heads": 2}, "num_key_value_heads is 2, supported with gpt_neox is 4"),
+    ("gpt2", {"num_key_value_heads": 2}, "num_key_value_heads is 2, supported with gpt2 is 4"),
+    ("granite", {"mlp_bias": True}, "mlp_bias is True"),
+    ("nemotron", {"mlp_bias": True}, "mlp_bias is True"),
+    ("olmo", {"clip_qkv": 0.5}, "clip_qkv is 0.5, supported with olmo is null"),
+    ("olmo2", {"rope_parameters": LONG}, "rope_parameters's type is 'dynamic'"),
+    ("olmo2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling's type is 'dynamic'"),
+    ("gemma3", {"rope_parameters": {"full_attention": LONG}}, "rope_parameters's type is 'dynamic'"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+    ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
+    ("stablelm", {"attention_bias": True}, "attention_bias is True"),
+]
+
+
+@pytest.mark.parametrize(("family", "entries", "message"), VARIANTS, ids=lambda value: str(value)[:40])
+def test_variants(refused: Callable[[str, Change], str], family: str, entries: dict[str, Any], message: str) -> None:
+    """A variant that would be built as something else is refused by its configuration, and no bound is offered."""
+    error = refused(family, config(**entries))
+    assert message in error
+    assert "--max-kl" not in error
+
+
+def test_whole_sources_export(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """What the bad sources are made from is good."""
+    for name in ("gemma2", "gpt2", "gemma3-with-images"):
+        assert main([str(sources(name)), str(tmp_path / name), "--quantization", "float32"]) == 0
