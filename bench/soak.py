@@ -28,8 +28,8 @@ from deploy import local
 MIB = 1 << 20
 CLIENTS = 6
 SAMPLE_SECONDS = 1.0
-# Caches, arenas and pools fill at first: what happens before this share of the time is not judged.
-WARM_UP = 0.25
+# Caches, arenas and pools fill at first, for some ninety seconds: this share of the time is not judged.
+WARM_UP = 0.5
 
 
 @dataclass(frozen=True)

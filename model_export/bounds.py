@@ -50,8 +50,21 @@ class Instance:
         return self.name
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A list of values of one kind."""
+
+    each: Whole | Real | Instance
+
+    def holds(self, value: object) -> bool:
+        return isinstance(value, list) and all(map(self.each.holds, value))
+
+    def __str__(self) -> str:
+        return f"a list, each of {self.each}"
+
+
 # What a value has to be.
-Kind = Whole | Real | Instance
+Kind = Whole | Real | Instance | Listed
 
 # Several times what the largest models have, and little enough that checking a source by them costs little.
 LAYERS = Whole(1, 1024)
@@ -62,10 +75,11 @@ HEAD_DIM = Whole(2, 4096)
 VOCABULARY = Whole(1, 1 << 22)
 CONTEXT = Whole(2, 1 << 22)
 WINDOW = Whole(0, 1 << 31)
+# Numbers in a table of rotations: as many as four million positions of a head of 128 take.
+ROTATION = 1 << 28
 EPSILON = Real(1e-20, 1.0)
 ROTARY_BASE = Real(1.0, 1e15)
 SCALING = Real(1e-3, 1e6)
-MOST_ROTATIONS = 1 << 28
 TEXT = Instance(str, "a text")
 FLAG = Instance(bool, "true or false")
 
@@ -87,10 +101,11 @@ def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: in
         raise ExportError(f"{where}: the head size is {size}, expected an even number")
 
 
-def check_rotations(where: str, context: int, head_dim: int) -> None:
-    """Raises ExportError where a table of the rotations of all positions would have too many entries."""
-    if (entries := context * (head_dim // 2)) > MOST_ROTATIONS:
-        raise ExportError(f"{where}: rotations of all positions are {entries}, expected at most {MOST_ROTATIONS}")
+def check_rotation(where: str, context: int | None, head_dim: int) -> None:
+    """Raises ExportError where the tables of how each position turns a head would be too large to make."""
+    if context is not None and context * (head_dim // 2) > ROTATION:
+        size = f"{context} positions of a head of {head_dim} numbers"
+        raise ExportError(f"{where}: the context is {size}, expected at most {ROTATION // (head_dim // 2)} positions")
 
 
 def shown(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from model_export import rotary
+from model_export.bounds import shown
 from model_export.checkpoint import Architecture, Attention
 from model_export.errors import ExportError
 from model_export.families import OWN, refusal
@@ -21,12 +22,51 @@ PAIRS_SIDE_BY_SIDE = ("llama", "smollm3")
 # Of SmolLM3's layers every fourth does not rotate; its files do not say so.
 PLAIN_INTERVAL = 4
 
+# What a key has to say, where a file has it, for the builder's layers to be the file's.
+OFF, ONCE = (0,), (0, 1)
+SUPPORTED: Mapping[str, tuple[float, ...]] = {
+    "attn_logit_softcapping": OFF,
+    "final_logit_softcapping": OFF,
+    "expert_count": OFF,
+    "leading_dense_block_count": OFF,
+    "nextn_predict_layers": OFF,
+    "pooling_type": OFF,
+    "use_parallel_residual": OFF,
+    "swin_norm": OFF,
+    "embedding_scale": ONCE,
+    "residual_scale": ONCE,
+    "logit_scale": ONCE,
+    "attention.causal": (1,),
+    "attention.scale": OFF,
+    "attention.output_scale": OFF,
+    "attention.clamp_kqv": OFF,
+    "attention.max_alibi_bias": OFF,
+    "attention.temperature_scale": OFF,
+    "attention.temperature_length": OFF,
+    "attention.shared_kv_layers": OFF,
+    "attention.sliding_window_pattern": OFF,
+    "rope.freq_base_swa": (),
+    "rope.dimension_sections": (),
+    "rope.scale_linear": ONCE,
+    "rope.scaling.alpha": OFF,
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": OFF,
+}
+
 
 def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     """The architecture of a file with these `tensors` and rotary `factors`.
 
     Raises ExportError for one that the builder does not build.
     """
+    try:
+        return _architecture(metadata, tensors, factors)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ExportError(f"the GGUF file describes no model that can be computed: {error}") from error
+
+
+def _architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     family = metadata.require("general.architecture")
     if family not in OWN:
         raise refusal(family, {"num_experts": metadata.get(f"{family}.expert_count")})
@@ -60,9 +100,9 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
 def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
     if metadata.get(f"{family}.attention.value_length", head_dim) != head_dim:
         raise ExportError(f"{family}.attention.value_length other than the head size {head_dim} is not supported")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "expert_count", "logit_scale"):
-        if metadata.get(f"{family}.{key}"):
-            raise ExportError(f"{family}.{key} is not supported")
+    for key, values in SUPPORTED.items():
+        if (value := metadata.get(f"{family}.{key}")) is not None and value not in values:
+            raise ExportError(f"{family}.{key} of {shown(value)} is not supported")
 
 
 def _attention(metadata: Metadata, family: str, context: int) -> tuple[Attention, ...]:
@@ -93,18 +133,23 @@ def _rotary(metadata: Metadata, family: str, head_dim: int, factors: Mapping[str
     plain = rotary.plain(size, base, factors.get(LLAMA3_FACTORS, 1.0))
     if SHORT_FACTORS in factors:
         original = int(needed("original_context_length"))
+        if scaling("factor") not in (None, 1):
+            raise ExportError(f"{family}.rope.scaling.factor beside a tensor {SHORT_FACTORS} is not supported")
         factor = metadata.require(f"{family}.context_length") / original
         scale = scaling("attn_factor") or rotary.longrope_scale(factor, original)
         return Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
-    match metadata.get(f"{family}.rope.scaling.type", "none"):
+    match metadata.get(f"{family}.rope.scaling.type", "none" if scaling("factor") is None else "linear"):
         case "none":
             return Rotary(plain)
         case "linear":
             return Rotary(plain / needed("factor"))
         case "yarn":
+            if LLAMA3_FACTORS in factors:
+                raise ExportError(f"YaRN beside a tensor {LLAMA3_FACTORS} is not supported")
             factor, original = needed("factor"), int(needed("original_context_length"))
+            turns = float(scaling("yarn_beta_fast") or 32), float(scaling("yarn_beta_slow") or 1)
             scale = rotary.yarn_scale(factor) * (scaling("attn_factor") or 1.0)
-            return Rotary(rotary.yarn(size, base, factor, original), scale)
+            return Rotary(rotary.yarn(size, base, factor, original, turns), scale)
         case other:
             known = "none, linear, yarn, llama3 and longrope"
             raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")

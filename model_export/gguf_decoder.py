@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 
-from model_export.bounds import check_rotations, shown
+from model_export.bounds import check_rotation, shown
 from model_export.errors import ExportError
 from model_export.gguf_metadata import Metadata
 from model_export.weights import Floats
@@ -45,7 +45,7 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
 
     layers, heads, hidden = require("block_count"), require("attention.head_count"), require("embedding_length")
     head_dim = require("attention.key_length")
-    check_rotations("the GGUF file", require("context_length"), head_dim)
+    check_rotation("the GGUF file", require("context_length"), head_dim)
     every = _FULL_EVERY[family]
     _refuse_variants(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
     config = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from model_export import bounds
-from model_export.bounds import Kind, check, check_heads, shown
+from model_export.bounds import Kind, check, check_heads, check_rotation, shown
 from model_export.errors import ExportError
 
 KEYS: dict[str, Kind] = {
@@ -19,6 +19,7 @@ KEYS: dict[str, Kind] = {
     "tokenizer.ggml.pre": bounds.TEXT,
     "tokenizer.ggml.add_bos_token": bounds.FLAG,
     "tokenizer.ggml.add_space_prefix": bounds.FLAG,
+    "split.count": bounds.Whole(0, 99_999),
 }
 # Behind the architecture's name.
 NUMBERS: dict[str, Kind] = {
@@ -37,9 +38,19 @@ NUMBERS: dict[str, Kind] = {
     "rope.freq_base": bounds.ROTARY_BASE,
     "rope.scaling.factor": bounds.SCALING,
     "rope.scaling.type": bounds.TEXT,
+    "rope.scaling.original_context_length": bounds.CONTEXT,
+    "rope.scaling.attn_factor": bounds.SCALING,
+    "rope.scaling.yarn_beta_fast": bounds.SCALING,
+    "rope.scaling.yarn_beta_slow": bounds.SCALING,
 }
 TOKENS = "tokenizer.ggml.tokens"
-IDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown"))
+IDS = tuple(
+    f"tokenizer.ggml.{name}_token_id"
+    for name in (
+        *("bos", "eos", "eot", "eom", "unknown", "prefix", "suffix", "middle"),
+        *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+    )
+)
 
 
 def check_metadata(path: Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -63,6 +74,7 @@ def _check_sizes(path: Path, metadata: Mapping[str, Any], prefix: str, shapes: M
     head_dim = metadata.get(f"{prefix}attention.key_length")
     check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
     pairs = (head_dim or hidden // heads) // 2
+    check_rotation(str(path), metadata.get(f"{prefix}context_length"), 2 * pairs)
     if (factors := shapes.get("rope_freqs.weight", (pairs,))) != (pairs,):
         raise ExportError(f"{path}: tensor rope_freqs.weight has shape {list(factors)}, expected {[pairs]}")
 

@@ -20,7 +20,7 @@ from model_export.vocabulary import Vocabulary
 from model_export.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 from model_export.weights import dequantize as unpacked
 
-PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
 
@@ -41,12 +41,13 @@ def gguf_name(path: Path) -> str:
 def gguf_parts(path: Path) -> list[Path]:
     """The files of a model, of which `path` is the first. Raises ExportError where it is another, or one is missing."""
     part = PART.fullmatch(path.stem)
-    if part is None or int(part["count"]) == 1:
+    if part is None or int(part["count"]) <= 1:
         return [path]
     count = int(part["count"])
     if int(part["number"]) != 1:
         raise ExportError(f"{path} is part {int(part['number'])} of {count}; give the first")
-    parts = [path.with_name(f"{part['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    names = (f"{part['name']}-{number:05}-of-{count:05}{path.suffix}" for number in range(1, count + 1))
+    parts = [path.with_name(name) for name in names]
     for each in parts:
         if not each.is_file():
             raise ExportError(f"{each} does not exist, one of the {count} parts of the model")
@@ -84,7 +85,9 @@ def vocabulary_of(metadata: Metadata) -> Vocabulary:
 
 
 def main_type(tensors: list[ReaderTensor]) -> str:
-    """The type that holds most of the weights."""
+    """The type that holds most of the weights. Raises ExportError where there are none."""
+    if not tensors:
+        raise ExportError("the GGUF file holds no tensors")
     sizes: dict[str, int] = {}
     for tensor in tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from model_export import bounds
-from model_export.bounds import Kind, check, check_heads, check_rotations, shown
+from model_export.bounds import Kind, check, check_heads, check_rotation, shown
 from model_export.errors import ExportError
 from model_export.files import MIB, plain_file, read_json
 
@@ -49,12 +49,31 @@ OPTIONAL: dict[str, Kind] = {
     "final_logit_softcapping": bounds.SCALING,
     "torch_dtype": bounds.TEXT,
     "dtype": bounds.TEXT,
+    "original_max_position_embeddings": bounds.CONTEXT,
+    "max_window_layers": bounds.Whole(0, bounds.LAYERS.high),
+    "layer_types": bounds.Listed(bounds.TEXT),
+    "no_rope_layers": bounds.Listed(bounds.Whole(0, 1)),
+    "no_rope_layer_interval": bounds.LAYERS,
+    "hidden_act": bounds.TEXT,
+    "attention_bias": bounds.FLAG,
+    "mlp_bias": bounds.FLAG,
+    "text_config": bounds.Instance(dict, "an object"),
     "rope_scaling": bounds.Instance(dict, "an object"),
     "rope_parameters": bounds.Instance(dict, "an object"),
 }
 ROTARY: dict[str, Kind] = {
+    "rope_type": bounds.TEXT,
+    "type": bounds.TEXT,
     "rope_theta": bounds.ROTARY_BASE,
+    "partial_rotary_factor": bounds.Real(0.0, 1.0),
     "factor": bounds.SCALING,
+    "attention_factor": bounds.SCALING,
+    "beta_fast": bounds.SCALING,
+    "beta_slow": bounds.SCALING,
+    "truncate": bounds.FLAG,
+    "mscale": bounds.Real(0.0, bounds.SCALING.high),
+    "short_factor": bounds.Listed(bounds.SCALING),
+    "long_factor": bounds.Listed(bounds.SCALING),
     "low_freq_factor": bounds.SCALING,
     "high_freq_factor": bounds.SCALING,
     "original_max_position_embeddings": bounds.CONTEXT,
@@ -115,9 +134,8 @@ def check_config(where: str, config: dict[str, Any]) -> None:
         config.get(name, config.get(other)) for name, other in (("num_attention_heads", "n_head"), _HIDDEN)
     )
     if heads is not None and hidden is not None:
-        head_dim = config.get("head_dim")
-        check_heads(where, hidden, heads, config.get("num_key_value_heads") or heads, head_dim)
-        check_rotations(where, config.get("max_position_embeddings") or 0, head_dim or hidden // heads)
+        check_heads(where, hidden, heads, config.get("num_key_value_heads") or heads, config.get("head_dim"))
+        check_rotation(where, config.get("max_position_embeddings"), config.get("head_dim") or hidden // heads)
 
 
 _HIDDEN = ("hidden_size", "n_embd")

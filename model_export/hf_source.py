@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from model_export.files import read_json
 from model_export.hf_check import weight_files
 from model_export.panics import told_as
 from model_export.vocabulary import Vocabulary, end_tokens
-from model_export.weights import Floats, LazyTensor
+from model_export.weights import Floats, LazyTensor, dequantize
 
 WHOLE_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -51,8 +52,11 @@ def read_hugging_face(directory: Path) -> Checkpoint:
     architecture = hf_config.architecture(config)
     tensors = _tensors(directory)
     split_fused(tensors, architecture)
-    if architecture.tied_embedding:
-        tensors.pop("output.weight", None)
+    if architecture.tied_embedding and "output.weight" in tensors:
+        if _are_equal(tensors.get("token_embd.weight"), tensors["output.weight"]):
+            del tensors["output.weight"]
+        else:  # nothing ties what was stored apart
+            architecture = replace(architecture, tied_embedding=False)
     return Checkpoint(
         name=directory.resolve().name,
         organization="",
@@ -61,6 +65,12 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         tensors=tensors,
         vocabulary=read_vocabulary(directory, config),
     )
+
+
+def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
+    if one is None or one.shape != other.shape:
+        return False
+    return np.array_equal(dequantize(one.load()), dequantize(other.load()))
 
 
 def _tensors(directory: Path) -> dict[str, LazyTensor]:

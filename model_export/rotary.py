@@ -61,14 +61,19 @@ def yarn(size: int, base: float, factor: float, original: int, turns: tuple[floa
     """YaRN's scaling.
 
     Pairs that turn more than the first of `turns` times in the `original` context are kept, those that turn less than
-    the second slowed down by `factor`, and those between blended by their index.
+    the second slowed down by `factor`, and those between blended by their index. Raises ExportError where that is no
+    order of pairs.
     """
     fast, slow = turns
+    if base <= 1:
+        raise ExportError(f"YaRN needs a rotary base above 1, not {base:g}")
 
     def index_of(count: float) -> float:
         return size * math.log(original / (count * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = max(math.floor(index_of(fast)), 0), min(math.ceil(index_of(slow)), size - 1)
+    if last < first:
+        raise ExportError(f"YaRN from {fast:g} to {slow:g} turns within {original} positions is not supported")
     slowed = np.clip((np.arange(size // 2) - first) / max(last - first, 0.001), 0, 1)
     frequencies = plain(size, base)
     blended: Frequencies = frequencies * (slowed / factor + 1 - slowed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from service import doctor, settings, telemetry
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
@@ -51,21 +51,23 @@ def _serve(arguments: Sequence[str]) -> int:
 def _show(arguments: Sequence[str]) -> int:
     loaded, origins = settings.load(arguments), settings.origins(arguments)
     rows = [(name, _shown(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
-    rows += [row for model in loaded.each_model() if model.table for row in _of_table(model, loaded, origins["models"])]
+    rows += [row for model in loaded.each_model() if model.table for row in _of_table(model, loaded, origins)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = (f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
     print("\n".join(lines))
     return 0
 
 
-def _of_table(model: settings.ModelSettings, loaded: settings.Settings, origin: str) -> Iterator[tuple[str, str, str]]:
+def _of_table(
+    model: settings.ModelSettings, loaded: settings.Settings, origins: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
     """The rows of a model with a table: what it has of its own, and what it has as all models do."""
     assert model.table is not None
     table = loaded.models[model.table]
     for name in settings.ModelTable.model_fields:
         own = getattr(table, name)
         if name in table.model_fields_set and own is not None:
-            yield f"models.{model.table}.{name}", _shown(own), origin
+            yield f"models.{model.table}.{name}", _shown(own), origins[f"models.{model.table}.{name}"]
         elif name != "memory_mib" and name in settings.Settings.model_fields:
             yield f"models.{model.table}.{name}", _shown(getattr(loaded, name)), f"as {name}"
 
@@ -84,6 +86,7 @@ def _shown(value: object) -> str:
 
 
 def _examine(arguments: Sequence[str]) -> int:
+    telemetry.configure("error")  # what is found is told in the findings' own words
     good = True
     for finding in doctor.examine(settings.load(arguments)):
         print(finding, flush=True)

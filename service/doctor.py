@@ -14,7 +14,7 @@ from service.errors import StartupError
 from service.models import Checked
 from service.rpc import tls
 from service.rpc.keys import KeyRing
-from service.server import check_host
+from service.server import check_host, check_tracing
 from service.settings import ModelSettings, Settings
 
 
@@ -37,10 +37,13 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "metrics port": _metrics_port,
         "API keys": _keys,
         "TLS": _tls,
-        "provider": lambda settings: provider(settings.device, settings.device_id),
+        "traces": _traces,
     }
     for name, check in checks.items():
         yield _finding(name, check, settings)
+    devices = ((each.settings.device, each.settings.device_id) for each in settings.each_model())
+    for device, index in dict.fromkeys(devices):
+        yield _finding("provider", provider, device, index)
     checked: list[Checked] = []
     for given in settings.each_model():
         yield _finding("model", _model, given, checked)
@@ -106,6 +109,11 @@ def _tls(settings: Settings) -> str:
     callers = "callers need none" if settings.tls_client_ca is None else f"callers' from {settings.tls_client_ca}"
     until = datetime.fromtimestamp(loaded.expires, UTC)
     return f"{settings.tls_certificate}, which expires {until:%Y-%m-%d %H:%M} UTC; {callers}"
+
+
+def _traces(settings: Settings) -> str:
+    check_tracing(settings.otlp_endpoint)
+    return f"sent to {settings.otlp_endpoint}" if settings.otlp_endpoint else "off"
 
 
 def _model(given: ModelSettings, checked: list[Checked]) -> str:

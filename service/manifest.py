@@ -88,15 +88,16 @@ class Quantization(_Part):
     graph computes: in float16 it is made of operators that GPUs have as well. `prompts` is the form of the matrices of
     a second graph, which reads prompts faster; None when there is none. `min_rows` is the fewest rows of a call from
     which results no longer depend on the number of rows: one row may take another kernel than several.
-    `min_logits` is the same for the positions that get logits.
+    `min_logits` is the same for the positions that get logits. Kernels tell one from several, no more: a call of one is
+    padded by one, for which there is a slot more than sequences run.
     """
 
     weights: Literal["float32", "float16", "int8", "int4", "int4z"]
     activations: Literal["float32", "float16"] = "float32"
     prompts: Literal["float32", "int8"] | None = None
     source: str
-    min_rows: int = Field(ge=1)
-    min_logits: int = Field(default=1, ge=1)
+    min_rows: int = Field(ge=1, le=2)
+    min_logits: int = Field(default=1, ge=1, le=2)
 
 
 class Measures(_Part):

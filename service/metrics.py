@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
 from service.observer import Ended, Method, Observer, Outcome, Refusal, Usage
+from service.vllm_names import VllmNames
 
 # From a fast GPU's token, or a short answer of it, to those of a large model on a slow CPU: in seconds.
 _LONG = (0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
@@ -27,30 +27,6 @@ _TOKEN_BUCKETS = tuple(digit * 10**power for power in range(5) for digit in (1, 
 # The label of what happened before it was known for which model.
 _NO_MODEL = ""
 
-# The older of two names for the same is still what some endpoint pickers read.
-_VLLM_NAMES = {
-    "llm_running": ("vllm:num_requests_running",),
-    "llm_waiting": ("vllm:num_requests_waiting",),
-    "llm_kv_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
-    "llm_prefix_cache_queries": ("vllm:prefix_cache_queries",),
-    "llm_prefix_cache_hits": ("vllm:prefix_cache_hits",),
-    "llm_prompt_tokens": ("vllm:prompt_tokens",),
-    "llm_generation_tokens": ("vllm:generation_tokens",),
-    "llm_preemptions": ("vllm:num_preemptions",),
-    "llm_finished": ("vllm:request_success",),
-    "llm_queue_time_seconds": ("vllm:request_queue_time_seconds",),
-    "llm_prefill_time_seconds": ("vllm:request_prefill_time_seconds",),
-    "llm_decode_time_seconds": ("vllm:request_decode_time_seconds",),
-    "llm_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
-    "llm_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
-    "llm_request_duration_seconds": ("vllm:e2e_request_latency_seconds",),
-    "llm_request_prompt_tokens": ("vllm:request_prompt_tokens",),
-    "llm_request_generation_tokens": ("vllm:request_generation_tokens",),
-    "llm_request_longest_tokens": ("vllm:request_max_num_generation_tokens",),
-}
-# Endpoint pickers compare prompts block by block, and take a cache for blocks. Ours has slots and reuses any beginning
-# of a prompt, but none shorter than this, in tokens.
-_BLOCK = 16
 _OPEN_METRICS = "application/openmetrics-text"
 # What has ended by itself, by its caller, and by a fault; vLLM's words.
 _STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
@@ -117,37 +93,6 @@ class _Certificate(Collector):
     def collect(self) -> Iterator[Metric]:
         name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
         yield GaugeMetricFamily(name, text, self._expires())
-
-
-class _VllmNames(Collector):
-    """The metrics of other collectors under vLLM's names, and what vLLM calls its cache's configuration."""
-
-    def __init__(self, sources: Sequence[Collector], read: Callable[[], Mapping[str, Reading]]) -> None:
-        self._sources = sources
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        for source in self._sources:
-            for metric in source.collect():
-                for name in _VLLM_NAMES.get(metric.name, ()):
-                    yield self._renamed(metric, name)
-        yield self._cache_config()
-
-    def _cache_config(self) -> Metric:
-        made = GaugeMetricFamily("vllm:cache_config_info", "The cache's size, as if it were made of blocks.")
-        for model, now in self._read().items():
-            sizes = {"block_size": str(_BLOCK), "num_gpu_blocks": str(now.slots * now.slot_tokens // _BLOCK)}
-            made.add_sample(made.name, {"model_name": model, **sizes}, 1)
-        return made
-
-    def _renamed(self, metric: Metric, name: str) -> Metric:
-        made = Metric(name, metric.documentation, metric.type)
-        made.samples = [
-            Sample(name + sample.name.removeprefix(metric.name), _vllm_labels(sample.labels), sample.value)
-            for sample in metric.samples
-            if not sample.name.endswith("_created")
-        ]
-        return made
 
 
 class _EngineMetrics:
@@ -245,7 +190,7 @@ class Metrics(Observer):
         for collector in [*own, self._began, self._ended, self._handling]:
             self.registry.register(collector)
         if vllm_names:
-            self.registry.register(_VllmNames(own, read))
+            self.registry.register(VllmNames(own, read))
         if certificate_expires is not None:
             self.registry.register(_Certificate(certificate_expires))
         ProcessCollector(registry=self.registry)
@@ -323,10 +268,6 @@ def _with_whole_names(app: WSGIApplication) -> WSGIApplication:
         return app(environ, start)
 
     return answer
-
-
-def _vllm_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    return {"model_name" if name == "model" else name: value for name, value in labels.items()}
 
 
 def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:

@@ -80,8 +80,8 @@ def aliases(models: Sequence[Checked], more: Mapping[str, str]) -> list[tuple[st
             other = claimed.setdefault(name, model)
             if other is not model:
                 raise StartupError(
-                    f"{other.given.directory} and {model.given.directory} both claim the name {name}; export one of"
-                    f" them by another (--id, --alias), or serve one of them alone"
+                    f"{other.given.directory} and {model.given.directory} both claim the name {name}; change its"
+                    f" alias in the settings, export one of them by another (--id, --alias), or serve one alone"
                 )
         found.append(tuple(names)[1:])
     return found
@@ -148,6 +148,7 @@ def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
         max_waiting=settings.max_waiting,
         send_timeout=settings.send_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
+        name=manifest.id,
     )
     return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), also)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from service import telemetry
@@ -25,8 +25,10 @@ DEFAULT_SHARE = 0.9
 _CONTEXT = 768 * MIB
 # A GPU's weights are those of the file, and what alignment adds.
 _WEIGHTS_FACTOR = 1.1
-# Copies of a row of logits in float32: the result, two while its shortlist is made, and one in float16 before.
-_LOGITS_BYTES = 4 + 4 + 4 + 2
+# Copies of a row of logits in float32: the result, two while its shortlist is made, and one in float16 before. While
+# results grow, the old ones are there as well, of half as many rows at most.
+_RESULT_BYTES = 4
+_LOGITS_BYTES = _RESULT_BYTES + 4 + 4 + 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +75,18 @@ def _not_for_cuda(directory: Path) -> str:
 
 
 def check_apart(models: Mapping[str, Settings]) -> None:
-    """Raises StartupError when two models, by their directories, are to share a GPU.
+    """Raises StartupError when more than one of a process's models, by their directories, are to be on a GPU.
 
-    While one captures what it computes for later replay, the other must not take memory of that GPU.
+    onnxruntime captures what one computes for later replay in CUDA's global mode: while it does, no thread of the
+    process may take memory of any GPU.
     """
-    taken: dict[int, str] = {}
-    for name, settings in models.items():
-        if settings.device == "cuda" and taken.setdefault(settings.device_id, name) != name:
-            raise StartupError(
-                f"{taken[settings.device_id]} and {name} would share GPU {settings.device_id}, which models cannot:"
-                ' give one of them another device_id, or device = "cpu", in a table [models.NAME] of the settings file'
-            )
+    names = [name for name, settings in models.items() if settings.device == "cuda"]
+    if len(names) > 1:
+        raise StartupError(
+            f"{', '.join(names[:-1])} and {names[-1]} would be on a GPU, and one process can have one model there:"
+            ' give all but one device = "cpu" in tables [models.NAME] of the settings file, or all by --device cpu; or'
+            " run one service per GPU, each with its --device-id"
+        )
 
 
 def place(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> tuple[Device, int]:
@@ -93,10 +96,12 @@ def place(manifest: Manifest, settings: Settings, context_length: int, slots: in
     driver = Driver(settings.device_id)
     allowed = budget(settings, driver.free())
     made = plan(manifest, settings, context_length, slots, allowed)
-    fields = {name: value if name == "slots" else mib(value) for name, value in asdict(made).items()}
-    fields |= {"gpu": driver.name, "max_running": settings.max_running, "budget_mib": allowed // MIB}
-    say = _log.info if made.slots == slots else _log.warning
-    say(f"the GPU's memory holds {made.slots} of {slots} slots", **fields)
+    fields = {"model": manifest.id, "gpu": driver.name, "slots": made.slots, "max_running": settings.max_running}
+    fields |= {f"{name}_mib": mib(getattr(made, name)) for name in ("kv", "logits", "session")}
+    if made.slots < slots:
+        _log.warning("the GPU's memory holds fewer slots than the process", budget_mib=allowed // MIB, **fields)
+    else:
+        _log.info("the GPU's memory holds all slots", budget_mib=allowed // MIB, **fields)
     return Cuda(driver, settings.device_id, made.session), made.slots
 
 
@@ -117,7 +122,8 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int
     for count in range(slots, 0, -1):
         kv = kv_slots(count, few_shapes=True) * kv_slot
         positions = power_of_two(settings.prompt_chunk) + power_of_two(count)
-        logits = max(power_of_two(settings.prompt_chunk), power_of_two(count)) * manifest.vocab_size * _LOGITS_BYTES
+        rows = max(power_of_two(settings.prompt_chunk), power_of_two(count))
+        logits = (rows * _LOGITS_BYTES + rows // 2 * _RESULT_BYTES) * manifest.vocab_size
         needed = math.ceil(stored * _WEIGHTS_FACTOR) + positions * activations(manifest)
         session = allowed - _CONTEXT - kv - logits
         if session >= needed:

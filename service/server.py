@@ -52,15 +52,23 @@ def check_host(settings: Settings, keys: KeyRing) -> None:
 
 
 def _tracing(endpoint: str | None) -> Tracing | None:
-    """Traces to this collector. Raises StartupError where OpenTelemetry is not installed."""
+    """Traces to this collector."""
     if endpoint is None:
         return None
+    from service.tracing import Tracing  # noqa: PLC0415, an extra that most do without
+
+    return Tracing(endpoint)
+
+
+def check_tracing(endpoint: str | None) -> None:
+    """Raises StartupError where there are to be traces and OpenTelemetry is not installed."""
+    if endpoint is None:
+        return
     try:
-        from service.tracing import Tracing  # noqa: PLC0415, an extra that most do without
+        import service.tracing  # noqa: F401, PLC0415, see above
     except ImportError as error:
         message = f"otlp_endpoint needs OpenTelemetry ({error.name} is missing): pip install 'completion-service[otel]'"
         raise StartupError(message) from None
-    return Tracing(endpoint)
 
 
 class Server:
@@ -70,10 +78,11 @@ class Server:
         self._settings = settings
         self.keys = KeyRing.load(settings.api_keys_file)
         check_host(settings, self.keys)
+        check_tracing(settings.otlp_endpoint)
+        self._tls = tls.load(settings)
         self.models = models.load(settings)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
         self._health = Health()
-        self._tls = tls.load(settings)
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
         self._tracing = _tracing(settings.otlp_endpoint)
@@ -236,17 +245,24 @@ async def serve(settings: Settings) -> None:
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stop.set)
+    for number in _SIGNALS:  # while models load the loop hears nothing, and nothing has been taken that could be lost
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     server = Server(settings)
+
+    def end() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, os._exit, 128 + number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, end)
     loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
     engines = [model.engine for model in server.models]
     deaths = [engine.died for engine in engines]
     watching = [asyncio.ensure_future(server.end_if_hung(model)) for model in server.models]
     async with server:
         await _first(stop, *deaths)
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, os._exit, 128 + number)
+        end()
         _log.info("draining", **_sums(engine.stats for engine in engines))
         await server.announce_end()
         await _first(*deaths, within=settings.drain_delay_seconds)

@@ -251,7 +251,11 @@ def load(arguments: Sequence[str]) -> Settings:
 
 
 def origins(arguments: Sequence[str]) -> dict[str, str]:
-    """Where each setting's value comes from: `flag`, `environment`, the file by its name, or `default`."""
+    """Where each setting's value comes from: `flag`, `environment`, the file by its name, or `default`.
+
+    Tables of models and aliases may come from several of them: those are named together, and each entry of a table by
+    itself, as `models.NAME.ENTRY`.
+    """
     file = _config_file(arguments)
     sources: list[tuple[str, PydanticBaseSettingsSource]] = [
         ("flag", CliSettingsSource(Settings, cli_parse_args=list(arguments))),
@@ -260,7 +264,12 @@ def origins(arguments: Sequence[str]) -> dict[str, str]:
     ]
     found = dict.fromkeys(Settings.model_fields, "default")
     for origin, source in reversed(sources):
-        found.update(dict.fromkeys(source(), origin))
+        given = source()
+        for name in given:
+            joined = name in ("models", "alias") and found[name] != "default"
+            found[name] = f"{origin}, {found[name]}" if joined else origin
+        for name, table in given.get("models", {}).items():
+            found.update({f"models.{name}.{entry}": origin for entry in table})
     return found
 
 

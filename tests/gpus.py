@@ -17,6 +17,7 @@ class HostDriver:
 
     def __init__(self):
         self.memory = {}
+        self.host = {}
         self.sent = self.fetched = 0
         self.copies = []
 
@@ -29,10 +30,16 @@ class HostDriver:
         return array.ctypes.data
 
     def host_memory(self, size):
-        return np.full(size, 255, np.uint8)
+        array = np.full(size, 255, np.uint8)
+        self.host[array.ctypes.data] = array
+        return array
 
     def release(self, address, host):
         del self.memory[address]
+        self.release_host(host)
+
+    def release_host(self, host):
+        del self.host[host.ctypes.data]
 
     def send(self, target, source):
         self.sent += source.nbytes

@@ -149,7 +149,11 @@ class Cuda:
     def block(self, size: int) -> Block:
         host = self._driver.host_memory(size)
         host[:] = 0
-        return Block(self._driver.allocate(size), host)
+        try:
+            return Block(self._driver.allocate(size), host)
+        except StartupError:
+            self._driver.release_host(host)
+            raise
 
     def release(self, block: Block) -> None:
         self._driver.release(block.address, block.host)

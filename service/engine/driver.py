@@ -115,6 +115,10 @@ class Driver:
     def release(self, address: int, host: Bytes) -> None:
         """Frees what `allocate` and `host_memory` gave."""
         self._do("cuMemFree_v2", address)
+        self.release_host(host)
+
+    def release_host(self, host: Bytes) -> None:
+        """Frees what `host_memory` gave."""
         self._do("cuMemFreeHost", host.ctypes.data)
 
     def send(self, target: int, source: Bytes) -> None:

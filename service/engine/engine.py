@@ -64,6 +64,7 @@ class Engine:
     The event loop's thread submits and aborts; the step thread plans, runs and commits, and sends each step's pieces
     back in one call. Only the step thread touches sequences, scheduler and model. `clock` counts seconds; a caller
     that takes nothing for `send_timeout` of them while pieces wait for it is given up. `observer` hears of each step.
+    `name` is the model's, for the log.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Engine:
         max_queue_seconds: float = math.inf,
         send_timeout: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        name: str = "",
     ) -> None:
         self._model = model
+        self._log = _log.bind(model=name)
         self._committer = Committer(tokenizer)
         self._scheduler = scheduler
         # The event loop's thread alone knows who queues; the step thread tells it through the outbox.
@@ -121,9 +124,10 @@ class Engine:
     async def warm_up(self, request: Request) -> None:
         """Answers a request of the service's own, so that no caller pays for what the first one costs.
 
-        Nothing is learnt or counted of it: its steps are no measure of those that follow.
+        Nothing is learnt or counted of it: its steps are no measure of those that follow. It waits behind whoever came
+        before the service was ready, and is refused for nobody's sake. Raises EngineFaultError when the model fails.
         """
-        with self.submit(request) as generation:
+        with self._submit(request) as generation:
             async for _ in generation:
                 pass
         self._admission.pace = Pace()
@@ -172,6 +176,9 @@ class Engine:
         estimated wait, UnavailableError after `stop`. None of these reaches the step thread.
         """
         self.check(request.identity, deadline)
+        return self._submit(request)
+
+    def _submit(self, request: Request) -> Generation:
         candidates = len(request.prompts) * request.best_of
         generation = Generation(candidates, self._abort, self._send_timeout, self._clock)
         self._tickets[generation] = self._admission.enter(request.identity, _work(request))
@@ -181,7 +188,7 @@ class Engine:
     def _abort(self, generation: Generation) -> None:
         if generation.given_up:
             self.faults.slow_readers += 1
-            _log.warning("a request is given up: its caller reads too slowly")
+            self._log.warning("a request is given up: its caller reads too slowly")
         self._leave_queue(generation)
         self._commands.put(lambda: self._end_request(generation))
 
@@ -215,7 +222,7 @@ class Engine:
                     self._commands.get()()
                 self.step()
         except Exception:
-            _log.critical("the engine has died", exc_info=True)
+            self._log.critical("the engine has died", exc_info=True)
             assert self._post is not None
             self._post(self._bury)
 
@@ -298,7 +305,7 @@ class Engine:
             self._failures = 0
         except Exception as error:
             self._note(error)
-            _log.exception("a step of the model failed", rows=len(sequences))
+            self._log.exception("a step of the model failed", rows=len(sequences))
             if len(sequences) == 1:
                 self._fail(sequences[0].generation, self._blame(sequences[0]))
                 return
@@ -384,7 +391,7 @@ class Engine:
             self._send(sequence, delta)
         except Exception as error:
             self._note(error)
-            _log.exception("a sequence failed", request_id=sequence.request.id)
+            self._log.exception("a sequence failed", request_id=sequence.request.id)
             self._fail(sequence.generation, EngineFaultError("the model failed"))
 
     def _time_token(self, sequence: Sequence) -> None:

@@ -107,9 +107,11 @@ class Model:
         # How many positions of each slot may matter to someone.
         self._lengths = np.zeros(self._kv_slots, np.int32)
         self._calls: OrderedDict[_Shape, _Call] = OrderedDict()
+        self._bindings = self._kept_bindings()
         self._graphs = itertools.count()
         self._ragged = any(each.name == "query_seqlens" for each in self._decoding.get_inputs())
-        # What a GPU has captured is bound to its results: they grow for scored prompts alone.
+        # What a GPU has captured is bound to its results: they grow for scored prompts alone, to twice as much at least
+        # each time, so that steps are captured again a few times at most.
         rows = power_of_two(slots) if self._device.few_shapes else 0
         self._results = Results(self._device, self._decoding, rows, self.vocab_size)
         if manifest.quantization.prompts is not None:
@@ -226,14 +228,33 @@ class Model:
         call = self._calls.get(shape)
         if call is None:
             if shape.logits > self._results.rows:
-                self._forget_calls()  # they point into the old buffer
-                self._results.release()
-                self._results = Results(self._device, self._decoding, shape.logits, self.vocab_size)
+                self._grow_results(shape.logits)
             call = self._calls[shape] = self._bind(shape)
-            if len(self._calls) > _BINDINGS:
-                self._device.release(self._calls.popitem(last=False)[1].inputs)
+            self._forget_one_too_many()
         self._calls.move_to_end(shape)
         return call
+
+    def _grow_results(self, rows: int) -> None:
+        """Makes room for so many rows. All is as it was where there is none: new room is taken before the old goes."""
+        grown = Results(self._device, self._decoding, rows, self.vocab_size)
+        self._forget_calls()  # they point into the old buffer
+        self._results.release()
+        self._results = grown
+
+    def _kept_bindings(self) -> int:
+        """How many calls stay bound that are not captured.
+
+        Where calls take few shapes, a prompt's in each slot: its width a power of two, its logits none, one, or all.
+        """
+        if not self._device.few_shapes:
+            return _BINDINGS
+        return max(_BINDINGS, 3 * self.slots * power_of_two(self.context_length).bit_length())
+
+    def _forget_one_too_many(self) -> None:
+        """Forgets the call unused for longest, but no captured one: onnxruntime never frees what it has captured."""
+        bound = [shape for shape, call in self._calls.items() if call.graph is None]
+        if len(bound) > self._bindings:
+            self._device.release(self._calls.pop(bound[0]).inputs)
 
     def _forget_calls(self) -> None:
         while self._calls:
@@ -249,7 +270,6 @@ class Model:
         }
         if self._ragged:
             sizes["query_seqlens"] = ((shape.rows,), np.int32)
-        inputs, views = self._inputs(binding, sizes)
         total = np.full(1, self.context_length, np.int32)
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, total.shape, total.ctypes.data)
         kv_shape = (shape.rows, self._kv_layout.kv_heads, self.context_length, self._kv_layout.head_dim)
@@ -259,6 +279,7 @@ class Model:
             binding.bind_input(f"past_{name}", *place)
             binding.bind_output(f"present_{name}", *place)
         self._results.bind(binding, shape.logits)
+        inputs, views = self._inputs(binding, sizes)  # last, as it takes memory, which goes back with the call
         return _Call(
             session=session,
             binding=binding,
@@ -278,8 +299,12 @@ class Model:
             places[name] = slice(end, end + math.prod(shape) * np.dtype(dtype).itemsize)
             end = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
         block, views = self._device.block(end), {}
-        for name, (shape, dtype) in sizes.items():
-            address = block.address + places[name].start
-            binding.bind_input(name, self._device.kind, self._device.index, dtype, shape, address)
-            views[name] = block.host[places[name]].view(dtype).reshape(shape)
+        try:
+            for name, (shape, dtype) in sizes.items():
+                address = block.address + places[name].start
+                binding.bind_input(name, self._device.kind, self._device.index, dtype, shape, address)
+                views[name] = block.host[places[name]].view(dtype).reshape(shape)
+        except BaseException:
+            self._device.release(block)
+            raise
         return block, views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ VALUES: dict[str, dict[str, Any]] = {
         **KEYS,
         "httpRoute": GATEWAY,
         "inferencePool": {"enabled": True, "endpointPicker": {"name": "picker"}},
+        "env": {"COMPLETION_MODELS": '{"a": {"dir": "/model/a", "max_running": 64}, "b": {"dir": "/model/b"}}'},
     },
     "bare": {
         "apiKeys": {"existingSecret": "mine"},
@@ -189,12 +191,14 @@ def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
     """The service reads the variable as the directory, or as those of the names within it."""
     values, manifests = rendered
     (service,) = pod_of(manifests)["spec"]["containers"]
-    (given,) = [each["value"] for each in service["env"] if each["name"] == "COMPLETION_MODEL_DIR"]
+    given = {each["name"]: each["value"] for each in service["env"] if each["name"].startswith("COMPLETION_MODEL")}
     folder, names = values["model"]["dir"], values["model"].get("names")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPLETION_MODEL_DIR", given)
+        for name, value in given.items():
+            patch.setenv(name, value)
         found = [str(model.directory) for model in settings.load([]).each_model()]
-    assert found == ([f"{folder}/{name}" for name in names] if names else [folder])
+    own = [table["dir"] for table in json.loads(values.get("env", {}).get("COMPLETION_MODELS", "{}")).values()]
+    assert found == ([f"{folder}/{name}" for name in names or []] or ([] if own else [folder])) + own
 
 
 def test_vllm_names(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:

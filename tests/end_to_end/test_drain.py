@@ -41,6 +41,36 @@ def serving(model_dir: Path, folder: Path, *arguments: str) -> Iterator[tuple[St
             process.wait()
 
 
+SLOW_START = """
+import asyncio, sys, time
+from service import __main__, server
+wait = {"load": lambda *_: (print("here", file=sys.stderr), time.sleep(60)), "warm up": None}[sys.argv.pop(1)]
+async def warm_up(self):
+    print("here", file=sys.stderr)
+    await asyncio.sleep(60)
+if wait: server.models.load = wait
+server.Server._warm_up = warm_up
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize(("stage", "signals"), [("load", 1), ("warm up", 2)])
+def test_a_start_can_be_given_up(model_dir: Path, stage: str, signals: int) -> None:
+    """While models load the first signal ends the process, while they warm up the second one, both at once."""
+    (port,) = free_ports(1)
+    given = ["--model-dir", str(model_dir), "--port", str(port), "--metrics-port", "0"]
+    command = [sys.executable, "-c", SLOW_START, stage, *given]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"here\n"
+        for _ in range(signals - 1):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=2) == 128 + signal.SIGTERM
+
+
 def test_streams_that_outlast_the_drain_end_with_an_error(model_dir: Path, tmp_path: Path) -> None:
     """A stream cut off by the end of the drain ends with an error that the official client raises; unary gets 503."""
     with (

@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "gemma2",
         {"context_length": 1 << 22, "attention.key_length": 4096},
         None,
-        "rotations of all positions",
+        "the context is 4194304 positions of a head of 4096 numbers",
     ),
     "not causal": ("gemma2", {"attention.causal": False}, None, "attention.causal is False"),
     "far layer": ("gemma2", {}, "blk.3000000.attn_norm.weight", "has a tensor blk.3000000.attn_norm.weight, which a"),

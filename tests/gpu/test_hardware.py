@@ -202,6 +202,20 @@ def test_captured_or_not(directory, tokens):
             assert np.array_equal(decode(captured, rows, past), decode(anew, rows, past))
 
 
+def test_results_that_have_grown(directory, tokens):
+    """Steps that were captured give the bits of calls made anew also after a long prompt's scores took more room."""
+    captured, anew = load(directory, on_gpu()), load(directory, Uncaptured(Driver(0), 0, 8 << 30))
+    scores = [(0, at) for at in range(100)]
+    for step in range(6):
+        if step == 3:
+            scored = [model.forward(11, [tokens[:100]], [0], scores) for model in (captured, anew)]
+            assert captured._results.rows >= len(scores) > SLOTS
+            for one, other in zip(*scored, strict=True):
+                assert np.array_equal(whole(one), whole(other))
+        rows, past = [5, 6, 7], [step] * 3
+        assert np.array_equal(decode(captured, rows, past), decode(anew, rows, past)), f"step {step}"
+
+
 def test_the_shortlist(models, tokens):
     """What comes to the host are the likeliest of the whole row, and its normalizer."""
     on_gpu, _ = models

@@ -110,7 +110,7 @@ LYING: dict[str, tuple[Maker, str]] = {
     "config's context": (hugging_face(max_position_embeddings=10**12), "max_position_embeddings is 1000000000000"),
     "config's rotations": (
         hugging_face(max_position_embeddings=1 << 22, head_dim=4096),
-        f"rotations of all positions are {1 << 33}, expected at most",
+        "the context is 4194304 positions of a head of 4096 numbers, expected at most 131072 positions",
     ),
     "safetensors header": (header(lambda h: None, length=HUGE), "not a complete safetensors file"),
     "safetensors header within its bound": (header(lambda h: None, 90 << 20), "not a complete safetensors file"),
@@ -353,7 +353,7 @@ CONFIG: dict[str, tuple[Maker, str]] = {
         hugging_face(rope_scaling={"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
         "low_freq_factor is 4.0, expected less than",
     ),
-    "rope type": (hugging_face(rope_scaling={"rope_type": ["x"]}), "rotary scaling ['x'] is not supported"),
+    "rope type": (hugging_face(rope_scaling={"rope_type": ["x"]}), "rope_type is ['x'], expected a text"),
     "tied by a text": (hugging_face(tie_word_embeddings="no"), "tie_word_embeddings is 'no', expected true or false"),
     "type of an array": (hugging_face(model_type=["llama"]), "model_type is ['llama'], expected a text"),
     "no type": (edited("config.json", lambda c: c.pop("model_type")), "architecture None is not supported"),

@@ -77,7 +77,25 @@ def test_tables_agree() -> None:
     ("changes", "reason"),
     [
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
-        ({"partial_rotary_factor": 0.3}, "rotating 9 of a head's 32 numbers is not supported"),
+        ({"family": "phi3", "partial_rotary_factor": 0.3}, "rotating 9 of a head's 32 numbers is not supported"),
+        ({"family": "phi3", "partial_rotary_factor": 0.0}, "rotating 0 of a head's 32 numbers is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported in llama, only in phi3"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported in llama"),
+        (
+            {"family": "phi3", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "rotary scaling 'linear' is not supported in phi3",
+        ),
+        ({"rope_scaling": {"type": "su"}}, "rotary scaling 'su' is not supported"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
+            "rotary scaling of its own for layers of the kind 'full_attention'",
+        ),
+        (
+            {"family": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types have windows, but no sliding_window is in use",
+        ),
+        ({"family": "mistral", "sliding_window": 0}, "sliding_window is 0, expected at least 1"),
+        ({"max_position_embeddings": 1 << 22, "head_dim": 1024}, "expected at most 262144 positions"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
         ({"family": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
         ({"family": "smollm3", "no_rope_layers": [1]}, "tells of 1 layers, but has 2"),
@@ -89,6 +107,18 @@ def test_tables_agree() -> None:
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}},
             "YaRN with mscale",
+        ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "YaRN needs a rotary base above 1",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 20.0}},
+            "YaRN from 1 to 20 turns within 192 positions is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.0}},
+            "rope_scaling.attention_factor is 0.0, expected",
         ),
     ],
 )

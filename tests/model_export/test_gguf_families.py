@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             }
         },
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}},
+    ),
+    "qwen2 yarn by other turns": (
+        {
+            "entries": {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 48,
+                "rope.scaling.yarn_beta_fast": 4.0,
+                "rope.scaling.yarn_beta_slow": 2.0,
+            }
+        },
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+            | {"beta_fast": 4.0, "beta_slow": 2.0}
+        },
+    ),
+    "llama linear by its factor alone": (
+        {"entries": {"rope.scaling.factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
     "qwen3": ({}, {}),
     "smollm3": ({"layers": 4}, {"num_hidden_layers": 4}),
@@ -77,11 +97,82 @@ def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> 
     assert np.abs(actual - wanted).mean() < 0.15 * wanted.std()
 
 
-def parts(folder: Path) -> list[Path]:
+# What would be computed otherwise than the builder does, by the key that says so.
+OTHERWISE: dict[str, int | float | bool | str] = {
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "expert_count": 8,
+    "leading_dense_block_count": 1,
+    "pooling_type": 3,
+    "use_parallel_residual": True,
+    "embedding_scale": 3.0,
+    "residual_scale": 3.0,
+    "logit_scale": 3.0,
+    "attention.causal": False,
+    "attention.scale": 0.5,
+    "attention.clamp_kqv": 1.0,
+    "attention.max_alibi_bias": 8.0,
+    "attention.temperature_scale": 0.1,
+    "attention.sliding_window_pattern": 2,
+    "rope.scale_linear": 4.0,
+    "rope.scaling.yarn_ext_factor": 0.5,
+    "rope.scaling.yarn_attn_factor": 2.0,
+    "rope.scaling.yarn_log_multiplier": 0.1,
+}
+
+
+@pytest.mark.parametrize("key", OTHERWISE)
+def test_other_computations_are_refused(key: str, tmp_path: Path) -> None:
+    """A file whose layers compute something else is refused by the key that says so."""
+    path = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries={key: OTHERWISE[key]})
+    with pytest.raises(ExportError, match=rf"Tiny.gguf: llama.{re.escape(key)} of .* is not supported"):
+        read_source(path)
+
+
+def test_keys_that_change_nothing(tmp_path: Path) -> None:
+    """The same keys are no reason to refuse where they say what is computed anyway."""
+    usual = {"attention.causal": True, "use_parallel_residual": False, "logit_scale": 1.0, "expert_count": 0}
+    assert read_source(tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries=usual)).name == "Tiny"
+
+
+def parts(folder: Path, keys_first: bool = False) -> list[Path]:
     """A model in several files, as GGUF's own tools cut it."""
     folder.mkdir()
-    tiny.gguf(folder / "Tiny-Q8_0.gguf", GGMLQuantizationType.Q8_0, split_max_tensors=8)
+    tiny.gguf(folder / "Tiny-Q8_0.gguf", GGMLQuantizationType.Q8_0, split_max_tensors=8, keys_first=keys_first)
     return sorted(folder.iterdir())
+
+
+def test_first_part_without_tensors(tmp_path: Path) -> None:
+    """The first of several files may hold nothing but keys, alone it is no model."""
+    first, *rest = parts(tmp_path / "parts", keys_first=True)
+    whole = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q8_0)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
+    np.testing.assert_array_equal(read_source(first).logits(tokens, int), read_source(whole).logits(tokens, int))
+    for part in rest:
+        part.write_bytes(first.read_bytes())
+    with pytest.raises(ExportError, match=r"00001-of-00004.gguf: the GGUF file holds no tensors"):
+        read_source(first)
+    with pytest.raises(ExportError, match="is one of 4 parts, but not named"):
+        read_source(first.rename(tmp_path / "keys.gguf"))
+
+
+@pytest.mark.parametrize("name", ["x-00001-of-00000.gguf", "x-00001-of-00001.gguf", "x-٠٠٠٠١-of-٠٠٠٠٢.gguf"])
+def test_odd_names_are_checked(name: str, tmp_path: Path) -> None:
+    """No name keeps a file from being checked."""
+    path = tiny.gguf(tmp_path / name, GGMLQuantizationType.F32)
+    assert read_source(path).dimensions.layers == tiny.LAYERS
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ExportError, match=r"is not a complete GGUF file: tensor .* lies at bytes"):
+        read_source(path)
+
+
+def test_parts_keep_their_suffix(tmp_path: Path) -> None:
+    """What is opened is what was named and checked, whatever lies beside it under another suffix."""
+    first, *_ = parts(tmp_path / "parts")
+    other = first.with_suffix(".bin")
+    other.write_bytes(first.read_bytes()[:-40])
+    with pytest.raises(ExportError, match=r"00002-of-00003.bin does not exist, one of the 3 parts"):
+        read_source(other)
 
 
 def test_parts_are_one_model(tmp_path: Path) -> None:

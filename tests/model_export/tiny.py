@@ -156,13 +156,14 @@ def gguf(
     entries: Mapping[str, int | float | str] = MappingProxyType({}),
     short_factors: np.ndarray | None = None,
     split_max_tensors: int = 0,
+    keys_first: bool = False,
 ) -> Path:
     """Writes a GGUF file of the family, its matrices in `quantization`.
 
     `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's. With `split_max_tensors` the model
-    is in parts of so many tensors, whose names begin with the path's.
+    is in parts of so many tensors, whose names begin with the path's; the first has none with `keys_first`.
     """
-    writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors)
+    writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors, small_first_shard=keys_first)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(layers)
@@ -180,7 +181,8 @@ def gguf(
     writer.add_token_merges([" ".join(merge) for merge in MERGES])
     writer.add_eos_token_id(0)
     for key, value in entries.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+        add = kinds[type(value)]
         add(f"{family}.{key}", value)
     if short_factors is not None:
         writer.add_tensor("rope_factors_long.weight", short_factors + 1)

@@ -20,7 +20,7 @@ from service.engine import device
 from service.settings import Settings
 from tests.stack import ROOT
 
-NAMES = ["port", "metrics port", "API keys", "TLS", "provider", "model", "names", "memory"]
+NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "provider", "model", "names", "memory"]
 
 
 def examined(model_dir, **settings):
@@ -114,6 +114,26 @@ def test_no_provider(model_dir, monkeypatch):
     assert "OtherProvider" in found["provider"].text
 
 
+def test_each_device_is_looked_at(model_dir):
+    """Those of the models, not what a setting says that no model follows."""
+    tables = {"small": {"dir": model_dir, "device": "cpu"}}
+    port, metrics_port = free_ports(2)
+    alone = Settings(device="cuda", models=tables, port=port, metrics_port=metrics_port)
+    assert [each for each in doctor.examine(alone) if not each.good] == []
+    tables["large"] = {"dir": model_dir, "device": "cuda", "device_id": 3}
+    found = list(doctor.examine(Settings(models=tables, port=port, metrics_port=metrics_port)))
+    assert [each.good for each in found if each.name == "provider"] == [True, False]
+
+
+def test_traces_without_their_package(model_dir, monkeypatch):
+    """Where traces are to be sent and OpenTelemetry is not there, the start would end: so it is said."""
+    monkeypatch.setitem(sys.modules, "service.tracing", None)
+    assert failing(examined(model_dir)) == []
+    found = examined(model_dir, otlp_endpoint="http://collector:4317")
+    assert failing(found) == ["traces"]
+    assert "pip install 'completion-service[otel]'" in found["traces"].text
+
+
 def test_cuda_without_a_gpu(model_dir):
     """Asked for, it is missing by name; left to itself the service takes the CPU."""
     found = examined(model_dir, device="cuda")
@@ -134,7 +154,7 @@ def test_the_doctor_as_a_command(model_dir, flags, code):
     assert (done.returncode, done.stderr) == (code, "")
     lines = done.stdout.splitlines()
     assert [line[6:20].strip() for line in lines] == NAMES
-    assert [line.startswith("FAIL") for line in lines] == [False] * 7 + [bool(code)]
+    assert [line.startswith("FAIL") for line in lines] == [False] * (len(NAMES) - 1) + [bool(code)]
 
 
 @pytest.fixture

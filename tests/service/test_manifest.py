@@ -54,6 +54,18 @@ def test_missing_manifest(tmp_path):
     assert "python -m model_export" in message
 
 
+@pytest.mark.parametrize("field", ["min_rows", "min_logits"])
+def test_a_call_is_padded_by_one_at_most(directory, field):
+    """A graph that needs more rows, or more positions with logits, than there is room for is refused by its field."""
+    quantization = fakes.manifest().quantization.model_dump()
+    edit(directory, quantization=quantization | {field: 2})
+    assert getattr(manifest.load(directory).quantization, field) == 2
+    edit(directory, quantization=quantization | {field: 3})
+    message = refused(directory)
+    assert f"quantization.{field}: " in message
+    assert "less than or equal to 2" in message
+
+
 def test_path_that_is_no_directory(directory):
     """A file in its place is named like a missing one."""
     assert "manifest.json" in refused(directory / "model.onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import math
 import socket
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import free_ports
 from service import models
+from service.engine.admission import Admission
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
-from service.errors import StartupError
+from service.errors import OverloadedError, StartupError
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
 from service.server import Server
@@ -463,6 +465,24 @@ async def test_every_model_is_warmed_up(made_of_two):
         second.gate.release(1000)
         await entering
         assert await running.serving("readiness")
+    await server.__aexit__(None, None, None)
+
+
+async def test_callers_do_not_keep_the_service_from_starting(made_of_two):
+    """A queue that is full before the warm-up is nobody's fault: the start waits for its turn."""
+    first, second = GatedModel(), FakeModel()
+    server, _ = made_of_two(first, second)
+    entering = asyncio.ensure_future(server.__aenter__())
+    await first.reached()
+    engine = server.models[1].engine
+    engine._admission = Admission(1, math.inf)
+    held = engine.submit(models.warm_up_request(server.models[1]))
+    with pytest.raises(OverloadedError):
+        engine.check("another")
+    first.gate.release(1000)
+    await entering
+    async for _ in held:
+        pass
     await server.__aexit__(None, None, None)
 
 

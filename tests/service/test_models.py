@@ -173,6 +173,22 @@ def test_config_show(file, monkeypatch, capsys):
     assert "models.plain.memory_mib" not in rows
 
 
+def test_config_show_of_tables_from_two_sources(file, monkeypatch, capsys):
+    """Tables and aliases come together, and each entry says where it is from."""
+    monkeypatch.setenv("COMPLETION_MODELS", '{"small": {"dir": "other"}, "third": {"dir": "third"}}')
+    monkeypatch.setattr(
+        sys, "argv", ["service", "config", "show", "--config", str(file), "--alias", "quicker=org/small"]
+    )
+    assert command.main() == 0
+    rows = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()}
+    assert rows["models.small.dir"] == "other environment"
+    assert rows["models.small.max_running"] == f"64 file {file}"
+    assert rows["models.third.dir"] == "third environment"
+    assert rows["models.plain.dir"].endswith(f"file {file}")
+    assert rows["models"].endswith(f"environment, file {file}")
+    assert rows["alias"].endswith(f"flag, file {file}")
+
+
 # --- the memory ---
 
 

@@ -60,6 +60,13 @@ def test_as_many_slots_as_fit():
     assert plan(6 * GIB, context_length=1024, prompt_chunk=16).slots >= 1
 
 
+def test_logits_by_hand():
+    """The largest call's, with copies of them in float32 twice and in float16, beside the results it outgrew."""
+    vocabulary, copies = 32000, 4 + 4 + 2
+    assert plan(80 * GIB, prompt_chunk=128).logits == vocabulary * (128 * (4 + copies) + 64 * 4)
+    assert plan(80 * GIB, prompt_chunk=512, slots=4).logits == vocabulary * (512 * (4 + copies) + 256 * 4)
+
+
 def test_the_budget():
     """It is what is asked for where that is free, else most of what is."""
     assert placement.budget(settings(), 10 * GIB) == 9 * GIB
@@ -101,14 +108,17 @@ def test_asking_for_cuda_in_vain(monkeypatch):
         placement.settled(described(("cpu",)), settings(device="cuda"), MODEL)
 
 
-def test_models_do_not_share_a_gpu():
-    """Two models on one GPU are refused by name; beside the CPU, or on another GPU, they may be."""
-    on = settings(device="cuda", device_id=1)
-    with pytest.raises(StartupError, match=r"^a and c would share GPU 1, which models cannot: .*device_id"):
-        placement.check_apart({"a": on, "b": settings(device="cpu"), "c": on})
-    placement.check_apart(
-        {"a": on, "b": settings(device="cpu"), "c": settings(device="cuda"), "d": settings(device="cpu")}
-    )
+@pytest.mark.parametrize("others", [0, 1])
+def test_one_model_of_a_process_is_on_a_gpu(others):
+    """Two are refused by name, on one GPU or on two; models on the CPU may be beside it."""
+    first, other, cpu = settings(device="cuda"), settings(device="cuda", device_id=others), settings(device="cpu")
+    advice = r'device = "cpu" in tables \[models\.NAME\] .*--device cpu; or .*--device-id'
+    with pytest.raises(StartupError, match=rf"^a and c would .*{advice}"):
+        placement.check_apart({"a": first, "b": cpu, "c": other})
+    with pytest.raises(StartupError, match=r"^a, b and c would "):
+        placement.check_apart({"a": first, "b": other, "c": first})
+    placement.check_apart({"a": cpu, "b": other, "c": cpu})
+    placement.check_apart({"a": cpu, "b": cpu})
 
 
 def test_placing(monkeypatch):

@@ -11,6 +11,7 @@ from service.engine.cache import Copy
 from service.engine.device import Cpu
 from service.engine.model import Model
 from service.engine.sampler import Shortlist, whole
+from service.errors import StartupError
 from tests.gpus import StandIn
 from tests.model_export import tiny
 
@@ -28,10 +29,10 @@ def directory(tmp_path_factory):
     return folder / "model"
 
 
-def load(directory, device):
+def load(directory, device, slots=SLOTS):
     described = manifest.load(directory)
     return Model(
-        directory, described, slots=SLOTS, context_length=CONTEXT, threads=1, batch_invariant=True, device=device
+        directory, described, slots=slots, context_length=CONTEXT, threads=1, batch_invariant=True, device=device
     )
 
 
@@ -146,9 +147,112 @@ def test_prompts_are_not_captured(gpu, tokens):
     assert {shape.width for shape in gpu._calls} == {2, 4, 16, 32}
 
 
-def test_what_is_bound_is_given_back(gpu, tokens, monkeypatch):
+def test_captured_steps_outlast_prompts_of_all_shapes(directory):
+    """A step is captured once: it keeps its number however many prompts, in however many shapes, come in between."""
+    gpu = load(directory, StandIn(), slots=32)
+    decode(gpu, [4] * 32, [0] * 32)
+    before = len(gpu._device.driver.memory)
+    for slot in range(32):
+        for width in range(2, CONTEXT + 1):  # near a slot's end padding has less room: any width is a shape then
+            gpu.forward(slot, [[1] * width], [CONTEXT - width], [(0, width - 1)])
+    decode(gpu, [4] * 32, [0] * 32)
+    assert [graph for graph, _ in gpu._device.runs if graph is not None] == [0, 0]
+    assert len(gpu._device.driver.memory) == before + gpu._bindings
+
+
+def test_prompts_of_common_shapes_are_bound_once(directory):
+    """Prompts of any slot and width are bound once without logits, as all chunks but the last, with one, and scored."""
+    gpu = load(directory, StandIn(), slots=32)
+    gpu.forward(0, [[1] * CONTEXT], [0], [(0, at) for at in range(CONTEXT)])  # results grow, and all is bound anew
+    gpu._device.runs.clear()
+    calls = [(slot, 1 << power, logits) for slot in range(32) for power in range(1, 7) for logits in (0, 1, 1 << power)]
+    for _ in range(2):
+        for slot, width, logits in calls:
+            gpu.forward(slot, [[1] * width], [0], [(0, at) for at in range(logits)])
+    bindings = [id(binding) for _, binding in gpu._device.runs]
+    assert bindings[: len(calls)] == bindings[len(calls) :]
+
+
+def without_room_once(driver):
+    """Has the driver's next `allocate` fail, and gives the list of sizes that it and all later ones are asked for."""
+    sizes, allocate = [], driver.allocate
+
+    def once(size):
+        sizes.append(size)
+        if len(sizes) == 1:
+            raise StartupError("NVIDIA's driver: cuMemAlloc_v2 failed: out of memory")
+        return allocate(size)
+
+    driver.allocate = once
+    return sizes
+
+
+def test_results_that_cannot_grow_stay_as_they_are(gpu, plain, tokens):
+    """Where there is no room for a long prompt's scores that call fails alone: steps before and after are right."""
+    driver = gpu._device.driver
+    for model in (gpu, plain):
+        prompt(model, 0, tokens[:9])
+        decode(model, [4], [9])
+    held, scores = {*driver.memory, *driver.host}, [(0, at) for at in range(40)]
+    sizes = without_room_once(driver)
+    with pytest.raises(StartupError, match="out of memory"):
+        gpu.forward(1, [tokens[:40]], [0], scores)
+    assert sizes[0] > 40 * tiny.VOCAB * 4
+    assert {*driver.memory, *driver.host} == held
+    np.testing.assert_allclose(decode(gpu, [5], [10]), decode(plain, [5], [10]), **CLOSE)
+    assert {*driver.memory, *driver.host} == held
+    scored = [[whole(row).copy() for row in model.forward(1, [tokens[:40]], [0], scores)] for model in (gpu, plain)]
+    np.testing.assert_allclose(*scored, **CLOSE)
+
+
+def test_results_that_have_grown(gpu, plain, tokens):
+    """After a long prompt's scores steps go on by graphs of new numbers: the old ones write where no one reads."""
+    for model in (gpu, plain):
+        prompt(model, 0, tokens[:9])
+        decode(model, [4], [9])
+        model.forward(1, [tokens[:40]], [0], [(0, at) for at in range(40)])
+    for step in range(2):
+        row = decode(gpu, [5], [10 + step])
+        np.testing.assert_allclose(row, decode(plain, [5], [10 + step]), **CLOSE)
+    assert [graph for graph, _ in gpu._device.runs if graph is not None] == [0, 1, 1]
+
+
+class Unbindable:
+    """A session whose bindings take all but one input."""
+
+    def __init__(self, session, name):
+        self.session, self.name = session, name
+
+    def io_binding(self):
+        self.binding = self.session.io_binding()
+        return self
+
+    def bind_input(self, name, *place):
+        if name == self.name:
+            raise RuntimeError(f"no binding of {name}")
+        self.binding.bind_input(name, *place)
+
+    def bind_output(self, name, *place):
+        self.binding.bind_output(name, *place)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "logits_idx", "total_sequence_length", "past_key.0"])
+def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, name):
+    """What a call has taken for its inputs goes back when binding fails, whichever input it fails at."""
+    prompt(gpu, 0, tokens[:2])
+    driver = gpu._device.driver
+    held = {*driver.memory, *driver.host}
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "_prompts", Unbindable(gpu._prompts, name))
+        with pytest.raises(RuntimeError, match=f"no binding of {name}"):
+            prompt(gpu, 0, tokens[:9])
+    assert {*driver.memory, *driver.host} == held
+    prompt(gpu, 0, tokens[:9])
+
+
+def test_what_is_bound_is_given_back(gpu, tokens):
     """Calls that are forgotten give their memory back; keys and values stay where they are."""
-    monkeypatch.setattr("service.engine.model._BINDINGS", 3)
+    gpu._bindings = 3
     before = len(gpu._device.driver.memory)
     for slot in range(SLOTS):
         for width in (2, 4, 8, 16):

@@ -1,0 +1,171 @@
+"""Every entry of a configuration, and every key of a GGUF file, with values that it should not have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFValueType as Value
+
+from model_export import gguf_config, gguf_keys, hf_config
+from model_export.errors import ExportError
+from model_export.families import OWN
+from model_export.hf_check import NUMBERS, OPTIONAL, ROTARY
+from model_export.opening import read_source
+from tests.model_export import tiny
+from tests.model_export.bad_sources import Gguf, array, value, whole
+
+ODD: list[Any] = [0, -1, 1, 5, 10**30, 0.5, 1e300, float("nan"), True, None, "x", [], [{}], [[1], "x"], {}, {"a": {}}]
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 48},
+    "longrope": {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 48},
+}
+BY_RULE = {"sliding_window": 24, "use_sliding_window": True}
+WINDOWED = BY_RULE | {"layer_types": ["full_attention", "sliding_attention"]}
+# What is read of a configuration of each family: all that its entries can lead to.
+LLAMAS = {name: tiny.config("llama", rope_scaling={"rope_type": name, **more}) for name, more in ROTATIONS.items()}
+CONFIGS = (
+    {family: tiny.config(family) for family in OWN}
+    | {f"{family}, windows": tiny.config(family, **WINDOWED) for family in OWN}
+    | {f"{family}, windows by rule": tiny.config(family, **BY_RULE) for family in ("qwen2", "smollm3")}
+    | LLAMAS
+    | {"phi3, longrope": tiny.config("phi3", rope_scaling={"rope_type": "longrope", **ROTATIONS["longrope"]})}
+)
+
+
+def read(source: Path) -> str:
+    """Reads a source; the sentence by which it is refused, or nothing."""
+    try:
+        read_source(source)
+    except ExportError as error:
+        refusal = str(error)
+    else:
+        return ""
+    assert source.name in refusal
+    assert refusal.isprintable()
+    return refusal
+
+
+def changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each entry, an odd value, and the configuration with that; the rotation's entries are behind a dot."""
+    for name in {**NUMBERS, **OPTIONAL}:
+        for odd in ODD:
+            yield name, odd, config | {name: odd}
+    scaling = config.get("rope_scaling")
+    for name in ROTARY if scaling else ():
+        for odd in ODD:
+            yield f"rope_scaling.{name}", odd, config | {"rope_scaling": scaling | {name: odd}}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_odd_entries(case: str, tmp_path: Path) -> None:
+    """A configuration with one odd entry is read, or refused in one sentence; by its name where the kind is wrong."""
+    config = CONFIGS[case]
+    source = tiny.hugging_face(tmp_path / "Tiny", config["model_type"])
+    for name, odd, changed in changes(config):
+        (source / "config.json").write_text(json.dumps(changed))
+        refusal = read(source)
+        kind = {**NUMBERS, **OPTIONAL, **ROTARY}[name.rpartition(".")[2]]
+        if not kind.holds(odd) and (odd is not None or name in NUMBERS):
+            assert f"{name} is " in refusal, (name, odd)
+
+
+class Recording(dict[str, Any]):
+    """A configuration, or a part of one, that notes which of its entries are asked for."""
+
+    def __init__(self, entries: dict[str, Any], asked: set[str]) -> None:
+        super().__init__(
+            {name: Recording(each, asked) if type(each) is dict else each for name, each in entries.items()}
+        )
+        self.asked = asked
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return super().__contains__(name)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_no_entry_is_read_unchecked(case: str) -> None:
+    """Whatever the architecture is read from has a kind that it is checked for."""
+    asked: set[str] = set()
+    hf_config.architecture(Recording(CONFIGS[case], asked))
+    assert "num_hidden_layers" in asked
+    assert asked <= {*NUMBERS, *OPTIONAL, *ROTARY}
+
+
+# Odd values of a key; and a few that are what some key has.
+ODD_VALUES = [
+    *(value(Value.UINT32, number) for number in (0, 1, 5, 2**32 - 1)),
+    *(value(Value.INT32, number) for number in (-1, 4)),
+    *(value(Value.FLOAT32, number) for number in (0.0, -1.0, 0.5, 3e38, float("nan"), float("inf"))),
+    *(value(Value.BOOL, flag) for flag in (False, True)),
+    value(Value.UINT64, 2**63),
+    value(Value.STRING, "x"),
+    value(Value.STRING, ""),
+    array(Value.UINT32, []),
+    array(Value.UINT32, [4, 4]),
+    array(Value.STRING, ["x"]),
+]
+SCALING = ("type", "factor", "original_context_length")
+SCALINGS = {"": (), "linear": ("linear", 4.0), "yarn": ("yarn", 4.0, 48)}
+
+
+def file(family: str, scaling: str) -> Gguf:
+    """The tiny model as one of `family`, whose rotation is scaled."""
+    made = whole()
+    made.keys = [(str(name).replace("llama.", f"{family}."), raw) for name, raw in made.keys]
+    made.set("general.architecture", value(Value.STRING, family))
+    kinds = {str: Value.STRING, float: Value.FLOAT32, int: Value.UINT32}
+    for name, content in zip(SCALING, SCALINGS[scaling], strict=False):
+        made.set(f"{family}.rope.scaling.{name}", value(kinds[type(content)], content))
+    return made
+
+
+PREFIXED = (*gguf_keys.NUMBERS, *gguf_config.SUPPORTED)
+ROTATION = [name for name in PREFIXED if name.startswith("rope.")]
+# Which keys of which families: those of no family once, those of the rotation in each of its kinds.
+FILES = {
+    "llama": ("llama", "", [*gguf_keys.KEYS, *gguf_keys.IDS, *(f"llama.{name}" for name in PREFIXED)]),
+    "linear": ("llama", "linear", [f"llama.{name}" for name in ROTATION]),
+    "yarn": ("qwen2", "yarn", [f"qwen2.{name}" for name in ROTATION]),
+    "smollm3": ("smollm3", "", [f"smollm3.{name}" for name in gguf_keys.NUMBERS]),
+    "phi3": ("phi3", "", [f"phi3.{name}" for name in gguf_keys.NUMBERS]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_odd_keys(case: str, tmp_path: Path) -> None:
+    """A file with one odd key is read, or refused in one sentence."""
+    family, scaling, names = FILES[case]
+    source, good = tmp_path / "Tiny.gguf", file(family, scaling)
+    for name in names:
+        for odd in ODD_VALUES:
+            made = replace(good, keys=list(good.keys))
+            made.set(name, odd)
+            source.write_bytes(made.encode())
+            read(source)
+
+
+@pytest.mark.parametrize("key", gguf_keys.IDS)
+def test_tokens_beyond(key: str, tmp_path: Path) -> None:
+    """A file's token that the vocabulary lacks is refused before anything is built."""
+    source = tmp_path / "Tiny.gguf"
+    made = whole()
+    made.set(key, value(Value.UINT32, tiny.VOCAB))
+    source.write_bytes(made.encode())
+    assert f"{key} is {tiny.VOCAB}, expected a whole number within 0..{tiny.VOCAB - 1}" in read(source)
