@@ -131,6 +131,11 @@ def command(source: Path, target: Path, prepare: Callable[[], None] | None = Non
     return subprocess.Popen(arguments, preexec_fn=prepare, **pipes)  # noqa: PLW1509 - takes no lock
 
 
+def heed_interrupts() -> None:
+    """Undoes what a shell does for its background jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def small_files(size: int) -> Callable[[], None]:
     """Lets a process write no file above `size` bytes, as a full disk does."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -167,7 +172,8 @@ def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: P
     """An export that is told to end in the middle leaves nothing, not even the folder that it made."""
     before = contents(tmp_path)
     target = tmp_path / "new" / "out"
-    process = command(source, target)
+    # Whoever runs the tests may ignore interrupts, as shells have background jobs do.
+    process = command(source, target, heed_interrupts)
     while not target.parent.exists() or not any(target.parent.iterdir()):
         assert process.poll() is None
         time.sleep(0.001)
