@@ -17,8 +17,8 @@ def record(rss: float = 0.0, files: float = 0.0, threads: float = 0.0, slower: f
         made.samples.append(
             Sample(at, round((500 + rss * grown) * MIB), 50 + round(files * grown), 20 + round(threads * grown))
         )
-        # Of 120 s the first 30 warm up; the second half begins at 75.
-        made.latencies.append((at, 9.0 if at < 30 else 0.5 if at < 75 else 0.5 * slower))
+        # Of 120 s the first 60 warm up; of the rest the second half begins at 90.
+        made.latencies.append((at, 9.0 if at < 60 else 0.5 if at < 90 else 0.5 * slower))
     return made
 
 
@@ -37,8 +37,8 @@ def test_figures() -> None:
     figures = judge(record(rss=6, files=2, threads=2, slower=1.5), 0, Bounds()).figures
     assert figures["RSS slope, MiB/min"] == pytest.approx(6, rel=0.01)
     assert figures["RSS at the end, MiB"] == pytest.approx(512)
-    assert figures["open files, growth"] == 54 - 51
-    assert figures["threads, growth"] == 24 - 21
+    assert figures["open files, growth"] == 54 - 52
+    assert figures["threads, growth"] == 24 - 22
     assert figures["p99 of whole answers, first half, s"] == pytest.approx(0.5)
     assert figures["p99 drift"] == pytest.approx(1.5)
 
@@ -52,8 +52,8 @@ def test_nothing_broken() -> None:
     ("made", "held", "what"),
     [
         (record(rss=11), 0, "RSS slope, MiB/min: 11.0"),
-        (record(files=8), 0, "open files, growth: 12.0"),
-        (record(threads=3), 0, "threads, growth: 4.0"),
+        (record(files=12), 0, "open files, growth: 12.0"),
+        (record(threads=4), 0, "threads, growth: 4.0"),
         (record(slower=2.5), 0, "p99 drift: 2.5"),
         (record(), 1, "sequences held at the end: 1.0"),
     ],
