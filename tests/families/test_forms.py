@@ -35,6 +35,12 @@ def test_forms_are_near_the_source(source: Path, tmp_path: Path, form: Form) -> 
     assert made.quality.kl <= DIVERGENCE[form]
 
 
+def test_graphs_are_for_cuda(source: Path, tmp_path: Path) -> None:
+    """Made for CUDA, a graph has no operator that its provider lacks, and computes the same on the CPU."""
+    options = Options(device="cuda", max_kl=DIVERGENCE["float16"])
+    assert export(source, tmp_path / "model", options, lambda label, total: lambda: None).devices == ("cpu", "cuda")
+
+
 def test_without_the_extra_the_refusal_names_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mobius-onnx is not installed, the sentence says what to install."""
     monkeypatch.setitem(sys.modules, "mobius", None)
