@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from model_export.__main__ import main
 from tests.families.families import FAMILIES
@@ -60,7 +60,7 @@ def text_config(**changes: Any) -> Change:
     return change
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+def tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
     """Other weights."""
 
     def rewrite(path: Path) -> None:
@@ -71,14 +71,14 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     return rewrite
 
 
-def third(held: dict[str, torch.Tensor]) -> str:
+def third(held: dict[str, np.ndarray]) -> str:
     """The name of some tensor, always the same."""
     return sorted(held)[2]
 
 
-def spoil(held: dict[str, torch.Tensor], value: float) -> None:
+def spoil(held: dict[str, np.ndarray], value: float) -> None:
     """One weight that is no number."""
-    held[third(held)].view(-1)[0] = value
+    held[third(held)].flat[0] = value
 
 
 def linked(path: Path) -> None:
@@ -111,6 +111,8 @@ def unnamed_link(path: Path) -> None:
 
 def pickled(path: Path) -> None:
     """The configuration names a pickle beside the weights."""
+    import torch
+
     torch.save(load_file(path / WEIGHTS), path / "weights.bin")
     config(transformers_weights="weights.bin")(path)
 
@@ -145,15 +147,15 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "infinite": (tensors(lambda held: spoil(held, float("inf"))), "holds a weight that is not finite"),
     "missing tensor": (tensors(lambda held: held.pop(third(held))), "weights, but its files hold "),
     "tensor too many": (
-        tensors(lambda held: held.update({"model.evil\n.weight": torch.zeros(3)})),
+        tensors(lambda held: held.update({"model.evil\n.weight": np.zeros(3, np.float32)})),
         "has a tensor that its family has not, ",
     ),
     "misshapen": (
-        tensors(lambda held: held.update({third(held): torch.cat([held[third(held)]] * 2)})),
+        tensors(lambda held: held.update({third(held): np.concatenate([held[third(held)]] * 2)})),
         "expected [",
     ),
     "integers": (
-        tensors(lambda held: held.update({third(held): held[third(held)].to(torch.int8)})),
+        tensors(lambda held: held.update({third(held): held[third(held)].astype(np.int8)})),
         "holds I8, which is not supported",
     ),
     "activation": (
@@ -280,6 +282,6 @@ def test_tables_of_old_files(sources: Callable[[str], Path], tmp_path: Path) -> 
     """Tables that files of old hold beside the weights, of whatever type, count for nothing."""
     source = tmp_path / "Tiny"
     shutil.copytree(sources("gpt_neox"), source)
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    mask = np.ones((1, 1, 8, 8), bool)
     tensors(lambda held: held.update({"gpt_neox.layers.0.attention.bias": mask}))(source)
     assert main([str(source), str(tmp_path / "model"), "--quantization", "float32"]) == 0
