@@ -95,7 +95,7 @@ def test_tables_agree() -> None:
             "layer_types have windows, but no sliding_window is in use",
         ),
         ({"family": "mistral", "sliding_window": 0}, "sliding_window is 0, expected at least 1"),
-        ({"max_position_embeddings": 1 << 22, "head_dim": 1024}, "expected at most 262144 positions"),
+        ({"max_position_embeddings": 1 << 22, "head_dim": 1024}, "expected at most 524288 positions"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
         ({"family": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
         ({"family": "smollm3", "no_rope_layers": [1]}, "tells of 1 layers, but has 2"),
