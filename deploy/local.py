@@ -34,6 +34,8 @@ from typing import Any
 
 import yaml
 
+from deploy import host as this_machine
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "gpt-3.5-turbo-instruct"
 # The service takes any key unless it is given a file of keys.
@@ -371,6 +373,8 @@ def main() -> None:
         target.mkdir(parents=True, exist_ok=True)
         (target / "envoy.yaml").write_text(with_tls(ENVOY_CONFIG.read_text(), certificates, target))
         return
+    if problem := this_machine.problem():
+        sys.exit(f"deploy/local.py: {problem}")
     # SIGINT too: shells start background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

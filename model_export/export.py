@@ -29,7 +29,7 @@ from model_export.quantize import Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
 from service import manifest
-from service.processor import has_byte_dot_products
+from service.processor import processor
 
 PromptForm = Literal["int8", "float32"]
 
@@ -149,7 +149,7 @@ def _prompt_forms(
     if wanted != "auto":
         return [wanted]
     weights = source.dimensions.layer_weights
-    quick: list[PromptForm] = ["int8", "float32"] if has_byte_dot_products() else ["float32"]
+    quick: list[PromptForm] = ["int8", "float32"] if processor().byte_dot_products else ["float32"]
     return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
 

@@ -24,6 +24,7 @@ from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
 from service.metrics import Exporter, Metrics, Reading
+from service.processor import processor
 from service.rpc import tls
 from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
@@ -147,7 +148,8 @@ class Server:
         await self._warm_up()
         await self._health.say(True, *READINESS, STARTUP)
         metrics = self._exporter and self._exporter.address
-        _log.info("serving", address=self.address, models=[each.id for each in self.models], metrics=metrics)
+        served = [each.id for each in self.models]
+        _log.info("serving", address=self.address, models=served, metrics=metrics, processor=str(processor()))
         if self.keys.open:
             _log.warning("no API key file: any key is taken, and only loopback is listened on")
         return self

@@ -19,6 +19,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.processor import processor
 from tests.processes import METADATA, TINY, Service, export_tiny, service
 from tests.stack import KEY, MODEL, Stack, envoy, free_ports
 
@@ -152,7 +153,8 @@ def test_slots_and_budget_of_each(both: Both) -> None:
     lines = {line["model"]: line for line in both.service.log if "memory budget" in line["message"]}
     assert (lines[LARGE]["slots"], lines[LARGE]["budget_mib"]) == (1, 2500)
     assert (lines[TINY]["slots"], lines[TINY]["max_running"]) == (5, 5)
-    assert both.service.logged("serving")["models"] == [LARGE, TINY]
+    serving = both.service.logged("serving")
+    assert (serving["models"], serving["processor"]) == ([LARGE, TINY], str(processor()))
 
 
 def test_a_full_queue_is_its_own(both: Both) -> None:

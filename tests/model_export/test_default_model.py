@@ -14,22 +14,14 @@ from model_export.verify import kl_divergence
 from service import manifest
 from tests.model_export.session import Session
 
-HELD_OUT = """\
-Bees tell each other where the flowers are. A worker that has found a good meadow comes back to the hive and dances on
-the comb: the angle of her run against the vertical is the angle of the meadow against the sun, and the longer she
-waggles, the farther it is. 17 of 20 followers arrive within 50 metres. It took a patient man many summers, a glass wall
-in a hive and a pot of paint to find this out, and some of his colleagues did not believe him until they had counted the
-turns for themselves.
-
-for bee in hive:
-    bee.dance()
-"""
+# Long enough that the mean over its positions says little of any single one: a tenth of a nat is met here and there.
+HELD_OUT = Path(__file__).with_name("held_out.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def session(model_dir: Path) -> Session:
     """The default model with room for one row."""
-    return Session(model_dir, rows=1, capacity=256)
+    return Session(model_dir, rows=1, capacity=1024)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +38,7 @@ def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarr
 
 def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray) -> None:
     """So is the graph for prompts, and within less than a third of that where its layers are in float32."""
-    session = Session(model_dir, rows=1, capacity=256, graph="prompt.onnx")
+    session = Session(model_dir, rows=1, capacity=1024, graph="prompt.onnx")
     expected = read_source(local.default_weights()).logits(tokens, lambda: None)
     in_bytes = manifest.load(model_dir).quantization.prompts == "int8"
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= (0.005 if in_bytes else 0.0015)
