@@ -6,6 +6,9 @@
 # make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
 # make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
+# make test-simulation   a million steps of the simulated engine, with another seed each time
+# make test-slow     longer runs of what `make test` runs shortly
+# make test-all      every tier of the tests that this machine can run; docs/testing.md
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
@@ -25,13 +28,22 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
 test: lint check-stubs
 	$(BIN)/pytest
+
+test-simulation: $(VENV)/.test
+	$(BIN)/pytest -m slow tests/service/engine/test_simulation.py
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -m slow --ignore tests/service/engine/test_simulation.py
+
+test-all:
+	$(PYTHON3) tests/tiers.py --all
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser

@@ -9,6 +9,7 @@ Rows have a number per kind of input; a number may have many rows. `by` says who
 
 from __future__ import annotations
 
+import enum
 import gzip
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +23,15 @@ JSON = {**AUTHORIZED, "content-type": "application/json"}
 VOCABULARY = 49152
 CONTEXT = 8192
 NAN = "NaN"
-LEFT_OUT = object()
+
+
+class Absent(enum.Enum):
+    """Marks what a row leaves out; its name is the same in every process that collects the tests."""
+
+    LEFT_OUT = enum.auto()
+
+
+LEFT_OUT = Absent.LEFT_OUT
 
 Holds = Callable[[dict[str, Any]], bool]
 
