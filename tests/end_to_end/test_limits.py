@@ -67,9 +67,7 @@ def test_requests_per_minute(limited: Limited) -> None:
     """So many at once, and then one each ten seconds, by whatever spelling of the header; other keys have their own."""
     began = time.monotonic()
     answers = until_refused(lambda: limited.ask("rpm", prompt="a", max_tokens=1))
-    models = until_refused(
-        lambda: limited.stack.request("GET", "/v1/models", headers={"authorization": "bearer  rpm"})
-    )
+    models = until_refused(lambda: limited.stack.request("GET", "/v1/models", headers={"authorization": "bearer  rpm"}))
     with grpc.insecure_channel(limited.stack.envoy_address) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
 
@@ -228,4 +226,3 @@ def test_keys_change_without_a_restart(model_dir: Path, tmp_path: Path) -> None:
         assert service.process.poll() is None
     finally:
         service.kill()
-
