@@ -79,6 +79,11 @@ class Service:
     def complete(self, timeout: float = PATIENCE, **fields: Any) -> pb.CreateCompletionResponse:
         return self.stub.CreateCompletion(self._request(fields), metadata=METADATA, timeout=timeout)
 
+    def outcome(self, **fields: Any) -> grpc.StatusCode:
+        """What a request for a whole answer ends with."""
+        code: grpc.StatusCode = self.stub.CreateCompletion.future(self._request(fields), metadata=METADATA).code()
+        return code
+
     def watch(self) -> Any:
         """The service's health, as it changes."""
         return health_pb2_grpc.HealthStub(self.channel).Watch(health_pb2.HealthCheckRequest())

@@ -107,7 +107,7 @@ def test_cancelled_and_timed_out_grpc_calls(watched: Watched) -> None:
 
 
 def test_a_cancelled_call_gives_its_slot_back_at_once(watched: Watched) -> None:
-    """On an idle engine a whole answer that is cancelled is gone, each time anew; test_engine_faults.py counts steps."""
+    """On an idle engine a whole answer that is cancelled is gone; test_engine_faults.py counts the steps."""
     request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=TOKENS, ignore_eos=True)
     with grpc.insecure_channel(watched.stack.grpc_address) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
