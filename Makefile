@@ -33,8 +33,10 @@ LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DL
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
+# Files of tests run side by side, on each core one and on all of them one more, as many only wait.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 test: lint check-stubs
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=10
 
 test-simulation: $(VENV)/.test
 	$(BIN)/pytest -m slow tests/service/engine/test_simulation.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from tests.stack import AUTHORIZED, KEY, Stack, launched
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The default model, exported as `make run` does it, if it is not there yet."""
-    return local.model_dir()
+    """The default model, exported as `make run` does it, if it is not there yet; by one process of a run alone."""
+    local.DEFAULT_MODEL_DIR.parent.mkdir(exist_ok=True)
+    with (local.DEFAULT_MODEL_DIR.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return local.model_dir()
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy import local
-from deploy.local import free_ports
 from service.server import Server
 from service.settings import Settings
 from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key"

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-from deploy.local import free_ports
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
@@ -21,6 +20,7 @@ from service.engine.model import Model
 from service.placement import place, settled
 from service.settings import Settings
 from tests.model_export import tiny
+from tests.ports import free_ports
 from tests.stack import ROOT
 
 pytestmark = pytest.mark.standin

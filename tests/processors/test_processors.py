@@ -17,7 +17,6 @@ from completion.v1 import completion_pb2_grpc
 from gguf import GGMLQuantizationType
 from onnx_ir.tape import Tape
 
-from deploy.local import free_ports
 from model_export.export import Options, export
 from model_export.opening import read_source
 from service import manifest
@@ -27,6 +26,7 @@ from service.processor import EXACT_BYTES_OPTION, byte_options, processor
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.model_export.session import Session
+from tests.ports import free_ports
 from tests.stack import AUTHORIZED, ServiceThread
 
 # The processor that these tests are emulated on, by qemu's name for it.

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 import pytest
 import trustme
 
-from deploy.local import free_ports
 from service import __main__ as command
 from service import doctor
 from service.engine import device
 from service.processor import processor
 from service.settings import Settings
+from tests.ports import free_ports
 from tests.stack import ROOT
 
 NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor", "provider", "model", "names", "memory"]

@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.local import free_ports
 from service import models
 from service.engine.admission import Admission
 from service.engine.cache import KVCache
@@ -31,6 +30,7 @@ from service.settings import Settings
 from tests.engines import GatedModel
 from tests.fakes import FakeModel, manifest
 from tests.logged import logged
+from tests.ports import free_ports
 
 KEY = (("authorization", "Bearer any"),)
 WARM_UP_STEPS = 3

@@ -11,7 +11,6 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from deploy.local import free_ports
 from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
@@ -22,6 +21,7 @@ from service.rpc.servicer import ServedModel
 from service.server import Server
 from service.settings import Settings
 from tests.fakes import FakeModel, manifest
+from tests.ports import free_ports
 from tests.service.otlp import attributes, collector
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
