@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import grpc
@@ -29,13 +29,17 @@ def eventually(condition: Callable[[], T], state: Callable[[], object] = lambda:
     return result
 
 
-async def eventually_async(condition: Callable[[], T], state: Callable[[], object] = lambda: "") -> T:
+async def eventually_async(condition: Callable[[], T | Awaitable[T]], state: Callable[[], object] = lambda: "") -> T:
     """`eventually`, while the event loop goes on."""
     deadline = time.monotonic() + PATIENCE
-    while not (result := condition()):
+    while not (result := await _awaited(condition())):
         assert time.monotonic() < deadline, f"not within {PATIENCE} s: {state()}"
         await asyncio.sleep(0.002)
     return result
+
+
+async def _awaited(result: T | Awaitable[T]) -> T:
+    return await result if isinstance(result, Awaitable) else result
 
 
 def ended_by_deadline(stream: Callable[[float], Iterable[object]]) -> None:

@@ -21,7 +21,7 @@ from tests.simulation.episodes import episode, simulate
     [
         # Of few steps not every seed has all ends; this one does.
         (200_000, 11),
-        pytest.param(1_000_000, None, marks=pytest.mark.slow),
+        pytest.param(1_000_000, None, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
 def test_many_steps(steps, seed):
