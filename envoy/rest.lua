@@ -5,6 +5,8 @@
 local FORWARDED = {
   authorization = 4096,
   ["content-type"] = 256,
+  -- Looked at once more when the answer goes back.
+  origin = 256,
   ["user-agent"] = 512,
   ["x-client-request-id"] = 512,
   ["x-request-id"] = 64,

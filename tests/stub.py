@@ -26,6 +26,13 @@ class Stub(completion_pb2_grpc.CompletionServiceServicer):
         self.code: grpc.StatusCode | None = None
         self.calls: list[int] = []
         self.let_go = threading.Event()
+        self.server: grpc.Server | None = None
+
+    def stop(self) -> None:
+        """Ends the server, and what it answers."""
+        self.let_go.set()
+        assert self.server is not None
+        self.server.stop(0).wait()
 
     def _answer(self, request: pb.CreateCompletionRequest, context: Context) -> None:
         self.calls.append(request.ByteSize())
@@ -58,18 +65,18 @@ class Stub(completion_pb2_grpc.CompletionServiceServicer):
 
 
 @contextmanager
-def serving(stub: Stub, port: int = 0) -> Iterator[int]:
+def serving(stub: Stub) -> Iterator[int]:
     """The stub as a healthy server on 127.0.0.1; gives its port."""
     server = grpc.server(ThreadPoolExecutor(128), options=[("grpc.max_receive_message_length", MESSAGE_BYTES)])
     completion_pb2_grpc.add_CompletionServiceServicer_to_server(stub, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    bound = server.add_insecure_port("127.0.0.1:0")
     server.start()
+    stub.server = server
     try:
         yield bound
     finally:
-        stub.let_go.set()
-        server.stop(0).wait()
+        stub.stop()
 
 
 def message(**fields: Any) -> pb.CreateCompletionRequest:
