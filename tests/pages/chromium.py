@@ -124,6 +124,10 @@ class Page:
             time.sleep(0.02)
         return result
 
+    def wait_for_key(self) -> None:
+        """Returns once the playground knows that the service needs a key."""
+        self.wait(lambda: self.find("#key").is_displayed())
+
     def wait_for_status(self, start: str) -> None:
         self.wait(lambda: self.text("#status").startswith(start))
 

@@ -46,7 +46,7 @@ most 1 MiB.
 {{- $routes := list -}}
 {{- range $host.routes -}}
 {{- $page := dig "direct_response" "body" "filename" "" . -}}
-{{- if not (or (hasPrefix "envoy/static/vendor/" $page) (eq "envoy/static/docs.html" $page)) -}}
+{{- if not (or (hasPrefix "envoy/static/vendor/" $page) (hasPrefix "envoy/static/docs." $page)) -}}
 {{- $routes = append $routes . -}}
 {{- end -}}
 {{- end -}}
