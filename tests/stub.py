@@ -19,13 +19,19 @@ Context = grpc.ServicerContext
 
 
 class Stub(completion_pb2_grpc.CompletionServiceServicer):
-    """Takes `seconds` for each completion, or aborts it with `code`; `calls` are the messages' sizes, as they came."""
+    """Takes `seconds` for each completion, or aborts it with `code`; `calls` are the messages' sizes, as they came.
+
+    A stream of events has `pieces`, each of which is sent when `turns` lets it.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.code: grpc.StatusCode | None = None
         self.calls: list[int] = []
+        self.pieces = 0
+        self.turns = threading.Semaphore(0)
         self.let_go = threading.Event()
+        self.health = health.HealthServicer()
         self.server: grpc.Server | None = None
 
     def stop(self) -> None:
@@ -55,6 +61,9 @@ class Stub(completion_pb2_grpc.CompletionServiceServicer):
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> Iterator[httpbody_pb2.HttpBody]:
         self._answer(request, context)
+        for number in range(self.pieces):
+            assert self.turns.acquire(timeout=60)
+            yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"data: %d\n\n" % number)
         yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"data: [DONE]\n\n")
 
     def ListModels(  # noqa: N802
@@ -69,7 +78,7 @@ def serving(stub: Stub) -> Iterator[int]:
     """The stub as a healthy server on 127.0.0.1; gives its port."""
     server = grpc.server(ThreadPoolExecutor(128), options=[("grpc.max_receive_message_length", MESSAGE_BYTES)])
     completion_pb2_grpc.add_CompletionServiceServicer_to_server(stub, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+    health_pb2_grpc.add_HealthServicer_to_server(stub.health, server)
     bound = server.add_insecure_port("127.0.0.1:0")
     server.start()
     stub.server = server
