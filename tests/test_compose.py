@@ -96,7 +96,7 @@ def test_prometheus_finds_every_envoy(name: str) -> None:
 
 @pytest.mark.parametrize(("service", "envoy"), [("service", "envoy"), ("service-gpu", "envoy-gpu")])
 def test_the_longest_request_is_the_same_for_both(service: str, envoy: str) -> None:
-    """The variable of whoever starts compose reaches both, and Envoy's script puts it where the configuration has it."""
+    """The variable of whoever starts compose reaches both; Envoy's script puts it where the configuration has it."""
     for name in (service, envoy):
         assert "COMPLETION_LONGEST_REQUEST_SECONDS" in SERVICES[name]["environment"]
     given = {"COMPLETION_LONGEST_REQUEST_SECONDS": "1234", "METRICS_HOST": "0.0.0.0"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,3 +220,28 @@ def test_large_bodies_are_sent_again(watched: Watched, body: str) -> None:
     assert bad.calls
     assert len(good.calls) == 3
     assert good.calls[0] > (2_000_000 if body == "text" else 6_000_000)
+
+
+def test_an_old_connection_ends_without_cutting_anything_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers of an hour, here a second, are asked to connect anew; what runs finishes, and what comes is served."""
+    written = local.envoy_config
+    aged = "max_connection_duration: 3600s"
+    assert aged in written({"HTTP_PORT": 1, "GRPC_PORT": 2})
+    young = aged.replace("3600", "1")
+    monkeypatch.setattr(local, "envoy_config", lambda *given: written(*given).replace(aged, young))
+    with watching(tmp_path) as watched, ThreadPoolExecutor(2) as pool:
+        for each in watched.stubs:
+            each.seconds = 8  # longer than Envoy's drain takes, 5 s
+        connection = http.client.HTTPConnection("127.0.0.1", watched.stack.http, timeout=60)
+        with grpc.insecure_channel(watched.stack.envoy_address) as channel:
+            stub = completion_pb2_grpc.CompletionServiceStub(channel)
+            calls = [pool.submit(lambda: list(stub.StreamCompletion(message()))) for _ in range(2)]
+            for _ in range(2):
+                connection.request("POST", "/v1/completions", b"{}", {"content-type": "application/json"})
+                answer = connection.getresponse()
+                assert (answer.status, bool(answer.read())) == (200, True)
+            assert all(call.result() for call in calls)
+            assert stub.CreateCompletion(message()).id
+        connection.close()
+        reached = "envoy_http_downstream_cx_max_duration_reached"
+        assert watched.number(reached, envoy_http_conn_manager_prefix="public") > 0
