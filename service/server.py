@@ -125,7 +125,8 @@ class Server:
     def _add_services(self) -> None:
         quota = Quota(self._settings.tokens_per_minute, self._settings.max_sequences)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(self.models, self._tokenizing, quota), self._server
+            CompletionServicer(self.models, self._tokenizing, quota, self._settings.longest_request_seconds),
+            self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

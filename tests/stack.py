@@ -202,11 +202,14 @@ def envoy(
     replicas: Sequence[int] = (),
     admin_port: int | None = None,
     affinity: bool = False,
+    metrics_port: int | None = None,
 ) -> Iterator[local.Child]:
     """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`."""
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     if admin_port is not None:
         ports["ADMIN_PORT"] = admin_port
+    if metrics_port is not None:
+        ports["ENVOY_METRICS_PORT"] = metrics_port
     command = local.envoy_command(local.envoy_binary(), ports, folder, replicas, affinity)
     child = local.Child("Envoy", command, folder / "envoy.log")
     try:

@@ -23,6 +23,7 @@ from service.rpc.status import status_of, trailing_metadata
 
 _log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
+_CLIENT_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,512}")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -122,10 +123,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         current_request_id.set(request_id)
         headers: list[tuple[str, str]] = []
         answer_headers.set(headers)
-        context.set_trailing_metadata((("x-request-id", request_id),))
+        identifiers = [("x-request-id", request_id)]
         name, finished = "", False
         try:
-            caller = self._keys.authenticate(metadata.get("authorization"))
+            if client_id := _client_request_id(metadata.get("x-client-request-id")):
+                identifiers.append(("x-client-request-id", client_id))
+                call.notes["client_request_id"] = client_id
+            context.set_trailing_metadata(tuple(identifiers))
+            caller = self._keys.authenticate(_authorization(context))
             current_caller.set(caller)
             name = caller.name
             yield
@@ -134,7 +139,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             code, message = _explain(error)
-            metadata_out = (("x-request-id", request_id), *headers, *trailing_metadata(code, message, error))
+            metadata_out = (*identifiers, *headers, *trailing_metadata(code, message, error))
             await context.abort(code, message.message, metadata_out)
         finally:
             self._report(method, call, name, finished=finished, late=_late(context))
@@ -220,6 +225,20 @@ async def _send_headers(context: Context) -> None:
 
 def _request_id(given: str | None) -> str:
     return given if given and _REQUEST_ID.match(given) else str(uuid.uuid4())
+
+
+def _client_request_id(given: str | None) -> str | None:
+    """The caller's own name for its request, which comes back; InvalidRequestError where it could not."""
+    if given and not _CLIENT_REQUEST_ID.fullmatch(given):
+        message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
+        raise InvalidRequestError(message)
+    return given or None
+
+
+def _authorization(context: Context) -> str | None:
+    """The header of this name; of several all, as HTTP joins them."""
+    given = [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+    return ",".join(given) if given else None
 
 
 def _check_decoded(request: Any) -> None:

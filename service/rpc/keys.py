@@ -26,6 +26,8 @@ _EXPECTED = (
     "'max_sequences=<number>'"
 )
 _BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
+# A key was given, though in no way that names one: in other characters, or twice.
+_ODD_BEARER = re.compile(r"(^|,) *Bearer +\S", re.IGNORECASE)
 
 _LOOK_SECONDS = 1.0
 _PSEUDONYM_KEY = secrets.token_bytes(32)
@@ -49,7 +51,7 @@ class Caller:
 
 
 class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to the caller; None takes any key.
+    """The keys that open the service: `keys` maps their SHA-256 to the caller; None needs no key, and takes any.
 
     Keys from a file follow it: within a second of a call after it has changed. While the new file is not valid the
     keys stay as they were.
@@ -66,7 +68,7 @@ class KeyRing:
 
     @property
     def open(self) -> bool:
-        """Whether any key will do."""
+        """Whether no key is needed."""
         return self._keys is None
 
     @classmethod
@@ -100,6 +102,10 @@ class KeyRing:
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller that an `authorization` header names; AuthenticationError when it names none."""
         match = _BEARER.match(authorization or "")
+        if self._keys is None:
+            return Caller("anonymous", hashlib.sha256((match["key"] if match else "").encode()).hexdigest())
+        if match is None and _ODD_BEARER.search(authorization or ""):
+            raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
         if match is None:
             message = (
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using "
@@ -108,8 +114,6 @@ class KeyRing:
             raise AuthenticationError(message, code="invalid_api_key")
         self._follow()
         digest = hashlib.sha256(match["key"].encode()).digest()
-        if self._keys is None:
-            return Caller("anonymous", digest.hex())
         caller = None
         for known, owner in self._keys.items():
             if hmac.compare_digest(known, digest):

@@ -106,8 +106,9 @@ def check_envelope(answer: Answer, row: Row) -> None:
     (error,) = answer.json.values()
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
+    assert not error["message"].startswith("{")
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", row.param, row.code)
-    assert row.says in error["message"]
+    assert (row.says.split(", ")[0] if row.status == 405 else row.says) in error["message"]
     assert len(error["message"]) < 500
     if row.status == 401:
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -279,18 +280,19 @@ BODY = json.dumps(GOOD)
         (f"{HEAD}Host: a\r\nContent-Length: {len(BODY)}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (f"{HEAD}Host: a\r\nContent-Length: 5\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}", 400),
         (f"{HEAD}Content-Length: {len(BODY)}\r\n\r\n{BODY}", 400),
-        (f"{HEAD.replace('1.1', '1.0')}Host: a\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}", 426),
+        (f"{HEAD.replace('1.1', '1.0')}Host: a\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}", 200),
+        (f"{HEAD.replace('1.1', '1.0')}Content-Length: {len(BODY)}\r\n\r\n{BODY}", 200),
         (f"{HEAD}Host: a\r\nX-Null: a\0b\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}", 400),
         ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + "\0" * 64, 400),
     ],
-    ids=["both lengths", "two lengths", "no host", "HTTP/1.0", "NUL in a header", "TLS"],
+    ids=["both lengths", "two lengths", "no host", "HTTP/1.0", "HTTP/1.0 without host", "NUL in a header", "TLS"],
 )
 def test_broken_http(watched: Watched, data: str, status: int) -> None:
-    """Row 21: what is not proper HTTP is refused before anything else happens."""
+    """Row 21: what is not proper HTTP is refused before anything else happens; HTTP/1.0 is proper."""
     with socket.create_connection(("127.0.0.1", watched.stack.http), timeout=PATIENCE) as connection:
         connection.sendall(data.encode("latin-1"))
         received = connection.recv(65536)
-    assert received.startswith(f"HTTP/1.1 {status} ".encode()), received
+    assert re.match(rf"HTTP/1\.[01] {status} ".encode(), received), received
     watched.check_nothing_left()
 
 

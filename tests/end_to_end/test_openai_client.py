@@ -298,9 +298,6 @@ def test_wrong_integer_is_worded_like_the_real_api(client: openai.OpenAI) -> Non
     assert caught.value.body["message"] == expected
 
 
-def test_key_is_required(stack: Stack) -> None:
-    """A request without a key is refused, and the client raises AuthenticationError."""
-    refused = stack.request("GET", "/v1/models", headers={})
-    assert refused.status == 401
-    assert refused.json["error"]["code"] == "invalid_api_key"
-    assert refused.headers["www-authenticate"] == "Bearer"
+def test_no_key_is_needed_where_there_is_no_key_file(stack: Stack) -> None:
+    """A request without a key is answered."""
+    assert stack.request("GET", "/v1/models", headers={}).status == 200

@@ -120,6 +120,10 @@ class Page:
         """The condition's first true result."""
         return eventually(condition, lambda: f"the page says {self.text('body')!r}")
 
+    def wait_for_key(self) -> None:
+        """Returns once the playground knows that the service needs a key."""
+        self.wait(lambda: self.find("#key").is_displayed())
+
     def wait_for_status(self, start: str) -> None:
         self.wait(lambda: self.text("#status").startswith(start))
 

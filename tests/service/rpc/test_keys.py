@@ -43,15 +43,19 @@ def test_models_of_a_key(load):
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "sk-right", "Bearer", "Bearer ", "Basic sk-right", "Bearer a b", "Bearer é"]
+    ("header", "says"),
+    [
+        *((header, "You didn't provide") for header in (None, "", "sk-right", "Bearer", "Bearer ", "Basic sk-right")),
+        *((header, "Incorrect") for header in ("Bearer a b", "Bearer é", "Bearer a,Bearer b", "Basic a, bearer b")),
+    ],
 )
-@pytest.mark.parametrize("content", [f"{DIGEST} me\n", None])
-def test_missing_or_malformed_header(load, header, content):
-    """A key must be there even where any will do."""
-    keys = load(content) if content else KeyRing.load(None)
+def test_missing_or_malformed_header(load, header, says):
+    """Without a key file any will do; with one, a key in odd characters or given twice is a wrong one, not none."""
     with pytest.raises(AuthenticationError) as caught:
-        keys.authenticate(header)
+        load(f"{DIGEST} me\n").authenticate(header)
     assert caught.value.code == "invalid_api_key"
+    assert caught.value.message.startswith(says)
+    assert KeyRing.load(None).authenticate(header).name == "anonymous"
 
 
 @pytest.mark.parametrize("key", ["sk-wrong", "sk-righ", "sk-right1", DIGEST])
@@ -63,8 +67,9 @@ def test_wrong_key(load, key):
 
 
 def test_without_a_file_any_key_will_do():
-    """Yet different keys are different callers."""
+    """Yet different keys are different callers, and so is who has none."""
     keys = KeyRing.load(None)
+    assert keys.authenticate(None).identity not in {keys.authenticate(f"Bearer {key}").identity for key in "ab"}
     one, other = keys.authenticate("Bearer a"), keys.authenticate("Bearer b")
     assert keys.open
     assert one.name == other.name == "anonymous"
