@@ -14,6 +14,8 @@ from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
 from grpc_health.v1 import health, health_pb2_grpc
 
+from tests.patience import PATIENCE
+
 MESSAGE_BYTES = 16 << 20
 Context = grpc.ServicerContext
 
@@ -62,7 +64,7 @@ class Stub(completion_pb2_grpc.CompletionServiceServicer):
     ) -> Iterator[httpbody_pb2.HttpBody]:
         self._answer(request, context)
         for number in range(self.pieces):
-            assert self.turns.acquire(timeout=60)
+            assert self.turns.acquire(timeout=PATIENCE)
             yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"data: %d\n\n" % number)
         yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"data: [DONE]\n\n")
 

@@ -9,9 +9,8 @@ import shutil
 import socket
 import ssl
 import subprocess
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2
 
+from tests.patience import PATIENCE, eventually
 from tests.stack import AUTHORIZED, Stack, envoy, free_ports
 from tests.stub import Stub, serving
 
@@ -107,18 +107,11 @@ def running(*command: str | Path, port: int) -> Iterator[None]:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listening)
+        eventually(listening)
         yield
     finally:
         process.terminate()
         process.wait(30)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -147,9 +140,9 @@ def haproxy(behind: Behind) -> Iterator[int]:
 
 def connection(behind: Behind, port: int, tls: bool = False) -> http.client.HTTPConnection:
     if not tls:
-        return http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     trusted = ssl.create_default_context(cafile=behind.folder / "ca.pem")
-    return http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=trusted)
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=trusted)
 
 
 def check_one_by_one(behind: Behind, port: int, tls: bool = False) -> None:
@@ -199,12 +192,12 @@ def test_nginx(behind: Behind, way: str) -> None:
 def test_haproxy(behind: Behind) -> None:
     """Its checks are green as long as the service is healthy, and red when it is not; tokens come one by one."""
     with haproxy(behind) as port:
-        wait_for(lambda: state(behind) == ("UP", "L7OK", "200"))
+        eventually(lambda: state(behind) == ("UP", "L7OK", "200"))
         check_one_by_one(behind, port)
         behind.stub.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        wait_for(lambda: state(behind) == ("DOWN", "L7STS", "503"))
+        eventually(lambda: state(behind) == ("DOWN", "L7STS", "503"))
         behind.stub.health.set("", health_pb2.HealthCheckResponse.SERVING)
-        wait_for(lambda: state(behind) == ("UP", "L7OK", "200"))
+        eventually(lambda: state(behind) == ("UP", "L7OK", "200"))
 
 
 def state(behind: Behind) -> tuple[str, str, str]:

@@ -12,7 +12,8 @@ import yaml
 from grpc_health.v1 import health_pb2
 
 from tests.deploy.test_observability import ALERTS, FOLDER, promtool
-from tests.end_to_end.test_operators import METRICS, lines, scrape, wait_for
+from tests.end_to_end.test_operators import METRICS, lines, scrape
+from tests.patience import eventually
 from tests.stack import Stack, envoy, free_ports
 from tests.stub import Stub, serving
 
@@ -84,7 +85,7 @@ def test_no_replica_and_a_door_that_is_gone(tmp_path: Path) -> None:
         scrapes.scrape(14)
         well = scrapes.count
         stub.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        wait_for(lambda: stack.complete(prompt="a").status == 503)
+        eventually(lambda: stack.complete(prompt="a").status == 503)
         scrapes.scrape()
         refused = scrapes.count
         stub.health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -94,7 +95,7 @@ def test_no_replica_and_a_door_that_is_gone(tmp_path: Path) -> None:
         stub.seconds = 60
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(stack.complete, prompt="a") for _ in range(2)]
-            wait_for(lambda: len(stub.calls) >= 2)
+            eventually(lambda: len(stub.calls) >= 2)
             scrapes.scrape()
             child.process.kill()
             child.process.wait()

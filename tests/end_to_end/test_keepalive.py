@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.end_to_end.test_edge import frame
+from tests.patience import PATIENCE
 from tests.stack import ROOT, Stack
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
@@ -54,7 +55,7 @@ class Connection:
 
 @contextmanager
 def connected(port: int) -> Iterator[Connection]:
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as wire:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
         yield Connection(wire)
 
 

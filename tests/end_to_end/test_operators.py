@@ -5,8 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import yaml
 from completion.v1 import completion_pb2_grpc
 
 from deploy import local
+from tests.patience import PATIENCE, eventually
 from tests.stack import AUTHORIZED, Answer, Stack, envoy, free_ports
 from tests.stub import Stub, message, serving
 
@@ -44,7 +44,7 @@ class Watched:
     def line(self, **fields: Any) -> dict[str, Any]:
         """The log's last line with these fields; Envoy writes it within some seconds."""
         found: list[dict[str, Any]] = []
-        wait_for(
+        eventually(
             lambda: bool(found.extend(each for each in lines(self.log) if fields.items() <= each.items()) or found)
         )
         return found[-1]
@@ -59,13 +59,6 @@ def lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @contextmanager
 def watching(folder: Path) -> Iterator[Watched]:
     http_port, metrics_port = free_ports(2)
@@ -76,7 +69,7 @@ def watching(folder: Path) -> Iterator[Watched]:
         stack = Stack(http_port, first)
         made = Watched(stack, stubs, metrics_port, folder / "envoy.log")
         stack.wait_until_ready()
-        wait_for(lambda: healthy(made) == 2)
+        eventually(lambda: healthy(made) == 2)
         yield made
 
 
@@ -169,7 +162,7 @@ def test_short_deadlines_eject_nobody(watched: Watched) -> None:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
         for each in watched.stubs:
             each.code = grpc.StatusCode.DEADLINE_EXCEEDED
-        calls = [stub.CreateCompletion.future(message(), timeout=60) for _ in range(60)]
+        calls = [stub.CreateCompletion.future(message(), timeout=PATIENCE) for _ in range(60)]
         assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
         for each in watched.stubs:
             each.code, each.seconds = None, 1.0
@@ -188,7 +181,7 @@ def test_who_cannot_be_reached_is_ejected(watched: Watched) -> None:
     gone.stop()
     with grpc.insecure_channel(watched.stack.envoy_address) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
-        calls = [stub.CreateCompletion.future(message(), timeout=60) for _ in range(60)]
+        calls = [stub.CreateCompletion.future(message(), timeout=PATIENCE) for _ in range(60)]
         assert {call.code() for call in calls} == {grpc.StatusCode.OK}
     name = "envoy_cluster_outlier_detection_ejections_enforced_consecutive_local_origin_failure"
     assert watched.number(name, envoy_cluster_name="service") == 1
@@ -204,7 +197,7 @@ def test_large_messages_are_sent_again(watched: Watched, size: int) -> None:
     with grpc.insecure_channel(watched.stack.envoy_address, options=options) as channel:
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
         for _ in range(3):
-            assert stub.CreateCompletion(request, timeout=60).id
+            assert stub.CreateCompletion(request, timeout=PATIENCE).id
     assert bad.calls
     assert good.calls == [request.ByteSize()] * 3
 
@@ -232,7 +225,7 @@ def test_an_old_connection_ends_without_cutting_anything_off(tmp_path: Path, mon
     with watching(tmp_path) as watched, ThreadPoolExecutor(2) as pool:
         for each in watched.stubs:
             each.seconds = 8  # longer than Envoy's drain takes, 5 s
-        connection = http.client.HTTPConnection("127.0.0.1", watched.stack.http, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", watched.stack.http, timeout=PATIENCE)
         with grpc.insecure_channel(watched.stack.envoy_address) as channel:
             stub = completion_pb2_grpc.CompletionServiceStub(channel)
             calls = [pool.submit(lambda: list(stub.StreamCompletion(message()))) for _ in range(2)]

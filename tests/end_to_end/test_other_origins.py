@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.stack import AUTHORIZED, MODEL, Answer, Stack
 
 PAGE = "http://localhost:3000"
@@ -95,7 +96,7 @@ def test_every_answer_can_be_read(stack: Stack, name: str) -> None:
 def test_a_request_that_is_late_can_be_read(stack: Stack) -> None:
     """A body that does not come in time is told to the page too, with the time that there is."""
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nOrigin: {PAGE}\r\nContent-Length: 9\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", stack.http), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=PATIENCE) as connection:
         connection.sendall(head.encode())
         received = b""
         while b"}}" not in received:

@@ -18,6 +18,7 @@ import pytest
 from service.engine.model import Model
 from service.rpc import servicer
 from service.settings import Settings
+from tests.patience import PATIENCE
 from tests.processes import TINY
 from tests.stack import AUTHORIZED, ServiceThread, Stack, envoy, free_ports
 
@@ -87,7 +88,7 @@ def closed(held: Held, after: int = 0) -> Iterator[None]:
 @contextmanager
 def asked(held: Held, **fields: object) -> Iterator[http.client.HTTPResponse]:
     """The answer to a stream, as soon as its headers have come."""
-    connection = http.client.HTTPConnection("127.0.0.1", held.stack.http, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", held.stack.http, timeout=PATIENCE)
     try:
         headers = {**AUTHORIZED, "content-type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps({**BODY, **fields}), headers)
