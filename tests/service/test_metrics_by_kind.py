@@ -18,7 +18,7 @@ from service.observer import Outcome, Refusal
 from service.rpc import servicer
 from tests.engines import GatedModel
 from tests.fakes import FakeModel
-from tests.patience import eventually_async
+from tests.patience import PATIENCE, eventually_async
 from tests.service import test_metrics as metered
 from tests.service.test_metrics import KEY, METHOD, WARM_UP_STEPS, asked, ended, run
 
@@ -161,11 +161,11 @@ async def test_a_key_that_may_not(made, tmp_path):
 async def test_a_deadline_shorter_than_the_wait(running):
     """Refused at once, which is no `deadline` among the outcomes: nothing of it had begun."""
     engine = running.server.models[0].engine
-    engine._admission.pace.step(1, 10.0)
+    engine._admission.pace.step(1, PATIENCE)
     engine._admission.enter("another", [])
     engine._scheduler.room = lambda _: 0
     engine._scheduler.next_end = lambda: 3
-    call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=5)
+    call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE)
     assert await refused(call) is grpc.StatusCode.DEADLINE_EXCEEDED
     await ended(running, "refused")
     assert await by(running, "llm_refused_total", "reason") == {"deadline": 1}

@@ -236,7 +236,7 @@ async def test_deadline_frees(served):
     """DEADLINE_EXCEEDED ends the work too."""
     forward = served.model.forward
     served.model.forward = lambda *arguments: time.sleep(0.1) or forward(*arguments)
-    error = await refused(served.stub.CreateCompletion(asked(max_tokens=60), metadata=KEY, timeout=0.2))
+    error = await refused(served.stub.CreateCompletion(asked(max_tokens=60), metadata=KEY, timeout=1))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await served.idle()
     assert served.model.steps < 60
@@ -296,11 +296,11 @@ async def test_sequences_at_once(served):
 
 async def test_deadline_shorter_than_the_wait(served):
     """Refused by its estimate, without a step of the engine."""
-    served.engine._admission.pace.step(1, 10.0)
+    served.engine._admission.pace.step(1, PATIENCE)
     served.engine._admission.enter("another", [])
     served.engine._scheduler.room = lambda _: 0
     served.engine._scheduler.next_end = lambda: 3
-    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY, timeout=5))
+    error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "wait" in detail(error).message
     assert served.model.steps == 0
