@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,15 +14,17 @@ from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
 from service.engine.generation import Generation
-from service.errors import DeadlineError, ForbiddenError, InvalidRequestError, ModelNotFoundError
+from service.errors import DeadlineError, ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.observer import Usage
 from service.rpc import bounds, render
+from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller
 from service.rpc.checks import shown
-from service.rpc.interceptors import Call, Context, answer_headers, current_call, current_caller, failure
+from service.rpc.interceptors import failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
-from service.rpc.quota import UNLIMITED, Meter, Quota
+from service.rpc.quota import Meter
+from service.rpc.workers import Workers
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
@@ -55,11 +56,11 @@ class ServedModel:
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
-    def __init__(self, models: Iterable[ServedModel], tokenizing: Executor, quota: Quota = UNLIMITED) -> None:
-        """No two models have a name in common."""
+    def __init__(self, models: Iterable[ServedModel], workers: Workers, meter: Meter) -> None:
+        """No two models have a name in common. `workers` tokenize; `meter` holds callers to their quotas."""
         self._models = {name: model for model in models for name in model.names}
-        self._tokenizing = tokenizing
-        self._meter = Meter(quota)
+        self._workers = workers
+        self._meter = meter
 
     async def CreateCompletion(  # noqa: N802, the contract's name
         self, request: pb.CreateCompletionRequest, context: Context
@@ -126,11 +127,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             current_call.get().notes["user"] = pseudonym(request.user)
         caller = current_caller.get()
         identity = caller.identity
-        answer_headers.get()[:] = self._meter.headers(identity, caller.quota)
         model.engine.check(identity, deadline.left)
-        loop = asyncio.get_running_loop()
-        parsed = await loop.run_in_executor(
-            self._tokenizing,
+        parsed = await self._workers.run(
+            identity,
             lambda: parse(
                 request, model.manifest, model.tokenizer, model.limits, identity=identity, streaming=streaming
             ),
@@ -151,24 +150,27 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         used = 0
         try:
             with model.engine.submit(request, deadline.left) as generation:
-                usage = current_call.get().usage = _usage(request, model.id, sequences, prompt_tokens)
+                call = current_call.get()
+                usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
+                call.generates(generation)
                 try:
                     yield generation
                 finally:
+                    call.generates(None)
                     used = prompt_tokens + generation.completion_tokens
-                    _fill(usage, generation, current_call.get())
+                    _fill(usage, generation, call)
         finally:
             self._meter.give_back(caller.identity, charged - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
+        """The model of this name. One that the caller's key may not use is to its caller as one that does not exist."""
+        message = f"The model `{shown(name)}` does not exist or you do not have access to it."
         model = self._models.get(name)
         if model is None:
-            message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
         current_call.get().model = model.id
         if not current_caller.get().may_use(*model.names):
-            message = f"This key may not use the model `{shown(name)}`."
-            raise ForbiddenError(message, param="model", code="model_not_allowed")
+            raise ForbiddenModelError(message, code="model_not_found")
         return model
 
 

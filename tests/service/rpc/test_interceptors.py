@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -22,8 +21,10 @@ from service.engine.scheduler import Scheduler
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import Caller, KeyRing
 from service.rpc.parse import Limits
-from service.rpc.quota import Meter, Quota
+from service.rpc.quota import UNLIMITED, Meter, Quota
+from service.rpc.running import Running
 from service.rpc.servicer import CompletionServicer, ServedModel
+from service.rpc.workers import Workers
 from tests.fakes import END, VOCABULARY, FakeModel, manifest
 from tests.logged import logged
 
@@ -37,18 +38,21 @@ class Served:
     def __init__(self, letters):
         self.model = FakeModel()
         self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
-        self.tokenizing = ThreadPoolExecutor(1)
+        self.workers = Workers(1, "parsing")
+        self.meter = Meter(UNLIMITED)
+        self.running = Running()
         served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
         digest = hashlib.sha256(b"sk-right")
         keys = KeyRing({digest.digest(): Caller("team", digest.hexdigest())})
-        self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
-        self.servicer = CompletionServicer([served], self.tokenizing)
+        interceptor = CallInterceptor(keys, self.workers, self.meter, self.running)
+        self.server = grpc.aio.server(interceptors=[interceptor])
+        self.servicer = CompletionServicer([served], self.workers, self.meter)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(self.servicer, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
     def limit(self, quota):
         """Holds every key to a quota from now on."""
-        self.servicer._meter = Meter(quota)
+        self.meter._default = quota
 
     async def idle(self):
         """Waits until the engine has nothing left to do."""
@@ -70,7 +74,7 @@ async def served(letters):
         yield served
     await served.server.stop(0)
     served.engine.stop()
-    served.tokenizing.shutdown()
+    served.workers.shutdown()
 
 
 def asked(**fields):
