@@ -144,7 +144,7 @@ class Settings(BaseSettings):
         30.0, description="Longest estimated wait for a slot, in seconds, before a caller's requests are refused."
     )
     requests_per_minute: int | None = Field(
-        None, ge=1, description="Most completion requests per minute and key; no limit if not set."
+        None, ge=1, description="Most requests per minute and key; no limit if not set."
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Most tokens of prompts and answers per minute and key; no limit if not set."

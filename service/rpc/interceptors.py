@@ -150,11 +150,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         current_caller.set(caller)
         call.caller = caller.name
         held.enter_context(self._running.of(caller.identity, call))
-        if method.name in _COMPLETIONS:
-            try:
-                self._meter.request(caller.identity, caller.quota)
-            finally:
-                answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
+        try:
+            self._meter.request(caller.identity, caller.quota)
+        finally:
+            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
 
     def _report(self, method: Method, call: Call, *, finished: bool, late: bool) -> None:
         """Tells observers and log of a call's end; `late` if its deadline had passed."""

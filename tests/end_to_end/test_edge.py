@@ -231,7 +231,7 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
     config = yaml.safe_load(local.envoy_config({"HTTP_PORT": 1, "GRPC_PORT": stack.grpc}))
     (http_port,) = free_ports(1)
     local.listen_on(config["static_resources"]["listeners"][0], http_port)
-    (cluster,) = config["static_resources"]["clusters"]
+    cluster, _ = config["static_resources"]["clusters"]
     resolver = {
         "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
         "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],
