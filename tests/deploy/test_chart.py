@@ -184,7 +184,29 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     names = [each["name"] for each in service["env"]]
     assert len(set(names)) == len(names)
     known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields}
-    assert set(names) <= known
+    assert set(names) - {"ORT_DISABLE_TELEMETRY"} <= known
+
+
+def test_keys_are_one_setting(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """Envoy has the service's variable of the key file, with the same value; and the runtime is silent."""
+    spec = pod_of(rendered[1])["spec"]
+    (sidecar,), (service,) = spec["initContainers"], spec["containers"]
+    variables = {each["name"]: each["value"] for each in service["env"]}
+    (shared,) = sidecar["env"]
+    assert shared["name"] == "COMPLETION_API_KEYS_FILE"
+    assert variables["COMPLETION_API_KEYS_FILE"] == shared["value"]
+    assert variables["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_metrics_are_for_who_is_named(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """The network policy lets nobody to the port of the metrics, which has no key, but whom the values name."""
+    values, manifests = rendered
+    if not values["networkPolicy"]["enabled"]:
+        return
+    (policy,) = [each for each in manifests if each["kind"] == "NetworkPolicy"]
+    rules = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "metrics"}]]
+    named = values["networkPolicy"]["metricsFrom"] if values["metrics"]["enabled"] else []
+    assert [rule["from"] for rule in rules] == ([named] if named else [])
 
 
 def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
@@ -253,7 +275,7 @@ def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]
     """Sessions, and else keys, stay on a ring of all pods, where nobody gets more than 1.25 times the mean load."""
     values, manifests = rendered
     resources = envoy_of(manifests)["static_resources"]
-    (cluster,) = resources["clusters"]
+    cluster, _ = resources["clusters"]
     expected = ("STRICT_DNS", "RING_HASH") if has_affinity(values) else ("STATIC", "ROUND_ROBIN")
     assert (cluster["type"], cluster["lb_policy"]) == expected
     assert cluster["common_lb_config"]["consistent_hashing_lb_config"] == {"hash_balance_factor": 125}
@@ -278,9 +300,11 @@ def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[
     host["routes"] = [route for route, page in zip(host["routes"], pages, strict=True) if not page.startswith(left_out)]
     assert sum(page.startswith(left_out) for page in pages) == 3
     if has_affinity(values):
-        (cluster,) = resources["clusters"]
-        cluster |= {"type": "STRICT_DNS", "lb_policy": "RING_HASH"}
-        (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+        for cluster in resources["clusters"]:
+            cluster["type"] = "STRICT_DNS"
+        resources["clusters"][0]["lb_policy"] = "RING_HASH"
+        # One object in YAML, by an anchor.
+        (endpoint,) = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         replicas = of_kind(manifests, "Service", "demo-completion-service-replicas")
         assert replicas["spec"]["clusterIP"] == "None"
         address = f"{replicas['metadata']['name']}.texts.svc"

@@ -46,12 +46,13 @@ envoy/envoy.yaml of the repository. Other than there are only the address of the
 {{- end -}}
 {{- $_ := set $host "routes" $routes -}}
 {{- if and .Values.affinity.enabled (not .Values.inferencePool.enabled) -}}
-{{- $cluster := first $config.static_resources.clusters -}}
-{{- $endpoint := first (first $cluster.load_assignment.endpoints).lb_endpoints -}}
 {{- $name := printf "%s-replicas.%s.svc" (include "completion-service.name" .) .Release.Namespace -}}
+{{- range $config.static_resources.clusters -}}
+{{- $endpoint := first (first .load_assignment.endpoints).lb_endpoints -}}
 {{- $_ := set $endpoint.endpoint.address.socket_address "address" $name -}}
-{{- $_ := set $cluster "type" "STRICT_DNS" -}}
-{{- $_ := set $cluster "lb_policy" "RING_HASH" -}}
+{{- $_ := set . "type" "STRICT_DNS" -}}
+{{- end -}}
+{{- $_ := set (first $config.static_resources.clusters) "lb_policy" "RING_HASH" -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
