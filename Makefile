@@ -1,5 +1,6 @@
 # make run           the service behind Envoy on this machine, from nothing to an answered request
 # make test          every check and test of the service itself
+# make test-attack   attacks on the running stack, and what a neighbour notices of them
 # make test-browser  the pages in a real Chromium; installs what they need
 # make test-families every family of models, exported and served beside transformers
 # make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
@@ -23,13 +24,16 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-attack test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
 test: lint check-stubs
 	$(BIN)/pytest
+
+test-attack: $(VENV)/.test
+	$(BIN)/pytest -s -m attack tests/attack
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser

@@ -98,7 +98,7 @@ def test_keys_are_one_setting_in_a_folder(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["service", "service-gpu"])
 def test_the_runtime_is_silent(name: str) -> None:
-    """onnxruntime's telemetry is off in the containers, and in every stage of the image that runs it."""
+    """Onnxruntime's telemetry is off in the containers, and in every stage of the image that runs it."""
     assert SERVICES[name]["environment"]["ORT_DISABLE_TELEMETRY"] == "1"
     lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
     assert sum("ORT_DISABLE_TELEMETRY=1" in line for line in lines if line.startswith("ENV ")) == 2

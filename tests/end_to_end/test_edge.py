@@ -17,6 +17,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2_grpc
 
 from deploy import local
+from tests.http2 import PREFACE, frame, literal
 from tests.stack import AUTHORIZED, MODEL, Stack, envoy, free_ports
 
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: {AUTHORIZED['authorization']}\r\n"
@@ -72,7 +73,7 @@ def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple
     config = yaml.safe_load(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
     monitors = {item["name"]: item["typed_config"] for item in config["overload_manager"]["resource_monitors"]}
     limit = monitors["envoy.resource_monitors.global_downstream_max_connections"]
-    assert limit["max_active_downstream_connections"] == 10_000
+    assert limit["max_active_downstream_connections"] == 32_768
     limit["max_active_downstream_connections"] = connections
     path = folder / "envoy.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -101,22 +102,12 @@ def test_connections_are_bounded(stack: Stack, tmp_path: Path) -> None:
         bounded.wait_until_ready(10)
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """An HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def literal(name: str, value: str) -> bytes:
-    """A header as HPACK writes one that is in no table."""
-    return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-
 def test_rapid_reset_closes_the_connection(stack: Stack) -> None:
     """Streams opened and reset at once, by the thousand: Envoy closes the connection and serves others."""
     headers = {":method": "POST", ":scheme": "http", ":path": "/v1/completions", ":authority": "a"}
     block = b"".join(literal(name, value) for name, value in headers.items())
     with socket.create_connection(("127.0.0.1", stack.http), timeout=20) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        connection.sendall(PREFACE + frame(4, 0, 0, b""))
         sent = 0
         try:
             for stream in range(1, 20_001, 2):
