@@ -23,7 +23,8 @@ from service import models, ports, telemetry, watchdog
 from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
-from service.metrics import Exporter, Metrics, Reading
+from service.exporter import Exporter
+from service.metrics import Metrics, Reading
 from service.rpc import tasks, tls
 from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
@@ -130,6 +131,9 @@ class Server:
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
             # Bit 0 is identity: compressed messages are UNIMPLEMENTED, and nothing of them is decompressed.
             ("grpc.compression_enabled_algorithms_bitset", 1),
+            # What has come and was not looked at yet: beyond it gRPC cancels calls at random, whosever they are.
+            ("grpc.server.max_pending_requests", _MAX_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_CALLS),
             # Between a soft and a hard limit gRPC refuses at random: these are the same.
             ("grpc.max_metadata_size", 8 << 10),
             ("grpc.absolute_max_metadata_size", 8 << 10),
@@ -220,7 +224,7 @@ class Server:
             return
         host, port = str(self._settings.metrics_host), self._settings.metrics_port
         try:
-            self._exporter = Exporter(self._metrics, host, port)
+            self._exporter = Exporter(self._metrics.registry, host, port)
         except OSError as error:
             message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
             if "metrics_port" in self._settings.model_fields_set:

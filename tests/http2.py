@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
+DATA, HEADERS, RST_STREAM, SETTINGS, WINDOW_UPDATE = 0, 1, 3, 4, 8
 END_STREAM, END_HEADERS = 1, 4
 INITIAL_WINDOW = 4
 _LARGEST_FRAME = 16384
@@ -35,17 +35,9 @@ def _string(text: str) -> bytes:
 
 
 def headers(stream: int, given: Mapping[str, str], *, end: bool = False) -> bytes:
-    """A HEADERS frame of a POST; the path is in `given`."""
-    fields = {":method": "POST", ":scheme": "http", ":authority": "a", **given}
-    return frame(
-        HEADERS, END_HEADERS | end * END_STREAM, stream, b"".join(literal(name, text) for name, text in fields.items())
-    )
-
-
-def data(stream: int, payload: bytes) -> bytes:
-    """DATA frames that end a stream."""
-    pieces = [payload[at : at + _LARGEST_FRAME] for at in range(0, len(payload), _LARGEST_FRAME)] or [b""]
-    return b"".join(frame(DATA, (at == len(pieces) - 1) * END_STREAM, stream, each) for at, each in enumerate(pieces))
+    """A HEADERS frame of a POST; the path is in `given`. What begins with a colon comes first, as it has to."""
+    fields = sorted({":method": "POST", ":scheme": "http", ":authority": "a", **given}.items())
+    return frame(HEADERS, END_HEADERS | end * END_STREAM, stream, b"".join(literal(*field) for field in fields))
 
 
 def message(payload: bytes, *, compressed: bool = False) -> bytes:
@@ -53,26 +45,71 @@ def message(payload: bytes, *, compressed: bool = False) -> bytes:
     return struct.pack(">BI", compressed, len(payload)) + payload
 
 
-def connect(port: int, window: int | None = None, timeout: float = 20) -> socket.socket:
-    """A connection that has begun to speak HTTP/2; `window` is what it takes of each stream."""
-    settings = b"" if window is None else struct.pack(">HI", INITIAL_WINDOW, window)
-    connection = socket.create_connection(("127.0.0.1", port), timeout=timeout)
-    connection.sendall(PREFACE + frame(SETTINGS, 0, 0, settings))
-    return connection
+class Connection:
+    """A connection that keeps to the windows of the other side; `window` is what it takes of each stream itself."""
 
+    def __init__(self, port: int, window: int | None = None, timeout: float = 60) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+        self._received = b""
+        self._room = self._initial = 65535
+        self._rooms: dict[int, int] = {}
+        # How each stream was ended by the other side: the kind of frame.
+        self.ended: dict[int, int] = {}
+        settings = b"" if window is None else struct.pack(">HI", INITIAL_WINDOW, window)
+        self._socket.sendall(PREFACE + frame(SETTINGS, 0, 0, settings))
 
-def wait_for_end(connection: socket.socket) -> int:
-    """Reads until the other side ends a stream; the kind of frame with which it does. Raises OSError."""
-    left = b""
-    while True:
-        while len(left) >= 9 and len(left) >= 9 + int.from_bytes(left[:3], "big"):
-            length, kind, flags = int.from_bytes(left[:3], "big"), left[3], left[4]
-            left = left[9 + length :]
-            if kind == RST_STREAM or (kind in {DATA, HEADERS} and flags & END_STREAM):
-                return kind
-            if kind == SETTINGS and not flags:
-                connection.sendall(frame(SETTINGS, 1, 0, b""))
-        received = connection.recv(65536)
-        if not received:
-            raise ConnectionResetError("the other side has closed the connection")
-        left += received
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def open(self, streams: Iterable[int], given: Mapping[str, str], payload: bytes | None = None) -> None:
+        """Requests of these headers, all at once; with a payload, that fits the windows, they are whole."""
+        for stream in streams:
+            self._rooms[stream] = self._initial
+        body = [] if payload is None else [payload]
+        self._socket.sendall(
+            b"".join(
+                headers(stream, given) + b"".join(frame(DATA, END_STREAM, stream, each) for each in body)
+                for stream in streams
+            )
+        )
+
+    def send(self, stream: int, payload: bytes) -> None:
+        """The rest of a request, as far as the other side wants it. Raises OSError."""
+        for at in range(0, len(payload), _LARGEST_FRAME):
+            piece = payload[at : at + _LARGEST_FRAME]
+            while min(self._room, self._rooms[stream]) < len(piece) and stream not in self.ended:
+                self._read()
+            if stream in self.ended:
+                return
+            self._room -= len(piece)
+            self._rooms[stream] -= len(piece)
+            last = at + _LARGEST_FRAME >= len(payload)
+            self._socket.sendall(frame(DATA, last * END_STREAM, stream, piece))
+
+    def wait_for_end(self, stream: int) -> int:
+        """Reads until the other side ends a stream; the kind of frame with which it does. Raises OSError."""
+        while stream not in self.ended:
+            self._read()
+        return self.ended[stream]
+
+    def _read(self) -> None:
+        """Takes in one frame."""
+        while len(self._received) < 9 or len(self._received) < 9 + int.from_bytes(self._received[:3], "big"):
+            more = self._socket.recv(65536)
+            if not more:
+                raise ConnectionResetError("the other side has closed the connection")
+            self._received += more
+        length, kind, flags = int.from_bytes(self._received[:3], "big"), self._received[3], self._received[4]
+        stream, payload = int.from_bytes(self._received[5:9], "big"), self._received[9 : 9 + length]
+        self._received = self._received[9 + length :]
+        if kind == RST_STREAM or (kind in {DATA, HEADERS} and flags & END_STREAM):
+            self.ended.setdefault(stream, kind)
+        elif kind == WINDOW_UPDATE and stream:
+            self._rooms[stream] = self._rooms.get(stream, 0) + int.from_bytes(payload, "big")
+        elif kind == WINDOW_UPDATE:
+            self._room += int.from_bytes(payload, "big")
+        elif kind == SETTINGS and not flags:
+            self._socket.sendall(frame(SETTINGS, 1, 0, b""))

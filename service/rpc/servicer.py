@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
@@ -24,12 +26,18 @@ from service.rpc.interceptors import failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import Meter
+from service.rpc.sizes import answer_bytes
 from service.rpc.workers import Workers
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
 # An event of the deadline's passing must be on its way before the deadline: then the stream is cut off.
 _LAST_EVENT_SECONDS = 0.5
+# What is made of fewer bytes, or of a piece of fewer scored tokens, takes the event loop no longer than others' calls.
+_LARGE_ANSWER = 256 << 10
+_MANY_TOKENS = 512
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +89,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         pieces = render.Pieces(parsed)
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
-                yield pieces.message(delta)
+                yield await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
         if parsed.include_usage:
             yield pieces.usage_message()
 
@@ -90,12 +98,14 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
         deadline = _Deadline(context)
         if not request.stream:
-            body = render.to_bytes(render.response_json(await self._whole(request, deadline), usage_key=True))
+            answer = await self._whole(request, deadline)
+            large = answer.ByteSize() > _LARGE_ANSWER
+            body = await self._made(lambda: render.to_bytes(render.response_json(answer, usage_key=True)), large)
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
         with self._submitted(model, parsed, deadline) as generation, _ending_by_deadline(generation, deadline):
-            async for event in _events(parsed, aiter(generation)):
+            async for event in self._events(parsed, aiter(generation)):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
     async def ListModels(  # noqa: N802
@@ -110,11 +120,35 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
 
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
+        size = answer_bytes(parsed)
+        current_call.get().hold(size)
         answer = render.Answer(parsed)
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 answer.add(delta)
-        return answer.response()
+        return await self._made(answer.response, size > _LARGE_ANSWER)
+
+    async def _made(self, make: Callable[[], _Made], large: bool) -> _Made:
+        """What `make` makes; where that takes long, off the event loop and in its caller's turn."""
+        return await self._workers.run(current_caller.get().identity, make) if large else make()
+
+    async def _events(self, request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+        """A stream's events. Once one is sent, HTTP shows a failure only as an event: the stream ends with it."""
+        pieces = render.Pieces(request)
+        begun = False
+        try:
+            async for delta in deltas:
+                message = await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
+                event = partial(render.event, message, usage_key=request.include_usage)
+                yield await self._made(event, len(delta.tokens) > _MANY_TOKENS)
+                begun = True
+            if request.include_usage:
+                yield render.event(pieces.usage_message(), usage_key=True)
+            yield render.DONE_EVENT
+        except Exception as error:
+            if not begun:
+                raise
+            yield render.error_event(failure(error))
 
     async def _parse(
         self, request: pb.CreateCompletionRequest, deadline: _Deadline, *, streaming: bool
@@ -227,23 +261,6 @@ def _ending_by_deadline(generation: Generation, deadline: _Deadline) -> Iterator
         yield
     finally:
         timer.cancel()
-
-
-async def _events(request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-    """A stream's events. Once one is sent, HTTP shows a later failure only as an event: the stream ends with it."""
-    pieces = render.Pieces(request)
-    begun = False
-    try:
-        async for delta in deltas:
-            yield render.event(pieces.message(delta), usage_key=request.include_usage)
-            begun = True
-        if request.include_usage:
-            yield render.event(pieces.usage_message(), usage_key=True)
-        yield render.DONE_EVENT
-    except Exception as error:
-        if not begun:
-            raise
-        yield render.error_event(failure(error))
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

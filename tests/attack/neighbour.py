@@ -119,11 +119,11 @@ class Held:
     files: tuple[int, int]
     sequences: float
 
-    def as_before(self, before: Held) -> bool:
-        """Whether nothing has stayed: up to 64 MiB, and connections between the two that are kept for later."""
+    def as_before(self, before: Held, mib: int) -> bool:
+        """Whether no more has stayed than so much memory, threads of pools, and connections kept for later."""
         return (
-            all(now <= then + 64 for now, then in zip(self.memory, before.memory, strict=True))
-            and all(now <= then for now, then in zip(self.threads, before.threads, strict=True))
+            all(now <= then + mib for now, then in zip(self.memory, before.memory, strict=True))
+            and all(now <= then + 4 for now, then in zip(self.threads, before.threads, strict=True))
             and all(now <= then + 8 for now, then in zip(self.files, before.files, strict=True))
             and self.sequences == before.sequences
         )
