@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from collections.abc import Iterable, Mapping
@@ -89,6 +90,11 @@ class Connection:
             last = at + _LARGEST_FRAME >= len(payload)
             self._socket.sendall(frame(DATA, last * END_STREAM, stream, piece))
 
+    def catch_up(self) -> None:
+        """Takes in what has come. Raises OSError."""
+        while select.select([self._socket], [], [], 0)[0]:
+            self._read()
+
     def wait_for_end(self, stream: int) -> int:
         """Reads until the other side ends a stream; the kind of frame with which it does. Raises OSError."""
         while stream not in self.ended:
@@ -112,4 +118,9 @@ class Connection:
         elif kind == WINDOW_UPDATE:
             self._room += int.from_bytes(payload, "big")
         elif kind == SETTINGS and not flags:
+            for at in range(0, length, 6):
+                name, value = struct.unpack(">HI", payload[at : at + 6])
+                if name == INITIAL_WINDOW:
+                    self._rooms = {each: room + value - self._initial for each, room in self._rooms.items()}
+                    self._initial = value
             self._socket.sendall(frame(SETTINGS, 1, 0, b""))

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from completion.v1 import completion_pb2 as pb
@@ -31,6 +31,7 @@ _log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Error = TypeVar("_Error", bound=BaseException)
 
 _CLOCKS_DIFFER_SECONDS = 0.25
 _TRACE = ("traceparent", "tracestate")
@@ -86,7 +87,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for each in answers:
                         await self._send(each, call, context)
 
-        guarded: Handler = grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
+        async def behaviour(messages: AsyncIterator[bytes], context: Context) -> None:
+            try:
+                await answer(messages, context)
+            except (grpc.aio.AbortError, asyncio.CancelledError) as end:
+                raise _without_frames(end) from None
+            finally:
+                del messages, context
+
+        guarded: Handler = grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         return guarded
 
     async def _each(self, messages: AsyncIterator[bytes], deserialize: Any) -> AsyncIterator[Any]:
@@ -196,6 +205,7 @@ def _begin(metadata: dict[str, str]) -> Call:
 async def _refuse(error: Exception, call: Call, context: Context) -> None:
     """Ends a call with its error's status, or without one where the caller takes nothing."""
     code, message = _explain(error)
+    _without_frames(error)
     if call.stalled:
         _log.warning("a call is cut off: its caller reads nothing", request_id=call.request_id)
         tasks.cut_off()
@@ -204,6 +214,12 @@ async def _refuse(error: Exception, call: Call, context: Context) -> None:
         await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
     except grpc.aio.InternalError:  # the caller has left
         raise asyncio.CancelledError from None
+
+
+def _without_frames(error: _Error) -> _Error:
+    """An error that holds no frames: they hold the call, and the call the error, until the next collection."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 async def _only(context: Context) -> bytes:
