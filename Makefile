@@ -1,5 +1,6 @@
 # make run           the service behind Envoy on this machine, from nothing to an answered request
 # make test          every check and test of the service itself
+# make test-attack   attacks on the running stack, and what a neighbour notices of them
 # make test-browser  the pages in a real Chromium; installs what they need
 # make test-processors   what must hold on any processor, on emulated ones: AVX2 without VNNI, and arm64
 # make test-families every family of models, exported and served beside transformers
@@ -28,7 +29,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -49,6 +50,9 @@ test-slow: $(VENV)/.test
 
 test-all:
 	$(PYTHON3) tests/tiers.py --all
+
+test-attack: $(VENV)/.test
+	$(BIN)/pytest -s -m attack tests/attack
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser

@@ -4,20 +4,19 @@
 
 MODEL_DIR names another model directory (further ones follow as `-- --model-dir DIR`), API_KEY the key for the first
 request when the service was given a file of keys, ADMIN_PORT opens Envoy's admin pages, ENVOY_METRICS_PORT its numbers
-for Prometheus, and REQUESTS_PER_MINUTE limits every key at Envoy. COMPLETION_LONGEST_REQUEST_SECONDS is how long a
-request may take, for Envoy and the service alike. TLS_DIR turns on TLS at the door and between the two, with the
-certificates in that folder (docs/security.md). REPLICAS starts as many services, which share the cores, and
-AFFINITY=session sends each session to one of them (docs/scaling.md). START_SECONDS is how long all may take to get
-ready. Prints a line that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or
-SIGTERM.
+for Prometheus, and REQUESTS_PER_MINUTE limits every key. COMPLETION_LONGEST_REQUEST_SECONDS is how long a request may
+take, for Envoy and the service alike. TLS_DIR turns on TLS at the door and between the two, with the certificates in
+that folder (docs/security.md). REPLICAS starts as many services, which share the cores, and AFFINITY=session sends each
+session to one of them (docs/scaling.md). START_SECONDS is how long all may take to get ready. Prints a line that starts
+with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -37,48 +36,65 @@ from typing import Any
 import yaml
 
 from deploy import host as this_machine
+from service import ports as listeners
+from service import settings
+from service.errors import StartupError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "gpt-3.5-turbo-instruct"
-# The service takes any key unless it is given a file of keys.
+# The service asks for no key unless it is given a file of keys.
 ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 ENVOY_CONFIG = ROOT / "envoy" / "envoy.yaml"
-RATE_LIMIT_FILTERS = tuple(
-    f"envoy.filters.http.{name}" for name in ("header_mutation", "header_to_metadata", "local_ratelimit")
-)
 # The service's setting, which Envoy has to know too, and where envoy.yaml has it.
 LONGEST_REQUEST = "COMPLETION_LONGEST_REQUEST_SECONDS"
 LONGEST_REQUEST_ANCHOR = "&longest_request 600s"
 LONGEST_REQUEST_FLAG = "--longest-request-seconds"
 MOST_SECONDS = 86400
-MOST_PER_MINUTE = 1200
 MOST_REPLICAS = 64
 
 START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
 DRAIN_SECONDS = 45
+# A log that has become so large begins anew; the one before is kept beside it, as NAME.log.1.
+LOG_BYTES = 64 << 20
 
 
 class LaunchError(Exception):
     """What went wrong, for the person at the terminal."""
 
 
-class Child:
-    """A process of its own session, so that Ctrl-C reaches the launcher alone; its output goes to a file."""
+def ending_with_us(command: list[str]) -> list[str]:
+    """The command, as one that gets SIGTERM when this process ends, however that ends; where there is util-linux."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+
+class Child:
+    """A process of its own session, so that Ctrl-C reaches the launcher alone; its output goes to a file.
+
+    `variables` are added to its environment. It is ended when the launcher is, also where that is killed.
+    """
+
+    def __init__(self, name: str, command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
         self.name = name
         self.log = log
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             self.process = subprocess.Popen(
-                command,
+                ending_with_us(command),
                 cwd=ROOT,
+                env={**os.environ, **(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def bound_log(self) -> None:
+        """Begins the log anew where it has become too large: what is written while it is copied is lost."""
+        if self.log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
+            os.truncate(self.log, 0)
 
     def check(self) -> None:
         code = self.process.poll()
@@ -105,7 +121,9 @@ def port(variable: str, default: int) -> int:
         try:
             probe.bind(("127.0.0.1", int(text)))
         except OSError as error:
-            raise LaunchError(f"port {text} cannot be used ({error.strerror}): set {variable} to another") from None
+            pid = listeners.listener(int(text))
+            why = error.strerror if pid is None else f"{error.strerror}, by process {pid}"
+            raise LaunchError(f"port {text} cannot be used ({why}): set {variable} to another") from None
     return int(text)
 
 
@@ -187,7 +205,8 @@ def with_tls(config: str, certificates: Path, secrets: Path) -> str:
     parts = yaml.safe_load(text.replace("CERTIFICATES", str(certificates)).replace("SECRETS", str(secrets)))
     made["node"] = parts["node"]
     made["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = parts["door"]
-    made["static_resources"]["clusters"][0]["transport_socket"] = parts["service"]
+    for cluster in clusters_of_the_service(made):
+        cluster["transport_socket"] = parts["service"]
     for name, secret in parts["secrets"].items():
         resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": name}
         (secrets / f"{name}.yaml").write_text(yaml.safe_dump({"resources": [resource | secret]}, sort_keys=False))
@@ -213,9 +232,7 @@ def template() -> str:
     return text.replace(LONGEST_REQUEST_ANCHOR, LONGEST_REQUEST_ANCHOR.replace("600", str(seconds)))
 
 
-def envoy_config(
-    ports: dict[str, int], replicas: Sequence[int] = (), requests_per_minute: int | None = None, affinity: bool = False
-) -> str:
+def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), affinity: bool = False) -> str:
     """envoy.yaml on loopback, with the chosen ports.
 
     `replicas` are the gRPC ports of further service processes; with `affinity` each session has one of its own.
@@ -226,11 +243,10 @@ def envoy_config(
     hosts: list[dict[str, Any]] = [{"endpoint": {"address": {}}} for _ in range(1 + len(replicas))]
     for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
         listen_on(host["endpoint"], grpc_port)
-    resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
+    for cluster in clusters_of_the_service(config):
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
     if affinity:
         resources["clusters"][0]["lb_policy"] = "RING_HASH"
-    if requests_per_minute is not None:
-        limit_requests(resources["listeners"][0], requests_per_minute)
     open_admin(config, ports)
     return str(yaml.safe_dump(config, sort_keys=False))
 
@@ -252,23 +268,15 @@ def open_admin(config: dict[str, Any], ports: dict[str, int]) -> None:
         del config["admin"]
 
 
+def clusters_of_the_service(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """All but Envoy's own admin pages."""
+    return [cluster for cluster in config["static_resources"]["clusters"] if cluster["name"] != "admin"]
+
+
 def named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """The one listener or cluster of this name."""
     (found,) = [item for item in items if item["name"] == name]
     return found
-
-
-def limit_requests(listener: dict[str, Any], per_minute: int) -> None:
-    """Turns the limit of requests per minute and key on, which envoy.yaml has but leaves off."""
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    for item in manager["http_filters"]:
-        if item["name"] in RATE_LIMIT_FILTERS:
-            del item["disabled"]
-        if item["name"] == RATE_LIMIT_FILTERS[-1]:
-            interval = 60 / per_minute
-            bucket = {"max_tokens": per_minute, "tokens_per_fill": 1, "fill_interval": f"{interval:.3f}s"}
-            item["typed_config"]["descriptors"][0]["token_bucket"] = bucket
-            item["typed_config"]["response_headers_to_add"][0]["header"]["value"] = str(math.ceil(interval))
 
 
 def requests_per_minute() -> int | None:
@@ -276,10 +284,18 @@ def requests_per_minute() -> int | None:
     text = os.environ.get("REQUESTS_PER_MINUTE")
     if text is None:
         return None
-    # Envoy fills its buckets at most every 50 ms.
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_PER_MINUTE:
-        raise LaunchError(f"REQUESTS_PER_MINUTE={text} is not a limit: it has to be 1..{MOST_PER_MINUTE}")
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"REQUESTS_PER_MINUTE={text} is not a limit: it has to be 1 or more")
     return int(text)
+
+
+def keys_setting(service: list[str]) -> dict[str, str]:
+    """What tells Envoy whether a service that is started like this requires keys: the service's own setting."""
+    try:
+        file = settings.load(service[service.index("service") + 1 :]).api_keys_file
+    except StartupError as error:
+        raise LaunchError(f"the service cannot start: {error}") from None
+    return {"COMPLETION_API_KEYS_FILE": "" if file is None else str(file)}
 
 
 def replicas() -> int:
@@ -302,7 +318,7 @@ def envoy_command(
     binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = (), affinity: bool = False
 ) -> list[str]:
     """What runs Envoy on the chosen ports, with TLS if TLS_DIR is set; its configuration is written into `folder`."""
-    text = envoy_config(ports, replicas, requests_per_minute(), affinity)
+    text = envoy_config(ports, replicas, affinity)
     if certificates := tls_dir():
         text = with_tls(text, certificates, folder)
     config = folder / "envoy.yaml"
@@ -314,8 +330,8 @@ def listen_on(owner: dict[str, Any], port: int) -> None:
     owner["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
 
 
-def call(url: str, body: Any = None) -> Any:
-    """The JSON answer of a GET, or of a POST when there is a body."""
+def call(url: str, body: Any = None, *, parsed: bool = True) -> Any:
+    """The answer of a GET, or of a POST when there is a body; JSON, unless it is not to be parsed."""
     request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)  # noqa: S310 - our own
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", f"Bearer {os.environ.get('API_KEY', ANY_KEY)}")
@@ -324,23 +340,19 @@ def call(url: str, body: Any = None) -> Any:
     handlers = (urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
     direct = urllib.request.build_opener(*handlers)
     with direct.open(request, timeout=START_SECONDS) as answer:
-        return json.load(answer)
+        return json.load(answer) if parsed else answer.read()
 
 
-def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
+def first_completion(rest: str, model: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
     """A request that has succeeded through Envoy, and its answer. Waits for both children to get ready."""
+    request = {"model": model, "prompt": "Hello,", "max_tokens": 30, "temperature": 0}
     deadline = time.monotonic() + START_SECONDS
     while True:
         for child in children:
             child.check()
         try:
-            models = [model["id"] for model in call(f"{rest}/v1/models")["data"]]
-            request = {
-                "model": MODEL if MODEL in models else models[0],
-                "prompt": "Hello,",
-                "max_tokens": 30,
-                "temperature": 0,
-            }
+            # This one is not counted by any limit.
+            call(f"{rest}/health", parsed=False)
             return request, call(f"{rest}/v1/completions", request)
         except urllib.error.HTTPError as error:
             hint = " Set API_KEY to a valid key." if error.code == 401 else ""
@@ -352,6 +364,15 @@ def first_completion(rest: str, children: list[Child]) -> tuple[dict[str, Any], 
         if time.monotonic() > deadline:
             raise LaunchError(f"no completion within {START_SECONDS} s. Last answer: {problem}")
         time.sleep(0.2)
+
+
+def served_name(directory: Path) -> str:
+    """What to call the model in a directory: as OpenAI's example does, if it has that name."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return MODEL  # the service says what is wrong
+    return MODEL if MODEL in manifest.get("aliases", []) else str(manifest.get("id", MODEL))
 
 
 def rest_address(ports: dict[str, int]) -> str:
@@ -377,6 +398,8 @@ def service_command(model: Path, grpc_port: int, replicas: int, metrics_port: in
         command += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // replicas))]
     if metrics_port is not None:
         command += ["--metrics-port", str(metrics_port)]
+    if limit := requests_per_minute():
+        command += ["--requests-per-minute", str(limit)]
     # All stop together: there is no other replica to send requests to meanwhile.
     return [*command, "--drain-delay-seconds", "0", *service_tls_args(tls_dir())]
 
@@ -392,22 +415,26 @@ def run(service_args: list[str]) -> None:
         count = replicas()
         spare = free_ports(2 * (count - 1))
         further, metrics = spare[: count - 1], (None, *spare[count - 1 :])
-        gateway = Child("Envoy", envoy_command(envoy, chosen, folder, further, affinity()), folder / "envoy.log")
+        commands = [
+            service_command(model, grpc_port, count, metrics_port) + service_args
+            for grpc_port, metrics_port in zip((chosen["GRPC_PORT"], *further), metrics, strict=True)
+        ]
+        command = envoy_command(envoy, chosen, folder, further, affinity())
+        gateway = Child("Envoy", command, folder / "envoy.log", keys_setting(commands[0]))
         cleanup.callback(gateway.stop)
         services = []
-        ports_of_each = zip((chosen["GRPC_PORT"], *further), metrics, strict=True)
-        for number, (grpc_port, metrics_port) in enumerate(ports_of_each, 1):
+        for number, command in enumerate(commands, 1):
             name = "service" if count == 1 else f"service-{number}"
-            command = service_command(model, grpc_port, count, metrics_port) + service_args
             services.append(Child(f"the {name}", command, folder / f"{name}.log"))
             # Runs before the gateway's: the service drains while Envoy still carries its answers.
             cleanup.callback(services[-1].stop)
 
         children = [*services, gateway]
-        announce(chosen, *first_completion(rest_address(chosen), children), folder)
+        announce(chosen, *first_completion(rest_address(chosen), served_name(model), children), folder)
         while True:
             for child in children:
                 child.check()
+                child.bound_log()
             time.sleep(0.5)
 
 
@@ -424,6 +451,9 @@ def main() -> None:
         return
     if problem := this_machine.problem():
         sys.exit(f"deploy/local.py: {problem}")
+    # Each of Envoy's connections is a file, and shells allow few.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # SIGINT too: shells start background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

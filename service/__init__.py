@@ -2,7 +2,7 @@
 
 The journey of a request, with the real names:
 
-    HTTP -> Envoy -> rpc.interceptors.CallInterceptor    authenticates, and turns errors into statuses
+    HTTP -> Envoy -> rpc.interceptors.CallInterceptor    authenticates, then reads, and turns errors into statuses
          -> rpc.servicer.CompletionServicer              one method per RPC
          -> rpc.parse.parse                              wire message -> types.Request, valid by construction
          -> engine.engine.Engine.submit                  -> Generation, where the pieces will arrive
@@ -14,3 +14,8 @@ The journey of a request, with the real names:
          -> rpc.render                                   pieces -> messages, or events for HTTP
     interceptor and engine tell observer.Observer what happens: metrics.Metrics counts it, tracing.Tracing makes spans
 """
+
+import os
+
+# Before onnxruntime is first imported: later is too late to keep it from sending telemetry.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"

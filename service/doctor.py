@@ -94,7 +94,7 @@ def _keys(settings: Settings) -> str:
     keys = KeyRing.load(settings.api_keys_file)
     check_host(settings, keys)
     if keys.open:
-        return "no key file: any key is taken, on loopback alone"
+        return "no key file: no key is asked for, on loopback alone"
     return f"{settings.api_keys_file}: {len(keys)} keys"
 
 

@@ -25,8 +25,8 @@ class AuthenticationError(ServiceError):
     """The caller sent no valid key."""
 
 
-class ForbiddenError(ServiceError):
-    """The caller's key does not allow what it asks for."""
+class ForbiddenModelError(ModelNotFoundError):
+    """The caller's key may not use the model, of which it is told no more than of one that does not exist."""
 
 
 class OverloadedError(ServiceError):

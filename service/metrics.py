@@ -1,14 +1,11 @@
-"""Metrics for Prometheus: what the observer is told, and what is read at each scrape, on a port of their own."""
+"""Metrics for Prometheus: what the observer is told, and what is read at each scrape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, make_wsgi_app, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -27,7 +24,6 @@ _TOKEN_BUCKETS = tuple(digit * 10**power for power in range(5) for digit in (1, 
 # The label of what happened before it was known for which model.
 _NO_MODEL = ""
 
-_OPEN_METRICS = "application/openmetrics-text"
 # What has ended by itself, by its caller, and by a fault; vLLM's words.
 _STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
 
@@ -240,34 +236,6 @@ class Metrics(Observer):
 
     def failed_unexpectedly(self) -> None:
         self._live.unexpected += 1
-
-
-class Exporter:
-    """Serves metrics over HTTP from threads of its own, until it is closed. `address` is host:port."""
-
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        """Raises OSError when the port cannot be had."""
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        made: tuple[WSGIServer, Thread] = start_http_server(port, host, metrics.registry)
-        self._server, self._thread = made
-        self._server.set_app(_with_whole_names(make_wsgi_app(metrics.registry)))
-
-    def close(self) -> None:
-        """Ends the serving; whoever is being answered is not waited for."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def _with_whole_names(app: WSGIApplication) -> WSGIApplication:
-    """Keeps the colons of names: in OpenMetrics the library writes `_` for them unless it is asked not to."""
-
-    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        asked = environ.get("HTTP_ACCEPT", "")
-        environ["HTTP_ACCEPT"] = f"{_OPEN_METRICS};version=1.0.0;escaping=allow-utf-8" if _OPEN_METRICS in asked else ""
-        return app(environ, start)
-
-    return answer
 
 
 def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:

@@ -10,27 +10,30 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import grpc
 from completion.v1 import completion_pb2_grpc
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import models, ports, telemetry, watchdog
 from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
-from service.metrics import Exporter, Metrics, Reading
+from service.exporter import Exporter
+from service.metrics import Metrics, Reading
 from service.processor import processor
-from service.rpc import tls
+from service.rpc import tasks, tls
 from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
-from service.rpc.quota import Quota
+from service.rpc.quota import Meter, Quota
+from service.rpc.running import Running
 from service.rpc.servicer import CompletionServicer, ServedModel
+from service.rpc.workers import Workers
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # More calls at once than Envoy sends to all replicas together: a bound on memory for who comes without it.
 _MAX_CALLS = 8192
+# How often the key file is looked at.
+_KEYS_SECONDS = 1.0
 
 
 def check_host(settings: Settings, keys: KeyRing) -> None:
@@ -82,14 +87,27 @@ class Server:
         check_tracing(settings.otlp_endpoint)
         self._tls = tls.load(settings)
         self.models = models.load(settings)
-        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenizing")
+        self._workers = Workers(2, "parsing")
+        self._running = Running()
+        self._look_at_keys = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
         self._health = Health()
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
         self._tracing = _tracing(settings.otlp_endpoint)
         observers = [each for each in (self._metrics, self._tracing) if each is not None]
+        quota = Quota(settings.tokens_per_minute, settings.max_sequences, settings.requests_per_minute)
+        self._meter = Meter(quota)
+        interceptor = CallInterceptor(
+            self.keys,
+            self._workers,
+            self._meter,
+            self._running,
+            *observers,
+            send_timeout=settings.send_timeout_seconds,
+        )
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.keys, *observers)],
+            interceptors=[interceptor],
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -112,6 +130,11 @@ class Server:
         return [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            # Bit 0 is identity: compressed messages are UNIMPLEMENTED, and nothing of them is decompressed.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+            # What has come and was not looked at yet: beyond it gRPC cancels calls at random, whosever they are.
+            ("grpc.server.max_pending_requests", _MAX_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_CALLS),
             # Between a soft and a hard limit gRPC refuses at random: these are the same.
             ("grpc.max_metadata_size", 8 << 10),
             ("grpc.absolute_max_metadata_size", 8 << 10),
@@ -123,13 +146,13 @@ class Server:
         ]
 
     def _add_services(self) -> None:
-        quota = Quota(self._settings.tokens_per_minute, self._settings.max_sequences)
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(self.models, self._tokenizing, quota, self._settings.longest_request_seconds),
+            CompletionServicer(self.models, self._workers, self._meter, self._settings.longest_request_seconds),
             self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (SERVICE_NAME, health, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     @property
@@ -141,27 +164,30 @@ class Server:
     async def __aenter__(self) -> Server:
         self._bind()
         self._export_metrics()
+        loop = asyncio.get_running_loop()
+        tasks.remember(loop)
         for model in self.models:
-            model.engine.start(asyncio.get_running_loop())
-        await self._health.say(False, *READINESS, STARTUP)
-        await self._health.say(True, LIVENESS)
+            model.engine.start(loop)
+        self._health.say(False, *READINESS, STARTUP)
+        self._health.say(True, LIVENESS)
         await self._server.start()
         await self._warm_up()
-        await self._health.say(True, *READINESS, STARTUP)
+        self._health.say(True, *READINESS, STARTUP)
         metrics = self._exporter and self._exporter.address
         served = [each.id for each in self.models]
         _log.info("serving", address=self.address, models=served, metrics=metrics, processor=str(processor()))
+        self._following = asyncio.ensure_future(self._follow_keys())
         if self.keys.open:
-            _log.warning("no API key file: any key is taken, and only loopback is listened on")
+            _log.warning("no API key file: no key is asked for, and only loopback is listened on")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.announce_end()
+        self.announce_end()
         dead = self.dead_models()
         if dead:
-            await self._health.say(False, LIVENESS)
+            self._health.say(False, LIVENESS)
         await self._stop(0.0 if dead else self._settings.drain_seconds)
 
     async def _stop(self, seconds: float) -> None:
@@ -173,7 +199,9 @@ class Server:
         await asyncio.wait([stopped], timeout=seconds)
         await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines))
         await stopped
-        self._tokenizing.shutdown()
+        if self._following is not None:
+            self._following.cancel()
+        self._workers.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing is not None:
@@ -199,12 +227,25 @@ class Server:
             return
         host, port = str(self._settings.metrics_host), self._settings.metrics_port
         try:
-            self._exporter = Exporter(self._metrics, host, port)
+            self._exporter = Exporter(self._metrics.registry, host, port)
         except OSError as error:
             message = f"cannot serve metrics on {host} port {port}: {error.strerror}"
             if "metrics_port" in self._settings.model_fields_set:
                 raise StartupError(f"{message}; choose another port (--metrics-port), or 0 for none") from None
             _log.warning(f"{message}; there are none")
+
+    async def _follow_keys(self) -> None:
+        """Reads the key file whenever it has changed, on a thread; calls with a key that is gone end."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look_at_keys.wait(), _KEYS_SECONDS)
+            read = self.keys.reload if self._look_at_keys.is_set() else self.keys.follow
+            self._look_at_keys.clear()
+            self._running.revoke(await asyncio.to_thread(read))
+
+    def reload_keys(self) -> None:
+        """Has the key file be read again, changed or not."""
+        self._look_at_keys.set()
 
     async def _warm_up(self) -> None:
         """Has each model answer a request of the service's own, one after the other: only then is the service ready."""
@@ -218,9 +259,9 @@ class Server:
             if self._metrics is not None:
                 model.engine.observer = self._metrics.engine(model.id)
 
-    async def announce_end(self) -> None:
+    def announce_end(self) -> None:
         """Has health say NOT_SERVING, so that who asks sends no new requests; they are still taken."""
-        await self._health.say(False, *READINESS)
+        self._health.say(False, *READINESS)
 
     def dead_models(self) -> list[str]:
         """The ids of the models whose engines have died."""
@@ -232,13 +273,11 @@ class Server:
         await watchdog.hung(lambda: model.engine.turn, seconds)
         stats = dataclasses.asdict(model.engine.stats)
         _log.critical("the engine hangs", model=model.id, seconds=seconds, **stats)
-        await self._health.say(False, *READINESS, LIVENESS)
+        self._health.say(False, *READINESS, LIVENESS)
         for each in self.models:
             each.engine.abandon()
-        faulthandler.dump_traceback(all_threads=True)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
-        logging.shutdown()
-        os._exit(1)
+        _die()
 
 
 async def serve(settings: Settings) -> None:
@@ -257,22 +296,36 @@ async def serve(settings: Settings) -> None:
         for number in _SIGNALS:
             loop.add_signal_handler(number, os._exit, 128 + number)
 
+    def hung() -> None:
+        _log.critical("the event loop hangs", seconds=settings.watchdog_seconds)
+        _die()
+
     for number in _SIGNALS:
         loop.add_signal_handler(number, end)
-    loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
+    loop.add_signal_handler(signal.SIGHUP, server.reload_keys)
     engines = [model.engine for model in server.models]
     deaths = [engine.died for engine in engines]
     watching = [asyncio.ensure_future(server.end_if_hung(model)) for model in server.models]
-    async with server:
-        await _first(stop, *deaths)
-        end()
-        _log.info("draining", **_sums(engine.stats for engine in engines))
-        await server.announce_end()
-        await _first(*deaths, within=settings.drain_delay_seconds)
+    with watchdog.Heartbeat(loop, settings.watchdog_seconds, hung):
+        async with server:
+            await _first(stop, *deaths)
+            end()
+            _log.info("draining", **_sums(engine.stats for engine in engines))
+            server.announce_end()
+            await _first(*deaths, within=settings.drain_delay_seconds)
     for watch in watching:
         watch.cancel()
     if dead := server.dead_models():
         raise EngineDiedError(f"the engine has died ({', '.join(dead)}); the log says of what")
+
+
+def _die() -> None:
+    """Ends a process that is of no use, with every thread's stack on standard error."""
+    try:
+        faulthandler.dump_traceback(all_threads=True)
+        logging.shutdown()
+    finally:
+        os._exit(1)
 
 
 def _sums(counts: Iterable[Stats | Reuse | Faults]) -> dict[str, int]:

@@ -86,6 +86,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
+        # Compose sets what its caller has not set to nothing.
+        env_ignore_empty=True,
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
@@ -106,7 +108,8 @@ class Settings(BaseSettings):
     )
     port: int = Field(50051, ge=1, le=65535, description="Port to listen on.")
     api_keys_file: Path | None = Field(
-        None, description="File of accepted API keys, `<SHA-256 in hex> <name>` per line; without it any key is taken."
+        None,
+        description="File of accepted API keys, `<SHA-256 in hex> <name>` per line; without it no key is asked for.",
     )
     tls_certificate: Path | None = Field(
         None,
@@ -139,6 +142,9 @@ class Settings(BaseSettings):
     )
     max_queue_seconds: _Seconds = Field(
         30.0, description="Longest estimated wait for a slot, in seconds, before a caller's requests are refused."
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Most requests per minute and key; no limit if not set."
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Most tokens of prompts and answers per minute and key; no limit if not set."

@@ -118,7 +118,7 @@ def _dropped(lines: int) -> logging.LogRecord:
 
 
 def configure(level: str) -> None:
-    """Sends records of `level` and above to standard output."""
-    handler = LossyHandler(sys.stdout.fileno())
+    """Sends records of `level` and above to standard output, or nowhere where that is closed."""
+    handler = LossyHandler(sys.stdout.fileno() if sys.stdout is not None else os.open(os.devnull, os.O_WRONLY))
     handler.setFormatter(formatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

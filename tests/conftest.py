@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from completion.v1 import completion_pb2_grpc
 
 from deploy import local
 from tests.stack import AUTHORIZED, KEY, Stack, launched
+
+# Whatever imports onnxruntime, here or in what tests start.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -52,10 +52,11 @@ class Pair:
         connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=PATIENCE)
         try:
             connection.request("GET", "/clusters?format=json")
-            (cluster,) = json.load(connection.getresponse())["cluster_statuses"]
+            clusters = json.load(connection.getresponse())["cluster_statuses"]
         finally:
             connection.close()
-        hosts: list[dict[str, Any]] = cluster["host_statuses"]
+        hosts: list[dict[str, Any]]
+        (hosts,) = [each["host_statuses"] for each in clusters if each["name"] == "service"]
         return hosts
 
 

@@ -203,15 +203,20 @@ def envoy(
     admin_port: int | None = None,
     affinity: bool = False,
     metrics_port: int | None = None,
+    api_keys_file: Path | None = None,
 ) -> Iterator[local.Child]:
-    """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`."""
+    """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`.
+
+    `api_keys_file` is that of the services: with one it requires keys.
+    """
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     if admin_port is not None:
         ports["ADMIN_PORT"] = admin_port
     if metrics_port is not None:
         ports["ENVOY_METRICS_PORT"] = metrics_port
     command = local.envoy_command(local.envoy_binary(), ports, folder, replicas, affinity)
-    child = local.Child("Envoy", command, folder / "envoy.log")
+    variables = {"COMPLETION_API_KEYS_FILE": str(api_keys_file or "")}
+    child = local.Child("Envoy", command, folder / "envoy.log", variables)
     try:
         yield child
     finally:

@@ -114,11 +114,33 @@ def test_the_longest_request_is_the_same_for_both(service: str, envoy: str) -> N
 def test_settings_that_are_passed_on(name: str) -> None:
     """Variables of whoever starts compose reach the service by the names of its settings."""
     known = {f"{ENV_PREFIX}{setting.upper()}" for setting in Settings.model_fields}
+    given = set(SERVICES[name]["environment"]) - {"ORT_DISABLE_TELEMETRY"}
     assert (
-        {"COMPLETION_OTLP_ENDPOINT", "COMPLETION_LONGEST_REQUEST_SECONDS"}
-        <= set(SERVICES[name]["environment"])
-        <= known
+        {"COMPLETION_OTLP_ENDPOINT", "COMPLETION_API_KEYS_FILE", "COMPLETION_LONGEST_REQUEST_SECONDS"} <= given <= known
     )
+
+
+@pytest.mark.parametrize("name", ["service", "service-gpu"])
+def test_keys_are_one_setting_in_a_folder(name: str) -> None:
+    """The service and its Envoy have the same variable for it; the file's folder is mounted, so that it can change."""
+    (envoy,) = [each for each in SERVICES.values() if each.get("network_mode") == f"service:{name}"]
+    variable = "COMPLETION_API_KEYS_FILE"
+    assert SERVICES[name]["environment"][variable] == envoy["environment"][variable]
+    assert SERVICES[name]["environment"][variable] == "${API_KEYS_DIR:+/run/keys/api_keys}"
+    assert SERVICES[name]["volumes"] == ["${API_KEYS_DIR:-/dev/null}:/run/keys:ro"]
+
+
+@pytest.mark.parametrize("name", ["service", "service-gpu"])
+def test_the_runtime_is_silent(name: str) -> None:
+    """Onnxruntime's telemetry is off in the containers, and in every stage of the image that runs it."""
+    assert SERVICES[name]["environment"]["ORT_DISABLE_TELEMETRY"] == "1"
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    assert sum("ORT_DISABLE_TELEMETRY=1" in line for line in lines if line.startswith("ENV ")) == 2
+
+
+def test_logs_are_bounded(service: dict[str, Any]) -> None:
+    """No container's log fills the disk."""
+    assert service["logging"]["options"] == {"max-size": "64m", "max-file": "3"}
 
 
 def test_the_gpu_is_reserved_and_asked_for() -> None:
@@ -138,7 +160,7 @@ def test_files_exist(service: dict[str, Any]) -> None:
     if "build" in service:
         assert (ROOT / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
     for volume in service.get("volumes", []):
-        assert (ROOT / volume.split(":")[0]).is_dir()
+        assert volume.startswith("${API_KEYS_DIR") or (ROOT / volume.split(":")[0]).is_dir()
 
 
 def test_envoys_files_exist() -> None:

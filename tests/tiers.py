@@ -62,6 +62,7 @@ class Tier:
 
 TIERS = (
     Tier("test"),
+    Tier("test-attack"),
     Tier("test-simulation"),
     Tier("test-processors", lacking=no_emulator),
     Tier("test-browser", lacking=no_debian),

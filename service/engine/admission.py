@@ -158,7 +158,7 @@ class Admission:
         mine = self._queued.get(identity, Work()).sequences
         every = sum(work.sequences for work in self._queued.values())
         if mine + every >= self._max_sequences:
-            message = f"The service is overloaded: too many requests are waiting ({mine} of yours, {every} in all)."
+            message = f"The service is overloaded: too many requests are waiting, {mine} of them yours."
             raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
         if deadline is not None and deadline < seconds:
             raise DeadlineError(f"The deadline is in {deadline:.3g} s, and the wait alone is about {seconds:.3g} s.")

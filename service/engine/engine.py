@@ -19,7 +19,7 @@ from service.engine.model import Model
 from service.engine.sampler import Row, whole
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
-from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
+from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, SlowReaderError, UnavailableError
 from service.observer import Observer
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
@@ -186,7 +186,7 @@ class Engine:
         return generation
 
     def _abort(self, generation: Generation) -> None:
-        if generation.given_up:
+        if isinstance(generation.error, SlowReaderError):
             self.faults.slow_readers += 1
             self._log.warning("a request is given up: its caller reads too slowly")
         self._leave_queue(generation)

@@ -25,6 +25,7 @@ class Generation:
 
     Everything but construction happens on the event loop's thread. A reader that lets pieces grow too many, or wait
     for more than `send_timeout` seconds of `clock`, gets SlowReaderError in their place, and the request is freed.
+    `given_up` says that it was ended before its time, `error` with what.
     `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (of
     more than an echo) tell when it got how far, by `clock`.
     """
@@ -44,7 +45,7 @@ class Generation:
         self._backlog = 0
         self._candidates = candidates
         self._taken_at = 0.0
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.given_up = False
         self._event = asyncio.Event()
         self._completion_tokens: dict[tuple[int, int], int] = {}
@@ -75,7 +76,7 @@ class Generation:
 
     def deliver(self, delta: Delta) -> None:
         """Takes in a piece."""
-        if self._error is not None:
+        if self.error is not None:
             return
         if not self._arrived:
             self._taken_at, self._backlog = self._clock(), 0
@@ -90,18 +91,24 @@ class Generation:
             self.first_piece_at = self._clock()
         self._event.set()
         if self._reads_too_slowly():
-            self._arrived.clear()
-            self.given_up = True
-            self.fail(SlowReaderError("The answer was not read fast enough, and was given up."))
-            self._abort(self)
+            self.end(SlowReaderError("The answer was not read fast enough, and was given up."))
 
     def _reads_too_slowly(self) -> bool:
         waited, each = self._clock() - self._taken_at, self._backlog / self._candidates
         return waited > self._send_timeout or each > (_MOST_UNTOUCHED if waited > _UNTOUCHED_SECONDS else _MOST)
 
+    def end(self, error: Exception) -> None:
+        """Ends the request with `error` at once: what has arrived and was not taken is dropped."""
+        if self.given_up:
+            return
+        self._arrived.clear()
+        self.given_up = True
+        self.fail(error)
+        self._abort(self)
+
     def fail(self, error: Exception) -> None:
         """Ends the iteration with `error` after what has arrived; the first error counts."""
-        self._error = self._error or error
+        self.error = self.error or error
         self._event.set()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -122,8 +129,8 @@ class Generation:
                 yield delta
                 speak_at = loop.time() + silence
             if self._unfinished:
-                if self._error is not None:
-                    raise self._error
+                if self.error is not None:
+                    raise self.error
                 self._event.clear()
                 try:
                     async with asyncio.timeout_at(speak_at if math.isfinite(speak_at) else None):

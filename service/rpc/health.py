@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TypeAlias
 
+import grpc
 from completion.v1 import completion_pb2
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.rpc.calls import Context
 
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
 # Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
@@ -14,30 +18,55 @@ READINESS = (SERVICE_NAME, "", "readiness")
 # Whether the start is over, and whether the process is of use at all: both stay true while it drains.
 STARTUP, LIVENESS = "startup", "liveness"
 
+_Answer: TypeAlias = health_pb2.HealthCheckResponse
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """Health whose watches can be ended: they would hold up a drain for as long as their callers like."""
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Implements grpc.health.v1.Health. No watcher, not even one that reads nothing, holds up what is said."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
+        self._statuses: dict[str, int] = {}
+        self._watches: set[asyncio.Event] = set()
+        self._over = False
 
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802, the contract's name
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Answer:  # noqa: N802
+        status = self._statuses.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return _Answer(status=status)
+
+    async def List(self, _: health_pb2.HealthListRequest, __: Context) -> health_pb2.HealthListResponse:  # noqa: N802
+        statuses = {name: _Answer(status=status) for name, status in self._statuses.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, _: Context
+    ) -> AsyncIterator[_Answer]:
+        changed, last = asyncio.Event(), None
+        self._watches.add(changed)
         try:
-            await super().Watch(request, context)
+            while not self._over:
+                changed.clear()
+                status = self._statuses.get(request.service, _Answer.SERVICE_UNKNOWN)
+                if status != last:
+                    last = status
+                    yield _Answer(status=status)
+                    continue  # it may have changed meanwhile
+                await changed.wait()
         finally:
-            self._watches.discard(task)
+            self._watches.discard(changed)
 
     def end_watches(self) -> None:
-        """Ends every watch."""
-        for task in self._watches:
-            task.cancel()
+        """Ends every watch: they would hold up a drain for as long as their callers like."""
+        self._over = True
+        self._wake()
 
-    async def say(self, serving: bool, *names: str) -> None:
+    def say(self, serving: bool, *names: str) -> None:
         """From now on the names are SERVING, or NOT_SERVING."""
-        answers = health_pb2.HealthCheckResponse
         for name in names:
-            await self.set(name, answers.SERVING if serving else answers.NOT_SERVING)
+            self._statuses[name] = _Answer.SERVING if serving else _Answer.NOT_SERVING
+        self._wake()
+
+    def _wake(self) -> None:
+        for changed in self._watches:
+            changed.set()

@@ -2,74 +2,67 @@
 
 from __future__ import annotations
 
-import contextvars
+import asyncio
+import inspect
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from completion.v1 import completion_pb2 as pb
+from grpc_health.v1 import health_pb2
 
 from service import telemetry
-from service.errors import EngineFaultError, InvalidRequestError, ServiceError
-from service.observer import Ended, Method, Observer, Usage
-from service.rpc.keys import Caller, KeyRing
+from service.errors import EngineFaultError, InvalidRequestError, ServiceError, SlowReaderError
+from service.observer import Ended, Method, Observer
+from service.rpc import tasks, wire
+from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller, current_request_id
+from service.rpc.keys import KeyRing
 from service.rpc.outcome import outcome_of
+from service.rpc.quota import Meter
+from service.rpc.running import Running
 from service.rpc.status import status_of, trailing_metadata
+from service.rpc.workers import Workers
 
 _log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 _CLIENT_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,512}")
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller")
-current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_request_id")
-# What goes with the answer besides: sent before its first message, or with the error.
-answer_headers: contextvars.ContextVar[list[tuple[str, str]]] = contextvars.ContextVar("answer_headers")
-
+_Error = TypeVar("_Error", bound=BaseException)
 
 _CLOCKS_DIFFER_SECONDS = 0.25
 _TRACE = ("traceparent", "tracestate")
 _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamCompletionEvents"})
-
-
-@dataclass(slots=True)
-class Call:
-    """What becomes known of a call while it goes on; `began` is on the monotonic clock.
-
-    `trace` are the caller's traceparent and tracestate. `model` is the id of the served model that it asks for. `notes`
-    go into its line in the log: never content, keys, or names in clear. `usage` is what a completion request came to,
-    once the engine has taken it; `error` is what ended the call, also where gRPC cannot show it any more.
-    """
-
-    began: float
-    request_id: str
-    trace: dict[str, str]
-    notes: dict[str, str] = field(default_factory=dict)
-    model: str = ""
-    usage: Usage | None = None
-    error: Exception | None = None
-
-
-current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
-
-
-class _Malformed:
-    """Stands for a request that could not be decoded."""
+# Needs no key, and is no line in the log.
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls and reports their failures and ends; every RPC but health passes through it."""
+    """Authenticates calls, reads their requests, and reports their failures and ends; every RPC passes through it.
 
-    def __init__(self, keys: KeyRing, *observers: Observer) -> None:
+    To gRPC every method is one of streams: so no message is read, decompressed or parsed before the caller is known.
+    Large messages are parsed by `workers`. A caller that takes none of an answer for `send_timeout` seconds is cut off.
+    """
+
+    def __init__(
+        self,
+        keys: KeyRing,
+        workers: Workers,
+        meter: Meter,
+        running: Running,
+        *observers: Observer,
+        send_timeout: float = 60.0,
+    ) -> None:
         self._keys = keys
+        self._workers = workers
+        self._meter = meter
+        self._running = running
         self._observers = observers
+        self._send_timeout = send_timeout
 
     async def intercept_service(
         self,
@@ -77,74 +70,104 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith("/grpc.health.v1.Health/"):
-            return handler
-        return self._guarded(handler, _method(handler_call_details.method, handler))
+        return handler and self._guarded(handler, _method(handler_call_details.method, handler))
 
     def _guarded(self, handler: Any, method: Method) -> Handler:
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-        async def unary(request: Any, context: Context) -> Any:
-            async with self._call(method, context):
-                _check_decoded(request)
-                answer = await inner(request, context)
-                await _send_headers(context)
-                return answer
-
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._call(method, context):
+        async def answer(messages: AsyncIterator[bytes], context: Context) -> None:
+            async with self._call(method, context) as call:
                 if handler.request_streaming:
-                    request = _decoded(request)
+                    request: Any = self._each(messages, handler.request_deserializer)
                 else:
-                    _check_decoded(request)
-                async with aclosing(inner(request, context)) as messages:
-                    async for message in messages:
-                        await _send_headers(context)
-                        yield message
+                    request = await self._parse(await _only(context), handler.request_deserializer)
+                if not inspect.isasyncgenfunction(inner):
+                    await self._send(await inner(request, context), call, context)
+                    return
+                async with aclosing(inner(request, context)) as answers:
+                    async for each in answers:
+                        await self._send(each, call, context)
 
-        request_kind = "stream" if handler.request_streaming else "unary"
-        response_kind = "stream" if handler.response_streaming else "unary"
-        make = getattr(grpc, f"{request_kind}_{response_kind}_rpc_method_handler")
-        behaviour = stream if handler.response_streaming else unary
-        guarded: Handler = make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+        async def behaviour(messages: AsyncIterator[bytes], context: Context) -> None:
+            try:
+                await answer(messages, context)
+            except (grpc.aio.AbortError, asyncio.CancelledError) as end:
+                raise _without_frames(end) from None
+            finally:
+                del messages, context
+
+        guarded: Handler = grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         return guarded
 
-    @asynccontextmanager
-    async def _call(self, method: Method, context: Context) -> AsyncIterator[None]:
-        """Surrounds a call: sets its request id and caller, reports its end, and aborts it with the error's status."""
-        for observer in self._observers:
-            observer.call_began(method)
-        began = time.monotonic()
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        request_id = _request_id(metadata.get("x-request-id"))
-        trace = {name: metadata[name] for name in _TRACE if name in metadata}
-        call = Call(began, request_id, trace)
-        current_call.set(call)
-        current_request_id.set(request_id)
-        headers: list[tuple[str, str]] = []
-        answer_headers.set(headers)
-        identifiers = [("x-request-id", request_id)]
-        name, finished = "", False
-        try:
-            if client_id := _client_request_id(metadata.get("x-client-request-id")):
-                identifiers.append(("x-client-request-id", client_id))
-                call.notes["client_request_id"] = client_id
-            context.set_trailing_metadata(tuple(identifiers))
-            caller = self._keys.authenticate(_authorization(context))
-            current_caller.set(caller)
-            name = caller.name
-            yield
-            finished = True
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            code, message = _explain(error)
-            metadata_out = (*identifiers, *headers, *trailing_metadata(code, message, error))
-            await context.abort(code, message.message, metadata_out)
-        finally:
-            self._report(method, call, name, finished=finished, late=_late(context))
+    async def _each(self, messages: AsyncIterator[bytes], deserialize: Any) -> AsyncIterator[Any]:
+        async for data in messages:
+            yield await self._parse(data, deserialize)
 
-    def _report(self, method: Method, call: Call, caller: str, *, finished: bool, late: bool) -> None:
+    async def _parse(self, data: bytes, deserialize: Any) -> Any:
+        """The request in a message; a large one is parsed off the event loop, in its caller's turn."""
+        if len(data) <= wire.LARGE:
+            return wire.parse(deserialize, data)
+        caller = current_caller.get(None)
+        if caller is None:
+            raise InvalidRequestError(f"The request has {len(data)} bytes, and may have {wire.LARGE}.")
+        return await self._workers.run(caller.identity, lambda: wire.parse(deserialize, data))
+
+    async def _send(self, message: Any, call: Call, context: Context) -> None:
+        """Sends a message, and before the first one the answer's headers: until then Envoy may ask another replica."""
+        try:
+            async with asyncio.timeout(self._send_timeout):
+                await _send_headers(context)
+                await context.write(message)
+        except TimeoutError:
+            call.stalled = True
+            error = SlowReaderError("The answer was not read fast enough, and was given up.")
+            call.end(error)
+            raise error from None
+        except grpc.aio.InternalError:  # the caller has left
+            raise asyncio.CancelledError from None
+
+    @asynccontextmanager
+    async def _call(self, method: Method, context: Context) -> AsyncIterator[Call]:
+        """Surrounds a call: sets its request id and caller, reports its end, and aborts it with the error's status."""
+        public = method.service == _HEALTH
+        observers = () if public else self._observers
+        for observer in observers:
+            observer.call_began(method)
+        metadata = [(key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str)]
+        call = _begin(dict(metadata))
+        context.set_trailing_metadata(call.identifiers)
+        finished = False
+        with ExitStack() as held:
+            try:
+                if not public:
+                    _take_client_request_id(call, dict(metadata).get("x-client-request-id"))
+                    context.set_trailing_metadata(call.identifiers)
+                    self._admit(method, call, metadata, held)
+                held.enter_context(self._running.lasting(method))
+                yield call
+                finished = True
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _refuse(error, call, context)
+            finally:
+                if not public:
+                    self._report(method, call, finished=finished, late=_late(context))
+
+    def _admit(self, method: Method, call: Call, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
+        """Finds out who calls, and counts the call. Raises what the caller is refused with."""
+        # A header that comes twice is one with a comma, as HTTP has it.
+        given = [value for key, value in metadata if key == "authorization"]
+        caller = self._keys.authenticate(",".join(given) if given else None)
+        current_caller.set(caller)
+        call.caller = caller.name
+        held.enter_context(self._running.of(caller.identity, call))
+        try:
+            self._meter.request(caller.identity, caller.quota)
+        finally:
+            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
+
+    def _report(self, method: Method, call: Call, *, finished: bool, late: bool) -> None:
         """Tells observers and log of a call's end; `late` if its deadline had passed."""
         seconds = time.monotonic() - call.began
         code = grpc.StatusCode.OK if finished else _left(late)
@@ -152,8 +175,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if call.error is not None:
             code = status_of(call.error, call.request_id)[0]
             unexpected = not isinstance(call.error, ServiceError | EngineFaultError)
-        fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name, "caller": caller}
-        fields["request_id"] = call.request_id
+        fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name}
+        fields |= {"caller": call.caller, "request_id": call.request_id}
         ended = None
         if method.name in _COMPLETIONS:
             begun = call.usage is not None
@@ -170,6 +193,45 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if ended is not None:
                 observer.request_ended(ended)
         _log.info("call", **fields, seconds=round(seconds, 4), **call.notes)
+
+
+def _begin(metadata: dict[str, str]) -> Call:
+    """A call that begins now, for whoever works for it to find."""
+    request_id = _request_id(metadata.get("x-request-id"))
+    call = Call(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
+    call.identifiers = (("x-request-id", request_id),)
+    current_call.set(call)
+    current_request_id.set(request_id)
+    answer_headers.set([])
+    return call
+
+
+async def _refuse(error: Exception, call: Call, context: Context) -> None:
+    """Ends a call with its error's status, or without one where the caller takes nothing."""
+    code, message = _explain(error)
+    _without_frames(error)
+    if call.stalled:
+        _log.warning("a call is cut off: its caller reads nothing", request_id=call.request_id)
+        tasks.cut_off()
+    own = (*call.identifiers, *answer_headers.get())
+    try:
+        await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
+    except grpc.aio.InternalError:  # the caller has left
+        raise asyncio.CancelledError from None
+
+
+def _without_frames(error: _Error) -> _Error:
+    """An error that holds no frames: they hold the call, and the call the error, until the next collection."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+async def _only(context: Context) -> bytes:
+    """The one message of a call that sends one."""
+    data: bytes | object = await context.read()
+    if not isinstance(data, bytes):
+        raise InvalidRequestError("The call has no request message.")
+    return data
 
 
 def _summary(ended: Ended) -> dict[str, object]:
@@ -216,7 +278,7 @@ def _method(path: str, handler: Any) -> Method:
 
 
 async def _send_headers(context: Context) -> None:
-    """Sends the answer's headers, once: Envoy calls another replica only as long as there are none."""
+    """Sends the answer's headers, once."""
     headers = answer_headers.get()
     if headers:
         await context.send_initial_metadata(tuple(headers))
@@ -227,43 +289,15 @@ def _request_id(given: str | None) -> str:
     return given if given and _REQUEST_ID.match(given) else str(uuid.uuid4())
 
 
-def _client_request_id(given: str | None) -> str | None:
-    """The caller's own name for its request, which comes back; InvalidRequestError where it could not."""
-    if given and not _CLIENT_REQUEST_ID.fullmatch(given):
+def _take_client_request_id(call: Call, given: str | None) -> None:
+    """Notes the caller's own name for its request, which comes back; InvalidRequestError where it could not."""
+    if not given:
+        return
+    if not _CLIENT_REQUEST_ID.fullmatch(given):
         message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
         raise InvalidRequestError(message)
-    return given or None
-
-
-def _authorization(context: Context) -> str | None:
-    """The header of this name; of several all, as HTTP joins them."""
-    given = [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
-    return ",".join(given) if given else None
-
-
-def _check_decoded(request: Any) -> None:
-    if isinstance(request, _Malformed):
-        raise InvalidRequestError("The request is not a valid protobuf message of the method's type.")
-
-
-async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        _check_decoded(request)
-        yield request
-
-
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A deserializer whose failures reach the call as _Malformed: gRPC itself would answer UNKNOWN with the details."""
-    if deserialize is None:
-        return None
-
-    def decode(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except Exception:
-            return _Malformed()
-
-    return decode
+    call.identifiers += (("x-client-request-id", given),)
+    call.notes["client_request_id"] = given
 
 
 def failure(error: Exception) -> pb.Error:

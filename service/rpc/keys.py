@@ -1,15 +1,17 @@
-"""Who calls: API keys, known by their SHA-256 alone and compared in constant time, and names for the log."""
+"""Who calls: API keys, known by their SHA-256 alone, and names for the log."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
+import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from service import telemetry
 from service.errors import AuthenticationError, StartupError
@@ -19,17 +21,14 @@ _log = telemetry.get_logger(__name__)
 
 _LINE = re.compile(
     r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"
-    r"(?P<options>(\s+(models=\S+|(tokens_per_minute|max_sequences)=[1-9][0-9]{0,11}))*)$"
+    r"(?P<options>(\s+(models=\S+|(requests_per_minute|tokens_per_minute|max_sequences)=[1-9][0-9]{0,11}))*)$"
 )
 _EXPECTED = (
-    "'<64 hex digits> <name>', and after it at most 'models=<id>,<id>', 'tokens_per_minute=<number>' and "
-    "'max_sequences=<number>'"
+    "'<64 hex digits> <name>', and after it at most 'models=<id>,<id>', 'requests_per_minute=<number>', "
+    "'tokens_per_minute=<number>' and 'max_sequences=<number>'"
 )
-_BEARER = re.compile(r"^Bearer +(?P<key>[\x21-\x7e]+)$", re.IGNORECASE)
-# A key was given, though in no way that names one: in other characters, or twice.
-_ODD_BEARER = re.compile(r"(^|,) *Bearer +\S", re.IGNORECASE)
-
-_LOOK_SECONDS = 1.0
+# Who writes a file in place may pause for so long.
+_WRITING_SECONDS = 2.0
 _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 
@@ -50,85 +49,100 @@ class Caller:
         return self.models is None or not self.models.isdisjoint(names)
 
 
-class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to the caller; None needs no key, and takes any.
+class _Stamp(NamedTuple):
+    """What tells a file's contents from others: its inode, bytes, and when it was last written to, in nanoseconds."""
 
-    Keys from a file follow it: within a second of a call after it has changed. While the new file is not valid the
-    keys stay as they were.
+    inode: int
+    size: int
+    changed: int
+
+
+class KeyRing:
+    """The keys that open the service: `keys` maps their SHA-256 to the caller; with None no key is asked for.
+
+    Keys from a file follow it as often as `follow` is called. While the new file is not valid the old keys stay.
+    A key is found by its digest in one step, however many there are; what that tells is the digest's alone.
     """
 
-    def __init__(self, keys: Mapping[bytes, Caller] | None, file: Path | None = None) -> None:
+    def __init__(
+        self, keys: Mapping[bytes, Caller] | None, file: Path | None = None, seen: _Stamp | None = None
+    ) -> None:
+        """`seen` is what `file` was when the keys were read from it."""
         self._keys = keys
         self._file = file
-        self._seen = _signature(file)
-        self._looked = time.monotonic()
+        self._seen = seen
 
     def __len__(self) -> int:
         return len(self._keys or ())
 
     @property
     def open(self) -> bool:
-        """Whether no key is needed."""
+        """Whether no key is asked for."""
         return self._keys is None
 
     @classmethod
     def load(cls, path: Path | None) -> KeyRing:
         """Reads a key file: per line a SHA-256 in hex, a name, and perhaps models and limits.
 
-        Empty lines and `#` comments are skipped.
+        Empty lines and `#` comments are skipped. Raises StartupError.
         """
-        return cls(None) if path is None else cls(_read(path), path)
+        if path is None:
+            return cls(None)
+        keys, seen = _read(path)
+        return cls(keys, path, seen)
 
-    def reload(self) -> None:
-        """Reads the file again, if there is one; of one that is not valid the log says why, and nothing changes."""
+    def follow(self) -> frozenset[str]:
+        """Reads a file that has changed; the identities of the keys that open nothing from now on.
+
+        A file that is written in place counts once it is whole: when nobody has written to it for two seconds.
+        """
         if self._file is None:
-            return
-        self._seen = _signature(self._file)
+            return frozenset()
+        found = _stamp(self._file)
+        if found == self._seen or _being_written(found, self._seen):
+            return frozenset()
+        return self.reload()
+
+    def reload(self) -> frozenset[str]:
+        """Reads the file, if there is one, changed or not; of one that is not valid the log says why.
+
+        Returns what `follow` does.
+        """
+        if self._file is None or self._keys is None:
+            return frozenset()
+        self._seen = _stamp(self._file)
         try:
-            self._keys = _read(self._file)
+            keys, self._seen = _read(self._file)
         except StartupError as error:
             _log.error("the API keys stay as they were", error=str(error))
-        else:
-            _log.info("API keys read", keys=len(self._keys))
-
-    def _follow(self) -> None:
-        """Reloads a file that has changed, looking once a second."""
-        now = time.monotonic()
-        if self._file is not None and now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            if _signature(self._file) != self._seen:
-                self.reload()
+            return frozenset()
+        gone = frozenset(self._keys[digest].identity for digest in self._keys.keys() - keys.keys())
+        self._keys = keys
+        _log.info("API keys read", keys=len(keys), revoked=len(gone))
+        return gone
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller that an `authorization` header names; AuthenticationError when it names none."""
-        match = _BEARER.match(authorization or "")
+        scheme, _, key = (authorization or "").partition(" ")
+        given = key.strip(" ") if scheme.lower() == "bearer" else ""
+        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         if self._keys is None:
-            return Caller("anonymous", hashlib.sha256((match["key"] if match else "").encode()).hexdigest())
-        if match is None and _ODD_BEARER.search(authorization or ""):
-            raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
-        if match is None:
+            return Caller("anonymous", digest.hex())
+        if not given:
             message = (
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using "
                 "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
             )
             raise AuthenticationError(message, code="invalid_api_key")
-        self._follow()
-        digest = hashlib.sha256(match["key"].encode()).digest()
-        caller = None
-        for known, owner in self._keys.items():
-            if hmac.compare_digest(known, digest):
-                caller = owner
+        caller = self._keys.get(digest)
         if caller is None:
             raise AuthenticationError("Incorrect API key provided.", code="invalid_api_key")
         return caller
 
 
-def _read(path: Path) -> dict[bytes, Caller]:
-    """The callers of a key file by their keys' digests. Raises StartupError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"API key file {path} cannot be read: {error}") from error
+def _read(path: Path) -> tuple[dict[bytes, Caller], _Stamp]:
+    """The callers of a key file by their keys' digests, and what the file was. Raises StartupError."""
+    text, stamp = _text(path)
     keys = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = line.strip()
@@ -140,7 +154,19 @@ def _read(path: Path) -> dict[bytes, Caller]:
         keys[bytes.fromhex(match["digest"])] = _caller(match["name"], match["digest"], match["options"])
     if not keys:
         raise StartupError(f"API key file {path} holds no key")
-    return keys
+    return keys, stamp
+
+
+def _text(path: Path) -> tuple[str, _Stamp]:
+    """The text of a regular file, and its stamp. Raises StartupError: reading another kind might never end."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123, of a descriptor
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise StartupError(f"API key file {path} cannot be read: it is not a regular file")
+            return file.read(), _stamp_of(status)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"API key file {path} cannot be read: {error}") from error
 
 
 def _caller(name: str, identity: str, options: str) -> Caller:
@@ -150,13 +176,23 @@ def _caller(name: str, identity: str, options: str) -> Caller:
     return Caller(name, identity, None if models is None else frozenset(models.split(",")), quota)
 
 
-def _signature(path: Path | None) -> tuple[int, ...] | None:
+def _stamp_of(status: os.stat_result) -> _Stamp:
+    return _Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _stamp(path: Path) -> _Stamp | None:
     """What changes with a file's content; None where there is no file."""
     try:
-        found = path.stat() if path else None
+        return _stamp_of(path.stat())
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None
+
+
+def _being_written(found: _Stamp | None, before: _Stamp | None) -> bool:
+    """Whether a file is the one it was, and was written to a moment ago: its end may be still to come."""
+    if found is None or before is None or found.inode != before.inode:
+        return False
+    return 0 <= time.time() - found.changed / 1e9 < _WRITING_SECONDS
 
 
 def pseudonym(user: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from service.errors import (
     AuthenticationError,
     DeadlineError,
-    ForbiddenError,
+    ForbiddenModelError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -19,7 +19,7 @@ from service.observer import Outcome, Refusal
 _REFUSALS: dict[type[ServiceError], Refusal] = {
     InvalidRequestError: Refusal.INVALID,
     AuthenticationError: Refusal.UNAUTHENTICATED,
-    ForbiddenError: Refusal.FORBIDDEN,
+    ForbiddenModelError: Refusal.FORBIDDEN,
     ModelNotFoundError: Refusal.UNKNOWN_MODEL,
     OverloadedError: Refusal.OVERLOADED,
     TokensExceededError: Refusal.TOKENS_PER_MINUTE,
@@ -29,6 +29,7 @@ _REFUSALS: dict[type[ServiceError], Refusal] = {
 _OUTCOMES: dict[type[Exception], Outcome] = {
     DeadlineError: Outcome.DEADLINE,
     SlowReaderError: Outcome.SLOW_READER,
+    AuthenticationError: Outcome.CANCELLED,  # its key was revoked meanwhile
 }
 
 

@@ -13,9 +13,10 @@ from service.errors import InvalidRequestError
 from service.manifest import Manifest
 from service.rpc import bounds
 from service.rpc.checks import integer, invalid, shown
-from service.rpc.prompts import check_characters, parse_prompts
+from service.rpc.prompts import check_characters, check_context, parse_prompts
+from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
-from service.types import Prompt, Request, SamplingParams
+from service.types import Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -54,12 +55,12 @@ def parse(
     _check_user(request.user)
     suffix = _suffix(request, manifest)
     check_characters("suffix", suffix, limits.context_length)
-    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of)
+    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens)
     if suffix:
         prompts = tuple(tokenizer.fill_in_the_middle(prompt, suffix) for prompt in prompts)
-    for prompt in prompts:
-        _check_context(prompt, max_tokens, limits.context_length)
-    return Request(
+        for prompt in prompts:
+            check_context(len(prompt.token_ids), max_tokens, limits.context_length)
+    parsed = Request(
         id="cmpl-" + "".join(secrets.choice(_BASE62) for _ in range(29)),
         model=request.model,
         created=int(time.time()),
@@ -78,6 +79,8 @@ def parse(
         min_tokens=min_tokens,
         sampling=sampling,
     )
+    check_size(parsed)
+    return parsed
 
 
 def _candidates(request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[int, int]:
@@ -159,14 +162,3 @@ def _suffix(request: pb.CreateCompletionRequest, manifest: Manifest) -> str:
         message = "Unsupported parameter: 'suffix' is not supported with this model."
         raise InvalidRequestError(message, param="suffix", code="unsupported_parameter")
     return request.suffix
-
-
-def _check_context(prompt: Prompt, max_tokens: int, context_length: int) -> None:
-    length = len(prompt.token_ids)
-    if length + max_tokens > context_length:
-        message = (
-            f"This model's maximum context length is {context_length} tokens, however you requested "
-            f"{length + max_tokens} tokens ({length} in your prompt; {max_tokens} for the completion). Please reduce "
-            "your prompt; or completion length."
-        )
-        raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from completion.v1 import completion_pb2 as pb
 from google.protobuf import struct_pb2
@@ -27,9 +27,12 @@ _FORMS = "a string, an array of strings, an array of tokens or array of token ar
 
 
 def parse_prompts(
-    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, best_of: int
+    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, best_of: int, max_tokens: int
 ) -> tuple[Prompt, ...]:
-    """The request's prompts, none empty, each for `best_of` candidates; InvalidRequestError names what is wrong."""
+    """The request's prompts, none empty, each for `best_of` candidates; InvalidRequestError names what is wrong.
+
+    Each fits the context together with `max_tokens`: one that does not is refused before any other is looked at.
+    """
     typed = request.WhichOneof("prompt")
     json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
     if typed and json_set:
@@ -40,12 +43,30 @@ def parse_prompts(
     if len(given) * best_of > MAX_SEQUENCES:
         problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(given)} prompts and {best_of} for each."
         raise invalid("n", problem, "invalid_value")
-    return tuple(
-        _text(item, tokenizer, context_length) if isinstance(item, str) else _tokens(item, tokenizer) for item in given
-    )
+    prompts = []
+    for item in given:
+        if isinstance(item, str):
+            prompt = _text(item, tokenizer, context_length)
+        else:
+            check_context(len(item), max_tokens, context_length)
+            prompt = _tokens(item, tokenizer)
+        check_context(len(prompt.token_ids), max_tokens, context_length)
+        prompts.append(prompt)
+    return tuple(prompts)
 
 
-def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Iterable[int]]:
+def check_context(length: int, max_tokens: int, context_length: int) -> None:
+    """Refuses a prompt of so many tokens that does not fit the context together with `max_tokens`."""
+    if length + max_tokens > context_length:
+        message = (
+            f"This model's maximum context length is {context_length} tokens, however you requested "
+            f"{length + max_tokens} tokens ({length} in your prompt; {max_tokens} for the completion). Please reduce "
+            "your prompt; or completion length."
+        )
+        raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
+
+
+def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Sequence[int]]:
     if form == "text":
         return [request.text]
     if form == "tokens":
@@ -55,7 +76,7 @@ def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Ite
     return [prompt.ids for prompt in request.token_batch.prompts]
 
 
-def _json(value: struct_pb2.Value) -> Sequence[str | list[int]]:
+def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[int]]:
     kind = value.WhichOneof("kind")
     if kind == "string_value":
         return [value.string_value]
@@ -66,20 +87,32 @@ def _json(value: struct_pb2.Value) -> Sequence[str | list[int]]:
     if kinds == {"string_value"}:
         return [item.string_value for item in items]
     if kinds == {"list_value"}:
-        return [_json_tokens(item.list_value.values) for item in items]
+        return [_JsonTokens(item.list_value.values) for item in items]
     if kinds <= {"number_value", "bool_value"}:
-        return [_json_tokens(items)]
+        return [_JsonTokens(items)]
     raise invalid("prompt", f"expected {_FORMS}, but got a mixture.", "invalid_type")
 
 
-def _json_tokens(values: Iterable[struct_pb2.Value]) -> list[int]:
-    ids = []
-    for value in values:
-        number = value.number_value
-        if value.WhichOneof("kind") != "number_value" or not number.is_integer():
+class _JsonTokens(Sequence[int]):
+    """Token ids as JSON has them: each is looked at when it is taken, so that too many are refused unseen."""
+
+    def __init__(self, values: Sequence[struct_pb2.Value]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, slice):
+            return _JsonTokens(self._values[index])
+        value = self._values[index]
+        if value.WhichOneof("kind") != "number_value" or not value.number_value.is_integer():
             raise invalid("prompt", "token ids must be integers.", "invalid_type")
-        ids.append(int(number))
-    return ids
+        return int(value.number_value)
 
 
 def _text(text: str, tokenizer: Tokenizer, context_length: int) -> Prompt:

@@ -1,7 +1,8 @@
-"""What one key may use: tokens per minute, and sequences at once. Times are seconds of the monotonic clock."""
+"""What one key may use: requests and tokens per minute, sequences at once. Times are of the monotonic clock."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +18,21 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Limits of one key, None for none: tokens of prompts and answers per minute, and sequences running or waiting."""
+    """Limits of one key, None for none.
+
+    Requests per minute, tokens of prompts and answers per minute, and sequences running or waiting.
+    """
 
     tokens_per_minute: int | None = None
     max_sequences: int | None = None
+    requests_per_minute: int | None = None
 
     def over(self, other: Quota) -> Quota:
         """These limits, and `other`'s where these say nothing."""
         return Quota(
             other.tokens_per_minute if self.tokens_per_minute is None else self.tokens_per_minute,
             other.max_sequences if self.max_sequences is None else self.max_sequences,
+            other.requests_per_minute if self.requests_per_minute is None else self.requests_per_minute,
         )
 
 
@@ -34,18 +40,38 @@ UNLIMITED = Quota()
 
 
 @dataclass(slots=True)
-class _Account:
-    """What a caller uses: `spent` tokens that are not yet forgiven at time `at`, and sequences in the engine."""
+class _Bucket:
+    """What a caller has used of a limit per minute: so much that was not yet forgiven at time `at`."""
 
-    spent: float
     at: float
-    sequences: int = 0
+    spent: float = 0.0
 
     def forgive(self, limit: int, now: float) -> None:
         """The minute passes: as much of what was spent is forgiven as the limit allows for that time."""
         passed = max(0.0, now - self.at)
         self.spent = max(0.0, self.spent - passed * limit / _MINUTE)
         self.at = now
+
+    def headers(self, what: str, limit: int) -> Headers:
+        """What is left, by OpenAI's names."""
+        return (
+            (f"x-ratelimit-limit-{what}", str(limit)),
+            (f"x-ratelimit-remaining-{what}", str(max(0, int(limit - self.spent)))),
+            (f"x-ratelimit-reset-{what}", duration(self.spent * _MINUTE / limit)),
+        )
+
+
+class _Account:
+    """What a caller uses: of the limits per minute, and sequences in the engine."""
+
+    def __init__(self, now: float) -> None:
+        self.tokens = _Bucket(now)
+        self.requests = _Bucket(now)
+        self.sequences = 0
+
+    def says_something(self, now: float) -> bool:
+        """Whether it differs from a new one: after a minute everything is forgiven, whatever the limit."""
+        return bool(self.sequences) or now - max(self.tokens.at, self.requests.at) < _MINUTE
 
 
 class Meter:
@@ -61,13 +87,29 @@ class Meter:
         self._accounts: dict[str, _Account] = {}
         self._sweep_at = _FEW
 
+    def request(self, identity: str, quota: Quota) -> None:
+        """Counts a request. Raises OverloadedError, and counts nothing, when it is one too many for this minute."""
+        limits, now = quota.over(self._default), self._clock()
+        limit = limits.requests_per_minute
+        if limit is None:
+            return
+        account = self._account(identity, now)
+        account.requests.forgive(limit, now)
+        if account.requests.spent + 1 > limit:
+            wait = (account.requests.spent + 1 - limit) * _MINUTE / limit
+            numbers = f"Limit {limit}, Used {math.ceil(account.requests.spent)}."
+            message = f"Rate limit reached for requests per minute: {numbers} Please try again in {duration(wait)}."
+            raise OverloadedError(message, retry_after=wait)
+        account.requests.spent += 1
+        self._keep(identity, account, now)
+
     def take(self, identity: str, quota: Quota, tokens: int, sequences: int) -> None:
         """Charges a request.
 
         Raises TokensExceededError or OverloadedError, and charges nothing, when it is more than the quota leaves.
         """
         limits, now = quota.over(self._default), self._clock()
-        account = self._accounts.get(identity) or _Account(0.0, now)
+        account = self._account(identity, now)
         if limits.max_sequences is not None and account.sequences + sequences > limits.max_sequences:
             raise OverloadedError(
                 f"Rate limit reached for sequences at once: Limit {limits.max_sequences}, Used {account.sequences}, "
@@ -75,54 +117,54 @@ class Meter:
                 retry_after=1.0,
             )
         if limits.tokens_per_minute is not None:
-            self._charge(account, limits.tokens_per_minute, tokens, now)
+            self._charge(account.tokens, limits.tokens_per_minute, tokens, now)
         if limits != UNLIMITED:
             account.sequences += sequences
-            self._accounts[identity] = account
-            self._sweep(now)
+            self._keep(identity, account, now)
 
     def give_back(self, identity: str, tokens: int, sequences: int) -> None:
         """Ends a request: so many of its tokens were not used, and its sequences are gone."""
         account = self._accounts.get(identity)
         if account is not None:
-            account.spent = max(0.0, account.spent - tokens)
+            account.tokens.spent = max(0.0, account.tokens.spent - tokens)
             account.sequences = max(0, account.sequences - sequences)
 
     def headers(self, identity: str, quota: Quota) -> Headers:
         """What is left to a caller, by OpenAI's names; nothing where there is no limit."""
-        limit = quota.over(self._default).tokens_per_minute
-        if limit is None:
-            return ()
-        account = self._accounts.get(identity) or _Account(0.0, self._clock())
-        account.forgive(limit, self._clock())
-        return (
-            ("x-ratelimit-limit-tokens", str(limit)),
-            ("x-ratelimit-remaining-tokens", str(max(0, int(limit - account.spent)))),
-            ("x-ratelimit-reset-tokens", duration(account.spent * _MINUTE / limit)),
-        )
+        limits, now = quota.over(self._default), self._clock()
+        account = self._account(identity, now)
+        found: Headers = ()
+        if limits.requests_per_minute is not None:
+            account.requests.forgive(limits.requests_per_minute, now)
+            found += account.requests.headers("requests", limits.requests_per_minute)
+        if limits.tokens_per_minute is not None:
+            account.tokens.forgive(limits.tokens_per_minute, now)
+            found += account.tokens.headers("tokens", limits.tokens_per_minute)
+        return found
 
     @staticmethod
-    def _charge(account: _Account, limit: int, tokens: int, now: float) -> None:
-        account.forgive(limit, now)
-        if account.spent + tokens <= limit:
-            account.spent += tokens
+    def _charge(bucket: _Bucket, limit: int, tokens: int, now: float) -> None:
+        bucket.forgive(limit, now)
+        if bucket.spent + tokens <= limit:
+            bucket.spent += tokens
             return
-        numbers = f"Limit {limit}, Used {round(account.spent)}, Requested {tokens}."
+        numbers = f"Limit {limit}, Used {round(bucket.spent)}, Requested {tokens}."
         if tokens > limit:
             message = f"Request too large for tokens per minute: {numbers} Ask for less: it can never be served."
             raise TokensExceededError(message, retry_after=_MINUTE)
-        wait = (account.spent + tokens - limit) * _MINUTE / limit
+        wait = (bucket.spent + tokens - limit) * _MINUTE / limit
         message = f"Rate limit reached for tokens per minute: {numbers} Please try again in {duration(wait)}."
         raise TokensExceededError(message, retry_after=wait)
 
-    def _sweep(self, now: float) -> None:
-        if len(self._accounts) < self._sweep_at:
-            return
-        # After a minute everything is forgiven, whatever the limit.
-        self._accounts = {
-            name: each for name, each in self._accounts.items() if each.sequences or now - each.at < _MINUTE
-        }
-        self._sweep_at = max(_FEW, 2 * len(self._accounts))
+    def _account(self, identity: str, now: float) -> _Account:
+        """A caller's account; a new one is not kept yet."""
+        return self._accounts.get(identity) or _Account(now)
+
+    def _keep(self, identity: str, account: _Account, now: float) -> None:
+        self._accounts[identity] = account
+        if len(self._accounts) >= self._sweep_at:
+            self._accounts = {name: each for name, each in self._accounts.items() if each.says_something(now)}
+            self._sweep_at = max(_FEW, 2 * len(self._accounts))
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
@@ -16,15 +17,18 @@ from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
 from service.engine.generation import Generation
-from service.errors import DeadlineError, ForbiddenError, InvalidRequestError, ModelNotFoundError
+from service.errors import DeadlineError, ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.observer import Usage
 from service.rpc import bounds, render
+from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller
 from service.rpc.checks import shown
-from service.rpc.interceptors import Call, Context, answer_headers, current_call, current_caller, failure
+from service.rpc.interceptors import failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
-from service.rpc.quota import UNLIMITED, Meter, Quota
+from service.rpc.quota import Meter
+from service.rpc.sizes import answer_bytes
+from service.rpc.workers import Workers
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
@@ -32,6 +36,11 @@ from service.types import Delta, FinishReason, Request
 _LAST_WORDS_SECONDS = 0.5
 # A stream of events that has nothing to say for so long says that: proxies close what is silent for a minute.
 _SILENCE_SECONDS = 15.0
+# What is made of fewer bytes, or of a piece of fewer scored tokens, takes the event loop no longer than others' calls.
+_LARGE_ANSWER = 256 << 10
+_MANY_TOKENS = 512
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +68,16 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
     def __init__(
-        self,
-        models: Iterable[ServedModel],
-        tokenizing: Executor,
-        quota: Quota = UNLIMITED,
-        longest_request: float = math.inf,
+        self, models: Iterable[ServedModel], workers: Workers, meter: Meter, longest_request: float = math.inf
     ) -> None:
-        """No two models have a name in common. `longest_request` seconds after it has come, a request is ended."""
+        """No two models have a name in common. `workers` tokenize; `meter` holds callers to their quotas.
+
+        `longest_request` seconds after it has come, a request is ended.
+        """
         self._models = {name: model for model in models for name in model.names}
         self._longest_request = longest_request
-        self._tokenizing = tokenizing
-        self._meter = Meter(quota)
+        self._workers = workers
+        self._meter = meter
 
     async def CreateCompletion(  # noqa: N802, the contract's name
         self, request: pb.CreateCompletionRequest, context: Context
@@ -90,7 +98,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         pieces = render.Pieces(parsed)
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
-                yield pieces.message(delta)
+                yield await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
         if parsed.include_usage:
             yield pieces.usage_message()
 
@@ -99,13 +107,15 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
         deadline = self._deadline(context, events=True)
         if not request.stream:
-            body = render.to_bytes(render.response_json(await self._whole(request, deadline), usage_key=True))
+            answer = await self._whole(request, deadline)
+            large = answer.ByteSize() > _LARGE_ANSWER
+            body = await self._made(lambda: render.to_bytes(render.response_json(answer, usage_key=True)), large)
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
         with self._submitted(model, parsed, deadline) as generation:
             pieces = generation.pieces(_SILENCE_SECONDS, since=current_call.get().began)
-            async for event in _events(parsed, pieces):
+            async for event in self._events(parsed, pieces):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
     async def ListModels(  # noqa: N802
@@ -123,11 +133,42 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
 
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
+        size = answer_bytes(parsed)
+        current_call.get().hold(size)
         answer = render.Answer(parsed)
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 answer.add(delta)
-        return answer.response()
+        return await self._made(answer.response, size > _LARGE_ANSWER)
+
+    async def _made(self, make: Callable[[], _Made], large: bool) -> _Made:
+        """What `make` makes; where that takes long, off the event loop and in its caller's turn."""
+        return await self._workers.run(current_caller.get().identity, make) if large else make()
+
+    async def _events(self, request: Request, deltas: AsyncIterator[Delta | None]) -> AsyncIterator[bytes]:
+        """A stream's events, and a comment where there is no piece.
+
+        Once something is sent, HTTP shows a later failure only as an event: the stream ends with it.
+        """
+        pieces = render.Pieces(request)
+        begun = False
+        try:
+            async for delta in deltas:
+                if delta is None:
+                    yield render.WAITING_COMMENT
+                    begun = True
+                    continue
+                message = await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
+                event = partial(render.event, message, usage_key=request.include_usage)
+                yield await self._made(event, len(delta.tokens) > _MANY_TOKENS)
+                begun = True
+            if request.include_usage:
+                yield render.event(pieces.usage_message(), usage_key=True)
+            yield render.DONE_EVENT
+        except Exception as error:
+            if not begun:
+                raise
+            yield render.error_event(failure(error))
 
     async def _parse(
         self, request: pb.CreateCompletionRequest, deadline: _Deadline, *, streaming: bool
@@ -140,11 +181,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             current_call.get().notes["user"] = pseudonym(request.user)
         caller = current_caller.get()
         identity = caller.identity
-        answer_headers.get()[:] = self._meter.headers(identity, caller.quota)
         model.engine.check(identity, deadline.left)
-        loop = asyncio.get_running_loop()
-        parsed = await loop.run_in_executor(
-            self._tokenizing,
+        parsed = await self._workers.run(
+            identity,
             lambda: parse(
                 request, model.manifest, model.tokenizer, model.limits, identity=identity, streaming=streaming
             ),
@@ -165,25 +204,28 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         used = 0
         try:
             with model.engine.submit(request, deadline.left) as generation:
-                usage = current_call.get().usage = _usage(request, model.id, sequences, prompt_tokens)
+                call = current_call.get()
+                usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
+                call.generates(generation)
                 try:
                     with deadline.ending(generation):
                         yield generation
                 finally:
+                    call.generates(None)
                     used = prompt_tokens + generation.completion_tokens
-                    _fill(usage, generation, current_call.get())
+                    _fill(usage, generation, call)
         finally:
             self._meter.give_back(caller.identity, charged - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
+        """The model of this name. One that the caller's key may not use is to its caller as one that does not exist."""
+        message = f"The model `{shown(name)}` does not exist or you do not have access to it."
         model = self._models.get(name)
         if model is None:
-            message = f"The model `{shown(name)}` does not exist or you do not have access to it."
             raise ModelNotFoundError(message, code="model_not_found")
         current_call.get().model = model.id
         if not current_caller.get().may_use(*model.names):
-            message = f"This key may not use the model `{shown(name)}`."
-            raise ForbiddenError(message, param="model", code="model_not_allowed")
+            raise ForbiddenModelError(message, code="model_not_found")
         return model
 
 
@@ -246,29 +288,6 @@ class _Deadline:
             yield
         finally:
             timer.cancel()
-
-
-async def _events(request: Request, deltas: AsyncIterator[Delta | None]) -> AsyncIterator[bytes]:
-    """A stream's events, and a comment where there is no piece.
-
-    Once something is sent, HTTP shows a later failure only as an event: the stream ends with it.
-    """
-    pieces = render.Pieces(request)
-    begun = False
-    try:
-        async for delta in deltas:
-            if delta is None:
-                yield render.WAITING_COMMENT
-            else:
-                yield render.event(pieces.message(delta), usage_key=request.include_usage)
-            begun = True
-        if request.include_usage:
-            yield render.event(pieces.usage_message(), usage_key=True)
-        yield render.DONE_EVENT
-    except Exception as error:
-        if not begun:
-            raise
-        yield render.error_event(failure(error))
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from service.errors import (
     AuthenticationError,
     DeadlineError,
-    ForbiddenError,
+    ForbiddenModelError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -28,7 +28,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 _TABLE: dict[type[ServiceError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     AuthenticationError: (grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
-    ForbiddenError: (grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error"),
+    ForbiddenModelError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
     TokensExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens"),

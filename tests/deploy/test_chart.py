@@ -189,7 +189,28 @@ def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]])
     names = [each["name"] for each in service["env"]]
     assert len(set(names)) == len(names)
     known = {f"COMPLETION_{name.upper()}" for name in Settings.model_fields}
-    assert set(names) <= known
+    assert set(names) - {"ORT_DISABLE_TELEMETRY"} <= known
+
+
+def test_keys_are_one_setting(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """Envoy has the service's variable of the key file, with the same value; and the runtime is silent."""
+    spec = pod_of(rendered[1])["spec"]
+    (sidecar,), (service,) = spec["initContainers"], spec["containers"]
+    variables = {each["name"]: each["value"] for each in service["env"]}
+    of_envoy = {each["name"]: each["value"] for each in sidecar["env"]}
+    assert variables["COMPLETION_API_KEYS_FILE"] == of_envoy["COMPLETION_API_KEYS_FILE"]
+    assert variables["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_metrics_are_for_who_is_named(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
+    """The network policy lets nobody to the port of the metrics, which has no key, but whom the values name."""
+    values, manifests = rendered
+    if not values["networkPolicy"]["enabled"]:
+        return
+    (policy,) = [each for each in manifests if each["kind"] == "NetworkPolicy"]
+    rules = [rule for rule in policy["spec"]["ingress"] if {"port": "metrics"} in rule["ports"]]
+    named = values["networkPolicy"]["metricsFrom"] if values["metrics"]["enabled"] else []
+    assert [rule["from"] for rule in rules] == ([named] if named else [])
 
 
 def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
@@ -296,14 +317,15 @@ def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[
     host["routes"] = [route for route, page in zip(host["routes"], pages, strict=True) if not page.startswith(left_out)]
     assert sum(page.startswith(left_out) for page in pages) == 4
     if has_affinity(values):
-        cluster = local.named(resources["clusters"], "service")
-        cluster |= {
-            "type": "STRICT_DNS",
-            "lb_policy": "RING_HASH",
-            "dns_lookup_family": "V4_PREFERRED",
-            "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "5s"},
-        }
-        (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+        for cluster in local.clusters_of_the_service(expected):
+            cluster |= {
+                "type": "STRICT_DNS",
+                "dns_lookup_family": "V4_PREFERRED",
+                "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "5s"},
+            }
+        local.named(resources["clusters"], "service")["lb_policy"] = "RING_HASH"
+        # One object in YAML, by an anchor.
+        (endpoint,) = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         replicas = of_kind(manifests, "Service", "demo-completion-service-replicas")
         assert replicas["spec"]["clusterIP"] == "None"
         assert replicas["spec"]["publishNotReadyAddresses"] is True

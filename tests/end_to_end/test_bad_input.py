@@ -34,7 +34,6 @@ METADATA = list(AUTHORIZED.items())
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
 }
 
@@ -70,7 +69,8 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     http_port, grpc_port = free_ports(2)
     settings = Settings(model_dir=model_dir, port=grpc_port, api_keys_file=keys)
-    with ServiceThread(settings) as service, envoy(http_port, grpc_port, folder) as gateway:
+    made = envoy(http_port, grpc_port, folder, api_keys_file=keys)
+    with ServiceThread(settings) as service, made as gateway:
         stack = Stack(http_port, grpc_port)
         stack.wait_until_ready()
         with grpc.insecure_channel(stack.grpc_address) as channel:

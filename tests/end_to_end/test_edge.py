@@ -18,6 +18,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2_grpc
 
 from deploy import local
+from tests.http2 import PREFACE, frame, literal
 from tests.patience import PATIENCE, eventually
 from tests.stack import AUTHORIZED, MODEL, Stack, envoy, envoy_counts, free_ports
 
@@ -79,7 +80,7 @@ def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple
     config = yaml.safe_load(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
     monitors = {item["name"]: item["typed_config"] for item in config["overload_manager"]["resource_monitors"]}
     limit = monitors["envoy.resource_monitors.global_downstream_max_connections"]
-    assert limit["max_active_downstream_connections"] == 10_000
+    assert limit["max_active_downstream_connections"] == 32_768
     limit["max_active_downstream_connections"] = connections
     path = folder / "envoy.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -112,22 +113,12 @@ def test_connections_are_bounded(stack: Stack, tmp_path: Path) -> None:
         bounded.wait_until_ready()
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """An HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def literal(name: str, value: str) -> bytes:
-    """A header as HPACK writes one that is in no table."""
-    return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-
 def test_rapid_reset_closes_the_connection(stack: Stack) -> None:
     """Streams opened and reset at once, by the thousand: Envoy closes the connection and serves others."""
     headers = {":method": "POST", ":scheme": "http", ":path": "/v1/completions", ":authority": "a"}
     block = b"".join(literal(name, value) for name, value in headers.items())
     with connected(stack.http) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        connection.sendall(PREFACE + frame(4, 0, 0, b""))
         sent = 0
         with suppress(ConnectionError):
             while sent < 1_000_000:  # far more than can be on its way before anybody reads it
@@ -259,7 +250,7 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
     http_port, admin_port = free_ports(2)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}
     config = yaml.safe_load(local.envoy_config(ports))
-    (cluster,) = config["static_resources"]["clusters"]
+    cluster = local.named(config["static_resources"]["clusters"], "service")
     resolver = {
         "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
         "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],

@@ -67,16 +67,16 @@ def test_taken_port_is_a_clear_error() -> None:
     assert "HTTP_PORT" in output
 
 
-@pytest.mark.parametrize("limit", ["0", "1201", "many", "-1", "1.5"])
+@pytest.mark.parametrize("limit", ["0", "many", "-1", "1.5"])
 def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
-    """A limit that Envoy cannot keep is named with its range."""
+    """What is no limit is named, with what is one."""
     http_port, grpc_port = free_ports(2)
     process = launch(
         HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), REQUESTS_PER_MINUTE=limit
     )
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert f"REQUESTS_PER_MINUTE={limit} is not a limit: it has to be 1..1200" in output
+    assert f"REQUESTS_PER_MINUTE={limit} is not a limit: it has to be 1 or more" in output
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,8 @@ def test_replicas_with_affinity(model_dir: Path) -> None:
     """Two services start with a share of the cores each, and Envoy has both on its ring."""
     with launched(model_dir, REPLICAS="2", AFFINITY="session") as stack:
         assert stack.logs is not None
-        (cluster,) = yaml.safe_load((stack.logs / "envoy.yaml").read_text())["static_resources"]["clusters"]
+        cluster, health = yaml.safe_load((stack.logs / "envoy.yaml").read_text())["static_resources"]["clusters"]
+        assert health["load_assignment"]["endpoints"] == cluster["load_assignment"]["endpoints"]
         (hosts,) = [group["lb_endpoints"] for group in cluster["load_assignment"]["endpoints"]]
         ports = [host["endpoint"]["address"]["socket_address"]["port_value"] for host in hosts]
         assert ports[0] == stack.grpc

@@ -194,7 +194,6 @@ async def test_grpc(running):
         ({"temperature": 3}, KEY, "invalid", "alphabet"),
         ({"model": "abc", "temperature": 3}, KEY, "invalid", "alphabet"),
         ({"model": ""}, KEY, "invalid", ""),
-        ({}, (), "unauthenticated", ""),
         ({"model": "none"}, KEY, "unknown_model", ""),
     ],
 )
@@ -416,7 +415,7 @@ async def test_health_follows_the_warm_up(made):
         model.gate.release(1000)
         await entering
         assert [await running.serving(name) for name in names] == [True] * 5
-        await server.announce_end()
+        server.announce_end()
         assert [await running.serving(name) for name in names] == [True, True, False, False, False]
     await server.__aexit__(None, None, None)
 

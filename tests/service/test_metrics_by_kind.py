@@ -146,12 +146,12 @@ async def test_an_unexpected_error(running, monkeypatch):
 
 
 async def test_a_key_that_may_not(made, tmp_path):
-    """A model that the key is not for is forbidden; a wrong key is none."""
+    """A model that the key is not for is unknown to its caller, and forbidden to who counts; a wrong key is none."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(b'sk-other').hexdigest()} team models=another\n")
     async for each in run(made, FakeModel(), api_keys_file=keys):
         call = each.stub.CreateCompletion(asked(), metadata=(("authorization", "Bearer sk-other"),))
-        assert await refused(call) is grpc.StatusCode.PERMISSION_DENIED
+        assert await refused(call) is grpc.StatusCode.NOT_FOUND
         assert await refused(each.ask()) is grpc.StatusCode.UNAUTHENTICATED
         await ended(each, "refused")
         await ended(each, "refused", model="")

@@ -2,91 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
 import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from completion.v1 import completion_pb2 as pb
-from completion.v1 import completion_pb2_grpc
-from google.rpc import status_pb2
 
-from service.engine.cache import KVCache
-from service.engine.engine import Engine, Stats
-from service.engine.scheduler import Scheduler
-from service.rpc.interceptors import CallInterceptor
-from service.rpc.keys import Caller, KeyRing
-from service.rpc.parse import Limits
-from service.rpc.quota import Meter, Quota
-from service.rpc.servicer import CompletionServicer, ServedModel
-from tests.fakes import END, VOCABULARY, FakeModel, manifest
+from service.rpc.quota import Quota
+from tests.fakes import END, VOCABULARY
 from tests.logged import logged
 from tests.patience import PATIENCE, eventually_async
-
-KEY = (("authorization", "Bearer sk-right"),)
-METHOD = "/completion.v1.CompletionService/CreateCompletion"
-
-
-class Served:
-    """The server's parts: `stub` calls it."""
-
-    def __init__(self, letters):
-        self.model = FakeModel()
-        self.engine = Engine(self.model, letters, Scheduler(KVCache(4), 16), max_waiting=100)
-        self.tokenizing = ThreadPoolExecutor(1)
-        served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
-        digest = hashlib.sha256(b"sk-right")
-        keys = KeyRing({digest.digest(): Caller("team", digest.hexdigest())})
-        self.server = grpc.aio.server(interceptors=[CallInterceptor(keys)])
-        self.servicer = CompletionServicer([served], self.tokenizing)
-        completion_pb2_grpc.add_CompletionServiceServicer_to_server(self.servicer, self.server)
-        self.port = self.server.add_insecure_port("127.0.0.1:0")
-
-    def limit(self, quota):
-        """Holds every key to a quota from now on."""
-        self.servicer._meter = Meter(quota)
-
-    async def idle(self):
-        """Waits until the engine has nothing left to do."""
-        await eventually_async(lambda: self.engine.stats == Stats(0, 0), lambda: self.engine.stats)
-
-
-@pytest.fixture
-async def served(letters):
-    served = Served(letters)
-    served.engine.start(asyncio.get_running_loop())
-    await served.server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
-        served.channel = channel
-        served.stub = completion_pb2_grpc.CompletionServiceStub(channel)
-        yield served
-    await served.server.stop(0)
-    served.engine.stop()
-    served.tokenizing.shutdown()
-
-
-def asked(**fields):
-    return pb.CreateCompletionRequest(**{"model": "alphabet", "text": "ab", "temperature": 0, **fields})
-
-
-def detail(error):
-    """The typed error of a refused call."""
-    metadata = dict(error.trailing_metadata())
-    found = pb.ErrorResponse()
-    assert status_pb2.Status.FromString(metadata["grpc-status-details-bin"]).details[0].Unpack(found)
-    return found.error
-
-
-async def refused(call):
-    """The error with which a call, or a stream's first message, is refused."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
-    return caught.value
+from tests.served import KEY, METHOD, asked, detail, refused
 
 
 async def test_whole_answer(served):

@@ -116,7 +116,7 @@ def test_nothing_is_ever_negative(clock):
             tokens, sequences = held.pop(draw.randrange(len(held)))
             meter.give_back("me", draw.randrange(tokens + 1), sequences)
         account = meter._accounts["me"]
-        assert account.spent >= 0
+        assert account.tokens.spent >= 0
         assert account.sequences == sum(count for _, count in held) <= 8
         assert 0 <= int(left(meter)["remaining-tokens"]) <= 1000
 
@@ -138,3 +138,21 @@ def test_accounts_do_not_pile_up(clock):
 def test_durations(seconds, text):
     """As OpenAI writes them, rounded up."""
     assert duration(seconds) == text
+
+
+def test_requests_per_minute(clock):
+    """A bucket of so many requests, filled evenly; junk callers, however many, give nobody a new one."""
+    meter = Meter(Quota(requests_per_minute=3), clock)
+    for _ in range(3):
+        meter.request("me", UNLIMITED)
+    for number in range(5000):
+        meter.request(f"junk-{number}", UNLIMITED)
+    with pytest.raises(OverloadedError, match="Limit 3, Used 3") as caught:
+        meter.request("me", UNLIMITED)
+    assert caught.value.retry_after == pytest.approx(20)
+    assert dict(meter.headers("me", UNLIMITED))["x-ratelimit-remaining-requests"] == "0"
+    clock.now += 20
+    meter.request("me", UNLIMITED)
+    with pytest.raises(OverloadedError):
+        meter.request("me", UNLIMITED)
+    meter.request("me", Quota(requests_per_minute=10))

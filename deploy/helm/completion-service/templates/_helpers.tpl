@@ -52,15 +52,18 @@ most 1 MiB.
 {{- end -}}
 {{- $_ := set $host "routes" $routes -}}
 {{- if and .Values.affinity.enabled (not .Values.inferencePool.enabled) -}}
-{{- $cluster := first $config.static_resources.clusters -}}
-{{- $endpoint := first (first $cluster.load_assignment.endpoints).lb_endpoints -}}
 {{- $name := printf "%s-replicas.%s.svc" (include "completion-service.name" .) .Release.Namespace -}}
+{{- range $config.static_resources.clusters -}}
+{{- if ne .name "admin" -}}
+{{- $endpoint := first (first .load_assignment.endpoints).lb_endpoints -}}
 {{- $_ := set $endpoint.endpoint.address.socket_address "address" $name -}}
-{{- $_ := set $cluster "type" "STRICT_DNS" -}}
-{{- $_ := set $cluster "lb_policy" "RING_HASH" -}}
+{{- $_ := set . "type" "STRICT_DNS" -}}
 {{- /* The service listens on IPv4. A name server that does not answer is asked again at once. */ -}}
-{{- $_ := set $cluster "dns_lookup_family" "V4_PREFERRED" -}}
-{{- $_ := set $cluster "dns_failure_refresh_rate" (dict "base_interval" "1s" "max_interval" "5s") -}}
+{{- $_ := set . "dns_lookup_family" "V4_PREFERRED" -}}
+{{- $_ := set . "dns_failure_refresh_rate" (dict "base_interval" "1s" "max_interval" "5s") -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set (first $config.static_resources.clusters) "lb_policy" "RING_HASH" -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
