@@ -251,6 +251,7 @@ def test_deadlines(tiny_model: Path, tmp_path: Path) -> None:
         assert running.complete(max_tokens=2).usage.completion_tokens == 2
         running.stop()
     assert running.logged("draining") | {"running": 0, "waiting": 0} == running.logged("draining")
+    assert max(line.get("completion_tokens", 0) for line in running.log) < LONG["max_tokens"]
 
 
 def test_envoy_ends_what_the_service_does_not(
