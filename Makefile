@@ -165,6 +165,8 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	  { [ "$$(id -u)" != 0 ] || apt-get update -qq; } && apt-get download -qq prometheus && \
 	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > bin/promtool && \
 	  chmod +x bin/promtool && rm prometheus_*.deb; } || echo "promtool not found: the tests of the alerts are skipped"
+	command -v strace > /dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq --yes --no-install-recommends strace; } || \
+	  echo "strace not found: the tests of what the processes tell the world are skipped"
 	touch $@
 
 $(VENV)/.browser: pyproject.toml | $(VENV)/.test

@@ -14,9 +14,10 @@ import time
 from service import __main__
 from service.engine.model import Model
 from service.engine.scheduler import Scheduler
+from service.rpc.keys import KeyRing
 
 armed = False
-forward, schedule = Model.forward, Scheduler.schedule
+forward, schedule, authenticate = Model.forward, Scheduler.schedule, KeyRing.authenticate
 
 
 def arm(*_: object) -> None:
@@ -74,10 +75,19 @@ def forbid_children(event: str, _: object) -> None:
         os._exit(99)
 
 
+def hang_the_loop(keys, authorization):
+    """Finds nobody, for good: on the event loop."""
+    if fired():
+        time.sleep(1000)
+    return authenticate(keys, authorization)
+
+
 def main() -> int:
     fault, seconds, *sys.argv[1:] = sys.argv[1:]
     signal.signal(signal.SIGUSR1, arm)
     inner = {"hang": hang, "fail": fail, "gone": gone, "nan": nan}.get(fault, forward)
+    if fault == "loop":
+        KeyRing.authenticate = hang_the_loop  # type: ignore[method-assign]
     if fault == "die":
         Scheduler.schedule = die  # type: ignore[method-assign]
     if fault == "spawn":

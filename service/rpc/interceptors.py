@@ -21,7 +21,7 @@ from service.observer import Ended, Method, Observer
 from service.rpc import tasks, wire
 from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller, current_request_id
 from service.rpc.keys import KeyRing
-from service.rpc.outcome import outcome_of
+from service.rpc.outcome import outcome_of, summary
 from service.rpc.quota import Meter
 from service.rpc.running import Running
 from service.rpc.status import status_of, trailing_metadata
@@ -45,7 +45,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates calls, reads their requests, and reports their failures and ends; every RPC passes through it.
 
     To gRPC every method is one of streams: so no message is read, decompressed or parsed before the caller is known.
-    Large messages are parsed by `workers`. A caller that takes none of an answer for `send_timeout` seconds is cut off.
+    Large messages are parsed by `workers`. A caller that takes none of an answer for `send_timeout` seconds gets no
+    more of it, and if it does not take the end in as many again it is cut off.
     """
 
     def __init__(
@@ -149,10 +150,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _refuse(error, call, context)
+                await self._refuse(error, call, context)
             finally:
                 if not public:
                     self._report(method, call, finished=finished, late=_late(context))
+
+    async def _refuse(self, error: Exception, call: Call, context: Context) -> None:
+        """Ends a call with its error's status, or without one where the caller takes nothing."""
+        code, message = _explain(error)
+        _without_frames(error)
+        own = (*call.identifiers, *answer_headers.get())
+        if call.stalled:
+            tasks.cut_off_in(self._send_timeout)
+        try:
+            await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
+        except grpc.aio.InternalError:  # the caller has left
+            raise asyncio.CancelledError from None
 
     def _admit(self, method: Method, call: Call, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
         """Finds out who calls, and counts the call. Raises what the caller is refused with."""
@@ -185,7 +198,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             ended = Ended(
                 method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace, call.model
             )
-            fields |= _summary(ended)
+            fields |= summary(ended)
         for observer in self._observers:
             observer.call_ended(method, code.name, seconds)
             if unexpected:
@@ -206,20 +219,6 @@ def _begin(metadata: dict[str, str]) -> Call:
     return call
 
 
-async def _refuse(error: Exception, call: Call, context: Context) -> None:
-    """Ends a call with its error's status, or without one where the caller takes nothing."""
-    code, message = _explain(error)
-    _without_frames(error)
-    if call.stalled:
-        _log.warning("a call is cut off: its caller reads nothing", request_id=call.request_id)
-        tasks.cut_off()
-    own = (*call.identifiers, *answer_headers.get())
-    try:
-        await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
-    except grpc.aio.InternalError:  # the caller has left
-        raise asyncio.CancelledError from None
-
-
 def _without_frames(error: _Error) -> _Error:
     """An error that holds no frames: they hold the call, and the call the error, until the next collection."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
@@ -232,30 +231,6 @@ async def _only(context: Context) -> bytes:
     if not isinstance(data, bytes):
         raise InvalidRequestError("The call has no request message.")
     return data
-
-
-def _summary(ended: Ended) -> dict[str, object]:
-    """What the log says of a completion request; times are null where it did not get so far."""
-    fields: dict[str, object] = {"outcome": ended.outcome.value}
-    if ended.model:
-        fields["model"] = ended.model
-    if ended.refusal is not None:
-        fields["reason"] = ended.refusal.value
-    usage = ended.usage
-    if usage is not None:
-        waited = None
-        if usage.queued_seconds is not None and usage.started_seconds is not None:
-            waited = round(usage.started_seconds - usage.queued_seconds, 4)
-        first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
-        fields |= {
-            "sequences": usage.sequences,
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "queue_seconds": waited,
-            "first_token_seconds": first,
-        }
-    return fields
 
 
 def _left(late: bool) -> grpc.StatusCode:

@@ -1,4 +1,4 @@
-"""How a completion request ended, and why it was refused if it was."""
+"""How a completion request ended, why it was refused if it was, and what the log says of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.errors import (
     TokensExceededError,
     UnavailableError,
 )
-from service.observer import Outcome, Refusal
+from service.observer import Ended, Outcome, Refusal
 
 _REFUSALS: dict[type[ServiceError], Refusal] = {
     InvalidRequestError: Refusal.INVALID,
@@ -43,3 +43,27 @@ def outcome_of(error: Exception | None, *, begun: bool, finished: bool, late: bo
     if refusal is not None and not begun:
         return Outcome.REFUSED, refusal
     return _OUTCOMES.get(type(error), Outcome.FAILED), None
+
+
+def summary(ended: Ended) -> dict[str, object]:
+    """What the log says of a completion request; times are null where it did not get so far."""
+    fields: dict[str, object] = {"outcome": ended.outcome.value}
+    if ended.model:
+        fields["model"] = ended.model
+    if ended.refusal is not None:
+        fields["reason"] = ended.refusal.value
+    usage = ended.usage
+    if usage is not None:
+        waited = None
+        if usage.queued_seconds is not None and usage.started_seconds is not None:
+            waited = round(usage.started_seconds - usage.queued_seconds, 4)
+        first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
+        fields |= {
+            "sequences": usage.sequences,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "queue_seconds": waited,
+            "first_token_seconds": first,
+        }
+    return fields

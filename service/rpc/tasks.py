@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 _listeners: weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[Any]]] = weakref.WeakKeyDictionary()
 # gRPC's name for what answers a call.
@@ -18,7 +18,7 @@ _ANSWERING = "_handle_exceptions"
 
 
 def remember(loop: asyncio.AbstractEventLoop) -> None:
-    """Has the loop remember which task listens for which answering one; else `cut_off` ends the answering alone."""
+    """Has the loop remember which task listens for which answering one; else `cut_off_in` does nothing."""
     make: Any = _make  # the stubs want a protocol of their own
     loop.set_task_factory(make)
 
@@ -32,11 +32,10 @@ def _make(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], 
     return task
 
 
-def cut_off() -> NoReturn:
-    """Ends the call that the current task answers. The answering itself is ended by what this raises."""
+def cut_off_in(seconds: float) -> None:
+    """Ends the call that the current task answers after so many seconds, unless it has ended by then."""
     task = asyncio.current_task()
     found = _listeners.get(task) if task is not None else None
     listener = found() if found is not None else None
     if listener is not None:
-        listener.cancel()
-    raise asyncio.CancelledError
+        asyncio.get_running_loop().call_later(seconds, listener.cancel)
