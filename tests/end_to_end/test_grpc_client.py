@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import grpc
 import pytest
 from completion.v1 import completion_pb2 as pb
@@ -12,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from tests.patience import ended_by_deadline
+from tests.processes import service
 from tests.stack import AUTHORIZED, MODEL, Stack
 
 Stub = completion_pb2_grpc.CompletionServiceStub
@@ -95,9 +99,20 @@ def test_stream_false_answers_whole(stub: Stub) -> None:
     assert only.HasField("usage")
 
 
-def test_key_is_required_but_for_health(stack: Stack) -> None:
-    """Without a key completions, models and reflection are UNAUTHENTICATED; health answers."""
+def test_no_key_is_needed_without_a_file(stack: Stack) -> None:
+    """Where the service has no key file, calls without a key are answered."""
     with grpc.insecure_channel(stack.grpc_address) as channel:
+        stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        assert stub.CreateCompletion(greedy(text="a")).usage.completion_tokens
+        assert stub.ListModels(pb.ListModelsRequest()).data
+
+
+def test_key_is_required_but_for_health(tiny_model: Path, tmp_path: Path) -> None:
+    """Without a key completions, models and reflection are UNAUTHENTICATED; health answers."""
+    keys = tmp_path / "api_keys"
+    keys.write_text(f"{hashlib.sha256(b'right').hexdigest()} somebody\n")
+    with service(tiny_model, tmp_path, "--api-keys-file", str(keys)) as running:
+        channel = running.channel
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = reflection_pb2.ServerReflectionRequest(list_services="")

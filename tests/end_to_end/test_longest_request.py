@@ -92,7 +92,8 @@ def routes(port: int) -> list[dict[str, Any]]:
         connection.close()
     configs = [config for each in dumped for config in each.get("static_route_configs", [])]
     hosts = [host for config in configs for host in config["route_config"]["virtual_hosts"]]
-    return [route for host in hosts for route in host["routes"] if "route" in route]
+    found = [route for host in hosts for route in host["routes"] if "route" in route]
+    return [route for route in found if route["route"]["cluster"] == "service"]
 
 
 def seconds(duration: str) -> float:

@@ -185,11 +185,11 @@ def test_a_keys_quota_is_for_all_models(both: Both) -> None:
 
 
 def test_a_key_for_one_model(both: Both) -> None:
-    """It sees that model alone, by all its names, and may not use the other."""
+    """It sees that model alone, by all its names; the other is to it as one that does not exist."""
     client = both.as_key(ONLY_TINY)
     assert {model.id for model in client.models.list()} == {TINY, "quick", "cheap"}
     assert client.completions.create(model="cheap", **PROMPT).usage
-    with pytest.raises(openai.PermissionDeniedError):
+    with pytest.raises(openai.NotFoundError, match="does not exist or you do not have access"):
         client.completions.create(model=MODEL, **PROMPT)
 
 
