@@ -88,16 +88,15 @@ def test_an_engine_that_hangs(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_an_event_loop_that_hangs(tiny_model: Path, tmp_path: Path) -> None:
     """The process ends with 1 although nothing of it listens any more, and says of what, with every thread's stack."""
-    with service(tiny_model, tmp_path, "--watchdog-seconds", "2", fault="loop") as running:
+    with service(tiny_model, tmp_path, "--watchdog-seconds", str(WATCHDOG), fault="loop") as running:
         running.complete(max_tokens=1)
-        running.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.1)
+        running.arm()
         call = running.stub.CreateCompletion.future(
             pb.CreateCompletionRequest(model=TINY, text="the"), metadata=METADATA
         )
-        assert running.exit_code(60) == 1
+        assert running.exit_code() == 1
         assert call.code() is grpc.StatusCode.UNAVAILABLE
-    assert running.logged("the event loop hangs")["seconds"] == 2
+    assert running.logged("the event loop hangs")["seconds"] == WATCHDOG
     assert "hang_the_loop" in running.errors
 
 

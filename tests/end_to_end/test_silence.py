@@ -78,7 +78,7 @@ def test_the_service(tmp_path: Path) -> None:
         try:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 grpc.channel_ready_future(channel).result(120)
-                wait_until_healthy(channel, 120)
+                wait_until_healthy(channel)
                 stub = completion_pb2_grpc.CompletionServiceStub(channel)
                 until = time.monotonic() + SECONDS
                 while time.monotonic() < until:
