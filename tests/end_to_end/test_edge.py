@@ -132,7 +132,9 @@ async def refusing(code: grpc.StatusCode) -> AsyncIterator[tuple[int, list[float
         await asyncio.sleep(0.5)
         await context.abort(code, "not now")
 
-    server = grpc.aio.server()
+    # As the service has it: else gRPC itself refuses some of so many at once.
+    pending = ("grpc.server.max_pending_requests", "grpc.server.max_pending_requests_hard_limit")
+    server = grpc.aio.server(options=[(name, 8192) for name in pending])
     methods = {"CreateCompletion": grpc.unary_unary_rpc_method_handler(refuse)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("completion.v1.CompletionService", methods)])
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
@@ -222,18 +224,19 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
     config = yaml.safe_load(local.envoy_config({"HTTP_PORT": 1, "GRPC_PORT": stack.grpc}))
     (http_port,) = free_ports(1)
     local.listen_on(config["static_resources"]["listeners"][0], http_port)
-    cluster, _ = config["static_resources"]["clusters"]
+    cluster, health = config["static_resources"]["clusters"]
     resolver = {
         "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
         "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],
         "dns_resolver_options": {"no_default_search_domain": True},
     }
-    cluster |= {
-        "type": "STRICT_DNS",
-        "dns_lookup_family": "V4_ONLY",
-        "dns_refresh_rate": "1s",
-        "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver},
-    }
+    for each in (cluster, health):
+        each |= {
+            "type": "STRICT_DNS",
+            "dns_lookup_family": "V4_ONLY",
+            "dns_refresh_rate": "1s",
+            "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver},
+        }
     (host,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     host["endpoint"]["address"]["socket_address"]["address"] = "replicas.test"
     monkeypatch.setattr(local, "envoy_config", lambda *_: yaml.safe_dump(config))

@@ -9,7 +9,6 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from google.protobuf import json_format, struct_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
@@ -94,28 +93,6 @@ def test_stream_false_answers_whole(stub: Stub) -> None:
     (only,) = stub.StreamCompletion(greedy(text=PROMPT, stream=False))
     assert only.choices[0].text == stub.CreateCompletion(greedy(text=PROMPT)).choices[0].text
     assert only.HasField("usage")
-
-
-def test_key_is_required_but_for_health(stack: Stack) -> None:
-    """Without a key completions, models and reflection are UNAUTHENTICATED; health answers."""
-    with grpc.insecure_channel(stack.grpc_address) as channel:
-        stub = completion_pb2_grpc.CompletionServiceStub(channel)
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        for call in (
-            lambda: stub.CreateCompletion(greedy(text="a")),
-            lambda: list(stub.StreamCompletion(greedy(text="a"))),
-            lambda: stub.ListModels(pb.ListModelsRequest()),
-            lambda: list(reflection.ServerReflectionInfo(iter([asked]))),
-        ):
-            with pytest.raises(grpc.RpcError) as caught:
-                call()
-            code, error = refusal(caught.value)
-            assert (code, error.code) == (grpc.StatusCode.UNAUTHENTICATED, "invalid_api_key")
-        health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "completion.v1.CompletionService"):
-            answer = health.Check(health_pb2.HealthCheckRequest(service=name))
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_reflection_names_the_service(stack: Stack) -> None:

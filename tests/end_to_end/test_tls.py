@@ -153,9 +153,9 @@ def test_logs_hold_no_secrets(secured: Stack, certificates: Path) -> None:
             complete(secured, context, **fields)
     with pytest.raises(urllib.error.HTTPError, match="400"):
         complete(secured, context, path="/v1/completions?prompt=zanzibar")
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        complete(secured, context, headers={"authorization": "zanzibar-key"})
-    complete(secured, context, headers={"authorization": "Bearer zanzibar-key"})  # without a key file any is taken
+    # Without a key file whatever is there is taken.
+    for given in ("zanzibar-key", "Bearer zanzibar-key"):
+        complete(secured, context, headers={"authorization": given})
     credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
     with grpc.secure_channel(secured.envoy_address, credentials) as channel:
         ask(channel, SECRETS["prompt"])
