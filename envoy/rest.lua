@@ -5,7 +5,10 @@
 local FORWARDED = {
   authorization = 4096,
   ["content-type"] = 256,
+  -- Looked at once more when the answer goes back.
+  origin = 256,
   ["user-agent"] = 512,
+  ["x-client-request-id"] = 512,
   ["x-request-id"] = 64,
   ["x-session-id"] = 256,
   traceparent = 64,
@@ -45,25 +48,41 @@ local function given_twice(text)
   end
 end
 
+-- The envelope is put around it like around Envoy's own refusals.
 local function refuse(handle, message)
-  local json = string.format('{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":null}}', message)
-  handle:respond({ [":status"] = "400", ["content-type"] = "application/json" }, json)
+  handle:respond({ [":status"] = "400" }, message)
+end
+
+-- One that is longer, or of other characters, would not come back as it was sent.
+local function bad_client_id(id)
+  return id and (#id > FORWARDED["x-client-request-id"] or id:find("[^\32-\126]"))
 end
 
 function envoy_on_request(handle)
   -- body() invalidates header handles taken before it.
-  local body = handle:headers():get(":method") == "POST" and handle:body()
+  local method = handle:headers():get(":method")
+  local body = method == "POST" and handle:body()
   local text = body and body:getBytes(0, body:length()) or ""
   local headers = handle:headers()
+  local client_id = headers:get("x-client-request-id")
   drop_headers(headers)
+  if bad_client_id(client_id) then
+    headers:remove("x-client-request-id")
+    refuse(handle, "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII.")
+    return
+  end
   local twice = given_twice(text)
   if twice then
     refuse(handle, string.format("Invalid body: '%s' is given twice, also by its other name.", twice))
     return
   end
 
-  local path = headers:get(":path"):gsub("/+$", "")
+  local path = headers:get(":path"):gsub("%?$", ""):gsub("/+$", "")
   handle:streamInfo():dynamicMetadata():set("rest", "path", path)
+  if method == "HEAD" then
+    handle:streamInfo():dynamicMetadata():set("rest", "head", true)
+    headers:replace(":method", "GET")
+  end
   if may_stream(text) then
     path = path .. ":stream"
   end
@@ -105,25 +124,56 @@ local function envelope(status, text)
   return unexplained(status)
 end
 
+-- The transcoder writes these as escapes, which nobody can read.
+local PLAIN = { ["003c"] = "<", ["003e"] = ">", ["0026"] = "&", ["0027"] = "'" }
+
+local function readable(json)
+  -- Escapes are taken one after the other, so that an escaped backslash before a `u003e` stays what it is.
+  return (json:gsub("\\(.)(%x?%x?%x?%x?)", function(kind, digits)
+    return kind == "u" and PLAIN[digits] or nil
+  end))
+end
+
+local function explain(handle, status)
+  local body = handle:body(true)
+  local json = readable(envelope(status, body:getBytes(0, body:length())))
+  handle:headers():replace("content-length", body:setBytes(json))
+  handle:headers():replace("content-type", "application/json")
+  for name, value in pairs(handle:trailers() or {}) do
+    if name:sub(1, 5) ~= "grpc-" then
+      handle:headers():replace(name, value)
+    end
+  end
+  if status == "401" then
+    handle:headers():replace("www-authenticate", "Bearer")
+  elseif (status == "429" or status == "503") and not handle:headers():get("retry-after") then
+    handle:headers():replace("retry-after", "1")
+  elseif status == "504" then
+    handle:headers():replace("x-should-retry", "false")
+  end
+end
+
+local function is_head(handle)
+  local marks = handle:streamInfo():dynamicMetadata():get("rest")
+  return marks and marks.head
+end
+
 function envoy_on_response(handle)
   local status = handle:headers():get(":status")
   if tonumber(status) >= 400 then
-    local body = handle:body(true)
-    local json = envelope(status, body:getBytes(0, body:length()))
-    handle:headers():replace("content-length", body:setBytes(json))
-    handle:headers():replace("content-type", "application/json")
-    for name, value in pairs(handle:trailers() or {}) do
-      if name:sub(1, 5) ~= "grpc-" then
-        handle:headers():replace(name, value)
-      end
-    end
-    if status == "401" then
-      handle:headers():replace("www-authenticate", "Bearer")
-    elseif (status == "429" or status == "503") and not handle:headers():get("retry-after") then
-      handle:headers():replace("retry-after", "1")
-    end
+    explain(handle, status)
+  elseif (handle:headers():get("content-type") or ""):find("^text/event%-stream") then
+    -- So that proxies pass each event on as it comes.
+    handle:headers():replace("cache-control", "no-cache")
+    handle:headers():replace("x-accel-buffering", "no")
   end
   for _, name in ipairs({ "grpc-status", "grpc-message", "grpc-accept-encoding" }) do
     handle:headers():remove(name)
+  end
+  if is_head(handle) then
+    local body = handle:body(true)
+    local length = body:length()
+    body:setBytes("")
+    handle:headers():replace("content-length", length)
   end
 end

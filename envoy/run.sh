@@ -4,7 +4,15 @@
 # After SIGTERM `GET /health` says 503, and every answer asks its caller to connect anew, for DRAIN_DELAY seconds (5): the
 # time in which who balances the load turns elsewhere. Then it takes no connection any more, and what runs has
 # DRAIN_SECONDS (30) to finish. A second signal ends it within a second.
+#
+# The file of `-c` is read with what the environment says of it: COMPLETION_LONGEST_REQUEST_SECONDS, the service's setting,
+# and METRICS_HOST, the address at which Envoy's numbers can be had.
 set -u
+
+configuration() {
+  sed -e "s/&longest_request 600s/\&longest_request ${COMPLETION_LONGEST_REQUEST_SECONDS:-600}s/" \
+    -e "s/&metrics_host 127\.0\.0\.1/\&metrics_host ${METRICS_HOST:-127.0.0.1}/" "$1"
+}
 
 ask() {
   exec 3<> "/dev/tcp/127.0.0.1/${ADMIN_PORT:-9901}" || return
@@ -29,8 +37,17 @@ drain() {
   kill -TERM "$envoy"
 }
 
+command=()
+while (($#)); do
+  case $1 in
+    -c) command+=(--config-yaml "$(configuration "$2")"); shift ;;
+    *) command+=("$1") ;;
+  esac
+  shift
+done
+
 trap drain TERM INT
-"$@" &
+"${command[@]}" &
 envoy=$!
 # A signal interrupts `wait`; only the end of Envoy ends this.
 while wait "$envoy"; code=$?; kill -0 "$envoy" 2> /dev/null; do :; done

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os.path
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from model_export.quantize import Activations, Form
 from model_export.source import Source
 from model_export.verify import Report, verify
 from service import manifest
-from service.processor import has_byte_dot_products
+from service.processor import processor
 
 PromptForm = Literal["int8", "float32"]
 
@@ -149,7 +149,7 @@ def _prompt_forms(
     if wanted != "auto":
         return [wanted]
     weights = source.dimensions.layer_weights
-    quick: list[PromptForm] = ["int8", "float32"] if has_byte_dot_products() else ["float32"]
+    quick: list[PromptForm] = ["int8", "float32"] if processor().byte_dot_products else ["float32"]
     return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
 
 
@@ -179,10 +179,12 @@ def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
     made = [parent for parent in directory.parents if not parent.exists()]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    # Named before it is made, so that an interrupt at any moment finds what to remove.
+    work = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
     replaced = work.with_name(f"{work.name}.replaced")
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(mode=0o700)
         yield work
         work.chmod(0o755)
         if directory.exists():

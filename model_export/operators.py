@@ -222,7 +222,7 @@ class Operators:
         scales = self._data.add(f"{name}.row_scales", packed.scales)
         zeros = None if packed.zero_points is None else self._data.add(f"{name}.row_zero_points", packed.zero_points)
 
-        def multiply(quantized: ir.Value, unit: ir.Value) -> ir.Value:
+        def multiply(quantized: ir.Value, unit: ir.Value, codes: ir.Value = codes) -> ir.Value:
             return self.apply("MatMulIntegerToFloat", quantized, codes, unit, scales, zero, zeros, domain=CONTRIB)
 
         scaled = self.apply("Div", value, largest)
@@ -231,7 +231,9 @@ class Operators:
         if two_bytes:
             fine_step = self._data.constant(f"{name}.fine_step", np.array(1 / 127 / _FINE_STEPS, np.float32))
             rest = self.apply("Sub", scaled, self.apply("DequantizeLinear", coarse, step, zero))
-            fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step)
+            # Where onnxruntime makes signed codes unsigned, it does so once for each product: none may be shared.
+            again = self._data.view(f"{name}.fine_row_codes", codes, packed.codes.shape)
+            fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step, again)
             product = self.apply("Add", product, fine)
         return self.apply("Mul", product, largest)
 

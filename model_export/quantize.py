@@ -65,7 +65,7 @@ def pack_rows(weights: Floats) -> PackedRows:
 
 def pack_signed_rows(weights: Floats) -> PackedRows:
     """The same around zero: what processors multiply fastest with unsigned bytes."""
-    scales = np.abs(weights).max(axis=1) / np.float32(127)
+    scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(weights * inverse[:, None]).astype(np.int8)
     return PackedRows(np.ascontiguousarray(codes.T), scales, None)

@@ -12,6 +12,7 @@ from service import memory, models, placement, ports
 from service.engine.device import provider
 from service.errors import StartupError
 from service.models import Checked
+from service.processor import processor
 from service.rpc import tls
 from service.rpc.keys import KeyRing
 from service.server import check_host, check_tracing
@@ -38,6 +39,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "API keys": _keys,
         "TLS": _tls,
         "traces": _traces,
+        "processor": lambda _: str(processor()),
     }
     for name, check in checks.items():
         yield _finding(name, check, settings)

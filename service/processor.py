@@ -1,27 +1,133 @@
-"""What this machine's processor can do, where it decides which kernels are right and quick."""
+"""What this machine's processor can do, asked of the processor itself: CPUID on x86-64, HWCAP on arm64.
+
+So an emulated processor is seen as what it is emulated as, where /proc/cpuinfo would show the machine around it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
+import os
 import platform
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 # With it, onnxruntime multiplies unsigned by unsigned bytes where signed ones could overflow their 16-bit sums.
 EXACT_BYTES_OPTION = "session.x64quantprecision"
 
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni"}
+# cpuid(leaf, subleaf, uint32[4]): the registers EAX, EBX, ECX and EDX, in this order.
+_CPUID = bytes.fromhex("53 89f8 89f1 4989d0 0fa2 418900 41895804 41894808 4189500c 5b c3")
+# xgetbv(): the low half of XCR0, the registers that the operating system saves.
+_XGETBV = bytes.fromhex("31c9 0f01d0 c3")
+# Of XCR0: the registers that AVX, AVX-512 and AMX need.
+_AVX_STATE, _AVX512_STATE, _AMX_STATE = 0x6, 0xE6, 0x60000
+# Names of the vector of values that Linux gives each process, and bits of the first of them.
+_AT_HWCAP = 16
+_HWCAP_DOT_PRODUCTS = 1 << 20
+
+Instructions = Literal["baseline", "AVX", "AVX2", "AVX-512", "AMX", "NEON"]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """A processor's name, the widest instructions that onnxruntime has kernels for, and how it multiplies bytes."""
+
+    name: str
+    instructions: Instructions
+    # Whether one instruction sums products of 8-bit numbers in 32 bits (VNNI on x86-64): exact, and quick as well.
+    byte_dot_products: bool
+
+    def __str__(self) -> str:
+        products = "with" if self.byte_dot_products else "without"
+        return f"{self.name}, {self.instructions} kernels {products} 8-bit dot products"
 
 
 @functools.cache
-def has_byte_dot_products() -> bool:
-    """Whether unsigned times signed bytes are summed exactly in 32 bits, which is quick as well."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return not _DOT_PRODUCTS.isdisjoint(flags.split())
+def processor() -> Processor:
+    """The processor that this process runs on.
+
+    Where the operating system lets nobody ask it, it counts as one that can do nothing beyond its architecture.
+    """
+    machine = platform.machine()
+    try:
+        if machine in {"x86_64", "AMD64"}:
+            return _x86(_Cpuid())
+        if machine in {"aarch64", "arm64"}:
+            return _arm64()
+    except OSError as error:
+        return Processor(f"{machine} (unknown: {error.strerror})", "baseline", byte_dot_products=False)
+    return Processor(machine, "baseline", byte_dot_products=False)
 
 
 def byte_options() -> dict[str, str]:
     """The session options under which products of bytes are exact on this processor."""
-    return {} if has_byte_dot_products() else {EXACT_BYTES_OPTION: "1"}
+    return {} if processor().byte_dot_products else {EXACT_BYTES_OPTION: "1"}
+
+
+class _Cpuid:
+    """The two instructions by which an x86-64 processor describes itself. Raises OSError where they may not be run."""
+
+    def __init__(self) -> None:
+        # A file's pages may be mapped for execution where no page may be both written and executed.
+        file = os.memfd_create("cpuid", os.MFD_CLOEXEC)
+        try:
+            os.write(file, _CPUID + _XGETBV)
+            flags = mmap.MAP_PRIVATE
+            self._code = mmap.mmap(file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+        finally:
+            os.close(file)
+        address = np.frombuffer(self._code, np.uint8).ctypes.data
+        arguments = (ctypes.c_uint32, ctypes.c_uint32, ctypes.POINTER(ctypes.c_uint32))
+        self._cpuid: Callable[..., None] = ctypes.CFUNCTYPE(None, *arguments)(address)
+        self._xgetbv: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_uint32)(address + len(_CPUID))
+
+    def leaf(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX and EDX of a leaf, all zero where the processor has it not."""
+        most = self._registers(leaf & 0x80000000, 0)[0]
+        return self._registers(leaf, subleaf) if leaf <= most else (0, 0, 0, 0)
+
+    def saved_registers(self) -> int:
+        """XCR0: which registers the operating system saves."""
+        return self._xgetbv() if self.leaf(1)[2] >> 27 & 1 else 0
+
+    def _registers(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        registers = (ctypes.c_uint32 * 4)()
+        self._cpuid(leaf, subleaf, registers)
+        eax, ebx, ecx, edx = registers
+        return eax, ebx, ecx, edx
+
+
+def _x86(cpuid: _Cpuid) -> Processor:
+    """What onnxruntime's choice of kernels rests on (onnxruntime/core/mlas/lib/platform.cpp)."""
+    saved = cpuid.saved_registers()
+    ebx, ecx, edx = cpuid.leaf(7)[1:]
+    instructions: Instructions = "baseline"
+    byte_dot_products = False
+    if saved & _AVX_STATE == _AVX_STATE and cpuid.leaf(1)[2] >> 28 & 1:
+        instructions = "AVX"
+        if ebx >> 5 & 1 and cpuid.leaf(1)[2] >> 12 & 1:  # AVX2 and FMA
+            instructions = "AVX2"
+            byte_dot_products = bool(cpuid.leaf(7, 1)[0] >> 4 & 1)  # AVX-VNNI
+            # AVX512F, AVX512DQ, AVX512BW and AVX512VL
+            if saved & _AVX512_STATE == _AVX512_STATE and ebx & 0xC0030000 == 0xC0030000:
+                instructions = "AVX-512"
+                byte_dot_products |= bool(ecx >> 11 & 1)  # AVX512_VNNI
+                if saved & _AMX_STATE == _AMX_STATE and edx >> 24 & 3 == 3:  # AMX-TILE and AMX-INT8
+                    instructions = "AMX"
+    return Processor(_brand(cpuid), instructions, byte_dot_products)
+
+
+def _brand(cpuid: _Cpuid) -> str:
+    registers = [cpuid.leaf(0x80000002 + part) for part in range(3)]
+    text = np.array(registers, np.uint32).tobytes().split(b"\0")[0].decode("ascii", "replace")
+    return " ".join(text.split()) or "x86-64"
+
+
+def _arm64() -> Processor:
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return Processor("arm64", "NEON", bool(getauxval(_AT_HWCAP) & _HWCAP_DOT_PRODUCTS))

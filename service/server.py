@@ -25,6 +25,7 @@ from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
 from service.exporter import Exporter
 from service.metrics import Metrics, Reading
+from service.processor import processor
 from service.rpc import tasks, tls
 from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
@@ -146,7 +147,8 @@ class Server:
 
     def _add_services(self) -> None:
         completion_pb2_grpc.add_CompletionServiceServicer_to_server(
-            CompletionServicer(self.models, self._workers, self._meter), self._server
+            CompletionServicer(self.models, self._workers, self._meter, self._settings.longest_request_seconds),
+            self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -172,7 +174,8 @@ class Server:
         await self._warm_up()
         self._health.say(True, *READINESS, STARTUP)
         metrics = self._exporter and self._exporter.address
-        _log.info("serving", address=self.address, models=[each.id for each in self.models], metrics=metrics)
+        served = [each.id for each in self.models]
+        _log.info("serving", address=self.address, models=served, metrics=metrics, processor=str(processor()))
         self._following = asyncio.ensure_future(self._follow_keys())
         if self.keys.open:
             _log.warning("no API key file: no key is asked for, and only loopback is listened on")

@@ -167,6 +167,12 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(
         16 << 20, ge=1 << 16, description="Largest request message, in bytes; JSON of 2 MiB can grow to 12 MiB."
     )
+    longest_request_seconds: int = Field(
+        600,
+        ge=1,
+        le=86400,
+        description="How long a request may take, in seconds; Envoy's configuration says the same.",
+    )
     send_timeout_seconds: float = Field(
         60.0, gt=0, description="How long a stream's pieces may wait for a caller that reads nothing, in seconds."
     )

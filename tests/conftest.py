@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,11 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The default model, exported as `make run` does it, if it is not there yet."""
-    return local.model_dir()
+    """The default model, exported as `make run` does it, if it is not there yet; by one process of a run alone."""
+    local.DEFAULT_MODEL_DIR.parent.mkdir(exist_ok=True)
+    with (local.DEFAULT_MODEL_DIR.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return local.model_dir()
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import threading
 from contextlib import asynccontextmanager
 
 from service.engine.cache import KVCache
-from service.engine.engine import Engine
+from service.engine.engine import Engine, Stats
 from service.engine.scheduler import Scheduler
 from tests.fakes import FakeModel, ids
+from tests.patience import PATIENCE, eventually_async
 
 
 class GatedModel(FakeModel):
@@ -23,12 +24,12 @@ class GatedModel(FakeModel):
 
     def forward(self, *arguments):
         self.entered.release()
-        assert self.gate.acquire(timeout=10)
+        assert self.gate.acquire(timeout=PATIENCE)
         return super().forward(*arguments)
 
     async def reached(self):
         """Waits until a step has begun; it ends when `gate` is released."""
-        assert await asyncio.to_thread(self.entered.acquire, timeout=10)
+        assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)
 
 
 @asynccontextmanager
@@ -65,11 +66,9 @@ async def texts(engine, made):
 
 async def settled(engine):
     """Waits until the engine has nothing left, and checks that it keeps nothing of what has ended."""
-    for _ in range(500):
-        if engine.stats.running == engine.stats.waiting == 0 and not (engine._sequences or engine._tickets):
-            return
-        await asyncio.sleep(0.002)
-    raise AssertionError(f"still {engine.stats}")
+    await eventually_async(
+        lambda: engine.stats == Stats(0, 0) and not (engine._sequences or engine._tickets), lambda: engine.stats
+    )
 
 
 def check_histories(model, *prompts):

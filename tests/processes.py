@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from model_export.export import Options, export
 from tests.model_export import tiny
+from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
 from tests.stack import AUTHORIZED, ROOT, free_ports, wait_until_healthy
 
 TINY = "tiny"
@@ -48,9 +49,14 @@ class Service:
         return completion_pb2_grpc.CompletionServiceStub(self.channel)
 
     @property
+    def output(self) -> str:
+        """What it has logged so far, as it stands there."""
+        return (self.folder / "out").read_text()
+
+    @property
     def log(self) -> list[dict[str, Any]]:
-        """What it has logged so far."""
-        return [json.loads(line) for line in (self.folder / "out").read_text().splitlines()]
+        """What it has logged, once no line is half written."""
+        return [json.loads(line) for line in self.output.splitlines()]
 
     @property
     def errors(self) -> str:
@@ -63,18 +69,20 @@ class Service:
 
     def wait_until_ready(self) -> None:
         ready = grpc.channel_ready_future(self.channel)
-        deadline = time.monotonic() + 60
-        while not ready.done():
-            assert self.process.poll() is None, self.errors
-            assert time.monotonic() < deadline, "not ready within 60 s"
-            time.sleep(0.05)
+        eventually(lambda: ready.done() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.errors
         wait_until_healthy(self.channel)
 
-    def stream(self, **fields: Any) -> Any:
-        return self.stub.StreamCompletion(self._request(fields), metadata=METADATA)
+    def stream(self, timeout: float | None = None, **fields: Any) -> Any:
+        return self.stub.StreamCompletion(self._request(fields), metadata=METADATA, timeout=timeout)
 
-    def complete(self, timeout: float = 30, **fields: Any) -> pb.CreateCompletionResponse:
+    def complete(self, timeout: float = PATIENCE, **fields: Any) -> pb.CreateCompletionResponse:
         return self.stub.CreateCompletion(self._request(fields), metadata=METADATA, timeout=timeout)
+
+    def outcome(self, **fields: Any) -> grpc.StatusCode:
+        """What a request for a whole answer ends with."""
+        code: grpc.StatusCode = self.stub.CreateCompletion.future(self._request(fields), metadata=METADATA).code()
+        return code
 
     def watch(self) -> Any:
         """The service's health, as it changes."""
@@ -85,8 +93,13 @@ class Service:
         values = {"model": TINY, "text": "the", "ignore_eos": True, "temperature": 0, **fields}
         return pb.CreateCompletionRequest(**values)
 
-    def exit_code(self, seconds: float = 20) -> int:
-        return self.process.wait(seconds)
+    def arm(self) -> None:
+        """Returns once the fault is due."""
+        self.process.send_signal(signal.SIGUSR1)
+        eventually(lambda: "armed" in self.errors)
+
+    def exit_code(self) -> int:
+        return self.process.wait(PATIENCE)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -114,7 +127,8 @@ def service(
         flags += ["--model-dir", str(model_dir)]
     command = [*around, sys.executable, "-m", *module, *flags, *arguments]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        process = subprocess.Popen(command, cwd=ROOT, **{"stdout": out, "stderr": err, **popen})
+        environment = os.environ | PATIENT_SERVICE
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **{"stdout": out, "stderr": err, **popen})
     with process:
         try:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:

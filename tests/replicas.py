@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE, eventually
 from tests.stack import Replica, Stack, envoy, free_ports
 
 
@@ -30,10 +30,7 @@ class Pair:
 
     def wait_for_health(self, expected: list[bool]) -> None:
         """Returns once Envoy knows whether each replica is healthy."""
-        deadline = time.monotonic() + 60
-        while self._health() != expected:
-            assert time.monotonic() < deadline, f"the replicas' health is not {expected} within a minute"
-            time.sleep(0.05)
+        eventually(lambda: self._health() == expected, self._health)
 
     def answered(self) -> tuple[int, int]:
         """How many requests Envoy has sent to each replica so far."""
@@ -52,7 +49,7 @@ class Pair:
         return [status == {"eds_health_status": "HEALTHY"} for status in found]
 
     def _hosts(self) -> list[dict[str, Any]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=PATIENCE)
         try:
             connection.request("GET", "/clusters?format=json")
             clusters = json.load(connection.getresponse())["cluster_statuses"]
@@ -67,7 +64,7 @@ class Pair:
 def serving_pair(model_dir: Path, folder: Path, affinity: bool = False) -> Iterator[Pair]:
     """Both replicas serve; a test that ends one starts it again. With `affinity` each session has one of its own."""
     http_port, admin_port, *ports = free_ports(4)
-    first, second = (Replica(model_dir, port, folder, "--drain-seconds", "10", "--threads", "1") for port in ports)
+    first, second = (Replica(model_dir, port, folder, "--threads", "1") for port in ports)
     with envoy(http_port, first.port, folder, [second.port], admin_port, affinity):
         try:
             for replica in (first, second):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy import local
-from deploy.local import free_ports
 from service.server import Server
 from service.settings import Settings
+from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key"
@@ -71,16 +71,14 @@ class Stack:
     def envoy_address(self) -> str:
         return f"127.0.0.1:{self.http}"
 
-    def wait_until_ready(self, seconds: float = 60) -> None:
+    def wait_until_ready(self) -> None:
         """Returns once a request gets through Envoy to the service."""
-        deadline = time.monotonic() + seconds
-        while not self._answers():
-            assert time.monotonic() < deadline, f"no answer from port {self.http} within {seconds} s"
-            time.sleep(0.1)
+        eventually(self._answers, lambda: f"no answer from port {self.http}")
 
     def _answers(self) -> bool:
         try:
-            return self.request("GET", "/v1/models").status == 200
+            # Envoy's own word of the service first: that counts against no limit of requests.
+            return all(self.request("GET", path).status == 200 for path in ("/health", "/v1/models"))
         except OSError:
             return False
 
@@ -88,7 +86,7 @@ class Stack:
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] = AUTHORIZED
     ) -> Answer:
         """One HTTP request, with exactly these headers besides what HTTP/1.1 needs."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
         try:
             data = body.encode() if isinstance(body, str) else body
             connection.request(method, path, data, dict(headers))
@@ -103,6 +101,22 @@ class Stack:
         headers = {**AUTHORIZED, "content-type": "application/json"}
         return self.request("POST", "/v1/completions", json.dumps({"model": MODEL, **fields}), headers)
 
+    def begin(self, **fields: Any) -> http.client.HTTPResponse:
+        """A stream of events of which the first has come; reading gives the others, closing hangs up."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
+        # With this header the connection is the answer's alone.
+        headers = {**AUTHORIZED, "content-type": "application/json", "connection": "close"}
+        body = {"model": MODEL, "prompt": "Once", "ignore_eos": True, "stream": True, **fields}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: {")
+        return response
+
+    def sample(self, name: str) -> float:
+        """The value of a metric of the service, of all its models together."""
+        page = Stack(self.metrics, 0).request("GET", "/metrics", headers={}).body.decode()
+        return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(f"{name}{{"))
+
 
 @contextmanager
 def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[Stack]:
@@ -110,11 +124,13 @@ def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[
     http_port, grpc_port, metrics_port = free_ports(3)
     environment = {
         **os.environ,
+        **PATIENT_SERVICE,
         "HTTP_PORT": str(http_port),
         "GRPC_PORT": str(grpc_port),
         "MODEL_DIR": str(model_dir),
         "API_KEY": KEY,
         "COMPLETION_METRICS_PORT": str(metrics_port),
+        "START_SECONDS": str(PATIENCE),
         **variables,
     }
     command = [sys.executable, "deploy/local.py", "--", *service_args]
@@ -127,7 +143,7 @@ def launched(model_dir: Path, *service_args: str, **variables: str) -> Iterator[
         yield Stack(http_port, grpc_port, Path(logs), metrics_port)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def wait_until_ready(process: subprocess.Popen[str]) -> str:
@@ -167,14 +183,14 @@ class ServiceThread:
 
     def __enter__(self) -> ServiceThread:
         self._thread.start()
-        self._ready.wait(60)
+        assert self._ready.wait(PATIENCE)
         if self._failure is not None:
             raise self._failure
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60)
+        self._thread.join(PATIENCE)
         self._loop.close()
 
 
@@ -186,6 +202,7 @@ def envoy(
     replicas: Sequence[int] = (),
     admin_port: int | None = None,
     affinity: bool = False,
+    metrics_port: int | None = None,
     api_keys_file: Path | None = None,
 ) -> Iterator[local.Child]:
     """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`.
@@ -195,6 +212,8 @@ def envoy(
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     if admin_port is not None:
         ports["ADMIN_PORT"] = admin_port
+    if metrics_port is not None:
+        ports["ENVOY_METRICS_PORT"] = metrics_port
     command = local.envoy_command(local.envoy_binary(), ports, folder, replicas, affinity)
     variables = {"COMPLETION_API_KEYS_FILE": str(api_keys_file or "")}
     child = local.Child("Envoy", command, folder / "envoy.log", variables)
@@ -204,10 +223,19 @@ def envoy(
         child.stop()
 
 
-def wait_until_healthy(channel: grpc.Channel, seconds: float = 60) -> None:
+def envoy_counts(admin_port: int, name: str) -> int:
+    """What Envoy counts under this name, 0 as long as it does not answer."""
+    try:
+        page = Stack(admin_port, 0).request("GET", f"/stats?filter=^{name}$", headers={}).body
+    except ConnectionError:
+        return 0
+    return int(page.rpartition(b": ")[2] or 0)
+
+
+def wait_until_healthy(channel: grpc.Channel) -> None:
     """Returns once a service says SERVING of itself."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(
-        health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds
+        health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE
     )
     for answer in watch:
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
@@ -237,12 +265,14 @@ class Replica:
     def start(self) -> None:
         """Starts the process; `wait_until_serving` tells when it answers."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self._command, cwd=ROOT, env=os.environ | PATIENT_SERVICE, stdout=log, stderr=subprocess.STDOUT
+            )
 
-    def wait_until_serving(self, seconds: float = 60) -> None:
+    def wait_until_serving(self) -> None:
         """Returns once the service says of itself that it is healthy."""
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            wait_until_healthy(channel, seconds)
+            wait_until_healthy(channel)
 
     def kill(self) -> None:
         """SIGKILL: no drain, no word."""
@@ -252,7 +282,7 @@ class Replica:
     def restart(self) -> None:
         """SIGTERM, the drain to its end, and a new start."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
+        assert self.process.wait(PATIENCE) == 0
         self.start()
         self.wait_until_serving()
 

@@ -1,5 +1,6 @@
 """docker-compose.yml: valid by the specification's schema, confined, and pointing at files that exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -78,12 +79,45 @@ def test_prometheus_finds_every_service(name: str) -> None:
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
 
 
+@pytest.mark.parametrize("name", ["envoy", "envoy-gpu"])
+def test_prometheus_finds_every_envoy(name: str) -> None:
+    """In its service's network, at the port of its numbers, where they can be had from beside and not from outside."""
+    scraped = yaml.safe_load((ROOT / "deploy" / "observability" / "prometheus.yaml").read_text())["scrape_configs"]
+    (job,) = [each for each in scraped if each["job_name"] == "completions-envoy"]
+    (source,) = job["dns_sd_configs"]
+    assert SERVICES[name]["network_mode"].removeprefix("service:") in source["names"]
+    (listener,) = [each for each in ENVOY["static_resources"]["listeners"] if each["name"] == "metrics"]
+    assert source["port"] == listener["address"]["socket_address"]["port_value"]
+    (host,) = listener["filter_chains"][0]["filters"][0]["typed_config"]["route_config"]["virtual_hosts"]
+    (paths,) = [route["match"]["headers"] for route in host["routes"]]
+    assert {"name": ":path", "string_match": {"exact": job["metrics_path"]}} in paths
+    assert SERVICES[name]["environment"]["METRICS_HOST"] == "0.0.0.0"
+
+
+@pytest.mark.parametrize(("service", "envoy"), [("service", "envoy"), ("service-gpu", "envoy-gpu")])
+def test_the_longest_request_is_the_same_for_both(service: str, envoy: str) -> None:
+    """The variable of whoever starts compose reaches both; Envoy's script puts it where the configuration has it."""
+    for name in (service, envoy):
+        assert "COMPLETION_LONGEST_REQUEST_SECONDS" in SERVICES[name]["environment"]
+    given = {"COMPLETION_LONGEST_REQUEST_SECONDS": "1234", "METRICS_HOST": "0.0.0.0"}
+    script = [*SERVICES[envoy]["entrypoint"][:2], "echo", *SERVICES[envoy]["command"]]
+    done = subprocess.run(script, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, check=True)
+    written = (ROOT / "envoy" / "envoy.yaml").read_text()
+    written = written.replace("&longest_request 600s", "&longest_request 1234s")
+    written = written.replace("&metrics_host 127.0.0.1", "&metrics_host 0.0.0.0")
+    assert done.stdout.strip() == f"--config-yaml {written.strip()} --disable-hot-restart"
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "envoy" / "envoy.yaml").read_text().strip() in done.stdout
+
+
 @pytest.mark.parametrize("name", ["service", "service-gpu"])
 def test_settings_that_are_passed_on(name: str) -> None:
     """Variables of whoever starts compose reach the service by the names of its settings."""
     known = {f"{ENV_PREFIX}{setting.upper()}" for setting in Settings.model_fields}
     given = set(SERVICES[name]["environment"]) - {"ORT_DISABLE_TELEMETRY"}
-    assert {"COMPLETION_OTLP_ENDPOINT", "COMPLETION_API_KEYS_FILE"} <= given <= known
+    assert (
+        {"COMPLETION_OTLP_ENDPOINT", "COMPLETION_API_KEYS_FILE", "COMPLETION_LONGEST_REQUEST_SECONDS"} <= given <= known
+    )
 
 
 @pytest.mark.parametrize("name", ["service", "service-gpu"])

@@ -9,7 +9,7 @@ export class ApiError extends Error {
 }
 
 async function send(path, key, options) {
-  const headers = { authorization: `Bearer ${key}`, ...options.headers };
+  const headers = { ...(key && { authorization: `Bearer ${key}` }), ...options.headers };
   let response;
   try {
     response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
@@ -55,7 +55,7 @@ export async function* complete(body, key, signal) {
   throw new ApiError({ message: "The stream ended before its end.", type: "network", param: null, code: null });
 }
 
-/** The data of server-sent events, each of which the service sends as one line `data: ...` and an empty one. */
+/** The data of server-sent events, each of which the service sends as one line and an empty one: `data: ...`, or a comment. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -64,6 +64,8 @@ async function* events(stream) {
     if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
-    for (const block of blocks) yield block.slice("data: ".length);
+    for (const block of blocks) {
+      if (block.startsWith("data: ")) yield block.slice("data: ".length);
+    }
   }
 }

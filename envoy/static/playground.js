@@ -8,9 +8,10 @@ const form = $("request");
 const tip = new Tip($("tip"));
 let running = null;
 
-// The key: kept for this tab alone, and gone with it.
+// The key: asked for once the service wants one, kept for this tab alone, and gone with it.
 const KEY = "completion-service-key";
 $("key").value = sessionStorage.getItem(KEY) ?? "";
+$("key-field").hidden = !$("key").value;
 
 /** What was typed as a number; whatever is none goes out as it is, for the service to refuse in its own words. */
 function number(text) {
@@ -54,6 +55,7 @@ function showError(error) {
   detail.textContent = facts.filter(Boolean).join(" · ");
   $("error").replaceChildren(error.message, detail);
   $("error").hidden = false;
+  if (error.status === 401) $("key-field").hidden = false;
   const field = error.status === 401 ? $("key") : form.querySelector(`[name="${CSS.escape(error.param ?? "")}"]`);
   field?.setAttribute("aria-invalid", "true");
   field?.setAttribute("aria-errormessage", "error");
@@ -62,7 +64,6 @@ function showError(error) {
 
 async function loadModels() {
   const key = $("key").value;
-  if (!key) return;
   clearError();
   try {
     const models = await listModels(key);
@@ -72,6 +73,11 @@ async function loadModels() {
     $("model").value = models.includes(chosen) ? chosen : models[0];
     $("model-hint").textContent = `${models.length} ids and aliases are served.`;
   } catch (error) {
+    if (error.status === 401 && !key) {
+      $("key-field").hidden = false;
+      $("model-hint").textContent = "The models are listed once there is a key.";
+      return;
+    }
     // Whoever types elsewhere by now goes on typing.
     showError(error);
   }

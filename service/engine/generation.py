@@ -112,6 +112,14 @@ class Generation:
         self._event.set()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for delta in self.pieces():
+            if delta is not None:
+                yield delta
+
+    async def pieces(self, silence: float = math.inf, since: float = math.inf) -> AsyncIterator[Delta | None]:
+        """The pieces, and None whenever for `silence` seconds none has come, first counted from `since` (monotonic)."""
+        loop = asyncio.get_running_loop()
+        speak_at = min(since, loop.time()) + silence
         while self._unfinished:
             while self._arrived:
                 delta = self._arrived.popleft()
@@ -119,11 +127,17 @@ class Generation:
                 self._backlog -= _size(delta)
                 self._unfinished -= delta.finish_reason is not None
                 yield delta
+                speak_at = loop.time() + silence
             if self._unfinished:
                 if self.error is not None:
                     raise self.error
                 self._event.clear()
-                await self._event.wait()
+                try:
+                    async with asyncio.timeout_at(speak_at if math.isfinite(speak_at) else None):
+                        await self._event.wait()
+                except TimeoutError:
+                    yield None
+                    speak_at = loop.time() + silence
 
     def __enter__(self) -> Generation:
         return self

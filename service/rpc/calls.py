@@ -18,7 +18,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call; `began` is on the monotonic clock.
+    """A call; `began` is on the monotonic clock, `identifiers` are what its answer is told apart by.
 
     `trace` are the caller's traceparent and tracestate. `caller` is the name of its key, `model` the id of the served
     model that it asks for. `notes` go into its line in the log: never content, keys, or names in clear. `usage` is what
@@ -29,6 +29,7 @@ class Call:
     began: float
     request_id: str
     trace: dict[str, str]
+    identifiers: tuple[tuple[str, str], ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     caller: str = ""
     model: str = ""

@@ -29,6 +29,7 @@ from service.rpc.workers import Workers
 
 _log = telemetry.get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
+_CLIENT_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,512}")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Error = TypeVar("_Error", bound=BaseException)
@@ -137,11 +138,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             observer.call_began(method)
         metadata = [(key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str)]
         call = _begin(dict(metadata))
-        context.set_trailing_metadata((("x-request-id", call.request_id),))
+        context.set_trailing_metadata(call.identifiers)
         finished = False
         with ExitStack() as held:
             try:
                 if not public:
+                    _take_client_request_id(call, dict(metadata).get("x-client-request-id"))
+                    context.set_trailing_metadata(call.identifiers)
                     self._admit(method, call, metadata, held)
                 held.enter_context(self._running.lasting(method))
                 yield call
@@ -158,7 +161,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Ends a call with its error's status, or without one where the caller takes nothing."""
         code, message = _explain(error)
         _without_frames(error)
-        own = (("x-request-id", call.request_id), *answer_headers.get())
+        own = (*call.identifiers, *answer_headers.get())
         if call.stalled:
             tasks.cut_off_in(self._last_word)
         try:
@@ -211,6 +214,7 @@ def _begin(metadata: dict[str, str]) -> Call:
     """A call that begins now, for whoever works for it to find."""
     request_id = _request_id(metadata.get("x-request-id"))
     call = Call(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
+    call.identifiers = (("x-request-id", request_id),)
     current_call.set(call)
     current_request_id.set(request_id)
     answer_headers.set([])
@@ -260,6 +264,17 @@ async def _send_headers(context: Context) -> None:
 
 def _request_id(given: str | None) -> str:
     return given if given and _REQUEST_ID.match(given) else str(uuid.uuid4())
+
+
+def _take_client_request_id(call: Call, given: str | None) -> None:
+    """Notes the caller's own name for its request, which comes back; InvalidRequestError where it could not."""
+    if not given:
+        return
+    if not _CLIENT_REQUEST_ID.fullmatch(given):
+        message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
+        raise InvalidRequestError(message)
+    call.identifiers += (("x-client-request-id", given),)
+    call.notes["client_request_id"] = given
 
 
 def failure(error: Exception) -> pb.Error:

@@ -12,7 +12,7 @@ from completion.v1 import completion_pb2 as pb
 from service.errors import InvalidRequestError
 from service.manifest import Manifest
 from service.rpc import bounds
-from service.rpc.checks import at_most, integer, invalid, shown
+from service.rpc.checks import integer, invalid, shown
 from service.rpc.prompts import check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
@@ -112,7 +112,8 @@ def _take_stop(request: pb.CreateCompletionRequest, limit: int) -> None:
         raise invalid("stop", "set either stop or json_stop, not both.")
     count = len(entries) or len(request.stop)
     if count > limit:
-        raise at_most("stop", "entries", count, limit, "array_above_max_length")
+        expected = f"Expected an array with maximum length {limit}, but got an array with length {count} instead."
+        raise invalid("stop", f"array too long. {expected}", "array_above_max_length")
     if any(entry.WhichOneof("kind") != "string_value" for entry in entries):
         raise invalid("stop", "expected a string or an array of strings.", "invalid_type")
     request.stop.extend(entry.string_value for entry in entries)

@@ -163,6 +163,8 @@ def error_event(error: pb.Error) -> bytes:
 
 
 DONE_EVENT = b"data: [DONE]\n\n"
+# Readers skip it; proxies see that the connection is alive.
+WAITING_COMMENT = b": waiting\n\n"
 
 
 def _event(body: dict[str, Any]) -> bytes:

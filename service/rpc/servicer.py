@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,10 @@ from service.rpc.workers import Workers
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
-# An event of the deadline's passing must be on its way before the deadline: then the stream is cut off.
-_LAST_EVENT_SECONDS = 0.5
+# The word of the end must be on its way before the deadline: then gRPC, or Envoy, cuts the call off.
+_LAST_WORDS_SECONDS = 0.5
+# A stream of events that has nothing to say for so long says that: proxies close what is silent for a minute.
+_SILENCE_SECONDS = 15.0
 # What is made of fewer bytes, or of a piece of fewer scored tokens, takes the event loop no longer than others' calls.
 _LARGE_ANSWER = 256 << 10
 _MANY_TOKENS = 512
@@ -64,9 +67,15 @@ class ServedModel:
 class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     """Implements completion.v1.CompletionService over served models, by id and alias."""
 
-    def __init__(self, models: Iterable[ServedModel], workers: Workers, meter: Meter) -> None:
-        """No two models have a name in common. `workers` tokenize; `meter` holds callers to their quotas."""
+    def __init__(
+        self, models: Iterable[ServedModel], workers: Workers, meter: Meter, longest_request: float = math.inf
+    ) -> None:
+        """No two models have a name in common. `workers` tokenize; `meter` holds callers to their quotas.
+
+        `longest_request` seconds after it has come, a request is ended.
+        """
         self._models = {name: model for model in models for name in model.names}
+        self._longest_request = longest_request
         self._workers = workers
         self._meter = meter
 
@@ -76,12 +85,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.stream:
             message = "CreateCompletion answers once: call StreamCompletion to stream."
             raise InvalidRequestError(message, param="stream", code="invalid_value")
-        return await self._whole(request, _Deadline(context))
+        return await self._whole(request, self._deadline(context))
 
     async def StreamCompletion(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[pb.CreateCompletionResponse]:
-        deadline = _Deadline(context)
+        deadline = self._deadline(context)
         if request.HasField("stream") and not request.stream:
             yield await self._whole(request, deadline)
             return
@@ -96,7 +105,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
-        deadline = _Deadline(context)
+        deadline = self._deadline(context, events=True)
         if not request.stream:
             answer = await self._whole(request, deadline)
             large = answer.ByteSize() > _LARGE_ANSWER
@@ -104,8 +113,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
-        with self._submitted(model, parsed, deadline) as generation, _ending_by_deadline(generation, deadline):
-            async for event in self._events(parsed, aiter(generation)):
+        with self._submitted(model, parsed, deadline) as generation:
+            pieces = generation.pieces(_SILENCE_SECONDS, since=current_call.get().began)
+            async for event in self._events(parsed, pieces):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
     async def ListModels(  # noqa: N802
@@ -117,6 +127,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
+
+    def _deadline(self, context: Context, *, events: bool = False) -> _Deadline:
+        return _Deadline(context, self._longest_request, events=events)
 
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
@@ -132,12 +145,19 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         """What `make` makes; where that takes long, off the event loop and in its caller's turn."""
         return await self._workers.run(current_caller.get().identity, make) if large else make()
 
-    async def _events(self, request: Request, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """A stream's events. Once one is sent, HTTP shows a failure only as an event: the stream ends with it."""
+    async def _events(self, request: Request, deltas: AsyncIterator[Delta | None]) -> AsyncIterator[bytes]:
+        """A stream's events, and a comment where there is no piece.
+
+        Once something is sent, HTTP shows a later failure only as an event: the stream ends with it.
+        """
         pieces = render.Pieces(request)
         begun = False
         try:
             async for delta in deltas:
+                if delta is None:
+                    yield render.WAITING_COMMENT
+                    begun = True
+                    continue
                 message = await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
                 event = partial(render.event, message, usage_key=request.include_usage)
                 yield await self._made(event, len(delta.tokens) > _MANY_TOKENS)
@@ -188,7 +208,8 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
                 usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
                 call.generates(generation)
                 try:
-                    yield generation
+                    with deadline.ending(generation):
+                        yield generation
                 finally:
                     call.generates(None)
                     used = prompt_tokens + generation.completion_tokens
@@ -238,29 +259,35 @@ def _fill(usage: Usage, generation: Generation, call: Call) -> None:
 class _Deadline:
     """Until when a call is to be answered, on the monotonic clock: gRPC tells it by the wall clock."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, longest: float, *, events: bool) -> None:
+        """No call takes longer than `longest` seconds; of one that answers by `events` these have to say its end."""
         left = context.time_remaining()
         self._at = None if left is None else time.monotonic() + left
+        self._longest = longest
+        self._longest_at = current_call.get().began + longest
+        self._events = events
 
     @property
     def left(self) -> float | None:
-        """Seconds left, None where there is no deadline."""
+        """Seconds left of the caller's own deadline, None where there is none: the longest request refuses nothing."""
         return None if self._at is None else self._at - time.monotonic()
 
-
-@contextmanager
-def _ending_by_deadline(generation: Generation, deadline: _Deadline) -> Iterator[None]:
-    """Has a generation fail just before its call's deadline, so that a stream of events can say so."""
-    left = deadline.left
-    if left is None:
-        yield
-        return
-    error = DeadlineError("The request took longer than it may.")
-    timer = asyncio.get_running_loop().call_later(max(0.0, left - _LAST_EVENT_SECONDS), generation.fail, error)
-    try:
-        yield
-    finally:
-        timer.cancel()
+    @contextmanager
+    def ending(self, generation: Generation) -> Iterator[None]:
+        """Has a generation fail just before the call has taken too long; gRPC itself keeps its callers' deadlines."""
+        ends = [(self._longest_at, f"The request took longer than {self._longest:g} seconds, the longest it may.")]
+        if self._at is not None and self._events:
+            ends.append((self._at, "The request took longer than it may."))
+        at, message = min(ends)
+        if math.isinf(at):
+            yield
+            return
+        seconds = max(0.0, at - _LAST_WORDS_SECONDS - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(seconds, generation.fail, DeadlineError(message))
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

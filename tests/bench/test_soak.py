@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from bench import soak
@@ -85,10 +87,18 @@ def test_chunks() -> None:
     assert soak._unchunked(b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
 
 
+def judged(bounds: Bounds) -> bool:
+    """The verdict on a soak that is no longer than it must be, for there to be something to judge by."""
+    for minutes in (0.2, 1):
+        with suppress(PeerError):
+            return soak.run(minutes, 1, bounds)
+    return soak.run(5, 1, bounds)
+
+
 def test_a_soak_of_the_product(capsys: pytest.CaptureFixture[str]) -> None:
-    """A few seconds of it: every kind of request gets what it should, and nothing is held at the end."""
+    """A short one: every kind of request gets what it should, and nothing is held at the end."""
     generous = Bounds(rss_slope=1e9, files=1000, threads=1000, p99_drift=1e9)
-    assert soak.run(0.2, 1, generous), capsys.readouterr().out
+    assert judged(generous), capsys.readouterr().out
     said = capsys.readouterr().out
     assert "'whole 200'" in said
     assert "sequences held at the end                      0.00" in said

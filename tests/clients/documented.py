@@ -45,7 +45,7 @@ class Workplace:
         path.write_text(self.snippet(title, language))
         return path
 
-    def run(self, *command: str | Path, timeout: float = 200) -> str:
+    def run(self, *command: str | Path) -> str:
         """The command's standard output; it must succeed. Skips where its program is not installed."""
         path = f"{CLIENTS}:{NODE_MODULES / '.bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         program, *arguments = map(str, command)
@@ -72,7 +72,6 @@ class Workplace:
             capture_output=True,
             encoding="utf-8",
             check=False,
-            timeout=timeout,
         )
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout

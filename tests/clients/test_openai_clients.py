@@ -18,6 +18,7 @@ import pytest
 
 from tests.browser import CHROMIUM
 from tests.clients.documented import CLIENTS, Workplace
+from tests.patience import PATIENCE
 from tests.stack import ROOT, Stack
 
 pytestmark = pytest.mark.clients
@@ -164,10 +165,10 @@ def test_grpc_web_in_a_browser(here: Workplace, greedy: dict) -> None:
         command = [browser, *CHROMIUM, profile, f"{address}/page.html"]
         window = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            page = Page.reports.get(timeout=60)
+            page = Page.reports.get(timeout=PATIENCE)
         finally:
             window.terminate()
-            window.wait(30)
+            window.wait(PATIENCE)
     assert f'<pre id="answer">{greedy["text"]}</pre>' in page
     assert f'<pre id="stream">{greedy["text"]}</pre>' in page
     assert "<pre id=\"error\">Invalid 'max_tokens': integer below minimum value." in page

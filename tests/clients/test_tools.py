@@ -174,4 +174,4 @@ def test_locust(here: Workplace) -> None:
     assert entry["num_failures"] == 0
     assert entry["num_requests"] > 4
     mean = entry["total_response_time"] / entry["num_requests"]
-    assert 0 < entry["min_response_time"] <= mean <= entry["max_response_time"] < 5000
+    assert 0 < entry["min_response_time"] <= mean <= entry["max_response_time"]

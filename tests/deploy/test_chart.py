@@ -53,6 +53,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "model": {"dir": "/models", "names": ["large", "small"], "existingClaim": "models"},
         "env": {"COMPLETION_MAX_RUNNING": "64", "COMPLETION_DEVICE": "cuda"},
         "drain": {"delaySeconds": 10, "seconds": 120},
+        "longestRequestSeconds": 3600,
         "metrics": {"enabled": False},
         "podDisruptionBudget": {"enabled": False},
         "networkPolicy": {"enabled": False},
@@ -171,7 +172,11 @@ def test_start_and_stop(rendered: tuple[dict[str, Any], list[Manifest]]) -> None
     variables = {each["name"]: each["value"] for each in service["env"]}
     drain = int(variables["COMPLETION_DRAIN_DELAY_SECONDS"]) + int(variables["COMPLETION_DRAIN_SECONDS"])
     assert drain == values["drain"]["delaySeconds"] + values["drain"]["seconds"]
-    assert spec["terminationGracePeriodSeconds"] == drain + 10
+    assert spec["terminationGracePeriodSeconds"] == 2 * drain + 10
+    assert sidecar["command"] == ["bash", "envoy/run.sh", "envoy"]
+    of_envoy = {each["name"]: each["value"] for each in sidecar["env"]}
+    assert of_envoy["DRAIN_DELAY"] == variables["COMPLETION_DRAIN_DELAY_SECONDS"]
+    assert of_envoy["DRAIN_SECONDS"] == variables["COMPLETION_DRAIN_SECONDS"]
     (port,) = [each["containerPort"] for each in service["ports"] if each["name"] == "grpc"]
     assert port == Settings.model_fields["port"].default
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -192,9 +197,8 @@ def test_keys_are_one_setting(rendered: tuple[dict[str, Any], list[Manifest]]) -
     spec = pod_of(rendered[1])["spec"]
     (sidecar,), (service,) = spec["initContainers"], spec["containers"]
     variables = {each["name"]: each["value"] for each in service["env"]}
-    (shared,) = sidecar["env"]
-    assert shared["name"] == "COMPLETION_API_KEYS_FILE"
-    assert variables["COMPLETION_API_KEYS_FILE"] == shared["value"]
+    of_envoy = {each["name"]: each["value"] for each in sidecar["env"]}
+    assert variables["COMPLETION_API_KEYS_FILE"] == of_envoy["COMPLETION_API_KEYS_FILE"]
     assert variables["ORT_DISABLE_TELEMETRY"] == "1"
 
 
@@ -204,7 +208,7 @@ def test_metrics_are_for_who_is_named(rendered: tuple[dict[str, Any], list[Manif
     if not values["networkPolicy"]["enabled"]:
         return
     (policy,) = [each for each in manifests if each["kind"] == "NetworkPolicy"]
-    rules = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "metrics"}]]
+    rules = [rule for rule in policy["spec"]["ingress"] if {"port": "metrics"} in rule["ports"]]
     named = values["networkPolicy"]["metricsFrom"] if values["metrics"]["enabled"] else []
     assert [rule["from"] for rule in rules] == ([named] if named else [])
 
@@ -251,7 +255,9 @@ def test_names_meet(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
                 each for each in manifests if selected["matchLabels"].items() <= each["metadata"]["labels"].items()
             ]
             (service,) = [each for each in matching if each["kind"] == "Service"]
-            assert spec["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+            scraped = {each["port"]: each.get("path", "/metrics") for each in spec["endpoints"]}
+            assert scraped == {"metrics": "/metrics", "envoy-metrics": "/stats/prometheus"}
+            assert set(scraped) <= {port["name"] for port in service["spec"]["ports"]}
         if manifest["kind"] == "InferencePool":
             assert [port["number"] for port in spec["targetPorts"]] == [ports["http"]]
     mounted = {mount["name"] for each in containers for mount in each["volumeMounts"]}
@@ -275,7 +281,7 @@ def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]
     """Sessions, and else keys, stay on a ring of all pods, where nobody gets more than 1.25 times the mean load."""
     values, manifests = rendered
     resources = envoy_of(manifests)["static_resources"]
-    cluster, _ = resources["clusters"]
+    cluster = local.named(resources["clusters"], "service")
     expected = ("STRICT_DNS", "RING_HASH") if has_affinity(values) else ("STATIC", "ROUND_ROBIN")
     assert (cluster["type"], cluster["lb_policy"]) == expected
     assert cluster["common_lb_config"]["consistent_hashing_lb_config"] == {"hash_balance_factor": 125}
@@ -288,25 +294,41 @@ def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]
 
 
 def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
-    """The configuration is envoy/envoy.yaml without the viewer's pages; with affinity it knows all pods."""
+    """The configuration is envoy/envoy.yaml without the viewer's pages; with affinity it knows all pods.
+
+    The longest request is the service's, and Envoy's numbers can be had where metrics can.
+    """
     values, manifests = rendered
-    expected = yaml.safe_load((ROOT / "envoy" / "envoy.yaml").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(local.LONGEST_REQUEST, str(values["longestRequestSeconds"]))
+        expected = yaml.safe_load(local.template())
+    (service,) = pod_of(manifests)["spec"]["containers"]
+    longest = {"name": local.LONGEST_REQUEST, "value": str(values["longestRequestSeconds"])}
+    assert longest in service["env"]
     resources = expected["static_resources"]
+    if values["metrics"]["enabled"]:
+        metrics = local.named(resources["listeners"], "metrics")
+        metrics["address"]["socket_address"]["address"] = "0.0.0.0"
     host = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]["route_config"]["virtual_hosts"][
         0
     ]
-    left_out = ("envoy/static/vendor/", "envoy/static/docs.html")
+    left_out = ("envoy/static/vendor/", "envoy/static/docs.")
     pages = [str(route.get("direct_response", {}).get("body", {}).get("filename")) for route in host["routes"]]
     host["routes"] = [route for route, page in zip(host["routes"], pages, strict=True) if not page.startswith(left_out)]
-    assert sum(page.startswith(left_out) for page in pages) == 3
+    assert sum(page.startswith(left_out) for page in pages) == 4
     if has_affinity(values):
-        for cluster in resources["clusters"]:
-            cluster["type"] = "STRICT_DNS"
-        resources["clusters"][0]["lb_policy"] = "RING_HASH"
+        for cluster in local.clusters_of_the_service(expected):
+            cluster |= {
+                "type": "STRICT_DNS",
+                "dns_lookup_family": "V4_PREFERRED",
+                "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "5s"},
+            }
+        local.named(resources["clusters"], "service")["lb_policy"] = "RING_HASH"
         # One object in YAML, by an anchor.
         (endpoint,) = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         replicas = of_kind(manifests, "Service", "demo-completion-service-replicas")
         assert replicas["spec"]["clusterIP"] == "None"
+        assert replicas["spec"]["publishNotReadyAddresses"] is True
         address = f"{replicas['metadata']['name']}.texts.svc"
         endpoint["endpoint"]["address"]["socket_address"]["address"] = address
     assert envoy_of(manifests) == expected
@@ -328,7 +350,8 @@ def test_envoy_accepts_its_files(rendered: tuple[dict[str, Any], list[Manifest]]
             path.write_bytes(contents[item["key"]])
             if item["key"] != "envoy.yaml":
                 assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes()
-    command = [local.envoy_binary(), *sidecar["args"][:2], "--mode", "validate", "-l", "error"]
+    script = [*sidecar["command"][:2], local.envoy_binary()]
+    command = [*script, *sidecar["args"][:2], "--mode", "validate", "-l", "error"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

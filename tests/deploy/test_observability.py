@@ -119,7 +119,7 @@ def test_names_are_the_services() -> None:
     }
     scaled = (ROOT / "deploy" / "helm" / "completion-service" / "templates" / "scaledobject.yaml").read_text()
     for text in [*QUERIES, *(rule["expr"] for rule in ALERTS), *re.findall(r"query: (.*)", scaled)]:
-        named = set(re.findall(r"\b(?:llm|grpc_server)_[a-z_]+|\bup\b", text))
+        named = set(re.findall(r"\b(?:llm|grpc_server|envoy)_[a-z_]+|\bup\b", re.sub(r"\{[^}]*\}", "", text)))
         assert named, text
         assert named <= known
         for values in re.findall(r'(?:outcome|reason|kind)(?:=~?|!=)"([a-z_|]+)"', text):

@@ -81,7 +81,7 @@ def test_a_busy_replica_passes_sessions_on(pair: Pair) -> None:
     """Load is bounded: of sixteen requests of one session at once, the other replica gets some too."""
     before = pair.answered()
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: by_rest(pair.stack, {"x-session-id": "busy"}, tokens=16), range(16)))
+        list(pool.map(lambda _: by_rest(pair.stack, {"x-session-id": "busy"}, tokens=64), range(16)))
     added = [after - earlier for after, earlier in zip(pair.answered(), before, strict=True)]
     assert sum(added) == 16
     assert min(added) >= 4

@@ -7,7 +7,6 @@ then some of the text itself is damaged. 1,000 of them in every run, 10,000 with
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +24,6 @@ JSON = {**AUTHORIZED, "content-type": "application/json"}
 
 CONNECTIONS = 4
 # Enough for any request here on a slow machine; a hang is longer.
-SECONDS = 60
 
 EXTREMES = [
     0,
@@ -139,13 +137,11 @@ def damaged(draw: st.DrawFn, text: bytes) -> bytes:
     return text[:start] + draw(st.binary(max_size=4) | st.just(text[start:end] * 2)) + text[end:]
 
 
-def send(stack: Stack, body: bytes) -> tuple[bytes, Answer, float]:
-    started = time.monotonic()
-    return body, stack.request("POST", "/v1/completions", body, JSON), time.monotonic() - started
+def send(stack: Stack, body: bytes) -> tuple[bytes, Answer]:
+    return body, stack.request("POST", "/v1/completions", body, JSON)
 
 
-def check(body: bytes, answer: Answer, seconds: float) -> None:
-    assert seconds < SECONDS, body
+def check(body: bytes, answer: Answer) -> None:
     assert answer.status in {200, 400, 404}, (body, answer)
     if answer.status != 200:
         assert answer.headers["content-type"] == "application/json", (body, answer)
@@ -158,7 +154,7 @@ def check(body: bytes, answer: Answer, seconds: float) -> None:
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_generated_bodies(stack: Stack, count: int) -> None:
-    """Each body is answered or refused, in time and in form; then the next good request succeeds."""
+    """Each body is answered or refused, in form; then the next good request succeeds."""
     statuses: list[int] = []
 
     @settings(
@@ -171,8 +167,8 @@ def test_generated_bodies(stack: Stack, count: int) -> None:
     )
     @given(st.lists(bodies(), min_size=CONNECTIONS, max_size=CONNECTIONS))
     def run(batch: list[bytes]) -> None:
-        for body, answer, seconds in pool.map(lambda body: send(stack, body), batch):
-            check(body, answer, seconds)
+        for body, answer in pool.map(lambda body: send(stack, body), batch):
+            check(body, answer)
             statuses.append(answer.status)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:

@@ -18,6 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.ports import listener
+from tests.patience import PATIENCE
 from tests.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
 
 
@@ -26,7 +27,7 @@ def launch(**environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "deploy/local.py"],
         cwd=ROOT,
-        env={**inherited, **environment},
+        env={**inherited, "START_SECONDS": str(PATIENCE), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,7 +51,7 @@ def test_prints_an_answer_and_the_curl_that_repeats_it(model_dir: Path, number: 
         assert text[1] in output
     finally:
         process.send_signal(number)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, rest
     for port in (http_port, grpc_port):
         with socket.socket() as probe:
@@ -63,7 +64,7 @@ def test_taken_port_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = launch(HTTP_PORT=str(port))
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert str(port) in output
     assert "HTTP_PORT" in output
@@ -76,7 +77,7 @@ def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
     process = launch(
         HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), REQUESTS_PER_MINUTE=limit
     )
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"REQUESTS_PER_MINUTE={limit} is not a limit: it has to be 1 or more" in output
 
@@ -94,7 +95,7 @@ def test_wrong_replicas_are_a_clear_error(model_dir: Path, variable: str, given:
     """What cannot be started is named, with what can."""
     http_port, grpc_port = free_ports(2)
     process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), **{variable: given})
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"{variable}={given} {message}" in output
 
@@ -113,7 +114,7 @@ def test_replicas_with_affinity(model_dir: Path) -> None:
         for port in ports:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 check = health_pb2_grpc.HealthStub(channel).Check
-                answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+                answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         assert sorted(log.name for log in stack.logs.glob("service*.log")) == ["service-1.log", "service-2.log"]
 
@@ -164,7 +165,7 @@ def test_failing_service_is_reported(tmp_path: Path) -> None:
     """A service that cannot start is named with its exit code and its own words."""
     http_port, grpc_port = free_ports(2)
     process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tmp_path))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "manifest.json does not exist" in output
     assert "78" in output

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.patience import eventually
 from tests.stack import AUTHORIZED, MODEL, Stack
 
 NEW = 6
@@ -28,15 +28,17 @@ def scrape(stack: Stack) -> dict[tuple[str, str], float]:
 
 def test_a_scrape_counts_what_was_asked(stack: Stack, client: openai.OpenAI) -> None:
     """Between two scrapes a whole answer and a stream: as many requests, and the tokens that their usage says."""
+    eventually(lambda: stack.sample("llm_running") + stack.sample("llm_waiting") == 0)  # whatever was asked before
     before = scrape(stack)
     fields: dict[str, Any] = {"model": MODEL, "prompt": "One two three four five", "max_tokens": NEW, "temperature": 0}
     whole = client.completions.create(**fields, extra_body={"ignore_eos": True})
     assert whole.usage is not None
     pieces = client.completions.create(**fields, stream=True, extra_body={"ignore_eos": True})
     assert list(pieces)
+    completed = "llm_requests_total", "completed"
+    eventually(lambda: scrape(stack)[completed] == before[completed] + 2)
     after = scrape(stack)
     grown = {key: after[key] - before.get(key, 0) for key in after}
-    assert grown["llm_requests_total", "completed"] == 2
     assert grown["llm_prompt_tokens_total", ""] == 2 * whole.usage.prompt_tokens
     assert grown["llm_generation_tokens_total", ""] == 2 * NEW
     assert grown["llm_time_to_first_token_seconds_count", ""] == 2
@@ -52,14 +54,14 @@ def test_the_log_has_one_line_for_a_request(stack: Stack) -> None:
     body = json.dumps({"model": MODEL, "prompt": "A secret zebra", "max_tokens": 3, "ignore_eos": True})
     answer = stack.request("POST", "/v1/completions", body, AUTHORIZED | {"content-type": "application/json"})
     assert answer.status == 200
-    found: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 5
-    while not found and time.monotonic() < deadline:
-        lines = (stack.logs / "service.log").read_text().splitlines()
-        found = [json.loads(line) for line in lines if answer.headers["x-request-id"] in line]
-        time.sleep(0.05)
-    (line,) = found
+    log = stack.logs / "service.log"
+
+    def lines() -> list[str]:
+        return [line for line in log.read_text().splitlines(keepends=True) if answer.headers["x-request-id"] in line]
+
+    eventually(lambda: lines() and lines()[0].endswith("\n"))
+    (line,) = map(json.loads, lines())
     assert (line["outcome"], line["code"], line["sequences"], line["completion_tokens"]) == ("completed", "OK", 1, 3)
     assert line["prompt_tokens"] == answer.json["usage"]["prompt_tokens"]
     assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
-    assert "zebra" not in (stack.logs / "service.log").read_text()
+    assert "zebra" not in log.read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.processor import processor
+from tests.patience import eventually
 from tests.processes import METADATA, TINY, Service, export_tiny, service
 from tests.stack import KEY, MODEL, Stack, envoy, free_ports
 
@@ -104,13 +105,6 @@ def both(model_dir: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield made
 
 
-def eventually(true: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_every_model_and_alias_is_listed(both: Both) -> None:
     """Over REST and gRPC: ids, the manifests' aliases, those of the tables and those of the settings, each once."""
     expected = {LARGE: 8192, MODEL: 8192, TINY: 4000, "quick": 4000, "cheap": 4000}
@@ -152,7 +146,8 @@ def test_slots_and_budget_of_each(both: Both) -> None:
     lines = {line["model"]: line for line in both.service.log if "memory budget" in line["message"]}
     assert (lines[LARGE]["slots"], lines[LARGE]["budget_mib"]) == (1, 2500)
     assert (lines[TINY]["slots"], lines[TINY]["max_running"]) == (5, 5)
-    assert both.service.logged("serving")["models"] == [LARGE, TINY]
+    serving = both.service.logged("serving")
+    assert (serving["models"], serving["processor"]) == ([LARGE, TINY], str(processor()))
 
 
 def test_a_full_queue_is_its_own(both: Both) -> None:
@@ -216,7 +211,7 @@ def test_metrics_and_log_name_the_model(both: Both) -> None:
 
 def busy(running: Service) -> list[Any]:
     """A stream of each model, each with its first piece; the tiny model is the faster one."""
-    streams = [running.stream(model=name, text="Once", max_tokens=most) for name, most in ((MODEL, 150), (TINY, 1000))]
+    streams = [running.stream(model=name, text="Once", max_tokens=most) for name, most in ((MODEL, 150), (TINY, 300))]
     for stream in streams:
         next(stream)
     return streams
@@ -228,8 +223,8 @@ def directories(*models: Path) -> list[str]:
 
 def test_a_drain_with_both_busy(model_dir: Path, tiny: Path, tmp_path: Path) -> None:
     """After SIGTERM the streams of both models run to their ends; the log counts both."""
-    flags = ["--context-length", "1024", "--max-running", "2", "--drain-seconds", "60"]
-    with service(None, tmp_path, *directories(model_dir, tiny), *flags) as running:
+    flags = ["--context-length", "1024", "--max-running", "2"]
+    with service(None, tmp_path, *directories(model_dir, tiny), *flags, step_seconds=0.01) as running:
         streams = busy(running)
         running.process.send_signal(signal.SIGTERM)
         with ThreadPoolExecutor(2) as pool:
@@ -244,7 +239,7 @@ def test_a_drain_with_both_busy(model_dir: Path, tiny: Path, tmp_path: Path) -> 
 def test_an_engine_of_two_that_ends(tiny: Path, tmp_path: Path, fault: str, message: str) -> None:
     """Whichever it is: callers of both models hear of it, health says so, and the process ends with 1."""
     other = renamed(tiny, tmp_path / "other", "other")
-    flags = [*directories(tiny, other), "--watchdog-seconds", "1"]
+    flags = [*directories(tiny, other), "--watchdog-seconds", "3"]
     with service(None, tmp_path, *flags, fault=fault, step_seconds=0.02) as running:
         streams = [running.stream(model=name, max_tokens=3000) for name in (TINY, "other")]
         for stream in streams:
@@ -254,7 +249,7 @@ def test_an_engine_of_two_that_ends(tiny: Path, tmp_path: Path, fault: str, mess
             with pytest.raises(grpc.RpcError) as caught:
                 list(stream)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert running.exit_code(10) == 1
+        assert running.exit_code() == 1
     assert running.logged(message)["level"] == "critical"
 
 

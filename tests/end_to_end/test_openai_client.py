@@ -296,3 +296,8 @@ def test_wrong_integer_is_worded_like_the_real_api(client: openai.OpenAI) -> Non
         client.completions.create(**{**GREEDY, "max_tokens": -1})
     expected = "Invalid 'max_tokens': integer below minimum value. Expected a value >= 0, but got -1 instead."
     assert caught.value.body["message"] == expected
+
+
+def test_no_key_is_needed_where_there_is_no_key_file(stack: Stack) -> None:
+    """A request without a key is answered."""
+    assert stack.request("GET", "/v1/models", headers={}).status == 200

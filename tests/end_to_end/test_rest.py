@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import grpc
+import pytest
 from completion.v1 import completion_pb2 as pb
+from completion.v1 import completion_pb2_grpc
 
+from tests.patience import PATIENCE
 from tests.stack import AUTHORIZED, MODEL, Answer, Stack
 
 MINIMAL = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1})
@@ -41,7 +48,7 @@ def test_the_answer_to_the_readme_curl(stack: Stack) -> None:
     found = answer.json
     assert list(found) == ["id", "object", "created", "model", "choices", "usage"]
     assert re.fullmatch(r"cmpl-[0-9A-Za-z]{29}", found["id"])
-    assert abs(found["created"] - time.time()) < 60
+    assert abs(found["created"] - time.time()) < PATIENCE
     (choice,) = found["choices"]
     assert set(choice) == {"text", "index", "logprobs", "finish_reason"}
     assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "length")
@@ -100,7 +107,7 @@ def test_stream_refusal_has_its_status(stack: Stack) -> None:
 
 def test_slow_headers_time_out(stack: Stack) -> None:
     """Headers that do not arrive within five seconds are 408 with the envelope."""
-    with socket.create_connection(("127.0.0.1", stack.http), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=PATIENCE) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n")
         received = b""
         while chunk := connection.recv(4096):
@@ -144,3 +151,158 @@ def test_models(stack: Stack) -> None:
         assert isinstance(model["created"], int)
         assert isinstance(model["max_model_len"], int)
         assert stack.request("GET", f"/v1/models/{model['id']}").json == model
+
+
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}", "/v1/models/nothing", "/health", "/docs", "/"])
+@pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
+def test_head(stack: Stack, path: str, version: str) -> None:
+    """HEAD is answered wherever GET is, with the headers of GET and no body."""
+    address = f"http://{stack.envoy_address}{path}"
+    command = ["curl", "-sS", "--include", version, "-H", f"authorization: {AUTHORIZED['authorization']}", address]
+    got, head = (
+        subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+        for more in ([], ["--head"])
+    )
+    (*lines, status), body = head_of(got)
+    (*lines_of_head, status_of_head), nothing = head_of(head)
+    assert (status_of_head, nothing) == (status, "")
+    assert lines_of_head == lines
+    assert not body or f"content-length: {len(body.encode())}" in lines
+
+
+def head_of(text: str) -> tuple[list[str], str]:
+    """An answer's headers but for what differs each time, then its status line; and its body."""
+    status, *lines = text.replace("\r\n", "\n").partition("\n\n")[0].split("\n")
+    varying = ("date:", "x-request-id:", "openai-processing-ms:", "content-length: 0", "transfer-encoding:")
+    kept = sorted(line for line in lines if not line.startswith(varying))
+    return [*kept, status.strip()], text.replace("\r\n", "\n").partition("\n\n")[2]
+
+
+def test_how_long_it_took(stack: Stack) -> None:
+    """Every answer of the API says how many milliseconds it took, Envoy's own took none."""
+    began = time.monotonic()
+    whole = stack.complete(prompt="Hello,", max_tokens=20, ignore_eos=True)
+    elapsed = 1000 * (time.monotonic() - began)
+    assert 0 < int(whole.headers["openai-processing-ms"]) <= elapsed
+    for answer in (stack.complete(prompt="a", max_tokens=2, stream=True), stack.complete(n=0)):
+        assert int(answer.headers["openai-processing-ms"]) >= 0
+    assert stack.request("GET", "/v1/models").headers["openai-processing-ms"].isdecimal()
+    assert stack.request("GET", "/v1/nothing").headers["openai-processing-ms"] == "0"
+
+
+def test_the_callers_own_id_comes_back(stack: Stack, stub: completion_pb2_grpc.CompletionServiceStub) -> None:
+    """`x-client-request-id` comes with every answer, by both doors, and is in both logs."""
+    name, headers = f"mine {time.time()} ~", {**JSON, "x-client-request-id": "-"}
+    for body in (MINIMAL, MINIMAL.replace("1}", '1,"stream":true}'), "{}", '{"model":"x"}', "["):
+        answer = post(stack, body, {**headers, "x-client-request-id": name})
+        assert answer.headers["x-client-request-id"] == name
+    assert stack.request("GET", "/v1/x", headers={"x-client-request-id": name}).headers["x-client-request-id"] == name
+    metadata = [*AUTHORIZED.items(), ("x-client-request-id", name)]
+    _, call = stub.ListModels.with_call(pb.ListModelsRequest(), metadata=metadata)
+    assert dict(call.trailing_metadata())["x-client-request-id"] == name
+    with grpc.insecure_channel(stack.envoy_address) as channel:
+        through = completion_pb2_grpc.CompletionServiceStub(channel)
+        _, call = through.ListModels.with_call(pb.ListModelsRequest(), metadata=metadata)
+    assert dict(call.trailing_metadata())["x-client-request-id"] == name
+    assert stack.logs is not None
+    wait_for(lambda: logged(stack.logs / "service.log", name) >= 6)
+    wait_for(lambda: logged(stack.logs / "envoy.log", name) >= 7)
+
+
+def logged(path: Path, client_id: str) -> int:
+    """How many lines of a log say this id."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    return sum(line.get("client_request_id") == client_id for line in lines)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_id_that_is_too_long_over_grpc(stub: completion_pb2_grpc.CompletionServiceStub) -> None:
+    """It is refused with its bound there too."""
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ListModels(pb.ListModelsRequest(), metadata=[*AUTHORIZED.items(), ("x-client-request-id", "x" * 513)])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 512 characters" in caught.value.details()
+
+
+def test_messages_are_written_plainly(stack: Stack) -> None:
+    """No escapes where none are needed, and a name that looks like one stays what it is."""
+    refused = stack.complete(n=0)
+    assert b"Expected a value >= 1, but got 0 instead." in refused.body
+    assert refused.json["error"]["code"] == "integer_below_min_value"
+    for name in ("<a> & 'b'", "\\u003e", "\\", '\\"', "\\\\u003c<"):
+        answer = stack.complete(model=name)
+        assert answer.json["error"]["message"].startswith("The model `" + name.replace("\\\\", "\\\\"))
+        assert b"\\u003c" not in answer.body.replace(b"\\\\", b"")
+
+
+def test_streams_are_not_held_back(stack: Stack) -> None:
+    """An event stream tells proxies to pass it on as it comes; a whole answer has nothing to say of that."""
+    streamed = stack.complete(prompt="a", max_tokens=2, stream=True)
+    assert streamed.headers["x-accel-buffering"] == "no"
+    assert streamed.headers["cache-control"] == "no-cache"
+    for answer in (stack.complete(prompt="a", max_tokens=2), stack.complete(stream=True, n=0)):
+        assert "x-accel-buffering" not in answer.headers
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "TLS/1.2", "h3", "h2c"])
+def test_upgrades_are_ignored(stack: Stack, protocol: str) -> None:
+    """Who offers another protocol is answered as if it had not, whole and refused."""
+    offer = {"connection": "upgrade", "upgrade": protocol}
+    assert post(stack, MINIMAL, {**JSON, **offer}).status == 200
+    assert stack.request("GET", "/v1/models", headers={**AUTHORIZED, **offer}).status == 200
+    refused = stack.request("GET", "/v1/realtime", headers={**AUTHORIZED, **offer})
+    assert refused.status == 404
+    assert "GET /v1/realtime" in assert_envelope(refused)["message"]
+
+
+def test_nobody_is_told_what_serves(stack: Stack) -> None:
+    """No header names the server, or is empty."""
+    for answer in (stack.request("GET", "/health"), stack.request("GET", "/v1/models")):
+        assert "server" not in answer.headers
+        assert all(answer.headers.values())
+
+
+def raw(stack: Stack, data: str) -> bytes:
+    """All that comes back for these bytes until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=60) as connection:
+        connection.sendall(data.encode("latin-1"))
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
+
+
+@pytest.mark.parametrize("host", ["", "Host: a\r\n"])
+def test_http_1_0(stack: Stack, host: str) -> None:
+    """Health, whole answers and streams, with a Host header and without."""
+    assert raw(stack, f"GET /health HTTP/1.0\r\n{host}\r\n").startswith(b"HTTP/1.0 200 OK")
+    for body, part in (
+        (MINIMAL, b'"text_completion"'),
+        (MINIMAL.replace("1}", '1,"stream":true}'), b"data: [DONE]\n\n"),
+    ):
+        head = f"POST /v1/completions HTTP/1.0\r\n{host}Authorization: Bearer k\r\nContent-Length: {len(body)}\r\n\r\n"
+        received = raw(stack, head + body)
+        assert received.startswith(b"HTTP/1.0 200 OK")
+        assert part in received
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n",
+        "NONSENSE\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: x\r\n\r\n",
+    ],
+)
+def test_no_refusal_is_without_words(stack: Stack, data: str) -> None:
+    """What is no request of this service is a caller's mistake, and says so in the envelope."""
+    received = raw(stack, data)
+    assert received.startswith(b"HTTP/1.1 4")
+    error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]
+    assert len(error["message"]) > 20

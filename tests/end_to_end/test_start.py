@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from service.errors import StartupError
 from service.manifest import FileEntry
 from service.settings import Settings
 from tests.model_export import tiny
+from tests.patience import PATIENCE, eventually
 from tests.processes import TINY, export_tiny
 from tests.stack import ROOT
 
@@ -38,7 +38,7 @@ def model(exported: Path, tmp_path: Path) -> Path:
 
 def start(model_dir: Path, port: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "service", "--model-dir", str(model_dir), "--port", str(port)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def refused(model_dir: Path) -> str:
@@ -139,17 +139,19 @@ def test_a_port_in_use(exported: Path) -> None:
     assert "--port" in done.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.15, 0.3, 0.45])
-def test_an_export_that_is_killed(tmp_path: Path, seconds: float) -> None:
-    """Killed at any moment it leaves a whole model or none at that name, and the next export is not in its way."""
+def begun(folder: Path) -> list[Path]:
+    """The directory that a model is written into before it takes its place, and what is in it."""
+    return [*folder.glob(".model.*"), *folder.glob(".model.*/*")]
+
+
+@pytest.mark.parametrize("files", [0, 1, 2, 3, 4])
+def test_an_export_that_is_killed(tmp_path: Path, files: int) -> None:
+    """Killed with so many files begun it leaves a whole model or none there, and the next export is not in its way."""
     source, target = tiny.hugging_face(tmp_path / "source"), tmp_path / "model"
     command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", TINY, "--max-kl", "1"]
     command += ["--quantization", "float32", "--prompts", "none"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        begun = time.monotonic() + 30
-        while not list(tmp_path.glob(".model.*")) and process.poll() is None and time.monotonic() < begun:
-            time.sleep(0.005)
-        time.sleep(seconds)
+        eventually(lambda: len(begun(tmp_path)) > files or process.poll() is not None)
         process.send_signal(signal.SIGKILL)
     if target.exists():
         manifest.load(target)
@@ -157,6 +159,6 @@ def test_an_export_that_is_killed(tmp_path: Path, seconds: float) -> None:
     for left in tmp_path.glob(".model.*"):
         with pytest.raises(StartupError):
             manifest.load(left)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     manifest.load(target)

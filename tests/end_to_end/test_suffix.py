@@ -11,11 +11,11 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from deploy.local import free_ports
 from model_export.export import Options, export
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.model_export.extended import extend
+from tests.ports import free_ports
 from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy
 
 PREFIX, SUFFIX, MIDDLE, END = range(tiny.VOCAB, tiny.VOCAB + 4)

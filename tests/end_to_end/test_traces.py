@@ -6,7 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
-from deploy.local import free_ports
+from tests.ports import free_ports
 from tests.processes import TINY, export_tiny, service
 from tests.service.otlp import attributes, collector
 from tests.stack import AUTHORIZED, Stack, envoy

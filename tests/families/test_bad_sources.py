@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from tests.families.oracle import make
 
 pytestmark = pytest.mark.families
 
-SECONDS = 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Change = Callable[[Path], object]
 
@@ -183,10 +181,8 @@ def refused(
         (source / "evil.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
         change(source)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        began = time.monotonic()
         capfd.readouterr()
         assert main([str(source), str(target / "out" / "model"), "--quantization", "float32"]) == 2
-        assert time.monotonic() - began < SECONDS
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
         out, error = capfd.readouterr()
         assert out == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,6 @@ ARCHITECTURES = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
-SECONDS = 30
 # What files do not say is the same in all of a family's models.
 UNSAID = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -215,10 +213,8 @@ def test_lies_cost_no_memory(
 
 def refusal(folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """The sentence with which the command line refuses the folder's file; nothing is left."""
-    began = time.monotonic()
     capfd.readouterr()
     assert main([str(folder / "Tiny.gguf"), str(folder / "out" / "model")]) == 2
-    assert time.monotonic() - began < SECONDS
     out, error = capfd.readouterr()
     assert (out, error.count("\n")) == ("", 1)
     assert error.startswith("model_export: ")

@@ -30,6 +30,7 @@ from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams
 from tests.engines import collect
 from tests.fakes import request
+from tests.patience import PATIENCE
 from tests.stack import ROOT
 
 pytestmark = pytest.mark.gpu
@@ -265,4 +266,4 @@ def test_the_service(directory):
                 assert json.load(answer)["data"]
         finally:
             running.send_signal(signal.SIGINT)
-            running.communicate(timeout=60)
+            running.communicate(timeout=PATIENCE)

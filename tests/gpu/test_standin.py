@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-from deploy.local import free_ports
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
@@ -21,6 +20,8 @@ from service.engine.model import Model
 from service.placement import place, settled
 from service.settings import Settings
 from tests.model_export import tiny
+from tests.patience import PATIENCE
+from tests.ports import free_ports
 from tests.stack import ROOT
 
 pytestmark = pytest.mark.standin
@@ -109,7 +110,7 @@ def test_the_service_starts(tmp_path):
             assert '"serving"' in lines[-1], lines
         finally:
             running.terminate()
-            running.communicate(timeout=30)
+            running.communicate(timeout=PATIENCE)
 
 
 def test_without_a_gpu(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,24 @@ from service.processor import byte_options
 
 
 class Session:
-    """An exported model with keys and values of five rows of 128 positions, kept in place."""
+    """An exported model with keys and values of five rows of 128 positions, kept in place.
 
-    def __init__(self, directory: Path, rows: int = 5, capacity: int = 128, graph: str = "model.onnx") -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
-        for name, value in byte_options().items():
-            options.add_session_config_entry(name, value)
-        self.session = onnxruntime.InferenceSession(directory / graph, options)
+    `options` are onnxruntime's, by default those that this processor needs.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rows: int = 5,
+        capacity: int = 128,
+        graph: str = "model.onnx",
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        session_options = onnxruntime.SessionOptions()
+        session_options.intra_op_num_threads = 2
+        for name, value in (byte_options() if options is None else options).items():
+            session_options.add_session_config_entry(name, value)
+        self.session = onnxruntime.InferenceSession(directory / graph, session_options)
         self.ragged = any(entry.name == "query_seqlens" for entry in self.session.get_inputs())
         self.caches = {
             entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,10 @@ from tests.model_export.bad_sources import (
     whole,
     written,
 )
+from tests.patience import PATIENCE
 
 Maker = Callable[[Path], Path]
 # An export of the tiny model takes a second or two; a refusal must not take longer on a busy machine.
-SECONDS = 30
 MERGES, TOKENS, SCORES = "tokenizer.ggml.merges", "tokenizer.ggml.tokens", "tokenizer.ggml.scores"
 INDEX = "model.safetensors.index.json"
 
@@ -485,9 +484,8 @@ def state(path: Path) -> dict[str, str]:
 
 def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """The sentence with which the command line refuses `source`; nothing has changed and nothing is left."""
-    before, began = state(source), time.monotonic()
+    before = state(source)
     assert main([str(source), str(target / "out" / "model"), *options]) == 2
-    assert time.monotonic() - began < SECONDS
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("model_export: ")
@@ -552,9 +550,7 @@ print([main([source, sys.argv[1]]) for source in sys.argv[2:]])
 def test_lies_cost_no_memory(tmp_path: Path) -> None:
     """What claims to be huge is refused for what it is, by a process that may take no more than 200 MiB for all."""
     sources = [make(tmp_path / str(number)) for number, (make, _) in enumerate(LYING.values())]
-    began = time.monotonic()
     run = python("-c", LIMITED, str(tmp_path / "out" / "model"), *map(str, sources))
-    assert time.monotonic() - began < SECONDS
     assert run.stdout == f"{[2] * len(LYING)}\n"
     lines = run.stderr.splitlines()
     assert len(lines) == len(LYING)
@@ -566,7 +562,7 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs Python to its end."""
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False, **options
     )
 
 

@@ -134,7 +134,7 @@ def check(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
 
 @settings(
     max_examples=60,
-    deadline=10_000,
+    deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -146,10 +146,8 @@ def test_damaged_bytes(whole: Whole, damage: list[tuple[str, float, bool, bytes]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@settings(
-    max_examples=5000, deadline=10_000, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@pytest.mark.timeout(12000)
+@settings(max_examples=5000, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages())
 def test_damaged_bytes_for_long(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
     """The same, far more often."""

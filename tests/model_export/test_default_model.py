@@ -11,25 +11,18 @@ from tokenizers import Tokenizer
 from deploy import local
 from model_export.opening import read_source
 from model_export.verify import kl_divergence
+from model_export.weights import Floats
 from service import manifest
 from tests.model_export.session import Session
 
-HELD_OUT = """\
-Bees tell each other where the flowers are. A worker that has found a good meadow comes back to the hive and dances on
-the comb: the angle of her run against the vertical is the angle of the meadow against the sun, and the longer she
-waggles, the farther it is. 17 of 20 followers arrive within 50 metres. It took a patient man many summers, a glass wall
-in a hive and a pot of paint to find this out, and some of his colleagues did not believe him until they had counted the
-turns for themselves.
-
-for bee in hive:
-    bee.dance()
-"""
+# Long enough that the mean over its positions says little of any single one: a tenth of a nat is met here and there.
+HELD_OUT = Path(__file__).with_name("held_out.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def session(model_dir: Path) -> Session:
     """The default model with room for one row."""
-    return Session(model_dir, rows=1, capacity=256)
+    return Session(model_dir, rows=1, capacity=640)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +31,27 @@ def tokens(model_dir: Path) -> np.ndarray:
     return np.array(Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(HELD_OUT).ids)
 
 
-def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarray) -> None:
+@pytest.fixture(scope="module")
+def expected(tokens: np.ndarray) -> Floats:
+    """The logits of the source weights after each token."""
+    return read_source(local.default_weights()).logits(tokens, lambda: None)
+
+
+def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarray, expected: Floats) -> None:
     """On a held-out text the default model is within 0.005 nats a token of its source."""
-    expected = read_source(local.default_weights()).logits(tokens, lambda: None)
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= 0.005
 
 
-def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray) -> None:
+def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray, expected: Floats) -> None:
     """So is the graph for prompts, and within less than a third of that where its layers are in float32."""
-    session = Session(model_dir, rows=1, capacity=256, graph="prompt.onnx")
-    expected = read_source(local.default_weights()).logits(tokens, lambda: None)
+    session = Session(model_dir, rows=1, capacity=640, graph="prompt.onnx")
     in_bytes = manifest.load(model_dir).quantization.prompts == "int8"
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= (0.005 if in_bytes else 0.0015)
 
 
 def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> None:
     """Chunks of any size from two tokens on give bit-equal logits."""
+    tokens = tokens[:136]
     whole = session.forward([tokens], past=[0])
     starts = range(0, len(tokens) - 1, 7)
     ends = [*list(starts)[1:], len(tokens)]

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from model_export.__main__ import main
 from tests.model_export import tiny
+from tests.patience import PATIENCE, eventually
 
 # From linux/prctl.h and linux/capability.h.
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
@@ -146,7 +146,7 @@ def test_full_disk(size: int, source: Path, tmp_path: Path) -> None:
     """When there is no room for the weights, or for the tokenizer, one sentence says so and nothing is left."""
     before = contents(tmp_path)
     process = command(source, tmp_path / "new" / "out", small_files(size))
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (2, "")
     assert error.startswith("model_export: ")
     assert error.endswith("File too large\n")
@@ -159,7 +159,7 @@ def test_read_only_parent(source: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     tmp_path.chmod(0o555)
     process = command(source, tmp_path / "out", as_anybody)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE)
     tmp_path.chmod(0o755)
     assert (process.returncode, output, error.count("\n")) == (2, "", 1)
     assert error.startswith(f"model_export: {tmp_path}/")
@@ -174,11 +174,10 @@ def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: P
     target = tmp_path / "new" / "out"
     # Whoever runs the tests may ignore interrupts, as shells have background jobs do.
     process = command(source, target, heed_interrupts)
-    while not target.parent.exists() or not any(target.parent.iterdir()):
-        assert process.poll() is None
-        time.sleep(0.001)
+    eventually(lambda: any(target.parent.glob("*")) or process.poll() is not None)
+    assert process.poll() is None
     process.send_signal(number)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (130, "")
     assert error == "model_export: interrupted; nothing was written\n"
     assert contents(tmp_path) == before

@@ -23,6 +23,7 @@ from model_export.opening import read_source
 from model_export.runner import Runner
 from model_export.verify import Report, verify
 from service import manifest
+from service.processor import Processor
 from tests.model_export import tiny
 from tests.model_export.session import Session
 
@@ -221,7 +222,7 @@ def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
             raise TooFarError("too far")
         return verify(checkpoint, model, prompts, *rest)
 
-    monkeypatch.setattr(exporting, "has_byte_dot_products", lambda: quick)
+    monkeypatch.setattr(exporting, "processor", lambda: Processor("any", "AVX-512", byte_dot_products=quick))
     monkeypatch.setattr(exporting, "verify", check)
     exported = run(tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "model", quantization="int8")
     assert manifest.load(exported).quantization.prompts == form

@@ -18,6 +18,7 @@ import pytest
 from model_export.hub import HubName, hub_name
 from service import manifest
 from tests.model_export import tiny
+from tests.patience import PATIENCE
 from tests.stack import ROOT
 
 COMMIT = hashlib.sha1(b"the only one", usedforsecurity=False).hexdigest()
@@ -106,14 +107,15 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def run(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line, with a hub and a cache of its own: the client reads both from its environment, once."""
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    variables |= {"HF_HUB_ETAG_TIMEOUT": str(PATIENCE)}
     return subprocess.run(
         [sys.executable, "-m", "model_export", *arguments],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
 from tests.browser import CHROMIUM
+from tests.patience import eventually
 
 T = TypeVar("T")
 
@@ -116,13 +116,13 @@ class Page:
     def hover(self, element: WebElement) -> None:
         ActionChains(self.driver).move_to_element(element).perform()
 
-    def wait(self, condition: Callable[[], T], seconds: float = 20) -> T:
-        """The condition's first truthy result."""
-        deadline = time.monotonic() + seconds
-        while not (result := condition()):
-            assert time.monotonic() < deadline, f"not within {seconds} s; the page says {self.text('body')!r}"
-            time.sleep(0.02)
-        return result
+    def wait(self, condition: Callable[[], T]) -> T:
+        """The condition's first true result."""
+        return eventually(condition, lambda: f"the page says {self.text('body')!r}")
+
+    def wait_for_key(self) -> None:
+        """Returns once the playground knows that the service needs a key."""
+        self.wait(lambda: self.find("#key").is_displayed())
 
     def wait_for_status(self, start: str) -> None:
         self.wait(lambda: self.text("#status").startswith(start))

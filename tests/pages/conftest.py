@@ -60,5 +60,6 @@ def page(tab: Page) -> Iterator[Page]:
     tab.open("/playground")
     tab.run("sessionStorage.clear()")
     tab.open("/playground")
+    tab.wait_for_key()
     yield tab
     tab.check()

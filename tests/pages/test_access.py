@@ -40,6 +40,7 @@ def test_the_keyboard_alone_is_enough(page: Page, guarded: Guarded) -> None:
     assert visited[: len(ORDER) + 5] == ["API", *ORDER, "curl", "python", "buf", "grpc"]
 
     page.open("/playground")
+    page.wait_for_key()
     page.press(*[page.keys.TAB] * 4, KEY, page.keys.TAB, page.keys.TAB)
     page.press_with(page.keys.CONTROL, "a")
     page.press("24", page.keys.TAB, "0")

@@ -16,6 +16,7 @@ STATIC = ROOT / "envoy" / "static"
 HTML = "text/html; charset=utf-8"
 SCRIPT = "text/javascript; charset=utf-8"
 FILES = {
+    "/": (STATIC / "playground.html", HTML),
     "/playground": (STATIC / "playground.html", HTML),
     "/playground/playground.css": (STATIC / "playground.css", "text/css; charset=utf-8"),
     "/playground/playground.js": (STATIC / "playground.js", SCRIPT),
@@ -23,6 +24,7 @@ FILES = {
     "/playground/snippets.js": (STATIC / "snippets.js", SCRIPT),
     "/playground/tokens.js": (STATIC / "tokens.js", SCRIPT),
     "/docs": (STATIC / "docs.html", HTML),
+    "/docs/docs.js": (STATIC / "docs.js", SCRIPT),
     "/docs/openapi.yaml": (ROOT / "docs" / "openapi.yaml", "application/yaml"),
     "/docs/openapi-explorer.js": (STATIC / "vendor" / "openapi-explorer.min.js", SCRIPT),
     "/docs/openapi-explorer.LICENSE": (STATIC / "vendor" / "LICENSE", "text/plain; charset=utf-8"),
@@ -128,7 +130,7 @@ def test_containers_see_the_files() -> None:
     mounted = [volume.split(":")[:2] for volume in compose["services"]["envoy"]["volumes"]]
     folders = [source.removeprefix("./") + "/" for source, target in mounted if target == f"/etc{source[1:]}"]
     named = re.findall(r"filename: ([\w./-]+)", (ROOT / "envoy" / "envoy.yaml").read_text())
-    assert len(named) > len(FILES)
+    assert set(named) > {str(file.relative_to(ROOT)) for file, _ in FILES.values()}
     for name in named:
         assert (ROOT / name).is_file()
         assert name.startswith(tuple(folders))

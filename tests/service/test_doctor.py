@@ -13,14 +13,15 @@ from datetime import UTC, datetime
 import pytest
 import trustme
 
-from deploy.local import free_ports
 from service import __main__ as command
 from service import doctor
 from service.engine import device
+from service.processor import processor
 from service.settings import Settings
+from tests.ports import free_ports
 from tests.stack import ROOT
 
-NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "provider", "model", "names", "memory"]
+NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor", "provider", "model", "names", "memory"]
 
 
 def examined(model_dir, **settings):
@@ -41,6 +42,7 @@ def test_all_is_well(model_dir):
     found = examined(model_dir)
     assert failing(found) == []
     assert "CPUExecutionProvider" in found["provider"].text
+    assert found["processor"].text == str(processor())
     assert "of 32 slots" in found["memory"].text
     assert str(model_dir) in found["model"].text
 

@@ -19,6 +19,7 @@ from service import models
 from service.errors import ModelDirectoryError, StartupError
 from service.settings import Settings
 from tests.model_export import tiny
+from tests.patience import PATIENCE
 
 Change = Callable[[Path], object]
 Nodes = Callable[[onnx.ModelProto], object]
@@ -253,7 +254,7 @@ def test_command(case: str, exported: Path, tmp_path: Path) -> None:
     CASES[case][0](directory)
     vouch(directory)
     arguments = [sys.executable, "-m", "service", "--model-dir", str(directory)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.returncode == 78
     errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.local import free_ports
 from service import models
 from service.engine.admission import Admission
 from service.engine.cache import KVCache
@@ -31,6 +30,8 @@ from service.settings import Settings
 from tests.engines import GatedModel
 from tests.fakes import FakeModel, manifest
 from tests.logged import logged
+from tests.patience import PATIENCE, eventually_async
+from tests.ports import free_ports
 
 KEY = (("authorization", "Bearer any"),)
 WARM_UP_STEPS = 3
@@ -70,7 +71,7 @@ class Running:
 
 
 def fetch(port, accept="text/plain"):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("GET", "/metrics", headers={"accept": accept})
         return connection.getresponse().read().decode()
@@ -113,11 +114,11 @@ async def running(made):
 
 async def ended(running, outcome, count=1, model="alphabet"):
     """Waits until so many requests have ended so: the caller of one that is cut off hears of it first."""
-    for _ in range(500):
-        if await running.value("llm_requests_total", outcome=outcome, model=model) == count:
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"no {count} requests {outcome}")
+
+    async def reached():
+        return await running.value("llm_requests_total", outcome=outcome, model=model) == count
+
+    await eventually_async(reached, lambda: f"no {count} requests {outcome}")
 
 
 async def test_a_whole_answer(running):
@@ -245,7 +246,7 @@ async def test_while_it_runs(made, caplog):
             await model.reached()
         leaving = each.stub.CreateCompletion(asked(n=2), metadata=KEY)
         await model.reached()
-        late = asyncio.ensure_future(each.stub.CreateCompletion(asked(), metadata=KEY, timeout=0.3))
+        late = asyncio.ensure_future(each.stub.CreateCompletion(asked(), metadata=KEY, timeout=3))
         with pytest.raises(grpc.aio.AioRpcError, match="Deadline"):
             await late
         await ended(each, "deadline")

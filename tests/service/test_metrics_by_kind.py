@@ -18,6 +18,7 @@ from service.observer import Outcome, Refusal
 from service.rpc import servicer
 from tests.engines import GatedModel
 from tests.fakes import FakeModel
+from tests.patience import PATIENCE, eventually_async
 from tests.service import test_metrics as metered
 from tests.service.test_metrics import KEY, METHOD, WARM_UP_STEPS, asked, ended, run
 
@@ -36,11 +37,11 @@ async def by(running, name, label):
 
 async def reached(running, name, value, **labels):
     """Waits until a metric has this value."""
-    for _ in range(500):
-        if await running.value(name, **labels) == value:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"{name} does not become {value}")
+
+    async def there():
+        return await running.value(name, **labels) == value
+
+    await eventually_async(there, lambda: f"{name} does not become {value}")
 
 
 async def refused(call):
@@ -160,11 +161,11 @@ async def test_a_key_that_may_not(made, tmp_path):
 async def test_a_deadline_shorter_than_the_wait(running):
     """Refused at once, which is no `deadline` among the outcomes: nothing of it had begun."""
     engine = running.server.models[0].engine
-    engine._admission.pace.step(1, 10.0)
+    engine._admission.pace.step(1, PATIENCE)
     engine._admission.enter("another", [])
     engine._scheduler.room = lambda _: 0
     engine._scheduler.next_end = lambda: 3
-    call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=5)
+    call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE)
     assert await refused(call) is grpc.StatusCode.DEADLINE_EXCEEDED
     await ended(running, "refused")
     assert await by(running, "llm_refused_total", "reason") == {"deadline": 1}
@@ -192,6 +193,7 @@ async def test_times(made):
         first = asyncio.ensure_future(each.ask(max_tokens=2))
         await model.reached()
         second = asyncio.ensure_future(each.ask(text="xy", max_tokens=1))
+        await eventually_async(lambda each=each: each.server.models[0].engine._tickets)  # it queues
         await asyncio.sleep(HELD)
         model.gate.release()
         await model.reached()

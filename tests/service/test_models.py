@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import free_ports
 from service import __main__ as command
 from service import doctor, memory, models, settings
 from service.errors import ModelDirectoryError, StartupError
 from service.memory import MIB, Claim
 from service.settings import Settings
+from tests.ports import free_ports
 from tests.processes import TINY, export_tiny
 from tests.stack import MODEL, ROOT
 

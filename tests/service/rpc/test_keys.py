@@ -61,8 +61,9 @@ def test_wrong_key(load, key):
 
 
 def test_without_a_file_any_key_will_do():
-    """Yet different keys are different callers."""
+    """Yet different keys are different callers, and so is who has none."""
     keys = KeyRing.load(None)
+    assert keys.authenticate(None).identity not in {keys.authenticate(f"Bearer {key}").identity for key in "ab"}
     one, other = keys.authenticate("Bearer a"), keys.authenticate("Bearer b")
     assert keys.open
     assert one.name == other.name == "anonymous"

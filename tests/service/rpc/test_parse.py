@@ -102,7 +102,12 @@ REFUSED = {
         "at most 1024",
     ),
     "empty stop": ({"stop": ["a", ""]}, "stop", "empty_string", "stop cannot contain an empty string"),
-    "five stops": ({"stop": list("abcde")}, "stop", "array_above_max_length", "at most 4 entries, but got 5"),
+    "five stops": (
+        {"stop": list("abcde")},
+        "stop",
+        "array_above_max_length",
+        "maximum length 4, but got an array with length 5",
+    ),
     "long stop": ({"stop": ["é" * 257]}, "stop", "string_above_max_length", "at most 256 characters"),
     "presence_penalty": (
         {"presence_penalty": 2.01},

@@ -1,0 +1,76 @@
+"""Which keepalive pings callers may send, as docs/envoy.md says it: at Envoy, and at the service's own port."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.end_to_end.test_edge import frame
+from tests.patience import PATIENCE
+from tests.stack import ROOT, Stack
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+SETTINGS, PING, GOAWAY, ACK = 4, 6, 7, 1
+# What the service takes between two pings, in seconds, and a little more.
+SPACED = 5.2
+
+
+class Connection:
+    """An HTTP/2 connection on which nothing is asked; `pings` are sent and their answers awaited."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+        self._rest = b""
+        self._sent = 0
+        wire.sendall(PREFACE)
+
+    def ping(self) -> bytes | None:
+        """Sends a ping: None once it is answered, or why the other side says goodbye instead."""
+        self._sent += 1
+        self._wire.sendall(frame(PING, 0, 0, struct.pack(">Q", self._sent)))
+        while True:
+            kind, flags, payload = self._read()
+            if kind == SETTINGS and not flags & ACK:
+                self._wire.sendall(frame(SETTINGS, ACK, 0, b""))
+            elif kind == PING and flags & ACK and struct.unpack(">Q", payload)[0] == self._sent:
+                return None
+            elif kind == GOAWAY:
+                return payload[8:]
+
+    def _read(self) -> tuple[int, int, bytes]:
+        head = self._take(9)
+        return head[3], head[4], self._take(int.from_bytes(head[:3], "big"))
+
+    def _take(self, count: int) -> bytes:
+        while len(self._rest) < count:
+            received = self._wire.recv(65536)
+            assert received, "the connection was closed"
+            self._rest += received
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+
+@contextmanager
+def connected(port: int) -> Iterator[Connection]:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
+        yield Connection(wire)
+
+
+def test_envoy_answers_pings_as_they_come(stack: Stack) -> None:
+    """However soon one follows the other, on a connection without a call."""
+    with connected(stack.http) as connection:
+        assert [connection.ping() for _ in range(200)] == [None] * 200
+
+
+def test_the_service_wants_five_seconds_between_them(stack: Stack) -> None:
+    """Pings every five seconds are answered; who sends them faster is told so, and has to connect anew."""
+    assert "| one every 5 s at most" in (ROOT / "docs" / "envoy.md").read_text()
+    with connected(stack.grpc) as connection:
+        for _ in range(4):
+            assert connection.ping() is None
+            time.sleep(SPACED)
+    with connected(stack.grpc) as connection:
+        assert next(filter(None, (connection.ping() for _ in range(20)))) == b"too_many_pings"
