@@ -201,6 +201,7 @@ class Server:
         await stopped
         if self._following is not None:
             self._following.cancel()
+            await asyncio.wait([self._following])
         self._workers.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)

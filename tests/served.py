@@ -43,7 +43,8 @@ class Served:
         digest = hashlib.sha256(b"sk-right")
         self.identity = digest.hexdigest()
         keys = KeyRing({digest.digest(): Caller("team", self.identity)})
-        interceptor = CallInterceptor(keys, self.workers, self.meter, self.running, send_timeout=SEND_TIMEOUT_SECONDS)
+        patience = {"send_timeout": SEND_TIMEOUT_SECONDS, "last_word": SEND_TIMEOUT_SECONDS}
+        interceptor = CallInterceptor(keys, self.workers, self.meter, self.running, **patience)
         self.server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])
         self.health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)

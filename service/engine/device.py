@@ -96,7 +96,11 @@ class Cpu:
 
     def reserve(self, size: int) -> Block:
         # A huge page would take a slot's whole length at once.
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            message = f"{size >> 20} MiB of addresses for keys and values cannot be had ({error.strerror}): allow the"
+            raise StartupError(f"{message} process more (ulimit -v), or lower memory_mib or context_length") from None
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         return _host_block(np.frombuffer(memory, np.uint8))
 

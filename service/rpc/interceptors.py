@@ -46,7 +46,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     To gRPC every method is one of streams: so no message is read, decompressed or parsed before the caller is known.
     Large messages are parsed by `workers`. A caller that takes none of an answer for `send_timeout` seconds gets no
-    more of it, and if it does not take the end in as many again it is cut off.
+    more of it, and if it does not take the reason within `last_word` seconds it is cut off.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         running: Running,
         *observers: Observer,
         send_timeout: float = 60.0,
+        last_word: float = 60.0,
     ) -> None:
         self._keys = keys
         self._workers = workers
@@ -64,6 +65,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._running = running
         self._observers = observers
         self._send_timeout = send_timeout
+        self._last_word = last_word
 
     async def intercept_service(
         self,
@@ -161,7 +163,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _without_frames(error)
         own = (*call.identifiers, *answer_headers.get())
         if call.stalled:
-            tasks.cut_off_in(self._send_timeout)
+            tasks.cut_off_in(self._last_word)
         try:
             await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
         except grpc.aio.InternalError:  # the caller has left

@@ -16,6 +16,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 
 from service.settings import Settings
 from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
@@ -87,6 +88,31 @@ def test_typed_callers_without_a_bearer(keyed: Keyed) -> None:
     headers = {"content-type": "application/grpc-web+proto"}
     answer = keyed.stack.request("POST", "/completion.v1.CompletionService/CreateCompletion", b"\0" * 5, headers)
     assert (answer.headers.get("grpc-status") or answer.body.partition(b"grpc-status:")[2][:2].decode()) == "16"
+
+
+def test_every_call_but_health_needs_a_key(keyed: Keyed) -> None:
+    """At the service's own port, with the typed detail: completions, models and reflection."""
+    with grpc.insecure_channel(keyed.stack.grpc_address) as channel:
+        stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        for call in (
+            lambda: stub.CreateCompletion(REQUEST),
+            lambda: list(stub.StreamCompletion(REQUEST)),
+            lambda: stub.ListModels(pb.ListModelsRequest()),
+            lambda: stub.GetModel(pb.GetModelRequest(model=MODEL)),
+            lambda: list(reflection.ServerReflectionInfo(iter([asked]))),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            (detail,) = rpc_status.from_call(caught.value).details
+            error = pb.ErrorResponse()
+            assert detail.Unpack(error)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert error.error.code == "invalid_api_key"
+        for name in ("", "completion.v1.CompletionService"):
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])

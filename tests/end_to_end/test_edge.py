@@ -160,7 +160,9 @@ class Refusing:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         """Its port."""
-        server = grpc.aio.server()
+        # As the service has it: else gRPC itself refuses some of so many at once.
+        pending = ("grpc.server.max_pending_requests", "grpc.server.max_pending_requests_hard_limit")
+        server = grpc.aio.server(options=[(name, 8192) for name in pending])
         methods = {"CreateCompletion": grpc.unary_unary_rpc_method_handler(self._refuse)}
         handler = grpc.method_handlers_generic_handler("completion.v1.CompletionService", methods)
         server.add_generic_rpc_handlers([handler])
@@ -254,18 +256,19 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
     http_port, admin_port = free_ports(2)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}
     config = yaml.safe_load(local.envoy_config(ports))
-    cluster = local.named(config["static_resources"]["clusters"], "service")
+    cluster, checks = (local.named(config["static_resources"]["clusters"], name) for name in ("service", "health"))
     resolver = {
         "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
         "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],
         "dns_resolver_options": {"no_default_search_domain": True},
     }
-    cluster |= {
-        "type": "STRICT_DNS",
-        "dns_lookup_family": "V4_ONLY",
-        "dns_refresh_rate": "1s",
-        "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver},
-    }
+    for each in (cluster, checks):
+        each |= {
+            "type": "STRICT_DNS",
+            "dns_lookup_family": "V4_ONLY",
+            "dns_refresh_rate": "1s",
+            "typed_dns_resolver_config": {"name": "envoy.network.dns_resolver.cares", "typed_config": resolver},
+        }
     (host,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     host["endpoint"]["address"]["socket_address"]["address"] = "replicas.test"
     monkeypatch.setattr(local, "envoy_config", lambda *_: yaml.safe_dump(config))

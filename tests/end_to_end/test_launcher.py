@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -15,8 +17,9 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.ports import listener
 from tests.patience import PATIENCE
-from tests.stack import ROOT, free_ports, launched, ports_of, wait_until_ready
+from tests.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
 
 
 def launch(**environment: str) -> subprocess.Popen[str]:
@@ -114,6 +117,48 @@ def test_replicas_with_affinity(model_dir: Path) -> None:
                 answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         assert sorted(log.name for log in stack.logs.glob("service*.log")) == ["service-1.log", "service-2.log"]
+
+
+def test_one_request_a_minute_is_enough_to_start(model_dir: Path) -> None:
+    """The launcher asks until all is ready without using up what callers have."""
+    with launched(model_dir, REQUESTS_PER_MINUTE="1") as stack:
+        other = {"authorization": "Bearer another"}
+        assert [stack.request("GET", "/v1/models", headers=other).status for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.parametrize("by", ["flag", "variable", "file"])
+def test_envoy_goes_by_the_services_setting(model_dir: Path, tmp_path: Path, by: str) -> None:
+    """However the service is told of its key file, Envoy knows that keys are required."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} me\n")
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'api_keys_file = "{keys}"\n')
+    arguments = {"flag": ["--api-keys-file", str(keys)], "file": ["--config", str(settings)]}.get(by, [])
+    variables = {"COMPLETION_API_KEYS_FILE": str(keys)} if by == "variable" else {}
+    with launched(model_dir, *arguments, **variables) as stack:
+        assert stack.logs is not None
+        assert stack.request("GET", "/v1/models", headers={}).status == 401
+        assert stack.request("GET", "/v1/models").status == 200
+        deadline = time.monotonic() + 60
+        while '"status":401' not in (log := (stack.logs / "envoy.log").read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (line,) = [line for line in log.splitlines() if '"status":401' in line]
+        assert '"details":"direct_response"' in line
+
+
+def test_what_it_has_started_ends_with_it(model_dir: Path) -> None:
+    """Also where it is killed, and cannot say so."""
+    http_port, grpc_port = free_ports(2)
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir))
+    wait_until_ready(process)
+    assert all(listener(port) for port in (http_port, grpc_port))
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(listener(port) for port in (http_port, grpc_port)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_failing_service_is_reported(tmp_path: Path) -> None:

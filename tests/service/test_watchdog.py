@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import pytest
 
-from service.watchdog import hung
+from service.watchdog import Heartbeat, hung
 
 
 @pytest.fixture
@@ -42,3 +43,19 @@ async def test_turns_that_end(no_waiting, turns):
     """An engine that goes on, idles, or is slow but ends its steps is left alone."""
     with pytest.raises(TimeoutError):
         await hung(lambda: next(turns), 30)
+
+
+async def test_a_loop_that_turns_keeps_the_heartbeat(monkeypatch):
+    """However often it is looked at."""
+    ended = []
+    with Heartbeat(asyncio.get_running_loop(), 0.2, lambda: ended.append(True)):
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+    assert not ended
+
+
+async def test_a_loop_that_stands_still_has_none():
+    """The thread says so by itself, once."""
+    ended = threading.Event()
+    with Heartbeat(asyncio.get_running_loop(), 0.2, ended.set):
+        assert ended.wait(30)  # on the event loop, which meanwhile does nothing else

@@ -82,7 +82,7 @@ class Visit:
         """Nothing came after the end that the caller saw."""
         if self.outcome == "finished" or self.error is not None:
             check(not self.generation._arrived, "pieces after the end", self.outcome)
-            check(self.generation._error is self.error, "two ends", self.outcome, self.generation._error)
+            check(self.generation.error is self.error, "two ends", self.outcome, self.generation.error)
 
 
 def random_request(draw: random.Random) -> Request:

@@ -176,7 +176,7 @@ class World:
         self._check()
         for visit in self.visits.copy():
             generation = visit.generation
-            news = generation._arrived or generation._error is not None or not generation._unfinished
+            news = generation._arrived or generation.error is not None or not generation._unfinished
             if news and self.clock % visit.reads_every == 0:
                 self._read(visit)
             if visit.restless and not visit.outcome:
@@ -234,7 +234,7 @@ class World:
 
     def _read(self, visit: Visit) -> None:
         generation = visit.generation
-        while generation._arrived or generation._error is not None or not generation._unfinished:
+        while generation._arrived or generation.error is not None or not generation._unfinished:
             if visit.pieces == visit.leaves_after:
                 return
             try:

@@ -251,3 +251,43 @@ def test_suffix_where_the_model_can(tmp_path):
         with pytest.raises(InvalidRequestError) as caught:
             run("b" * length)
         assert caught.value.code == "context_length_exceeded"
+
+
+def refused_by(parsed, **fields):
+    """The error with which a request is refused."""
+    with pytest.raises(InvalidRequestError) as caught:
+        parsed(**fields)
+    return caught.value
+
+
+def test_too_many_ids_are_refused_unseen(parsed):
+    """By their number, before one is looked at: also where the first is no id at all."""
+    values = struct_pb2.ListValue(values=[struct_pb2.Value(number_value=0.5)] * 100)
+    for fields in (
+        {"json_prompt": struct_pb2.Value(list_value=values)},
+        {"tokens": pb.Tokens(ids=[-1] * 100)},
+        {"token_batch": pb.TokenBatch(prompts=[pb.Tokens(ids=[-1] * 100)] * 2)},
+    ):
+        error = refused_by(parsed, **fields)
+        assert error.code == "context_length_exceeded"
+        assert "100 in your prompt" in error.message
+
+
+def test_a_prompt_that_is_too_long_is_the_last_that_is_tokenized(parsed, letters, monkeypatch):
+    """Those after it are not looked at."""
+    seen = []
+    monkeypatch.setattr(letters, "prompt", lambda text: seen.append(text) or Prompt((1,) * len(text), text))
+    error = refused_by(parsed, texts=pb.TextBatch(texts=["a", "b" * 100, "c"]))
+    assert error.code == "context_length_exceeded"
+    assert seen == ["a", "b" * 100]
+
+
+def test_answers_that_are_too_large(parsed, monkeypatch):
+    """By what is asked, before anything is computed; without scores, or fewer times, the same prompt is answered."""
+    monkeypatch.setattr("service.rpc.sizes.MOST_BYTES", 20_000)
+    asked = {"text": "a" * 40, "echo": True, "max_tokens": 0, "logprobs": 5}
+    error = refused_by(parsed, **asked, n=4)
+    assert (error.param, error.code) == ("n", "answer_too_large")
+    assert "40 prompt tokens and 0 for the completion, 4 times" in error.message
+    assert parsed(**asked, n=1).n == 1
+    assert parsed(**{**asked, "logprobs": None}, n=4).n == 4

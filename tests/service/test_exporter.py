@@ -1,0 +1,53 @@
+"""The metrics' port: few threads, and nobody who is silent keeps others from being answered."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import urllib.request
+from contextlib import ExitStack
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from service import exporter
+from service.exporter import Exporter
+from tests.stack import free_ports
+
+
+@pytest.fixture
+def served():
+    """An exporter's port."""
+    registry = CollectorRegistry()
+    Gauge("answer", "Of everything.", registry=registry).set(42)
+    (port,) = free_ports(1)
+    made = Exporter(registry, "127.0.0.1", port)
+    yield port
+    made.close()
+
+
+def scraped(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        return answer.read().decode()
+
+
+def test_silent_connections(served):
+    """Five hundred are no more threads than allowed, and who asks is answered beside them."""
+    before = threading.active_count()
+    with ExitStack() as held:
+        for _ in range(500):
+            held.enter_context(socket.create_connection(("127.0.0.1", served), timeout=30))
+        assert "answer 42.0" in scraped(served)
+        deadline = time.monotonic() + 30
+        while threading.active_count() > before + exporter._MOST_CONNECTIONS + 1:
+            assert time.monotonic() < deadline, threading.active_count()
+            time.sleep(0.01)
+        assert "answer 42.0" in scraped(served)
+
+
+def test_a_connection_that_sends_nothing_ends(served, monkeypatch):
+    """After a while, whoever else is there."""
+    monkeypatch.setattr(exporter._Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", served), timeout=30) as connection:
+        assert connection.recv(1) == b""
