@@ -204,7 +204,7 @@ async def test_retries_do_not_multiply_the_load(
         with envoy_with(tmp_path, port, 10_000) as (retrying, _):
             await ready(retrying.http, refusing)
             statuses = Counter(await refusing.statuses(retrying.http, count))
-        # Of so many calls at once grpc.aio's own server ends one now and then as cancelled, which Envoy answers with 499.
+        # Of so many calls at once the test's own server ends one now and then as cancelled, to Envoy a 499.
         assert statuses[status] >= 0.99 * count
         assert set(statuses) <= {status, b"499"}
         print(f"{refusing.attempts / count:.2f} times the load")
