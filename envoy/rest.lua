@@ -149,6 +149,7 @@ local function explain(handle, status)
   elseif (status == "429" or status == "503") and not handle:headers():get("retry-after") then
     handle:headers():replace("retry-after", "1")
   elseif status == "504" then
+    -- Another try would only take as long again.
     handle:headers():replace("x-should-retry", "false")
   end
 end

@@ -7,10 +7,16 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from tests.end_to_end.test_edge import frame
+import pytest
+import yaml
+
+from deploy import local
+from tests.end_to_end.test_edge import frame, until_closed
 from tests.patience import PATIENCE
-from tests.stack import ROOT, Stack
+from tests.stack import ROOT, Stack, envoy, free_ports
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 SETTINGS, PING, GOAWAY, ACK = 4, 6, 7, 1
@@ -74,3 +80,35 @@ def test_the_service_wants_five_seconds_between_them(stack: Stack) -> None:
             time.sleep(SPACED)
     with connected(stack.grpc) as connection:
         assert next(filter(None, (connection.ping() for _ in range(20)))) == b"too_many_pings"
+
+
+def test_a_caller_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Envoy pings HTTP/2 callers, here each second, and closes the connection of one that never answers."""
+    written = local.envoy_config
+    config = yaml.safe_load(written({"HTTP_PORT": 1, "GRPC_PORT": 2}))
+    manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    assert manager["http2_protocol_options"]["connection_keepalive"] == {"interval": "30s", "timeout": "10s"}
+    pings = "interval: 30s", "timeout: 10s"
+
+    def shorter(*given: Any) -> str:
+        return written(*given).replace(pings[0], "interval: 1s").replace(pings[1], "timeout: 1s", 1)
+
+    monkeypatch.setattr(local, "envoy_config", shorter)
+    http_port, grpc_port = free_ports(2)
+    with envoy(http_port, grpc_port, tmp_path), listening(http_port) as wire:
+        wire.sendall(PREFACE)
+        assert frame(PING, 0, 0, b"")[3:5] in until_closed(wire)
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A connection to a port that something listens on by and by."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
+                yield wire
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -306,3 +306,11 @@ def test_no_refusal_is_without_words(stack: Stack, data: str) -> None:
     assert received.startswith(b"HTTP/1.1 4")
     error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]
     assert len(error["message"]) > 20
+
+
+def test_grpc_callers_keep_a_plain_message(stack: Stack) -> None:
+    """An unknown method is UNIMPLEMENTED through Envoy, with words and without an envelope."""
+    with grpc.insecure_channel(stack.envoy_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/nothing.v1.Nothing/Nope")(b"", metadata=list(AUTHORIZED.items()))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.details() == "Unknown URL."
