@@ -31,6 +31,7 @@ class Workplace:
             "models": ROOT / "models",
             "tests": ROOT / "tests",
             "node_modules": NODE_MODULES,
+            "proto": ROOT / "proto",
         }.items():
             (self.folder / name).symlink_to(target)
 
