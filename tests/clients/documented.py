@@ -32,6 +32,7 @@ class Workplace:
             "tests": ROOT / "tests",
             "node_modules": NODE_MODULES,
             "proto": ROOT / "proto",
+            "buf.yaml": ROOT / "buf.yaml",
         }.items():
             (self.folder / name).symlink_to(target)
 
