@@ -62,7 +62,7 @@ export function buf(fields, origin) {
   const method = fields.stream ? "StreamCompletion" : "CreateCompletion";
   const plain = origin.startsWith("http:") ? " --http2-prior-knowledge" : "";
   return [
-    `buf curl --protocol grpc${plain} --reflect --reflect-header '*' \\`,
+    `buf curl --protocol grpc${plain} --schema . \\`,
     `  -H "authorization: Bearer ${KEY}" \\`,
     `  -d ${shellQuoted(json(typedFields(fields)))} \\`,
     `  ${origin}/completion.v1.CompletionService/${method}\n`,

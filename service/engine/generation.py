@@ -118,8 +118,7 @@ class Generation:
 
     async def pieces(self, silence: float = math.inf, since: float = math.inf) -> AsyncIterator[Delta | None]:
         """The pieces, and None whenever for `silence` seconds none has come, first counted from `since` (monotonic)."""
-        loop = asyncio.get_running_loop()
-        speak_at = min(since, loop.time()) + silence
+        speak_at = min(since, time.monotonic()) + silence
         while self._unfinished:
             while self._arrived:
                 delta = self._arrived.popleft()
@@ -127,17 +126,20 @@ class Generation:
                 self._backlog -= _size(delta)
                 self._unfinished -= delta.finish_reason is not None
                 yield delta
-                speak_at = loop.time() + silence
+                speak_at = time.monotonic() + silence
             if self._unfinished:
                 if self.error is not None:
                     raise self.error
                 self._event.clear()
+                if math.isinf(speak_at):
+                    await self._event.wait()
+                    continue
                 try:
-                    async with asyncio.timeout_at(speak_at if math.isfinite(speak_at) else None):
+                    async with asyncio.timeout(speak_at - time.monotonic()):
                         await self._event.wait()
                 except TimeoutError:
                     yield None
-                    speak_at = loop.time() + silence
+                    speak_at = time.monotonic() + silence
 
     def __enter__(self) -> Generation:
         return self

@@ -31,6 +31,8 @@ class Workplace:
             "models": ROOT / "models",
             "tests": ROOT / "tests",
             "node_modules": NODE_MODULES,
+            "proto": ROOT / "proto",
+            "buf.yaml": ROOT / "buf.yaml",
         }.items():
             (self.folder / name).symlink_to(target)
 

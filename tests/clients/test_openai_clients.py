@@ -90,7 +90,7 @@ def test_promptfoo(here: Workplace, greedy: dict) -> None:
 
 
 def test_buf_curl(here: Workplace, greedy: dict) -> None:
-    """The greedy text streams to buf curl through Envoy, knowing the service by reflection alone."""
+    """The greedy text streams to buf curl through Envoy, knowing the service by the contract alone."""
     output = here.bash("`buf curl`")
     pieces, decoder = [], json.JSONDecoder()
     while output.strip():

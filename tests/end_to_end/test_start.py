@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,8 @@ def test_an_export_that_is_killed(tmp_path: Path, files: int) -> None:
         manifest.load(target)
         return
     for left in tmp_path.glob(".model.*"):
-        with pytest.raises(StartupError):
+        # Refused, or whole where it was killed just before it was renamed.
+        with suppress(StartupError):
             manifest.load(left)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
