@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import queue
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.browser import CHROMIUM
 from tests.clients.documented import CLIENTS, Workplace
+from tests.folders import Files, served
 from tests.patience import PATIENCE
 from tests.stack import ROOT, Stack
 
@@ -102,29 +98,16 @@ def test_buf_curl(here: Workplace, greedy: dict) -> None:
     assert len(pieces) > 3
 
 
-class Page(http.server.SimpleHTTPRequestHandler):
+class Page(Files):
     """Serves a folder, and takes what the page there reports when it is done."""
 
     reports: queue.Queue[str] = queue.Queue()
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802, the library's name
         body = self.rfile.read(int(self.headers["content-length"])).decode()
         self.send_response(204)
         self.end_headers()
         self.reports.put(body)
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address at which the folder's files can be had."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Page, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def bundled(here: Workplace) -> Path:
@@ -160,7 +143,7 @@ def test_grpc_web_in_a_browser(here: Workplace, greedy: dict) -> None:
     if browser is None:
         pytest.skip("chromium not found")
     bundled(here)
-    with served(here.folder) as address:
+    with served(here.folder, Page) as address:
         profile = f"--user-data-dir={here.folder / 'profile'}"
         command = [browser, *CHROMIUM, profile, f"{address}/page.html"]
         window = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

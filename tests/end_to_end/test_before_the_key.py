@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from service.settings import Settings
+from tests.patience import PATIENCE, eventually
 from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
 
 REQUEST = pb.CreateCompletionRequest(model=MODEL, text="a", max_tokens=1)
@@ -176,7 +176,7 @@ def test_the_setting_is_nobodys_to_send(keyed: Keyed, stack: Stack) -> None:
 def test_keys_that_are_moved_over_the_old_ones(keyed: Keyed) -> None:
     """The new key opens, the old one does not, and its stream ends with the reason."""
     body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True})
-    with socket.create_connection(("127.0.0.1", keyed.stack.http), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", keyed.stack.http), timeout=PATIENCE) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
         received = connection.recv(65536)
@@ -193,15 +193,12 @@ def test_keys_that_are_moved_over_the_old_ones(keyed: Keyed) -> None:
             assert keyed.stack.request("GET", "/v1/models", headers=other).status == 200
         finally:
             keyed.replace(KEY)
-    deadline = time.monotonic() + 60
-    while keyed.stack.request("GET", "/v1/models").status != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    eventually(lambda: keyed.stack.request("GET", "/v1/models").status == 200)
 
 
 def test_connect_is_refused_with_words(keyed: Keyed) -> None:
     """Envoy's refusal of a method that it does not know says something."""
-    with socket.create_connection(("127.0.0.1", keyed.stack.http), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", keyed.stack.http), timeout=PATIENCE) as connection:
         connection.sendall(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n")
         received = connection.recv(65536)
     assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"], received
@@ -210,8 +207,5 @@ def test_connect_is_refused_with_words(keyed: Keyed) -> None:
 def test_lines_of_the_access_log_are_bounded(keyed: Keyed) -> None:
     """Also that of a path of 30,000 characters."""
     keyed.stack.request("GET", "/" + "p" * 30_000)
-    deadline = time.monotonic() + 60
-    while not (lines := [line for line in keyed.log.read_text().splitlines() if "/pppp" in line]):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    lines = eventually(lambda: [line for line in keyed.log.read_text().splitlines() if "/pppp" in line])
     assert len(lines[-1]) < 2000

@@ -14,12 +14,15 @@ import pytest
 import yaml
 
 from deploy import local
-from tests.end_to_end.test_edge import frame, until_closed
-from tests.patience import PATIENCE
+from service.ports import listener
+from tests.end_to_end.test_edge import connected as connection_to
+from tests.end_to_end.test_edge import until_closed
+from tests.http2 import PREFACE, SETTINGS, frame
+from tests.patience import eventually
 from tests.stack import ROOT, Stack, envoy, free_ports
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
-SETTINGS, PING, GOAWAY, ACK = 4, 6, 7, 1
+BEGINNING = PREFACE + frame(SETTINGS, 0, 0, b"")
+PING, GOAWAY, ACK = 6, 7, 1
 # What the service takes between two pings, in seconds, and a little more.
 SPACED = 5.2
 
@@ -31,7 +34,7 @@ class Connection:
         self._wire = wire
         self._rest = b""
         self._sent = 0
-        wire.sendall(PREFACE)
+        wire.sendall(BEGINNING)
 
     def ping(self) -> bytes | None:
         """Sends a ping: None once it is answered, or why the other side says goodbye instead."""
@@ -61,7 +64,7 @@ class Connection:
 
 @contextmanager
 def connected(port: int) -> Iterator[Connection]:
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
+    with connection_to(port) as wire:
         yield Connection(wire)
 
 
@@ -95,20 +98,8 @@ def test_a_caller_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(local, "envoy_config", shorter)
     http_port, grpc_port = free_ports(2)
-    with envoy(http_port, grpc_port, tmp_path), listening(http_port) as wire:
-        wire.sendall(PREFACE)
-        assert frame(PING, 0, 0, b"")[3:5] in until_closed(wire)
-
-
-@contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
-    """A connection to a port that something listens on by and by."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as wire:
-                yield wire
-            return
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with envoy(http_port, grpc_port, tmp_path):
+        eventually(lambda: listener(http_port))
+        with connection_to(http_port) as wire:
+            wire.sendall(BEGINNING)
+            assert frame(PING, 0, 0, bytes(8))[:9] in until_closed(wire)

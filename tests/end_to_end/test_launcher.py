@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -18,7 +17,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.ports import listener
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, eventually
 from tests.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
 
 
@@ -139,11 +138,8 @@ def test_envoy_goes_by_the_services_setting(model_dir: Path, tmp_path: Path, by:
         assert stack.logs is not None
         assert stack.request("GET", "/v1/models", headers={}).status == 401
         assert stack.request("GET", "/v1/models").status == 200
-        deadline = time.monotonic() + 60
-        while '"status":401' not in (log := (stack.logs / "envoy.log").read_text()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        (line,) = [line for line in log.splitlines() if '"status":401' in line]
+        log = stack.logs / "envoy.log"
+        (line,) = eventually(lambda: [line for line in log.read_text().splitlines() if '"status":401' in line])
         assert '"details":"direct_response"' in line
 
 
@@ -154,11 +150,8 @@ def test_what_it_has_started_ends_with_it(model_dir: Path) -> None:
     wait_until_ready(process)
     assert all(listener(port) for port in (http_port, grpc_port))
     process.kill()
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while any(listener(port) for port in (http_port, grpc_port)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process.communicate(timeout=PATIENCE)
+    eventually(lambda: not any(listener(port) for port in (http_port, grpc_port)))
 
 
 def test_failing_service_is_reported(tmp_path: Path) -> None:

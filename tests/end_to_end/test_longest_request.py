@@ -162,7 +162,7 @@ def test_what_takes_longer_is_ended(too_slow: Slow) -> None:
             assert answer.headers["x-should-retry"] == "false"
             error = answer.json["error"]
             assert (error["type"], error["message"]) == ("server_error", "The request took too long.")
-    assert time.monotonic() - began > 0.9 * LONGEST  # Envoy's timers count in whole milliseconds, from a little before
+    assert round(time.monotonic() - began, 3) >= LONGEST  # Envoy's timers count in whole milliseconds
 
 
 def test_the_official_client_does_not_ask_again(short: Slow) -> None:

@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -15,7 +14,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, eventually
 from tests.stack import AUTHORIZED, MODEL, Answer, Stack
 
 MINIMAL = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1})
@@ -205,21 +204,14 @@ def test_the_callers_own_id_comes_back(stack: Stack, stub: completion_pb2_grpc.C
         _, call = through.ListModels.with_call(pb.ListModelsRequest(), metadata=metadata)
     assert dict(call.trailing_metadata())["x-client-request-id"] == name
     assert stack.logs is not None
-    wait_for(lambda: logged(stack.logs / "service.log", name) >= 6)
-    wait_for(lambda: logged(stack.logs / "envoy.log", name) >= 7)
+    eventually(lambda: logged(stack.logs / "service.log", name) >= 6)
+    eventually(lambda: logged(stack.logs / "envoy.log", name) >= 7)
 
 
 def logged(path: Path, client_id: str) -> int:
     """How many lines of a log say this id."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
     return sum(line.get("client_request_id") == client_id for line in lines)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_an_id_that_is_too_long_over_grpc(stub: completion_pb2_grpc.CompletionServiceStub) -> None:
@@ -270,7 +262,7 @@ def test_nobody_is_told_what_serves(stack: Stack) -> None:
 
 def raw(stack: Stack, data: str) -> bytes:
     """All that comes back for these bytes until the connection is closed."""
-    with socket.create_connection(("127.0.0.1", stack.http), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", stack.http), timeout=PATIENCE) as connection:
         connection.sendall(data.encode("latin-1"))
         received = b""
         while chunk := connection.recv(65536):

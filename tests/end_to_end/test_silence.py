@@ -20,6 +20,7 @@ from completion.v1 import completion_pb2_grpc
 
 from service import ports
 from tests.model_export import tiny
+from tests.patience import PATIENCE
 from tests.processes import TINY, export_tiny
 from tests.stack import ROOT, free_ports, wait_until_healthy
 
@@ -77,7 +78,7 @@ def test_the_service(tmp_path: Path) -> None:
     with process:
         try:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                grpc.channel_ready_future(channel).result(120)
+                grpc.channel_ready_future(channel).result(PATIENCE)
                 wait_until_healthy(channel)
                 stub = completion_pb2_grpc.CompletionServiceStub(channel)
                 until = time.monotonic() + SECONDS
@@ -99,7 +100,7 @@ def test_the_exporter(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", "tiny"]
     flags = ["--quantization", "float32", "--prompts", "none", "--max-kl", "1"]
     with traced(tmp_path, [*command, *flags]) as process:
-        process.wait(500)
+        process.wait(PATIENCE)
     assert process.returncode == 0, (tmp_path / "out").read_text()[-2000:]
     assert (target / "manifest.json").exists()
     check_silent(tmp_path, target.parent)

@@ -38,7 +38,7 @@ class Gate:
     def pass_through(self) -> None:
         if not self.open.is_set():
             self.allowed -= 1
-            assert self.allowed >= 0 or self.open.wait(60)
+            assert self.allowed >= 0 or self.open.wait(PATIENCE)
         if self.broken:
             raise RuntimeError("told to fail")
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.folders import served
 from tests.pages.expected import GREEDY, Guarded, greedy
 from tests.stack import KEY, MODEL, ROOT, Stack
 
@@ -52,24 +49,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (archive,) = folder.glob("*.tgz")
     shutil.unpack_archive(archive, folder, filter="data")
     return folder / "package"
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The origin at which the folder's files can be had."""
-
-    class Files(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from service.watchdog import Heartbeat, hung
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -58,4 +59,4 @@ async def test_a_loop_that_stands_still_has_none():
     """The thread says so by itself, once."""
     ended = threading.Event()
     with Heartbeat(asyncio.get_running_loop(), 0.2, ended.set):
-        assert ended.wait(30)  # on the event loop, which meanwhile does nothing else
+        assert ended.wait(PATIENCE)  # on the event loop, which meanwhile does nothing else
