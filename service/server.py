@@ -19,7 +19,7 @@ from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import models, ports, telemetry, watchdog
+from service import memory, models, ports, telemetry, watchdog
 from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
@@ -47,6 +47,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_CALLS = 8192
 # How often the key file is looked at.
 _KEYS_SECONDS = 1.0
+# How often memory is given back while nothing runs.
+_IDLE_SECONDS = 10.0
 
 
 def check_host(settings: Settings, keys: KeyRing) -> None:
@@ -90,7 +92,7 @@ class Server:
         self._workers = Workers(2, "parsing")
         self._running = Running()
         self._look_at_keys = asyncio.Event()
-        self._following: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._health = Health()
         self._metrics = self._make_metrics()
         self._exporter: Exporter | None = None
@@ -176,7 +178,7 @@ class Server:
         metrics = self._exporter and self._exporter.address
         served = [each.id for each in self.models]
         _log.info("serving", address=self.address, models=served, metrics=metrics, processor=str(processor()))
-        self._following = asyncio.ensure_future(self._follow_keys())
+        self._tasks = [asyncio.ensure_future(self._follow_keys()), asyncio.ensure_future(self._give_back())]
         if self.keys.open:
             _log.warning("no API key file: no key is asked for, and only loopback is listened on")
         return self
@@ -199,9 +201,9 @@ class Server:
         await asyncio.wait([stopped], timeout=seconds)
         await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines))
         await stopped
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._workers.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
@@ -243,6 +245,14 @@ class Server:
             read = self.keys.reload if self._look_at_keys.is_set() else self.keys.follow
             self._look_at_keys.clear()
             self._running.revoke(await asyncio.to_thread(read))
+
+    async def _give_back(self) -> None:
+        """Gives memory back, on a thread, while nothing runs or waits."""
+        while True:
+            await asyncio.sleep(_IDLE_SECONDS)
+            stats = [model.engine.stats for model in self.models]
+            if not any(each.running or each.waiting for each in stats):
+                await asyncio.to_thread(memory.give_back)
 
     def reload_keys(self) -> None:
         """Has the key file be read again, changed or not."""

@@ -119,10 +119,10 @@ class Held:
     files: tuple[int, int]
     sequences: float
 
-    def as_before(self, before: Held, mib: int) -> bool:
-        """Whether no more has stayed than so much memory, threads of pools, and connections kept for later."""
+    def as_before(self, before: Held) -> bool:
+        """Whether no more has stayed than 64 MiB, threads of pools, and connections kept for later."""
         return (
-            all(now <= then + mib for now, then in zip(self.memory, before.memory, strict=True))
+            all(now <= then + 64 for now, then in zip(self.memory, before.memory, strict=True))
             and all(now <= then + 4 for now, then in zip(self.threads, before.threads, strict=True))
             and all(now <= then + 8 for now, then in zip(self.files, before.files, strict=True))
             and self.sequences == before.sequences

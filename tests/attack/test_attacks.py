@@ -44,8 +44,8 @@ def stack(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield running
 
 
-def under(stack: Stack, name: str, attack: Callable[[float], None], mib: int = 64) -> None:
-    """Attacks until a time on the monotonic clock; the neighbour has no failure, and little is left afterwards."""
+def under(stack: Stack, name: str, attack: Callable[[float], None]) -> None:
+    """Attacks until a time on the monotonic clock; the neighbour has no failure, and nothing is left afterwards."""
     before = held(stack)
     neighbour = Neighbour(stack)
     began = time.monotonic()
@@ -55,18 +55,18 @@ def under(stack: Stack, name: str, attack: Callable[[float], None], mib: int = 6
     print(f"\n{neighbour.report(name)}", flush=True)
     for failure in neighbour.failures[:5]:
         print(f"  {failure}")
-    after = settled(stack, before, mib)
+    after = settled(stack, before)
     print(f"  before {before}\n  after  {after}", flush=True)
     assert not neighbour.failures
-    assert after.as_before(before, mib), (before, after)
+    assert after.as_before(before), (before, after)
 
 
-def settled(stack: Stack, before: Held, mib: int) -> Held:
+def settled(stack: Stack, before: Held) -> Held:
     """What is held once it is as before, or after a minute: connections that nobody uses end in half of that."""
     deadline = time.monotonic() + 60
     while True:
         after = held(stack)
-        if after.as_before(before, mib) or time.monotonic() > deadline:
+        if after.as_before(before) or time.monotonic() > deadline:
             return after
         time.sleep(0.5)
 
@@ -197,8 +197,7 @@ def test_streams_that_are_dropped(stack: Stack, bearer: str) -> None:
         wait_until(until)
 
     name = f"4 x 40 x 98 streams dropped, {'a wrong' if bearer else 'without a'} key"
-    # With a key, also a wrong one, they are calls of the service, whose allocator keeps what as many at once needed.
-    under(stack, name, attack, mib=128 if bearer else 64)
+    under(stack, name, attack)
 
 
 def test_readers_that_take_nothing(stack: Stack) -> None:
