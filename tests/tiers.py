@@ -62,13 +62,13 @@ class Tier:
 
 TIERS = (
     Tier("test"),
+    Tier("test-attack"),
     Tier("test-simulation"),
     Tier("test-processors", lacking=no_emulator),
     Tier("test-browser", lacking=no_debian),
     Tier("test-families"),
     Tier("test-clients"),
     Tier("soak", ("MINUTES=2",)),
-    Tier("test-attack", only_all=True),
     Tier("test-slow", only_all=True),
     Tier("check-cuda", only_all=True),
     Tier("test-gpu", lacking=no_gpu, only_all=True),
