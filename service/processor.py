@@ -76,8 +76,7 @@ class _Cpuid:
         file = os.memfd_create("cpuid", os.MFD_CLOEXEC)
         try:
             os.write(file, _CPUID + _XGETBV)
-            flags = mmap.MAP_PRIVATE
-            self._code = mmap.mmap(file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+            self._code = mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
         finally:
             os.close(file)
         address = np.frombuffer(self._code, np.uint8).ctypes.data

@@ -203,7 +203,8 @@ class Server:
         await stopped
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         self._workers.shutdown()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)

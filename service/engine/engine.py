@@ -302,7 +302,8 @@ class Engine:
             else:
                 self._advance_decode(step)
             self._learn(step, len(sequences), self._clock() - began)
-            self._failures = 0
+            if not isinstance(step, PromptChunk) or step.start < step.end:  # else the model had no part in it
+                self._failures = 0
         except Exception as error:
             self._note(error)
             self._log.exception("a step of the model failed", rows=len(sequences))

@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -203,10 +202,7 @@ async def test_retries_do_not_multiply_the_load(
     async with refusing.serving() as port:
         with envoy_with(tmp_path, port, 10_000) as (retrying, _):
             await ready(retrying.http, refusing)
-            statuses = Counter(await refusing.statuses(retrying.http, count))
-        # Of so many calls at once the test's own server ends one now and then as cancelled, to Envoy a 499.
-        assert statuses[status] >= 0.99 * count
-        assert set(statuses) <= {status, b"499"}
+            assert await refusing.statuses(retrying.http, count) == [status] * count
         print(f"{refusing.attempts / count:.2f} times the load")
         assert count <= refusing.attempts <= most * count
 

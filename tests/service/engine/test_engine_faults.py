@@ -195,6 +195,28 @@ async def test_a_model_that_is_gone_takes_the_engine_along(letters):
         await asyncio.wait_for(engine.died.wait(), PATIENCE)
 
 
+async def test_a_step_without_the_model_says_nothing_of_it(letters):
+    """A candidate that a sibling's prompt serves whole is no sign that the model answers again."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        first = asyncio.create_task(texts(engine, request("a", max_tokens=50)))
+        await model.reached()
+        served = asyncio.create_task(texts(engine, request("bcd", n=2, max_tokens=1)))
+        await asyncio.sleep(0)
+        while tuple(ids("bcd")) not in model.histories:
+            model.gate.release()
+            await model.reached()
+        model.gone = True
+        model.gate.release(1000)
+        with pytest.raises(UnavailableError):
+            await first
+        assert await served == ["e", "e"]
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await texts(engine, request("a"))
+        await asyncio.wait_for(engine.died.wait(), PATIENCE)
+
+
 async def test_requests_at_fault_do_not_end_the_engine(letters):
     """However many the model fails on in a row, as long as it answers without them; nor does a moment without it."""
     model = FakeModel()
