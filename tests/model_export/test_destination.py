@@ -16,6 +16,14 @@ from model_export.__main__ import main
 from tests.model_export import tiny
 from tests.patience import PATIENCE, eventually
 
+EXPORTER = ("-m", "model_export")
+# The exporter, waiting where it has written a graph and would compare it with its source.
+WAITING = """
+import signal, sys
+from model_export import __main__, export
+export.verify = lambda *arguments, **options: signal.pause()
+sys.exit(__main__.main())
+"""
 # From linux/prctl.h and linux/capability.h.
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 
@@ -124,9 +132,11 @@ def as_anybody() -> None:
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
-def command(source: Path, target: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def command(
+    source: Path, target: Path, prepare: Callable[[], None] | None = None, program: tuple[str, str] = EXPORTER
+) -> subprocess.Popen[str]:
     """The exporter as a process of its own."""
-    arguments = [sys.executable, "-m", "model_export", str(source), str(target)]
+    arguments = [sys.executable, *program, str(source), str(target)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, preexec_fn=prepare, **pipes)  # noqa: PLW1509 - takes no lock
 
@@ -173,8 +183,8 @@ def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: P
     before = contents(tmp_path)
     target = tmp_path / "new" / "out"
     # Whoever runs the tests may ignore interrupts, as shells have background jobs do.
-    process = command(source, target, heed_interrupts)
-    eventually(lambda: any(target.parent.glob("*")) or process.poll() is not None)
+    process = command(source, target, heed_interrupts, ("-c", WAITING))
+    eventually(lambda: any(target.parent.glob("*/model.onnx")) or process.poll() is not None)
     assert process.poll() is None
     process.send_signal(number)
     output, error = process.communicate(timeout=PATIENCE)
