@@ -75,9 +75,12 @@ def test_slow_body_times_out(stack: Stack) -> None:
 
 @contextmanager
 def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple[Stack, int]]:
-    """An Envoy with another bound on connections, and its process id."""
+    """An Envoy with another bound on connections, patient with a server that shares its event loop with its callers."""
     (http_port,) = free_ports(1)
     config = yaml.safe_load(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
+    for cluster in config["static_resources"]["clusters"]:
+        for check in cluster.get("health_checks", ()):
+            check["timeout"] = f"{PATIENCE}s"
     monitors = {item["name"]: item["typed_config"] for item in config["overload_manager"]["resource_monitors"]}
     limit = monitors["envoy.resource_monitors.global_downstream_max_connections"]
     assert limit["max_active_downstream_connections"] == 32_768
