@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
-from model_export.precision import MAX_KL, MAX_KL_INT4
-from model_export.report import table
+from model_export.graph.precision import MAX_KL, MAX_KL_INT4
+from model_export.verify.report import table
 
 LONGEST_MESSAGE = 1000
 

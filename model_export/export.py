@@ -16,18 +16,19 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from model_export import cuda
 from model_export.errors import ExportError, TooFarError
-from model_export.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
-from model_export.gguf_source import gguf_parts
-from model_export.hf_check import weight_files
-from model_export.initializers import Initializers
+from model_export.graph import cuda
+from model_export.graph.initializers import Initializers
+from model_export.graph.operators import LinearForm
+from model_export.graph.precision import Device, Precision, choose_precision
+from model_export.graph.quantize import Activations, Form
+from model_export.graph.source import Source
 from model_export.opening import find, read_source
-from model_export.operators import LinearForm
-from model_export.precision import Device, Precision, choose_precision
-from model_export.quantize import Activations, Form
-from model_export.source import Source
-from model_export.verify import Report, verify
+from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
+from model_export.sources.gguf.read import gguf_parts
+from model_export.sources.hugging_face.check import weight_files
+from model_export.verify.report import Report
+from model_export.verify.verify import verify
 from service import manifest
 from service.processor import processor
 

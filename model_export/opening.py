@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from model_export import families, mobius_source
-from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError
-from model_export.files import read_json
-from model_export.gguf_check import check_gguf
-from model_export.gguf_metadata import Metadata
-from model_export.gguf_source import gguf_parts, open_gguf, read_gguf
-from model_export.hf_check import check_hugging_face
-from model_export.hf_source import read_hugging_face
-from model_export.hub import HubName, download, hub_name
-from model_export.source import Source
-from model_export.vocabulary import check_vocabulary
+from model_export.graph.source import Source
+from model_export.mobius import source as mobius
+from model_export.native.source import DecoderSource
+from model_export.sources import families
+from model_export.sources.files import read_json
+from model_export.sources.gguf.check import check_gguf
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.read import gguf_parts, open_gguf, read_gguf
+from model_export.sources.hugging_face.check import check_hugging_face
+from model_export.sources.hugging_face.hub import HubName, download, hub_name
+from model_export.sources.hugging_face.read import read_hugging_face
+from model_export.sources.vocabulary import check_vocabulary
 
 
 def find(path: Path) -> tuple[Path, HubName | None]:
@@ -54,7 +55,7 @@ def _open_file(path: Path) -> Source:
         check_gguf(part)
     reader = open_gguf(path)
     if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
-        return mobius_source.from_gguf(path, reader)
+        return mobius.from_gguf(path, reader)
     return DecoderSource(read_gguf(path, reader))
 
 
@@ -62,5 +63,5 @@ def _open_directory(path: Path) -> Source:
     check_hugging_face(path)
     config = read_json(path, "config.json")
     if config.get("model_type") in families.MOBIUS:
-        return mobius_source.from_directory(path, config)
+        return mobius.from_directory(path, config)
     return DecoderSource(read_hugging_face(path))

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploy import local
-from model_export.decoder_source import DecoderSource
+from model_export.native.reference import reference_logits
+from model_export.native.source import DecoderSource
 from model_export.opening import read_source
-from model_export.reference import reference_logits
 from tests.clients.documented import Workplace
 from tests.model_export.session import Session
 from tests.stack import Stack

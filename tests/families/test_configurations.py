@@ -16,9 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.numpy import load_file, save_file
 
 from model_export.errors import ExportError
-from model_export.families import OWN
-from model_export.hf_check import NUMBERS, OPTIONAL, ROTARY
 from model_export.opening import read_source
+from model_export.sources.families import OWN
+from model_export.sources.hugging_face.check import NUMBERS, OPTIONAL, ROTARY
 from tests.families.families import FAMILIES, WIDE
 from tests.families.family import Family
 from tests.families.oracle import Oracle, make

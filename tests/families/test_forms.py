@@ -9,8 +9,8 @@ import pytest
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
+from model_export.graph.quantize import Form
 from model_export.opening import read_source
-from model_export.quantize import Form
 from tests.families.families import FAMILIES
 from tests.families.oracle import make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model_export.hf_source import read_vocabulary
+from model_export.sources.hugging_face.read import read_vocabulary
 from service.manifest import SpecialTokens
 from service.text.tokenizer import Tokenizer
 from tests.families import vocabularies

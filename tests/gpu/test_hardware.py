@@ -16,8 +16,8 @@ import onnx_ir as ir
 import pytest
 
 from deploy import local
-from model_export import cuda
 from model_export.export import Options, export
+from model_export.graph import cuda
 from service import manifest
 from service.engine.cache import Copy, KVCache
 from service.engine.device import Cpu, Cuda, lacks_cuda

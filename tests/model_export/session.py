@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from model_export.runner import KV_TYPES
+from model_export.verify.runner import KV_TYPES
 from service.processor import byte_options
 
 

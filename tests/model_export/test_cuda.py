@@ -8,9 +8,9 @@ import re
 import onnx_ir as ir
 import pytest
 
-from model_export import cuda
 from model_export.errors import ExportError
 from model_export.export import Options, export
+from model_export.graph import cuda
 from service import manifest
 from tests.model_export import tiny
 

@@ -10,9 +10,9 @@ from gguf import GGMLQuantizationType as Tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError
 from model_export.export import read_source
+from model_export.native.source import DecoderSource
 from tests.model_export import tiny
 from tests.model_export.bad_sources import single
 

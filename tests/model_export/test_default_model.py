@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from deploy import local
 from model_export.opening import read_source
-from model_export.verify import kl_divergence
-from model_export.weights import Floats
+from model_export.sources.weights import Floats
+from model_export.verify.verify import kl_divergence
 from service import manifest
 from tests.model_export.session import Session
 

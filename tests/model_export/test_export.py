@@ -15,13 +15,14 @@ from gguf import GGMLQuantizationType
 
 from model_export import export as exporting
 from model_export.__main__ import main
-from model_export.checkpoint import Checkpoint
-from model_export.decoder_source import DecoderSource
 from model_export.errors import ExportError, TooFarError
 from model_export.export import Options, export
+from model_export.native.source import DecoderSource
 from model_export.opening import read_source
-from model_export.runner import Runner
-from model_export.verify import Report, verify
+from model_export.sources.checkpoint import Checkpoint
+from model_export.verify.report import Report
+from model_export.verify.runner import Runner
+from model_export.verify.verify import verify
 from service import manifest
 from service.processor import Processor
 from tests.model_export import tiny

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from model_export.__main__ import main
-from model_export.families import MOBIUS, OWN, REFUSED
+from model_export.sources.families import MOBIUS, OWN, REFUSED
 from tests.model_export import tiny
 from tests.stack import ROOT
 

@@ -9,10 +9,10 @@ from gguf import GGUFReader, GGUFWriter
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
-from model_export.fill_in_the_middle import find_marks, reorder
-from model_export.gguf_metadata import Metadata
-from model_export.gguf_tokenizer import read_vocabulary
-from model_export.vocabulary import Vocabulary
+from model_export.sources.fill_in_the_middle import find_marks, reorder
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.tokenizer import read_vocabulary
+from model_export.sources.vocabulary import Vocabulary
 from service import manifest
 from service.manifest import FillInTheMiddle
 from tests.model_export import tiny

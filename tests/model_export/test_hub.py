@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from model_export.hub import HubName, hub_name
+from model_export.sources.hugging_face.hub import HubName, hub_name
 from service import manifest
 from tests.model_export import tiny
 from tests.patience import PATIENCE

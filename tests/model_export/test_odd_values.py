@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from gguf import GGUFValueType as Value
 
-from model_export import gguf_config, gguf_keys, hf_config
 from model_export.errors import ExportError
-from model_export.families import OWN
-from model_export.hf_check import NUMBERS, OPTIONAL, ROTARY
 from model_export.opening import read_source
+from model_export.sources.families import OWN
+from model_export.sources.gguf import config as gguf_config
+from model_export.sources.gguf import keys as gguf_keys
+from model_export.sources.hugging_face import config as hf_config
+from model_export.sources.hugging_face.check import NUMBERS, OPTIONAL, ROTARY
 from tests.model_export import tiny
 from tests.model_export.bad_sources import Gguf, array, value, whole
 

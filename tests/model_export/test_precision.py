@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from model_export.__main__ import main
 from model_export.export import Options, export, read_source
-from model_export.precision import Precision, choose_precision
-from model_export.quantize import block_means, pack, pack_apart
-from model_export.verify import perplexity
-from model_export.weights import dequantize
+from model_export.graph.precision import Precision, choose_precision
+from model_export.graph.quantize import block_means, pack, pack_apart
+from model_export.sources.weights import dequantize
+from model_export.verify.verify import perplexity
 from service import manifest
 from service.engine.cache import Copy
 from service.engine.model import Model

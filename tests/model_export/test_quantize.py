@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_export.quantize import Packed, mixed_columns, mixing, pack, pack_rows, pack_signed_rows
-from model_export.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
+from model_export.graph.quantize import Packed, mixed_columns, mixing, pack, pack_rows, pack_signed_rows
+from model_export.sources.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
 
 
 def unpack(packed: Packed) -> np.ndarray:

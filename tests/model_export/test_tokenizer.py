@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from model_export.gguf_metadata import Metadata
-from model_export.gguf_tokenizer import _pre_tokenizer, merges_by_score, read_vocabulary
-from model_export.vocabulary import Vocabulary
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.tokenizer import _pre_tokenizer, merges_by_score, read_vocabulary
+from model_export.sources.vocabulary import Vocabulary
 
 SENTENCE_PIECES = {
     "<unk>": 0.0,

@@ -1,0 +1,1 @@
+"""What every exported graph is made of, whoever builds it."""

@@ -1,0 +1,92 @@
+"""The inputs and outputs of every graph; what lies between is built by `graph` or by `mobius_graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from model_export.graph.initializers import Initializers
+from model_export.graph.operators import CONTRIB, Operators
+
+OPSETS = {"": 21, CONTRIB: 1}
+IR_VERSION = 10
+
+
+class Interface:
+    """See `model_export.native.graph` for what the inputs and outputs are.
+
+    `query_seqlens` is there in float32 alone: onnxruntime's attention for GPUs has no such input.
+    """
+
+    def __init__(self, operators: Operators) -> None:
+        self._operators = operators
+        self.input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
+        self.seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
+        self._total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
+        self._logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
+        self._inputs = [self.input_ids, self.seqlens_k, self._total_sequence_length, self._logits_idx]
+        self.query_seqlens: ir.Value | None = None
+        if operators.floats == ir.DataType.FLOAT:
+            self.query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
+            self._inputs.append(self.query_seqlens)
+        self._present: list[ir.Value] = []
+
+    @property
+    def layers(self) -> int:
+        """How many layers attend so far."""
+        return len(self._present) // 2
+
+    def attend(
+        self,
+        queries_keys_values: Sequence[ir.Value | None],
+        rotations: Sequence[ir.Value | None],
+        kv_heads: int,
+        head_dim: int,
+        **attributes: Any,
+    ) -> ir.Value:
+        """The attended values [B, S, heads * head_dim] of the next layer, which keeps its keys and values."""
+        layer, floats = self.layers, self._operators.floats
+        shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
+        past = [ir.val(f"past_{kind}.{layer}", floats, shape) for kind in ("key", "value")]
+        self._inputs += past
+        attended, key, value = self._operators.apply_many(
+            "GroupQueryAttention",
+            *queries_keys_values,
+            *past,
+            self.seqlens_k,
+            self._total_sequence_length,
+            *rotations,
+            *([None] * 7 + [self.query_seqlens] if self.query_seqlens is not None else []),
+            outputs=3,
+            domain=CONTRIB,
+            kv_num_heads=kv_heads,
+            **attributes,
+        )
+        for kind, present in (("key", key), ("value", value)):
+            self._present.append(_declare(present, f"present_{kind}.{layer}", floats, shape))
+        return attended
+
+    def wanted_positions(self, value: ir.Value) -> ir.Value:
+        """The rows [R, columns] of `value` [B, S, columns] that get logits."""
+        flat = self._operators.apply("Flatten", value, axis=2)
+        return self._operators.apply("Gather", flat, self._logits_idx, axis=0)
+
+    def model(self, logits: ir.Value, vocab_size: int, data: Initializers, name: str) -> ir.Model:
+        """The whole model, which gives `logits` [R, vocab_size]."""
+        graph = ir.Graph(
+            self._inputs,
+            [_declare(logits, "logits", ir.DataType.FLOAT, ["R", vocab_size]), *self._present],
+            nodes=self._operators.nodes,
+            initializers=data.used,
+            opset_imports=OPSETS,
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
+
+
+def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    """Names `value` and gives its type, as the graph's outputs need."""
+    value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
+    return value

@@ -1,0 +1,266 @@
+"""The few operators that a decoder is made of, over plain or packed matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from model_export.graph.initializers import Initializers
+from model_export.graph.quantize import (
+    PLAIN_FORMS,
+    Form,
+    Packed,
+    PackedRows,
+    block_means,
+    mixed_columns,
+    mixing,
+    pack,
+    pack_apart,
+    pack_rows,
+    pack_signed_rows,
+)
+from model_export.sources.weights import BLOCK, Floats, Matrix, dequantize
+
+CONTRIB = "com.microsoft"
+INT8_ACTIVATIONS = 4
+
+# The forms of matrices, and 8 bits with one scale a row for graphs that read prompts.
+LinearForm = Form | Literal["int8_rows"]
+
+# A row's largest number, where it is less: a row of zeros stays one.
+_LEAST = 1e-30
+# What a first byte leaves over is at most half a step; this many steps of a second byte hold a whole one.
+_FINE_STEPS = 254
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A packed matrix in the data file."""
+
+    packed: Packed
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+Table = StoredBlocks | ir.Value
+
+
+class Operators:
+    """Appends nodes to a graph and their weights to its data file.
+
+    The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`. All else has the type
+    `data.floats`. In float16 the graph is made of operators that every provider has; kernels for 8-bit activations and
+    matrices with one scale a row are the CPU's alone.
+    """
+
+    def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
+        self._data = data
+        self._form = form
+        self._tables = tables
+        self._portable = data.floats == ir.DataType.FLOAT16
+        self._mixings: dict[int, ir.Value] = {}
+        self._block_means: dict[int, ir.Value] = {}
+        self._tape = Tape()
+
+    @property
+    def floats(self) -> ir.DataType:
+        """The type of activations, keys and values."""
+        return self._data.floats
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        return list(self._tape.nodes)
+
+    def apply(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """The output of a node that has one."""
+        return self._tape.op(kind, inputs, attributes, domain=domain)
+
+    def apply_many(
+        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """The outputs of a node that has several."""
+        return list(self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain))
+
+    def vector(self, name: str, values: Floats) -> ir.Value:
+        return self._data.add(name, values)
+
+    def sizes(self, name: str, *sizes: int) -> ir.Value:
+        """A shape or a list of axes, as operators take them."""
+        return self._data.constant(name, np.array(sizes, np.int64))
+
+    def rms_norm(self, value: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
+        return self.apply("SimplifiedLayerNormalization", value, scale, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_and_rms_norm(
+        self, value: ir.Value, residual: ir.Value, scale: ir.Value, epsilon: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """The norm of `value + residual`, and the sum itself."""
+        normed, _, _, total = self.apply_many(
+            "SkipSimplifiedLayerNormalization", value, residual, scale, outputs=4, domain=CONTRIB, epsilon=epsilon
+        )
+        return normed, total
+
+    def linear(
+        self,
+        value: ir.Value,
+        name: str,
+        matrix: Matrix,
+        bias: Floats | None = None,
+        *,
+        outliers: bool = False,
+        few_rows: bool = False,
+    ) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows].
+
+        `outliers` says that `value` holds numbers far larger than the rest: in 8 bits with one scale a row it then
+        takes two bytes. With `few_rows` those would gain nothing, and float32 takes their place.
+        """
+        offset = None if bias is None else self.vector(f"{name}.bias", bias)
+        if self._form in {"int4", "int4z", "int8"}:
+            if self._portable:
+                return self._linear_in_blocks_and_means(value, name, *pack_apart(matrix, self._form), offset)
+            return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
+        if self._form in PLAIN_FORMS or few_rows:
+            product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
+        else:
+            product = self._linear_in_bytes(value, name, dequantize(matrix), two_bytes=outliers)
+        return product if offset is None else self.apply("Add", product, offset)
+
+    def _linear_in_blocks(self, value: ir.Value, name: str, packed: Packed, offset: ir.Value | None) -> ir.Value:
+        if packed.block_means:
+            means = self.apply("AveragePool", value, kernel_shape=[BLOCK], strides=[BLOCK])
+            value = self.apply("Concat", value, *[means] * packed.block_means, axis=-1)
+        return self._matmul_nbits(value, self._store(name, packed), offset)
+
+    def _linear_in_blocks_and_means(
+        self, value: ir.Value, name: str, packed: Packed, remainders: Floats | None, offset: ir.Value | None
+    ) -> ir.Value:
+        """The same with the remainders as a matrix of their own, so that no provider meets an odd number of columns."""
+        product = self._matmul_nbits(value, self._store(name, packed))
+        if offset is not None:
+            product = self.apply("Add", product, offset)
+        if remainders is None:
+            return product
+        if packed.columns not in self._block_means:
+            means = self._data.add(f"block_means.{packed.columns}", block_means(packed.columns))
+            self._block_means[packed.columns] = means
+        means = self.apply("MatMul", value, self._block_means[packed.columns])
+        rest = self.apply("MatMul", means, self._data.add(f"{name}.remainders", remainders.T))
+        return self.apply("Add", product, rest)
+
+    def table(self, name: str, matrix: Matrix) -> Table:
+        """Stores a matrix [rows, columns] to look rows up in; unless it is plain, in 8 bits."""
+        if self._tables in PLAIN_FORMS:
+            return self._data.add(name, dequantize(matrix))
+        return self._store(name, pack(matrix, "int8"))
+
+    def look_up(self, table: Table, rows: ir.Value) -> ir.Value:
+        """The rows of the table at the indices `rows`."""
+        if isinstance(table, ir.Value):
+            return self.apply("Gather", table, rows, axis=0)
+        count, columns = len(table.packed.codes), table.packed.columns
+        return self.apply(
+            "GatherBlockQuantized",
+            self._data.view(f"{table.codes.name}.rows", table.codes, (count, columns)),
+            rows,
+            table.scales,
+            table.zero_points,
+            domain=CONTRIB,
+            bits=table.packed.bits,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def head(
+        self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None, *, two_bytes: bool = False
+    ) -> ir.Value:
+        """The product of `value` [rows, columns] with the transpose of `matrix`, of which there may be a `table`.
+
+        It is float32 in every form. In integers on the CPU each row of `value` is mixed and scaled to 8 bits by its own
+        largest number: sums of integers are exact, so a row's result does not depend on the others.
+        """
+        if self._tables in PLAIN_FORMS:
+            weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
+            return self._as_float32(self.apply("Gemm", value, weights, transB=1))
+        if self._portable:
+            blocks = table if isinstance(table, StoredBlocks) else self._store(name, pack(matrix, "int8"))
+            return self._as_float32(self._matmul_nbits(value, blocks))
+        mix = mixing(matrix.shape[1])
+        mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
+        return self._multiply_bytes(mixed, name, pack_rows(dequantize(matrix) @ mix), two_bytes=two_bytes)
+
+    def _linear_in_bytes(self, value: ir.Value, name: str, weights: Floats, *, two_bytes: bool) -> ir.Value:
+        """The product of `value` with the transpose of `weights`, both mixed by groups of columns."""
+        rows, columns = weights.shape
+        size = mixed_columns(columns)
+        mix = mixing(size)
+        if size not in self._mixings:
+            self._mixings[size] = self._data.add(f"mixing.{size}", mix)
+        groups = self.apply("Reshape", value, self.sizes(f"{name}.groups", -1, size))
+        mixed = self.apply("MatMul", groups, self._mixings[size])
+        mixed = self.apply("Reshape", mixed, self.apply("Shape", value))
+        packed = pack_signed_rows((weights.reshape(-1, size) @ mix).reshape(rows, columns))
+        return self._multiply_bytes(mixed, name, packed, two_bytes=two_bytes)
+
+    def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows, *, two_bytes: bool = False) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `packed`.
+
+        Each row of `value` is scaled to 8 bits by its own largest number, or to 15 with a second byte for what the
+        first leaves over.
+        """
+        largest = self.apply("ReduceMax", self.apply("Abs", value), self.sizes(f"{name}.last_axis", -1), keepdims=1)
+        largest = self.apply("Max", largest, self._data.constant(f"{name}.least", np.array(_LEAST, np.float32)))
+        step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
+        zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
+        codes = self._data.add(f"{name}.row_codes", packed.codes)
+        scales = self._data.add(f"{name}.row_scales", packed.scales)
+        zeros = None if packed.zero_points is None else self._data.add(f"{name}.row_zero_points", packed.zero_points)
+
+        def multiply(quantized: ir.Value, unit: ir.Value, codes: ir.Value = codes) -> ir.Value:
+            return self.apply("MatMulIntegerToFloat", quantized, codes, unit, scales, zero, zeros, domain=CONTRIB)
+
+        scaled = self.apply("Div", value, largest)
+        coarse = self.apply("QuantizeLinear", scaled, step, zero)
+        product = multiply(coarse, step)
+        if two_bytes:
+            fine_step = self._data.constant(f"{name}.fine_step", np.array(1 / 127 / _FINE_STEPS, np.float32))
+            rest = self.apply("Sub", scaled, self.apply("DequantizeLinear", coarse, step, zero))
+            # Where onnxruntime makes signed codes unsigned, it does so once for each product: none may be shared.
+            again = self._data.view(f"{name}.fine_row_codes", codes, packed.codes.shape)
+            fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step, again)
+            product = self.apply("Add", product, fine)
+        return self.apply("Mul", product, largest)
+
+    def _as_float32(self, value: ir.Value) -> ir.Value:
+        return self.apply("Cast", value, to=ir.DataType.FLOAT.value) if self._portable else value
+
+    def _store(self, name: str, packed: Packed) -> StoredBlocks:
+        return StoredBlocks(
+            packed,
+            self._data.add(f"{name}.codes", packed.codes),
+            self._data.add(f"{name}.scales", packed.scales),
+            None if packed.zero_points is None else self._data.add(f"{name}.zero_points", packed.zero_points),
+        )
+
+    def _matmul_nbits(self, value: ir.Value, matrix: StoredBlocks, bias: ir.Value | None = None) -> ir.Value:
+        return self.apply(
+            "MatMulNBits",
+            value,
+            matrix.codes,
+            matrix.scales,
+            matrix.zero_points,
+            None,
+            bias,
+            domain=CONTRIB,
+            K=matrix.packed.columns,
+            N=len(matrix.packed.codes),
+            bits=matrix.packed.bits,
+            block_size=BLOCK,
+            accuracy_level=0 if self._portable else INT8_ACTIVATIONS,
+        )

@@ -1,0 +1,237 @@
+"""Packs weight matrices for operators on small integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
+
+# The forms of matrices: plain numbers or blocks. In int4 and int4z, 4-bit blocks of the source keep their values; all
+# other matrices are rounded to 4 bits in int4, and to 8 in int4z.
+Form = Literal["float32", "float16", "int8", "int4", "int4z"]
+PLAIN_FORMS = ("float32", "float16")
+
+# The type of all that is not a matrix: activations, norms, keys and values.
+Activations = Literal["float32", "float16"]
+
+# Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
+MEAN_COPIES = 2
+
+# Parts of a block's range that 4 bits are tried to cover: a few large weights that are cut off may leave less error.
+RANGES = np.linspace(0.7, 1.06, 13, dtype=np.float32)
+
+# Mixing more columns at a time takes longer, fewer leave outliers in place.
+LEAST_MIXED, MOST_MIXED = 32, 256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
+
+    `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
+    are half the range. After the matrix's own columns follow `block_means` copies of one column for each of its blocks,
+    to be multiplied with the mean of the activation over that block.
+    """
+
+    codes: Bytes
+    scales: Floats
+    zero_points: Bytes | None
+    bits: int
+    columns: int
+    block_means: int = 0
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A matrix [rows, columns] in 8 bits with one scale a row: a weight is `scale * (code - zero point)` of its row.
+
+    `codes` is [columns, rows]; `scales` and `zero_points` are [rows]. Codes are signed where there are no zero points.
+    """
+
+    codes: Bytes | NDArray[np.int8]
+    scales: Floats
+    zero_points: Bytes | None
+
+
+def pack_rows(weights: Floats) -> PackedRows:
+    """Packs `weights` [rows, columns] by rounding to nearest. Rows should be free of outliers: see `mixing`."""
+    codes, scales, zeros = _round_to_nearest(weights)
+    return PackedRows(np.ascontiguousarray(codes.T), scales, zeros)
+
+
+def pack_signed_rows(weights: Floats) -> PackedRows:
+    """The same around zero: what processors multiply fastest with unsigned bytes."""
+    scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.rint(weights * inverse[:, None]).astype(np.int8)
+    return PackedRows(np.ascontiguousarray(codes.T), scales, None)
+
+
+def mixed_columns(columns: int) -> int:
+    """How many columns to mix at a time: as many as cost little, in an even number of groups, else all.
+
+    An even number of groups never leaves one of them alone in a kernel's tile, so that results do not depend on how
+    many rows a call has.
+    """
+    sizes = [size for size in range(LEAST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
+    return max(sizes, default=columns)
+
+
+def mixing(size: int) -> Floats:
+    """An orthogonal matrix [size, size] that spreads any outlier over all columns, so that 8 bits hold a row well.
+
+    A cosine transform of the columns, each with a random sign that is always the same.
+    """
+    columns = np.arange(size)
+    cosines = np.cos(np.pi / size * np.outer(columns + 0.5, columns)) * np.sqrt(2 / size)
+    cosines[:, 0] /= np.sqrt(2)
+    signs = np.random.Generator(np.random.Philox(size)).choice([-1.0, 1.0], size)
+    spread: Floats = (signs[:, None] * cosines).astype(np.float32)
+    return spread
+
+
+def pack(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> Packed:
+    """Packs in `form`: what the source holds in blocks of as many bits as they are, all else rounded."""
+    if form != "int8" and isinstance(matrix, Blocks) and matrix.bits == 4:
+        return _pack_int4z(matrix)
+    return _round_to_int4(dequantize(matrix)) if form == "int4" else _pack_int8(matrix)
+
+
+def pack_apart(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[Packed, Floats | None]:
+    """The same, with what 4-bit blocks leave over in float: [rows, blocks] to multiply with `block_means`, or None."""
+    if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
+        return pack(matrix, form), None
+    packed, remainders = _split_int4(matrix)
+    return packed, BLOCK * remainders if remainders.any() else None
+
+
+def block_means(columns: int) -> Floats:
+    """A matrix [columns, columns / 32], a product with which gives the mean of each block."""
+    return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
+
+
+def _pack_int8(matrix: Matrix) -> Packed:
+    if isinstance(matrix, Blocks) and _has_integer_zero_points(matrix):
+        codes, scales, zeros = matrix.codes, matrix.scales, _zero_points(matrix, 255)
+    else:
+        codes, scales, zeros = _round_to_nearest(dequantize(matrix).reshape(matrix.shape[0], -1, BLOCK))
+    centred = bool(np.all((zeros == 128) | (scales == 0)))
+    return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
+
+
+def _pack_int4z(matrix: Blocks) -> Packed:
+    """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
+
+    The remainder times the block's sum is the rest of the product, so the remainders become further columns. They
+    are multiplied with means, which one pooling operator computes, so they are stored times the block's size.
+    """
+    whole, remainders = _split_int4(matrix)
+    if not remainders.any():
+        return whole
+    zeros, columns = _zero_points(matrix, 15), whole.columns
+    codes, scales = _share_among_int4_copies(BLOCK * remainders)
+    return Packed(
+        codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
+        scales=np.concatenate([matrix.scales, scales], axis=1),
+        zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
+        bits=4,
+        columns=columns + MEAN_COPIES * remainders.shape[1],
+        block_means=MEAN_COPIES,
+    )
+
+
+def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
+    """The part of each block around its nearest whole zero point, and what that leaves over [rows, blocks]."""
+    zeros = _zero_points(matrix, 15)
+    whole = Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, matrix.shape[1])
+    return whole, matrix.minimums + matrix.scales * zeros
+
+
+def _round_to_int4(weights: Floats) -> Packed:
+    codes, scales, zeros = _least_squares_int4(weights.reshape(len(weights), -1, BLOCK))
+    return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
+
+
+def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """4-bit codes, scales and zero points of `blocks` [rows, blocks, 32], tried with ranges more and less clipped.
+
+    For each range and the codes that rounding gives, the scale is the one that errs least in squares.
+    """
+    low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    codes, scales, zeros = np.zeros(blocks.shape, np.uint8), np.zeros_like(low), np.zeros(low.shape, np.uint8)
+    for clip in RANGES:
+        scale = clip * (high - low) / 15
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        for zero in _neighbours(-clip * low * inverse):
+            steps = np.clip(np.rint(blocks * inverse[..., None]), -zero[..., None], 15 - zero[..., None])
+            squares = np.square(steps).sum(axis=-1)
+            fitted = np.divide((blocks * steps).sum(axis=-1), squares, out=np.zeros_like(scale), where=squares != 0)
+            error = np.square(blocks - fitted[..., None] * steps).sum(axis=-1)
+            better = error < best
+            best[better], scales[better], zeros[better] = error[better], fitted[better], zero[better]
+            codes[better] = (steps + zero[..., None])[better]
+    return codes, scales, zeros
+
+
+def _neighbours(exact: Floats) -> tuple[Floats, Floats]:
+    """The whole zero points below and above."""
+    below = np.clip(np.floor(exact), 0, 15)
+    return below, np.clip(below + 1, 0, 15)
+
+
+def _zero_points(matrix: Blocks, largest: int) -> Bytes:
+    """The nearest integer zero point of each block."""
+    exact = np.divide(-matrix.minimums, matrix.scales, out=np.zeros_like(matrix.scales), where=matrix.scales != 0)
+    return np.clip(np.rint(exact), 0, largest).astype(np.uint8)
+
+
+def _has_integer_zero_points(matrix: Blocks) -> bool:
+    return bool(np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0))
+
+
+def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """8-bit codes, scales and zero points whose range covers each block's weights, along the last axis, and zero.
+
+    A block of 16 evenly spaced weights around zero lands on every 17th code: only its offset is rounded.
+    """
+    low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    scales = ((high - low) / 255).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    zeros = np.rint(-low * inverse)
+    codes = np.clip(np.rint(blocks * inverse[..., None]) + zeros[..., None], 0, 255)
+    return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def _share_among_int4_copies(values: Floats) -> tuple[Bytes, Floats]:
+    """4-bit codes around 8, and their scales, of `values` split into MEAN_COPIES addends side by side.
+
+    Columns come in blocks of 32, the last one filled up with zeros. A later copy takes up what rounding left over.
+    """
+    rows, columns = values.shape
+    copies = np.concatenate([values] * MEAN_COPIES, axis=1)
+    blocks = np.pad(copies, ((0, 0), (0, -copies.shape[1] % BLOCK))).reshape(rows, -1, BLOCK)
+    extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    scales = (extremes / (-8 * MEAN_COPIES)).astype(np.float32)
+    steps = np.repeat(scales, BLOCK, axis=1)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    codes = np.full(steps.shape, 8, np.uint8)
+    left = values.copy()
+    for copy in range(MEAN_COPIES):
+        place = slice(copy * columns, (copy + 1) * columns)
+        share = np.clip(np.rint(left * inverse[:, place] / (MEAN_COPIES - copy)), -8, 7)
+        left -= share * steps[:, place]
+        codes[:, place] = share + 8
+    return codes.reshape(rows, -1, BLOCK), scales
+
+
+def _pack_nibbles(codes: Bytes) -> Bytes:
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+
+
+def _pack_zero_points(zeros: Bytes) -> Bytes:
+    return _pack_nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))

@@ -1,0 +1,1 @@
+"""Graphs that mobius-onnx builds, brought into the service's form."""

@@ -1,0 +1,141 @@
+"""Models of GGUF files as transformers has them: what a file says of a family, put as that family's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
+
+from model_export.errors import ExportError
+from model_export.sources.bounds import check_rotation, shown
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.weights import Floats
+
+# The one size of each family whose scores are not scaled by the size of a head, by its number of layers.
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+# Of how many layers the last one attends to everything.
+_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
+_LOCAL_BASE = 10000.0
+
+
+def configuration(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
+    """The configuration of the family that `metadata` names. Raises ExportError where something is missing."""
+    family = metadata.require("general.architecture")
+    return _gpt2(metadata, vocab_size) if family == "gpt2" else _gemma(metadata, family, vocab_size)
+
+
+def _gpt2(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": vocab_size,
+        "n_positions": metadata.require("gpt2.context_length"),
+        "n_embd": metadata.require("gpt2.embedding_length"),
+        "n_layer": metadata.require("gpt2.block_count"),
+        "n_head": metadata.require("gpt2.attention.head_count"),
+        "n_inner": metadata.require("gpt2.feed_forward_length"),
+        "layer_norm_epsilon": metadata.require("gpt2.attention.layer_norm_epsilon"),
+    }
+
+
+def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
+    def require(key: str) -> Any:
+        return metadata.require(f"{family}.{key}")
+
+    layers, heads, hidden = require("block_count"), require("attention.head_count"), require("embedding_length")
+    head_dim = require("attention.key_length")
+    check_rotation("the GGUF file", require("context_length"), head_dim)
+    every = _FULL_EVERY[family]
+    _refuse_variants(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
+    config = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": require("context_length"),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": require("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": require("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
+        "query_pre_attn_scalar": hidden // heads if layers == _SCALED_BY_WIDTH[family] else head_dim,
+        "sliding_window": require("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)],
+    }
+    base = metadata.get(f"{family}.rope.freq_base", 1e6 if family == "gemma3" else _LOCAL_BASE)
+    rotation: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if metadata.get(f"{family}.rope.scaling.type", "none") != "none":
+        rotation |= {"rope_type": "linear", "factor": require("rope.scaling.factor")}
+    soft_caps = {
+        "attn_logit_softcapping": metadata.get(f"{family}.attn_logit_softcapping"),
+        "final_logit_softcapping": metadata.get(f"{family}.final_logit_softcapping"),
+    }
+    if family == "gemma2":
+        return config | soft_caps | {"model_type": "gemma2", "rope_parameters": rotation}
+    local = {"rope_type": "default", "rope_theta": _LOCAL_BASE}
+    rotations = {"sliding_attention": local, "full_attention": rotation}
+    return config | soft_caps | {"model_type": "gemma3_text", "rope_parameters": rotations}
+
+
+def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> None:
+    """Raises ExportError for keys that say something else of the family than all its models have in common."""
+    every = _FULL_EVERY[family]
+    usual: dict[str, tuple[object, ...]] = {
+        "attention.sliding_window_pattern": (every, windowed, [int(each) for each in windowed]),
+        "attention.causal": (True,),
+        "rope.freq_base_swa": (_LOCAL_BASE,),
+        "rope.scaling.type": ("none", "linear"),
+    }
+    for key, values in usual.items():
+        if (value := metadata.get(f"{family}.{key}")) is not None and value not in values:
+            raise ExportError(f"{family}.{key} is {shown(value)}, supported is {shown(values[0])}")
+
+
+def state(reader: GGUFReader, metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
+    """The tensors under transformers' names, which are those of `shapes`.
+
+    Raises ExportError where one is missing, but for a head that is the embedding, where one has another shape, or where
+    the file has one more.
+    """
+    family = metadata.require("general.architecture")
+    architecture = next(key for key in MODEL_ARCH if MODEL_ARCH_NAMES[key] == family)
+    known = get_tensor_name_map(architecture, metadata.require(f"{family}.block_count"))
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    found = {}
+    for name, shape in shapes.items():
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if (tensor := by_name.pop(theirs, None)) is not None:
+            _check_shape(tensor, _ADAPTED[family](name, np.broadcast_to(np.float32(0), shape)).shape)
+            found[name] = tensor
+        elif name != "lm_head.weight":
+            raise ExportError(f"the GGUF file has no tensor {theirs}")
+    if by_name:
+        raise ExportError(f"the GGUF file has a tensor {min(by_name)}, which a {family} model has not")
+    return {name: _ADAPTED[family](name, _floats(tensor)) for name, tensor in found.items()}
+
+
+def _check_shape(tensor: ReaderTensor, expected: tuple[int, ...]) -> None:
+    shape = [int(size) for size in tensor.shape[::-1]]
+    if shape != list(expected):
+        raise ExportError(f"tensor {tensor.name} has shape {shape}, expected {list(expected)}")
+
+
+def _floats(tensor: ReaderTensor) -> Floats:
+    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape([int(n) for n in tensor.shape[::-1]])
+
+
+def _gemma_tensor(name: str, values: Floats) -> Floats:
+    """The file has the factors of norms, transformers what they are above one."""
+    return values - np.float32(1) if "norm" in name else values
+
+
+def _gpt2_tensor(name: str, values: Floats) -> Floats:
+    """For transformers, which multiplies by GPT-2's matrices from the right."""
+    return values.T if values.ndim == 2 and ".h." in name else values
+
+
+_ADAPTED: dict[str, Callable[[str, Floats], Floats]] = {
+    "gemma2": _gemma_tensor,
+    "gemma3": _gemma_tensor,
+    "gpt2": _gpt2_tensor,
+}

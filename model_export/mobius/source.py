@@ -1,0 +1,188 @@
+"""A model whose graph mobius-onnx builds and whose logits transformers computes; both need torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from gguf import GGUFReader
+from numpy.typing import NDArray
+
+from model_export.errors import ExportError
+from model_export.graph.initializers import Initializers
+from model_export.graph.operators import LinearForm, Operators
+from model_export.graph.quantize import Form
+from model_export.graph.source import Dimensions
+from model_export.mobius import decoder
+from model_export.mobius.decoder import imported, told
+from model_export.mobius.graph import Attention, Translation
+from model_export.mobius.nodes import key_shape
+from model_export.mobius.variants import check_variant
+from model_export.sources.bounds import shown
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.read import gguf_name, gguf_parts, main_type, vocabulary_of
+from model_export.sources.hugging_face.read import read_vocabulary
+from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.weights import Floats
+
+# What has windows in transformers: elsewhere the entry of config.json counts for nothing.
+_WINDOWS_BY_LAYER = ("gemma2", "gemma3_text", "olmo3")
+_WINDOWS_EVERYWHERE = ("starcoder2",)
+
+
+@dataclass(frozen=True)
+class MobiusSource:
+    """See Source. `path` is a directory or a GGUF file of the `family`.
+
+    Raises ExportError where the extra `families` is not installed.
+    """
+
+    path: Path
+    name: str
+    organization: str
+    family: str
+    weights: str
+    vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        imported("mobius")
+
+    @cached_property
+    def dimensions(self) -> Dimensions:
+        attention = [node for node in self._graph if node.op_type == "GroupQueryAttention"]
+        shapes = {key_shape(node) for node in attention}
+        if len(shapes) != 1:
+            raise ExportError(f"the layers do not all keep keys of one shape, but of {sorted(shapes)}")
+        ((kv_heads, head_dim),) = shapes
+        embedding = self._decoder.get_input_embeddings().weight
+        return Dimensions(
+            family=self.family,
+            layers=len(attention),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=embedding.shape[0],
+            context_length=_context(self._decoder.config),
+            layer_weights=sum(weight.numel() for weight in self._decoder.parameters()) - embedding.numel(),
+        )
+
+    @cached_property
+    def _decoder(self) -> Any:
+        """The model of text in transformers, in float32."""
+        return decoder.load(self.path)
+
+    @cached_property
+    def _graph(self) -> ir.Graph:
+        with self._for_mobius() as directory, told(f"mobius-onnx cannot build {self.path}"):
+            package = imported("mobius").build(
+                str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
+            )
+        if set(package) != {"model"}:
+            raise ExportError(f"{self.path} has several parts ({', '.join(package)}), not only a decoder of text")
+        graph: ir.Graph = package["model"].graph
+        return graph
+
+    @contextmanager
+    def _for_mobius(self) -> Iterator[Path]:
+        """A directory of the decoder alone: the source itself, unless it has other parts or is a file."""
+        if self.path.is_dir() and self.family == self._decoder.config.model_type:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            self._decoder.save_pretrained(directory)
+            yield Path(directory)
+
+    @cached_property
+    def _attentions(self) -> list[Attention]:
+        """What each layer attends to, as transformers has it."""
+        config, layers = self._decoder.config, self.dimensions.layers
+        window, kinds = _windows(config, layers)
+        rotations: dict[str, tuple[Floats, Floats] | None] = dict.fromkeys(kinds)
+        if set(kinds) <= set(getattr(config, "rope_parameters", None) or {}):
+            rotations = {kind: self._rotations(kind) for kind in rotations}
+        scales = [module.scaling for module in self._decoder.modules() if hasattr(module, "scaling")]
+        return [
+            Attention(window if kind == "sliding_attention" else None, scale, rotations[kind])
+            for kind, scale in zip(kinds, scales if len(scales) == layers else [None] * layers, strict=True)
+        ]
+
+    def _rotations(self, kind: str) -> tuple[Floats, Floats]:
+        torch = imported("torch")
+        positions = torch.arange(self.dimensions.context_length)[None]
+        with torch.inference_mode():
+            tables = self._decoder.base_model.rotary_emb(torch.zeros(1), positions, kind)
+        # Both halves of a head turn alike.
+        cosine, sine = (table[0].chunk(2, dim=-1)[0].contiguous().numpy() for table in tables)
+        return cosine, sine
+
+    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        return self.build_for_prompts(form, form, data, on_layer)
+
+    def build_for_prompts(
+        self, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+    ) -> ir.Model:
+        operators = Operators(data, layers, form)
+        context = self.dimensions.context_length
+        return Translation(self._graph, operators, data, self._attentions, context).translate(on_layer)
+
+    def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
+        torch = imported("torch")
+        with torch.inference_mode():
+            logits: Floats = self._decoder(torch.from_numpy(tokens)[None]).logits[0].float().numpy()
+        for _ in range(self.dimensions.layers):
+            on_layer()
+        return logits
+
+
+def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
+    """The model of a Hugging Face directory of one of `families.MOBIUS`."""
+    where, text = str(path / "config.json"), config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise ExportError(f"{where}: text_config is {shown(text)}, expected an object")
+    for part in (config, {**text, "model_type": f"{config['model_type']}_text"}):
+        check_variant(where, part)
+    kind = config.get("dtype") or config.get("torch_dtype") or "float32"
+    vocabulary = read_vocabulary(path, {**text, **config})
+    return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
+
+
+def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
+    """The model of a GGUF file of one of `families.MOBIUS_GGUF`, its matrices as float32."""
+    metadata = Metadata(reader)
+    if len(gguf_parts(path)) > 1:
+        raise ExportError(f"{path} is in several parts, which this family is not read from; join them first")
+    return MobiusSource(
+        path,
+        name=gguf_name(path),
+        organization=metadata.get("general.organization", ""),
+        family=metadata.require("general.architecture"),
+        weights=main_type(reader.tensors),
+        vocabulary=vocabulary_of(metadata),
+    )
+
+
+def _context(config: Any) -> int:
+    """The positions within which a rotation is the same for every length of a text."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    originals = [
+        each["original_max_position_embeddings"]
+        for each in (scaling, *scaling.values())
+        if isinstance(each, dict) and each.get("rope_type") == "longrope"
+    ]
+    context: int = min([config.max_position_embeddings, *originals])
+    return context
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, list[str]]:
+    """The window of those layers that have one, and of which kind each layer is."""
+    if config.model_type in _WINDOWS_BY_LAYER:
+        return config.sliding_window, config.layer_types
+    if config.model_type in _WINDOWS_EVERYWHERE and config.sliding_window:
+        return config.sliding_window, ["sliding_attention"] * layers
+    return None, ["full_attention"] * layers

@@ -1,0 +1,50 @@
+"""Variants of a family that mobius-onnx builds as something else, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model_export.errors import ExportError
+from model_export.sources.bounds import shown
+
+# What an entry of config.json may be, besides missing or null, where another value makes another computation.
+_ONLY: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "arcee": {"mlp_bias": (False,)},
+    "gemma3": {"use_bidirectional_attention": (False,)},
+    "gemma3_text": {"use_bidirectional_attention": (False,)},
+    "gpt2": {"add_cross_attention": (False,)},
+    "gpt_bigcode": {"add_cross_attention": (False,)},
+    "gpt_neox": {"use_parallel_residual": (True,), "attention_bias": (True,)},
+    "granite": {"mlp_bias": (False,)},
+    "nemotron": {"mlp_bias": (False,)},
+    "olmo": {"clip_qkv": ()},
+    "phi": {"qk_layernorm": (False,)},
+    "stablelm": {"qk_layernorm": (False,), "use_parallel_residual": (False,), "attention_bias": (False,)},
+}
+# Families whose heads all have keys of their own, by the name of the number of heads.
+_OWN_KEYS = {"gpt2": "n_head", "gpt_neox": "num_attention_heads"}
+_ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def check_variant(where: str, config: Mapping[str, Any]) -> None:
+    """Raises ExportError where `config` asks for what the graphs of its family do not compute.
+
+    `config` is the configuration at `where` of one of `families.MOBIUS`, or that of its part for text.
+    """
+    family = str(config.get("model_type"))
+    for key, allowed in _ONLY.get(family, {}).items():
+        _check(where, family, key, config.get(key), allowed)
+    if family in _OWN_KEYS and (heads := config.get(_OWN_KEYS[family])) is not None:
+        _check(where, family, "num_key_value_heads", config.get("num_key_value_heads"), (heads,))
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(name) or {}
+        for each in (scaling, *scaling.values()):  # one for each kind of layer, perhaps
+            if isinstance(each, dict):
+                _check(where, family, f"{name}'s type", each.get("rope_type", each.get("type")), _ROTATIONS)
+
+
+def _check(where: str, family: str, key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value is not None and value not in allowed:
+        expected = " or ".join(map(shown, allowed)) or "null"
+        raise ExportError(f"{where}: {key} is {shown(value)}, supported with {family} is {expected}")

@@ -1,0 +1,1 @@
+"""Graphs of the families that the exporter builds by itself."""

@@ -1,0 +1,162 @@
+"""Builds the ONNX graph of a checkpoint.
+
+One graph serves prompts and decoding. Its inputs, for a call of B rows of S positions with past keys and values of
+`max_len` positions a row:
+
+- `input_ids` int64 [B, S]: the tokens, padded on the right;
+- `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row; only in float32, see below;
+- `seqlens_k` int32 [B]: past plus valid tokens, minus one;
+- `total_sequence_length` int32 [1]: an upper bound of `seqlens_k` + 1;
+- `logits_idx` int64 [R]: the positions in the flattened [B * S] whose logits are wanted;
+- `past_key.i`, `past_value.i` float32 or float16 [B, kv_heads, max_len, head_dim] for each layer i.
+
+Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
+A graph for GPUs has further outputs, see `cuda.add_shortlist`.
+Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
+
+A graph in float16 is for GPUs as well, whose attention has no `query_seqlens`: all S tokens of a row count, and several
+rows that have a past are of one token each. Padding is written behind a row's end, where the next call overwrites it.
+
+On a CPU a token's results are bit-equal for any split of a prompt into calls, as long as no call reads one token, or
+one more than a multiple of 128, from a row: such a last token goes through other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from model_export.graph.initializers import Initializers
+from model_export.graph.interface import Interface
+from model_export.graph.operators import CONTRIB, LinearForm, Operators, Table
+from model_export.graph.quantize import Form
+from model_export.sources.checkpoint import Architecture, Checkpoint
+from model_export.sources.weights import stack_rows
+
+
+def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+    """The model of `checkpoint` with its matrices in `form`; weights go to `data`, `on_layer` hears of each layer."""
+    return _build(_Decoder(checkpoint, Operators(data, form, form)), data, on_layer)
+
+
+def build_prompt_graph(
+    checkpoint: Checkpoint, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+) -> ir.Model:
+    """The same model for calls of many positions of which few get logits: its layers in `layers`, embedding in `form`.
+
+    It reads and writes the same keys and values. What follows the last layer's attention is computed for the wanted
+    positions alone.
+    """
+    return _build(_Decoder(checkpoint, Operators(data, layers, form), few_wanted=True), data, on_layer)
+
+
+def _build(decoder: _Decoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+    logits = decoder.logits(on_layer)
+    return decoder.interface.model(logits, decoder.architecture.vocab_size, data, decoder.checkpoint.name)
+
+
+class _Decoder:
+    def __init__(self, checkpoint: Checkpoint, operators: Operators, few_wanted: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = checkpoint.architecture
+        self.operators = operators
+        self.few_wanted = few_wanted
+        self.interface = Interface(operators)
+        self.rotary_caches = _rotary_caches(self.architecture, operators)
+
+    def logits(self, on_layer: Callable[[], object]) -> ir.Value:
+        """The logits [R, vocab]. What a layer adds to the residual stream is added in the norm that follows."""
+        table = self.operators.table("token_embd.weight", self.checkpoint.matrix("token_embd.weight"))
+        residual = self.operators.look_up(table, self.interface.input_ids)
+        scale = self._vector("blk.0.attn_norm.weight")
+        hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
+        for layer in range(self.architecture.layers):
+            attended = self._attention(layer, hidden)
+            few = self.few_wanted and layer == self.architecture.layers - 1
+            if few:
+                attended, residual = (
+                    self.interface.wanted_positions(attended),
+                    self.interface.wanted_positions(residual),
+                )
+            attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few)
+            hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
+            added = self._mlp(layer, hidden, few_rows=few)
+            hidden, residual = self._add_and_norm(added, residual, self._norm_after(layer))
+            on_layer()
+        wanted = hidden if self.few_wanted else self.interface.wanted_positions(hidden)
+        return self._head(wanted, table)
+
+    def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
+        """The logits of `hidden` [R, columns]. Where they are few, twice the arithmetic is no price for exactness."""
+        tied = self.architecture.tied_embedding
+        matrix = self.checkpoint.matrix("token_embd.weight" if tied else "output.weight")
+        return self.operators.head(
+            hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.few_wanted
+        )
+
+    def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
+        """The attended values [B, S, heads * head_dim] of a layer."""
+        architecture, attention = self.architecture, self.architecture.attention[layer]
+        return self.interface.attend(
+            self._queries_keys_values(f"blk.{layer}.", hidden),
+            self.rotary_caches if attention.rotary else [None, None],
+            architecture.kv_heads,
+            architecture.head_dim,
+            num_heads=architecture.heads,
+            do_rotary=int(attention.rotary),
+            local_window_size=-1 if attention.window is None else attention.window,
+        )
+
+    def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
+        """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
+        architecture = self.architecture
+        packed = self._linear(hidden, *(prefix + f"attn_{kind}" for kind in "qkv"))
+        if not architecture.qk_norm:
+            return [packed, None, None]
+        widths = [heads * architecture.head_dim for heads in (architecture.heads, *[architecture.kv_heads] * 2)]
+        sizes = self.operators.sizes(prefix + "attn_qkv.widths", *widths)
+        query, key, value = self.operators.apply_many("Split", packed, sizes, outputs=3, axis=-1)
+        return [self._head_norm(query, prefix + "attn_q_norm"), self._head_norm(key, prefix + "attn_k_norm"), value]
+
+    def _head_norm(self, value: ir.Value, name: str) -> ir.Value:
+        head_dim = self.architecture.head_dim
+        heads = self.operators.apply("Reshape", value, self.operators.sizes(f"{name}.heads", 0, 0, -1, head_dim))
+        normed = self.operators.rms_norm(heads, self._vector(f"{name}.weight"), self.architecture.norm_epsilon)
+        return self.operators.apply("Reshape", normed, self.operators.sizes(f"{name}.merged", 0, 0, -1))
+
+    def _mlp(self, layer: int, hidden: ir.Value, *, few_rows: bool) -> ir.Value:
+        prefix = f"blk.{layer}."
+        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up", few_rows=few_rows)
+        gate, up = self.operators.apply_many("Split", both, outputs=2, axis=-1, num_outputs=2)
+        activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
+        product = self.operators.apply("Mul", activated, up)
+        return self._linear(product, prefix + "ffn_down", outliers=True, few_rows=few_rows)
+
+    def _linear(self, value: ir.Value, *names: str, outliers: bool = False, few_rows: bool = False) -> ir.Value:
+        """The layers of these names side by side, as one product."""
+        matrix = stack_rows([self.checkpoint.matrix(f"{name}.weight") for name in names])
+        biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
+        bias = np.concatenate(biases) if biases else None
+        return self.operators.linear(value, "+".join(names), matrix, bias, outliers=outliers, few_rows=few_rows)
+
+    def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        return self.operators.add_and_rms_norm(value, residual, self._vector(name), self.architecture.norm_epsilon)
+
+    def _norm_after(self, layer: int) -> str:
+        following = layer + 1
+        return f"blk.{following}.attn_norm.weight" if following < self.architecture.layers else "output_norm.weight"
+
+    def _vector(self, name: str) -> ir.Value:
+        return self.operators.vector(name, self.checkpoint.floats(name))
+
+
+def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.Value]:
+    """Cosine and sine [context_length, pairs] of each position's rotation, times its scale."""
+    rotary = architecture.rotary
+    angles = np.outer(np.arange(architecture.context_length), rotary.frequencies)
+    return [
+        operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
+        operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
+    ]

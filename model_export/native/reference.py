@@ -1,0 +1,84 @@
+"""The same model in plain numpy float32, to compare an exported graph with; shares no code with the graph builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.sources.checkpoint import Attention, Checkpoint
+from model_export.sources.rotary import Rotary
+from model_export.sources.weights import Floats
+
+
+def reference_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
+    """The logits [tokens, vocab] after each of `tokens` [tokens], read as one text."""
+    architecture = checkpoint.architecture
+    embedding = checkpoint.floats("token_embd.weight")
+    hidden = embedding[tokens]
+    for layer, attention in enumerate(architecture.attention):
+        hidden = hidden + _attention(checkpoint, f"blk.{layer}.", hidden, attention)
+        hidden = hidden + _mlp(checkpoint, f"blk.{layer}.", hidden)
+        on_layer()
+    head = embedding if architecture.tied_embedding else checkpoint.floats("output.weight")
+    return _rms_norm(checkpoint, "output_norm", hidden) @ head.T
+
+
+def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: Attention) -> Floats:
+    architecture = checkpoint.architecture
+    normed = _rms_norm(checkpoint, prefix + "attn_norm", hidden)
+    query, key, value = (
+        _linear(checkpoint, prefix + f"attn_{kind}", normed).reshape(len(hidden), -1, architecture.head_dim)
+        for kind in "qkv"
+    )
+    if architecture.qk_norm:
+        query = _rms_norm(checkpoint, prefix + "attn_q_norm", query)
+        key = _rms_norm(checkpoint, prefix + "attn_k_norm", key)
+    if attention.rotary:
+        query, key = (_rotate(vectors, architecture.rotary) for vectors in (query, key))
+    group = architecture.heads // architecture.kv_heads
+    key, value = (np.repeat(vectors, group, axis=1) for vectors in (key, value))
+    scores = np.einsum("qhd,khd->hqk", query, key, optimize=True) / np.float32(np.sqrt(architecture.head_dim))
+    distance = np.arange(len(hidden))[:, None] - np.arange(len(hidden))
+    unseen = (distance < 0) | (distance >= (attention.window or len(hidden)))
+    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(unseen, -np.inf, scores)), value, optimize=True)
+    return _linear(checkpoint, prefix + "attn_output", mixed.reshape(len(hidden), -1))
+
+
+def _mlp(checkpoint: Checkpoint, prefix: str, hidden: Floats) -> Floats:
+    normed = _rms_norm(checkpoint, prefix + "ffn_norm", hidden)
+    gate = _linear(checkpoint, prefix + "ffn_gate", normed)
+    up = _linear(checkpoint, prefix + "ffn_up", normed)
+    return _linear(checkpoint, prefix + "ffn_down", gate / (1 + np.exp(-gate)) * up)
+
+
+def _linear(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
+    product = values @ checkpoint.floats(f"{name}.weight").T
+    bias = f"{name}.bias"
+    return product + checkpoint.floats(bias) if bias in checkpoint.tensors else product
+
+
+def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
+    mean_square = np.mean(np.square(values), axis=-1, keepdims=True)
+    scale = np.sqrt(mean_square + np.float32(checkpoint.architecture.norm_epsilon))
+    normed: Floats = (values / scale * checkpoint.floats(f"{name}.weight")).astype(np.float32)
+    return normed
+
+
+def _rotate(vectors: Floats, rotary: Rotary) -> Floats:
+    """Turns each pair of a vector [position, head, head_dim] by its position times its frequency.
+
+    Pairs are the halves of a vector's first numbers; those behind them stay.
+    """
+    pairs = len(rotary.frequencies)
+    angles = np.arange(len(vectors))[:, None, None] * rotary.frequencies
+    first, second, rest = np.split(vectors, [pairs, 2 * pairs], axis=-1)
+    cosine, sine = ((rotary.scale * turn(angles)).astype(np.float32) for turn in (np.cos, np.sin))
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
+
+
+def _softmax(scores: Floats) -> Floats:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares: Floats = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return shares

@@ -1,0 +1,68 @@
+"""A checkpoint of the Llama shape as a source: built and computed without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from model_export.graph.initializers import Initializers
+from model_export.graph.operators import LinearForm
+from model_export.graph.quantize import Form
+from model_export.graph.source import Dimensions
+from model_export.native.graph import build_graph, build_prompt_graph
+from model_export.native.reference import reference_logits
+from model_export.sources.checkpoint import Checkpoint
+from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.weights import Floats
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """See Source."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    @property
+    def organization(self) -> str:
+        return self.checkpoint.organization
+
+    @property
+    def weights(self) -> str:
+        return self.checkpoint.weights
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.checkpoint.vocabulary
+
+    @property
+    def dimensions(self) -> Dimensions:
+        architecture, tensors = self.checkpoint.architecture, self.checkpoint.tensors
+        return Dimensions(
+            family=architecture.family,
+            layers=architecture.layers,
+            kv_heads=architecture.kv_heads,
+            head_dim=architecture.head_dim,
+            vocab_size=architecture.vocab_size,
+            context_length=architecture.context_length,
+            layer_weights=sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith("blk.")),
+        )
+
+    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        return build_graph(self.checkpoint, form, data, on_layer)
+
+    def build_for_prompts(
+        self, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+    ) -> ir.Model:
+        return build_prompt_graph(self.checkpoint, layers, form, data, on_layer)
+
+    def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
+        return reference_logits(self.checkpoint, tokens, on_layer)

@@ -1,0 +1,1 @@
+"""What is given to be exported: read and checked, GGUF files and Hugging Face directories alike."""

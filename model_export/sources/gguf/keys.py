@@ -1,0 +1,121 @@
+"""Checks what the keys of a GGUF file say, before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_export.errors import ExportError
+from model_export.sources import bounds
+from model_export.sources.bounds import Kind, check, check_heads, check_rotation, shown
+
+KEYS: dict[str, Kind] = {
+    "general.architecture": bounds.TEXT,
+    "general.organization": bounds.TEXT,
+    "tokenizer.ggml.model": bounds.TEXT,
+    "tokenizer.ggml.pre": bounds.TEXT,
+    "tokenizer.ggml.add_bos_token": bounds.FLAG,
+    "tokenizer.ggml.add_space_prefix": bounds.FLAG,
+    "split.count": bounds.Whole(0, 99_999),
+}
+# Behind the architecture's name.
+NUMBERS: dict[str, Kind] = {
+    "block_count": bounds.LAYERS,
+    "embedding_length": bounds.HIDDEN,
+    "feed_forward_length": bounds.INTERMEDIATE,
+    "context_length": bounds.CONTEXT,
+    "attention.head_count": bounds.HEADS,
+    "attention.head_count_kv": bounds.HEADS,
+    "attention.key_length": bounds.HEAD_DIM,
+    "attention.value_length": bounds.HEAD_DIM,
+    "attention.layer_norm_rms_epsilon": bounds.EPSILON,
+    "attention.layer_norm_epsilon": bounds.EPSILON,
+    "attention.sliding_window": bounds.WINDOW,
+    "rope.dimension_count": bounds.HEAD_DIM,
+    "rope.freq_base": bounds.ROTARY_BASE,
+    "rope.scaling.factor": bounds.SCALING,
+    "rope.scaling.type": bounds.TEXT,
+    "rope.scaling.original_context_length": bounds.CONTEXT,
+    "rope.scaling.attn_factor": bounds.SCALING,
+    "rope.scaling.yarn_beta_fast": bounds.SCALING,
+    "rope.scaling.yarn_beta_slow": bounds.SCALING,
+}
+TOKENS = "tokenizer.ggml.tokens"
+IDS = tuple(
+    f"tokenizer.ggml.{name}_token_id"
+    for name in (
+        *("bos", "eos", "eot", "eom", "unknown", "prefix", "suffix", "middle"),
+        *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+    )
+)
+
+
+def check_metadata(path: Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ExportError where a value is of the wrong kind, or out of all bounds, or does not fit another.
+
+    `shapes` are the tensors', the quickest dimension first.
+    """
+    family = metadata.get("general.architecture")
+    for key, kind in {**KEYS, **{f"{family}.{name}": kind for name, kind in NUMBERS.items()}}.items():
+        if key in metadata:
+            check(f"{path}: {key}", metadata[key], kind)
+    _check_sizes(path, metadata, f"{family}.", shapes)
+    if TOKENS in metadata:
+        _check_tokens(path, metadata)
+
+
+def _check_sizes(path: Path, metadata: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    heads, hidden = metadata.get(f"{prefix}attention.head_count"), metadata.get(f"{prefix}embedding_length")
+    if heads is None or hidden is None:
+        return
+    head_dim = metadata.get(f"{prefix}attention.key_length")
+    check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
+    pairs = (head_dim or hidden // heads) // 2
+    check_rotation(str(path), metadata.get(f"{prefix}context_length"), 2 * pairs)
+    if (factors := shapes.get("rope_freqs.weight", (pairs,))) != (pairs,):
+        raise ExportError(f"{path}: tensor rope_freqs.weight has shape {list(factors)}, expected {[pairs]}")
+
+
+def _check_tokens(path: Path, metadata: Mapping[str, Any]) -> None:
+    tokens = _texts(path, TOKENS, metadata[TOKENS])
+    if not tokens:
+        raise ExportError(f"{path}: {TOKENS} holds no tokens")
+    ids: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if (first := ids.setdefault(token, index)) != index:
+            raise ExportError(f"{path}: {TOKENS} holds {shown(token)} twice, as {first} and as {index}")
+    for key in IDS:
+        if key in metadata:
+            check(f"{path}: {key}", metadata[key], bounds.Whole(0, len(tokens) - 1))
+    for key, kinds in {"tokenizer.ggml.scores": "f", "tokenizer.ggml.token_type": "iu"}.items():
+        if key in metadata:
+            _check_numbers(path, key, metadata[key], kinds, len(tokens))
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.merges" in metadata:
+        _check_merges(path, _texts(path, "tokenizer.ggml.merges", metadata["tokenizer.ggml.merges"]), ids)
+
+
+def _texts(path: Path, key: str, value: object) -> list[str]:
+    if not isinstance(value, list):
+        found = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else shown(value)
+        raise ExportError(f"{path}: {key} is {found}, expected an array of texts")
+    return value
+
+
+def _check_numbers(path: Path, key: str, value: object, kinds: str, count: int) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+        raise ExportError(f"{path}: {key} is not an array of numbers")
+    if len(value) != count:
+        raise ExportError(f"{path}: {key} has {len(value)} elements, expected one for each of {count} tokens")
+    if not np.isfinite(value).all():
+        raise ExportError(f"{path}: {key} holds a number that is not finite")
+
+
+def _check_merges(path: Path, merges: list[str], ids: Mapping[str, int]) -> None:
+    for index, merge in enumerate(merges):
+        first, _, second = merge.partition(" ")
+        if unknown := [token for token in (first, second, first + second) if token not in ids]:
+            what = f"merge {index} of {shown(merge)} needs the token {shown(unknown[0])}, which is not there"
+            raise ExportError(f"{path}: {what}")

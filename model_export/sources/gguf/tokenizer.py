@@ -1,0 +1,152 @@
+"""Rebuilds a tokenizer from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from model_export.errors import ExportError
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.vocabulary import Vocabulary, end_tokens
+
+CONTROL, USER_DEFINED = 3, 4
+END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Today's name, and the one of older files.
+MARK_KEYS = {
+    "prefix": ("fim_pre", "prefix"),
+    "suffix": ("fim_suf", "suffix"),
+    "middle": ("fim_mid", "middle"),
+}
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _words(digits: str) -> str:
+    """Contractions, words, so many digits at once, and the rest."""
+    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{REST % ''}"
+
+
+def _cased_words(digits: str, contractions: str) -> str:
+    """Words that begin anew at a capital, with what may follow them, so many digits at once, and the rest."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    small, capital = f"{before}{UPPER}*{LOWER}+{contractions}", f"{before}{UPPER}+{LOWER}*{contractions}"
+    return rf"{small}|{capital}|\p{{N}}{digits}|{REST % '/'}"
+
+
+SPLITS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "dbrx", "smaug-bpe"), _words("{1,3}")),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _words("")),
+    "tekken": _cased_words("", ""),
+    "gpt-4o": _cased_words("{1,3}", f"{CONTRACTIONS}?"),
+}
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
+
+
+def read_vocabulary(metadata: Metadata) -> Vocabulary:
+    """The tokenizer that the metadata describes. Raises ExportError for a kind that is not supported."""
+    kind = metadata.require("tokenizer.ggml.model")
+    split = metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, split)
+    elif kind == "llama":
+        tokenizer = _sentence_piece(metadata)
+    else:
+        raise ExportError(f"tokenizer model {kind!r} is not supported; supported are gpt2 and llama")
+    _add_special_tokens(tokenizer, metadata)
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_KEYS]
+    bos_by_default = kind == "llama" or split in WHOLE_WORDS_FIRST
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    return Vocabulary(
+        tokenizer=tokenizer,
+        bos=bos,
+        add_bos=bos is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
+        end=end_tokens(tokenizer, ids),
+        marks=_marks(metadata),
+    )
+
+
+def _marks(metadata: Metadata) -> dict[str, int]:
+    found = {}
+    for part, names in MARK_KEYS.items():
+        ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+        index = next((index for index in ids if index is not None), None)
+        if index is not None:
+            found[part] = index
+    return found
+
+
+def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    merges = [_pair(merge) for merge in metadata.require("tokenizer.ggml.merges")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split in WHOLE_WORDS_FIRST))
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if split in ("gpt-2", "default"):
+        return gpt2
+    if split == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if split not in SPLITS:
+        known = ", ".join(["default", "gpt-2", "smollm", *SPLITS])
+        raise ExportError(f"pre-tokenizer {split!r} is not supported; supported are {known}")
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    return first, second
+
+
+def _sentence_piece(metadata: Metadata) -> Tokenizer:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores"))
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
+
+
+def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to make a token out of two others, best token first.
+
+    A SentencePiece vocabulary of this kind joins the neighbours whose joint token has the highest score.
+    """
+    ids = {token: index for index, token in enumerate(tokens)}
+    found: list[tuple[float, int, int]] = []
+    for index, token in enumerate(tokens):
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((-scores[index], left, right))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+
+
+def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    kind_of = dict(zip(tokens, kinds, strict=False))
+    # All at once: each call goes over every token that was added before.
+    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+        named = [token for token, kind in kind_of.items() if kind == wanted]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])

@@ -1,0 +1,87 @@
+"""Sources by their name on a hub of models, where the network allows it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from model_export.errors import ExportError
+from model_export.sources import families
+from model_export.sources.files import read_json
+from model_export.sources.panics import quiet
+
+CONFIG = "config.json"
+# What is read of a model, and nothing else: no pickles, which run code when they are opened, and no code.
+WANTED = (
+    CONFIG,
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.safetensors",
+)
+# Other forms of the same weights lie in folders, or beside them by this name.
+UNWANTED = ("*/*", "consolidated*")
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_NAME = re.compile(rf"(?P<owner>{_PART})/(?P<name>{_PART})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?")
+
+
+class HubName(NamedTuple):
+    """A model's name on a hub: `owner/name`, of the `revision` or else the newest."""
+
+    owner: str
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return f"{self.owner}/{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+
+def hub_name(source: str) -> HubName | None:
+    """The name that `source` is, `owner/name` or `owner/name@revision`, or None."""
+    match = _NAME.fullmatch(source)
+    return HubName(match["owner"], match["name"], match["revision"]) if match else None
+
+
+def download(wanted: HubName) -> Path:
+    """The directory of the model in the client's cache, downloaded as far as it is not there yet.
+
+    Its configuration comes first, and weights only where its family is supported. Raises ExportError where that is not,
+    or the hub cannot be reached, does not know the model, or does not give it to this caller.
+    """
+    with quiet():
+        found = _snapshot(wanted, wanted.revision, (CONFIG,))
+    if not (found / CONFIG).exists():
+        raise ExportError(f"{wanted} has no {CONFIG} on the hub, so it is no model that can be exported by its name")
+    config = read_json(found, CONFIG)
+    if (family := config.get("model_type")) not in families.OWN + families.MOBIUS:
+        raise ExportError(f"{wanted}: {families.refusal(family, config)}")
+    return _snapshot(wanted, found.name, WANTED)  # of the very commit
+
+
+def _snapshot(wanted: HubName, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download  # noqa: PLC0415, slow to load and seldom needed
+
+    try:
+        found = snapshot_download(
+            f"{wanted.owner}/{wanted.name}",
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(UNWANTED),
+        )
+    except errors.GatedRepoError:
+        reason = "its owner asks for consent first: give it there, and set HF_TOKEN to a token of yours"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {wanted.revision}"
+    except errors.RepositoryNotFoundError:
+        reason = "there is none of that name, or it is private and HF_TOKEN is not set to a token that may read it"
+    except errors.LocalEntryNotFoundError:
+        reason = "the hub cannot be reached, and the cache has no whole copy"
+    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined] # the client's own base
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    else:
+        return Path(found)
+    raise ExportError(f"{wanted} is no file or directory, and as a model of {constants.ENDPOINT}: {reason}")
