@@ -17,8 +17,8 @@ from completion.v1 import completion_pb2, completion_pb2_grpc
 from bench.client import API_KEY, Job, Piece, Stream, rest
 from bench.processes import START_SECONDS, answers, healthy, running, wait_until
 from deploy import local
-from service import models
 from service.engine.engine import Engine
+from service.serving import models
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
 

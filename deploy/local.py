@@ -36,9 +36,9 @@ from typing import Any
 import yaml
 
 from deploy import host as this_machine
-from service import ports as listeners
 from service import settings
 from service.errors import StartupError
+from service.host import ports as listeners
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "gpt-3.5-turbo-instruct"

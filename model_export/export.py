@@ -30,7 +30,7 @@ from model_export.sources.hugging_face.check import weight_files
 from model_export.verify.report import Report
 from model_export.verify.verify import verify
 from service import manifest
-from service.processor import processor
+from service.host.processor import processor
 
 PromptForm = Literal["int8", "float32"]
 

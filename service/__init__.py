@@ -8,11 +8,11 @@ The journey of a request, with the real names:
          -> engine.engine.Engine.submit                  -> Generation, where the pieces will arrive
     step thread, until the request ends:
          engine.scheduler.Scheduler.schedule             which sequence advances by how many tokens
-         engine.model.Model.forward                      tokens -> logits
+         engine.ort.model.Model.forward                  tokens -> logits
          engine.sampler.choose                           logits -> the next token
          engine.commit.Committer.advance                 token -> text.transcript.Transcript -> types.Delta
          -> rpc.render                                   pieces -> messages, or events for HTTP
-    interceptor and engine tell observer.Observer what happens: metrics.Metrics counts it, tracing.Tracing makes spans
+    interceptor and engine tell telemetry.observer.Observer what happens: metrics counts it, tracing makes spans of it
 """
 
 import os

@@ -10,9 +10,10 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from service import doctor, settings, telemetry
+from service import doctor, settings
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
 from service.server import serve
+from service.telemetry import log
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
@@ -43,7 +44,7 @@ def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], 
 
 def _serve(arguments: Sequence[str]) -> int:
     loaded = settings.load(arguments)
-    telemetry.configure(loaded.log_level)
+    log.configure(loaded.log_level)
     asyncio.run(serve(loaded))
     return 0
 
@@ -86,7 +87,7 @@ def _shown(value: object) -> str:
 
 
 def _examine(arguments: Sequence[str]) -> int:
-    telemetry.configure("error")  # what is found is told in the findings' own words
+    log.configure("error")  # what is found is told in the findings' own words
     good = True
     for finding in doctor.examine(settings.load(arguments)):
         print(finding, flush=True)

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from service import memory, models, placement, ports
-from service.engine.device import provider
+from service.engine.ort.device import provider
 from service.errors import StartupError
-from service.models import Checked
-from service.processor import processor
+from service.host import ports
+from service.host.processor import processor
 from service.rpc import tls
 from service.rpc.keys import KeyRing
 from service.server import check_host, check_tracing
+from service.serving import gpu_memory, memory, models
+from service.serving.models import Checked
 from service.settings import ModelSettings, Settings
 
 
@@ -137,7 +138,7 @@ def _memory(checked: list[Checked], settings: Settings) -> Iterator[Finding]:
         settled = models.settle(checked)
         plans = models.plans(settled, settings)
         placed = [
-            placement.place(model.manifest, model.given.settings, model.context_length, plan.slots)
+            gpu_memory.place(model.manifest, model.given.settings, model.context_length, plan.slots)
             for model, (_, plan) in zip(settled, plans, strict=True)
         ]
     except StartupError as error:

@@ -19,13 +19,12 @@ from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import memory, models, ports, telemetry, watchdog
+from service import watchdog
 from service.engine.cache import Reuse
 from service.engine.engine import Faults, Stats
 from service.errors import EngineDiedError, EngineFaultError, StartupError, UnavailableError
-from service.exporter import Exporter
-from service.metrics import Metrics, Reading
-from service.processor import processor
+from service.host import memory, ports
+from service.host.processor import processor
 from service.rpc import tasks, tls
 from service.rpc.health import LIVENESS, READINESS, SERVICE_NAME, STARTUP, Health
 from service.rpc.interceptors import CallInterceptor
@@ -34,12 +33,16 @@ from service.rpc.quota import Meter, Quota
 from service.rpc.running import Running
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.rpc.workers import Workers
+from service.serving import models
 from service.settings import Settings
+from service.telemetry.exporter import Exporter
+from service.telemetry.log import get_logger
+from service.telemetry.metrics import Metrics, Reading
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.telemetry.tracing import Tracing
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 _LAST_WORDS_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -63,7 +66,7 @@ def _tracing(endpoint: str | None) -> Tracing | None:
     """Traces to this collector."""
     if endpoint is None:
         return None
-    from service.tracing import Tracing  # noqa: PLC0415, an extra that most do without
+    from service.telemetry.tracing import Tracing  # noqa: PLC0415, an extra that most do without
 
     return Tracing(endpoint)
 
@@ -73,7 +76,7 @@ def check_tracing(endpoint: str | None) -> None:
     if endpoint is None:
         return
     try:
-        import service.tracing  # noqa: F401, PLC0415, see above
+        import service.telemetry.tracing  # noqa: F401, PLC0415, see above
     except ImportError as error:
         message = f"otlp_endpoint needs OpenTelemetry ({error.name} is missing): pip install 'completion-service[otel]'"
         raise StartupError(message) from None

@@ -12,7 +12,7 @@ import sys
 import time
 
 from service import __main__
-from service.engine.model import Model
+from service.engine.ort.model import Model
 from service.engine.scheduler import Scheduler
 from service.rpc.keys import KeyRing
 

@@ -8,7 +8,9 @@ import os
 import sys
 
 from bench.processes import memory
-from service import models, settings, telemetry
+from service import settings
+from service.serving import models
+from service.telemetry import log
 from service.types import Prompt
 from tests.engines import collect
 from tests.fakes import request
@@ -31,7 +33,7 @@ async def fill(served):
 
 if __name__ == "__main__":
     loaded = settings.load(sys.argv[1:])
-    telemetry.configure("info")
+    log.configure("info")
     served = models.load(loaded)
     filled = [asyncio.run(fill(each)) for each in served]
     slots, generated = [slots for slots, _ in filled], [tokens for _, each in filled for tokens in each]

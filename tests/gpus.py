@@ -6,8 +6,8 @@ import ctypes
 
 import numpy as np
 
-from service.engine import device
-from service.engine.device import Cuda
+from service.engine.ort import device
+from service.engine.ort.device import Cuda
 
 
 class HostDriver:

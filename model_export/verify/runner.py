@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.sources.weights import Floats
-from service.processor import byte_options
+from service.host.processor import byte_options
 
 KV_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

@@ -10,22 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from service import telemetry
 from service.engine.admission import Admission, Pace, Ticket, Work
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
-from service.engine.model import Model
+from service.engine.ort.model import Model
 from service.engine.sampler import Row, whole
 from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler, Step
 from service.engine.sequence import PromptGroup, Sequence
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, SlowReaderError, UnavailableError
-from service.observer import Observer
+from service.telemetry.log import get_logger
+from service.telemetry.observer import Observer
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, Request
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 Command = Callable[[], None]
 

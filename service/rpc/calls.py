@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.engine.generation import Generation
-from service.observer import Usage
 from service.rpc.keys import Caller
+from service.telemetry.observer import Usage
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

@@ -15,9 +15,7 @@ import grpc
 from completion.v1 import completion_pb2 as pb
 from grpc_health.v1 import health_pb2
 
-from service import telemetry
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError, SlowReaderError
-from service.observer import Ended, Method, Observer
 from service.rpc import tasks, wire
 from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller, current_request_id
 from service.rpc.keys import KeyRing
@@ -26,8 +24,10 @@ from service.rpc.quota import Meter
 from service.rpc.running import Running
 from service.rpc.status import status_of, trailing_metadata
 from service.rpc.workers import Workers
+from service.telemetry.log import get_logger
+from service.telemetry.observer import Ended, Method, Observer
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 _CLIENT_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,512}")
 

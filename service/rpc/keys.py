@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from service import telemetry
 from service.errors import AuthenticationError, StartupError
 from service.rpc.quota import UNLIMITED, Quota
+from service.telemetry.log import get_logger
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 _LINE = re.compile(
     r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"

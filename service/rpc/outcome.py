@@ -14,7 +14,7 @@ from service.errors import (
     TokensExceededError,
     UnavailableError,
 )
-from service.observer import Ended, Outcome, Refusal
+from service.telemetry.observer import Ended, Outcome, Refusal
 
 _REFUSALS: dict[type[ServiceError], Refusal] = {
     InvalidRequestError: Refusal.INVALID,

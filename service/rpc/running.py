@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from service.errors import AuthenticationError, OverloadedError
-from service.observer import Method
 from service.rpc.calls import Call
+from service.telemetry.observer import Method
 
 # Calls that last as long as their callers like.
 _MOST_LASTING = {"Watch": 256, "ServerReflectionInfo": 16}

@@ -19,7 +19,6 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.errors import DeadlineError, ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
-from service.observer import Usage
 from service.rpc import bounds, render
 from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller
 from service.rpc.checks import shown
@@ -29,6 +28,7 @@ from service.rpc.parse import Limits, parse
 from service.rpc.quota import Meter
 from service.rpc.sizes import answer_bytes
 from service.rpc.workers import Workers
+from service.telemetry.observer import Usage
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 

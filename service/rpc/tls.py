@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 from cryptography import x509
 
-from service import telemetry
 from service.errors import StartupError
 from service.settings import Settings
+from service.telemetry.log import get_logger
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 # Device, inode, size and time of the last change of each file: equal stamps mean the same contents.
 Stamp = tuple[tuple[int, int, int, int], ...]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service import ports
+from service.host import ports
 from tests.stack import AUTHORIZED, MODEL, Stack
 
 # After so long a caller gives up.

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from service.metrics import Metrics, Reading
+from service.telemetry.metrics import Metrics, Reading
 from tests.stack import ROOT
 
 FOLDER = ROOT / "deploy" / "observability"

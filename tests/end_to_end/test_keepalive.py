@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from deploy import local
-from service.ports import listener
+from service.host.ports import listener
 from tests.end_to_end.test_edge import connected as connection_to
 from tests.end_to_end.test_edge import until_closed
 from tests.http2 import PREFACE, SETTINGS, frame

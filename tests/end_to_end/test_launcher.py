@@ -16,7 +16,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.ports import listener
+from service.host.ports import listener
 from tests.patience import PATIENCE, eventually
 from tests.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
 

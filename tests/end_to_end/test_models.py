@@ -18,7 +18,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.processor import processor
+from service.host.processor import processor
 from tests.patience import eventually
 from tests.processes import METADATA, TINY, Service, export_tiny, service
 from tests.stack import KEY, MODEL, Stack, envoy, free_ports

@@ -18,7 +18,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from service import ports
+from service.host import ports
 from tests.model_export import tiny
 from tests.patience import PATIENCE
 from tests.processes import TINY, export_tiny

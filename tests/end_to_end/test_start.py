@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from service import manifest, models
+from service import manifest
 from service.errors import StartupError
 from service.manifest import FileEntry
+from service.serving import models
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.patience import PATIENCE, eventually

@@ -15,7 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from service.engine.model import Model
+from service.engine.ort.model import Model
 from service.rpc import servicer
 from service.settings import Settings
 from tests.patience import PATIENCE

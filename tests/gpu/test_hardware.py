@@ -20,10 +20,10 @@ from model_export.export import Options, export
 from model_export.graph import cuda
 from service import manifest
 from service.engine.cache import Copy, KVCache
-from service.engine.device import Cpu, Cuda, lacks_cuda
-from service.engine.driver import Driver
 from service.engine.engine import Engine
-from service.engine.model import Model
+from service.engine.ort.device import Cpu, Cuda, lacks_cuda
+from service.engine.ort.driver import Driver
+from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole
 from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer

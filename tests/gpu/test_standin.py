@@ -14,10 +14,10 @@ import pytest
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.device import CUDA_PROVIDER, Cuda, lacks_cuda, provider
-from service.engine.driver import Driver
-from service.engine.model import Model
-from service.placement import place, settled
+from service.engine.ort.device import CUDA_PROVIDER, Cuda, lacks_cuda, provider
+from service.engine.ort.driver import Driver
+from service.engine.ort.model import Model
+from service.serving.gpu_memory import place, settled
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.patience import PATIENCE

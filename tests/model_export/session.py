@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from model_export.verify.runner import KV_TYPES
-from service.processor import byte_options
+from service.host.processor import byte_options
 
 
 class Session:

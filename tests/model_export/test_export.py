@@ -24,7 +24,7 @@ from model_export.verify.report import Report
 from model_export.verify.runner import Runner
 from model_export.verify.verify import verify
 from service import manifest
-from service.processor import Processor
+from service.host.processor import Processor
 from tests.model_export import tiny
 from tests.model_export.session import Session
 

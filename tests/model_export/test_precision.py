@@ -19,7 +19,7 @@ from model_export.sources.weights import dequantize
 from model_export.verify.verify import perplexity
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.model import Model
+from service.engine.ort.model import Model
 from tests.model_export import tiny
 from tests.model_export.extended import extend
 from tests.model_export.session import Session

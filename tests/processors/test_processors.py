@@ -21,8 +21,8 @@ from model_export.export import Options, export
 from model_export.opening import read_source
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.model import Model
-from service.processor import EXACT_BYTES_OPTION, byte_options, processor
+from service.engine.ort.model import Model
+from service.host.processor import EXACT_BYTES_OPTION, byte_options, processor
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.model_export.session import Session

@@ -15,8 +15,8 @@ import trustme
 
 from service import __main__ as command
 from service import doctor
-from service.engine import device
-from service.processor import processor
+from service.engine.ort import device
+from service.host.processor import processor
 from service.settings import Settings
 from tests.ports import free_ports
 from tests.stack import ROOT
@@ -129,7 +129,7 @@ def test_each_device_is_looked_at(model_dir):
 
 def test_traces_without_their_package(model_dir, monkeypatch):
     """Where traces are to be sent and OpenTelemetry is not there, the start would end: so it is said."""
-    monkeypatch.setitem(sys.modules, "service.tracing", None)
+    monkeypatch.setitem(sys.modules, "service.telemetry.tracing", None)
     assert failing(examined(model_dir)) == []
     found = examined(model_dir, otlp_endpoint="http://collector:4317")
     assert failing(found) == ["traces"]

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from service import exporter
-from service.exporter import Exporter
+from service.telemetry import exporter
+from service.telemetry.exporter import Exporter
 from tests.patience import PATIENCE, eventually
 from tests.stack import free_ports
 

@@ -15,8 +15,8 @@ import pytest
 
 from model_export.export import Options, export
 from service import manifest as manifests
-from service import models
 from service.errors import ModelDirectoryError, StartupError
+from service.serving import models
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.patience import PATIENCE

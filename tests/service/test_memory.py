@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from service import manifest, memory
+from service import manifest
 from service.errors import StartupError
 from service.manifest import FileEntry, KVLayout, Quantization
-from service.memory import MIB
+from service.serving import memory
+from service.serving.memory import MIB
 from service.settings import Settings
 from tests import fakes
 from tests.stack import ROOT

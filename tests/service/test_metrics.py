@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from service import models
 from service.engine.admission import Admission
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
@@ -26,6 +25,7 @@ from service.errors import OverloadedError, StartupError
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
 from service.server import Server
+from service.serving import models
 from service.settings import Settings
 from tests.engines import GatedModel
 from tests.fakes import FakeModel, manifest

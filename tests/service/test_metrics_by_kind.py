@@ -14,8 +14,8 @@ import trustme
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from service.observer import Outcome, Refusal
 from service.rpc import servicer
+from service.telemetry.observer import Outcome, Refusal
 from tests.engines import GatedModel
 from tests.fakes import FakeModel
 from tests.patience import PATIENCE, eventually_async

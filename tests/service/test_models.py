@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from service import __main__ as command
-from service import doctor, memory, models, settings
+from service import doctor, settings
 from service.errors import ModelDirectoryError, StartupError
-from service.memory import MIB, Claim
+from service.serving import memory, models
+from service.serving.memory import MIB, Claim
 from service.settings import Settings
 from tests.ports import free_ports
 from tests.processes import TINY, export_tiny

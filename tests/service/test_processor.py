@@ -8,8 +8,8 @@ import platform
 
 import pytest
 
-from service import processor as module
-from service.processor import EXACT_BYTES_OPTION, Processor, byte_options, processor
+from service.host import processor as module
+from service.host.processor import EXACT_BYTES_OPTION, Processor, byte_options, processor
 
 SAVES_AVX, SAVES_AVX512, SAVES_AMX = 0x7, 0xE7, 0x600E7
 AVX = (0, 0, 1 << 28 | 1 << 27 | 1 << 12, 0)

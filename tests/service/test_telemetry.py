@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from service import telemetry
-from service.telemetry import LossyHandler, formatter, get_logger
+import service
+from service.telemetry.log import LossyHandler, formatter, get_logger
 from tests.patience import PATIENCE
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_json_is_shown(ours):
 
 def test_fields_are_keyword_arguments():
     """Nowhere in the service are they given as to the standard library: that would make a field `extra` of them."""
-    sources = (Path(telemetry.__file__).parent).rglob("*.py")
+    sources = (Path(service.__file__).parent).rglob("*.py")
     assert [path for path in sources if "extra={" in path.read_text()] == []
 
 
@@ -143,7 +143,7 @@ def test_a_reader_that_does_not_read(logger):
     told = [line["dropped"] for line in lines if line["message"] == "log lines dropped"]
     assert told == sorted(told)
     assert len(lines) - len(told) + told[-1] == 2000
-    assert {line["logger"] for line in lines if line["message"] == "log lines dropped"} == {"service.telemetry"}
+    assert {line["logger"] for line in lines if line["message"] == "log lines dropped"} == {"service.telemetry.log"}
     os.close(reading), os.close(writing)
 
 

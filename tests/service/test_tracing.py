@@ -11,7 +11,6 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from service import models
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -19,6 +18,7 @@ from service.errors import StartupError
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
 from service.server import Server
+from service.serving import models
 from service.settings import Settings
 from tests.fakes import FakeModel, manifest
 from tests.patience import PATIENCE
@@ -144,7 +144,7 @@ async def test_a_collector_that_is_down(made):
 
 async def test_without_the_extra(made, monkeypatch):
     """The start says what to install."""
-    monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
+    monkeypatch.delitem(sys.modules, "service.telemetry.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(StartupError, match=r"pip install 'completion-service\[otel\]'"):
         made("http://127.0.0.1:4317")

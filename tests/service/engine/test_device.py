@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from service.engine import device, driver
+from service.engine.ort import device, driver
 from service.errors import StartupError
 
 

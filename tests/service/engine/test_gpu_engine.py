@@ -10,9 +10,9 @@ import pytest
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import KVCache
-from service.engine.device import Cpu
 from service.engine.engine import Engine
-from service.engine.model import Model
+from service.engine.ort.device import Cpu
+from service.engine.ort.model import Model
 from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams

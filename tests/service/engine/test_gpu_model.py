@@ -8,8 +8,8 @@ import pytest
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.device import Cpu
-from service.engine.model import Model
+from service.engine.ort.device import Cpu
+from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole
 from service.errors import StartupError
 from tests.gpus import StandIn

@@ -14,7 +14,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from service.observer import Ended, Observer, Outcome
+from service.telemetry.observer import Ended, Observer, Outcome
 
 _NAME = "completion-service"
 _OPERATION = "text_completion"

@@ -6,21 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service import manifest as manifests
-from service import memory, placement, telemetry
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
-from service.engine.model import Model
+from service.engine.ort.model import Model
 from service.engine.scheduler import Scheduler
 from service.errors import StartupError
 from service.manifest import Manifest
-from service.metrics import Reading
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
+from service.serving import gpu_memory, memory
 from service.settings import ModelSettings, Settings
+from service.telemetry.log import get_logger
+from service.telemetry.metrics import Reading
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 # What is generated to warm up: the prompt's step, and steps of the other graph.
 _WARM_UP_TOKENS = 3
@@ -54,9 +55,9 @@ def settle(models: Sequence[Checked]) -> list[Checked]:
     """The models, each on the device that it is to have. Raises StartupError where one cannot be had."""
     settled = []
     for model in models:
-        own = placement.settled(model.manifest, model.given.settings, model.given.directory)
+        own = gpu_memory.settled(model.manifest, model.given.settings, model.given.directory)
         settled.append(replace(model, given=replace(model.given, settings=own)))
-    placement.check_apart({str(model.given.directory): model.given.settings for model in settled})
+    gpu_memory.check_apart({str(model.given.directory): model.given.settings for model in settled})
     return settled
 
 
@@ -130,7 +131,7 @@ def _log_plan(model: Checked, part: int, plan: memory.Plan) -> None:
 def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
     directory, manifest, settings = checked.given.directory, checked.manifest, checked.given.settings
     length = checked.context_length
-    device, slots = placement.place(manifest, settings, length, slots)
+    device, slots = gpu_memory.place(manifest, settings, length, slots)
     tokenizer = Tokenizer(directory / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         directory,

@@ -16,11 +16,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service.engine.cache import Copy
-from service.engine.device import Block, Cpu, Device
-from service.engine.results import Results, Rows
-from service.engine.signature import check_signature
+from service.engine.ort.device import Block, Cpu, Device, kv_slots, power_of_two
+from service.engine.ort.results import Results, Rows
+from service.engine.ort.signature import check_signature
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
-from service.memory import kv_slots, power_of_two
 
 # A fresh binding costs as much as several tokens' arithmetic; decode steps meet the same few shapes over and over.
 _BINDINGS = 128

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from service.engine.driver import Driver
+from service.engine.ort.driver import Driver
 from service.errors import ModelDirectoryError, StartupError
-from service.processor import byte_options
+from service.host.processor import byte_options
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -281,3 +281,17 @@ def _session(graph: Path, options: ort.SessionOptions, providers: list[Any]) -> 
 
 def _host_block(memory: Bytes) -> Block:
     return Block(memory.ctypes.data, memory)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def kv_slots(slots: int, few_shapes: bool) -> int:
+    """How many slots of keys and values a model has for so many sequences.
+
+    One more than is ever held: a call too narrow for its results to be independent of it is padded with an empty row.
+    Where calls take few shapes, as many as the largest.
+    """
+    return max(slots + 1, power_of_two(slots)) if few_shapes else slots + 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from service.errors import StartupError
+from service.host.memory import available
 from service.manifest import TOKENIZER_FILE, WEIGHTS_FILE, Manifest
 from service.settings import Settings
 
@@ -150,20 +149,6 @@ def activations(manifest: Manifest) -> int:
     return _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is not below."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def kv_slots(slots: int, few_shapes: bool) -> int:
-    """How many slots of keys and values a model has for so many sequences.
-
-    One more than is ever held: a call too narrow for its results to be independent of it is padded with an empty row.
-    Where calls take few shapes, as many as the largest.
-    """
-    return max(slots + 1, power_of_two(slots)) if few_shapes else slots + 1
-
-
 def mib(size: int) -> int:
     """The size in MiB, rounded up."""
     return math.ceil(size / MIB)
@@ -173,42 +158,4 @@ def budget(settings: Settings, root: Path = Path("/")) -> int:
     """What the process may take: `memory_mib`, else its default share of the machine or container."""
     if settings.memory_mib is not None:
         return settings.memory_mib * MIB
-    return int(DEFAULT_SHARE * min([_physical(), *_group_limits(root)]))
-
-
-def _physical() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _group_limits(root: Path) -> Iterator[int]:
-    """The limits of the process's control groups, versions 1 and 2, and of the groups around them.
-
-    In a container the path is often the host's and leads nowhere; then the limit is that of the mounted root.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = PurePosixPath(path)
-        for folder in (group, *group.parents):
-            try:
-                limit = (mount / folder.relative_to("/") / name).read_text(encoding="utf-8").strip()
-            except OSError:
-                continue
-            if limit.isdecimal():  # version 2 says `max` for none
-                yield int(limit)
-
-
-def give_back() -> None:
-    """Returns to the system what the C library keeps of memory that was freed: what a burst has needed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return int(DEFAULT_SHARE * available(root))

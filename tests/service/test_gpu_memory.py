@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from service import placement
-from service.engine.device import Cpu, Cuda
+from service.engine.ort.device import Cpu, Cuda
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import FileEntry, KVLayout, Quantization
-from service.memory import MIB
-from service.memory import plan as host_plan
+from service.serving import gpu_memory
+from service.serving.memory import MIB
+from service.serving.memory import plan as host_plan
 from service.settings import Settings
 from tests import fakes
 
@@ -37,7 +37,7 @@ def settings(**changes):
 
 
 def plan(allowed, slots=32, context_length=8192, **changes):
-    return placement.plan(described(), settings(**changes), context_length, slots, allowed)
+    return gpu_memory.plan(described(), settings(**changes), context_length, slots, allowed)
 
 
 def test_keys_and_values_by_hand():
@@ -53,7 +53,7 @@ def test_as_many_slots_as_fit():
     assert plan(80 * GIB).slots == 32
     less = plan(24 * GIB)
     assert less.slots == 16
-    assert less.kv + less.logits + less.session + placement._CONTEXT == 24 * GIB
+    assert less.kv + less.logits + less.session + gpu_memory._CONTEXT == 24 * GIB
     assert less.session > 4.4 * GIB
     with pytest.raises(StartupError, match=r"does not hold one sequence of 8192 tokens: .*--gpu-memory-mib"):
         plan(6 * GIB)
@@ -69,10 +69,10 @@ def test_logits_by_hand():
 
 def test_the_budget():
     """It is what is asked for where that is free, else most of what is."""
-    assert placement.budget(settings(), 10 * GIB) == 9 * GIB
-    assert placement.budget(settings(gpu_memory_mib=2048), 10 * GIB) == 2 * GIB
+    assert gpu_memory.budget(settings(), 10 * GIB) == 9 * GIB
+    assert gpu_memory.budget(settings(gpu_memory_mib=2048), 10 * GIB) == 2 * GIB
     with pytest.raises(StartupError, match="gpu_memory_mib 20480 is more than the GPU has free, which is 10240"):
-        placement.budget(settings(gpu_memory_mib=20480), 10 * GIB)
+        gpu_memory.budget(settings(gpu_memory_mib=20480), 10 * GIB)
 
 
 def test_the_host_holds_no_keys_and_values_of_a_gpu():
@@ -93,19 +93,19 @@ def test_the_host_holds_no_keys_and_values_of_a_gpu():
 )
 def test_the_device(monkeypatch, wanted, lacking, devices, found):
     """A GPU that there is takes a model that is for it, unless the CPU is asked for."""
-    monkeypatch.setattr(placement, "lacks_cuda", lambda index: lacking)
-    assert placement.settled(described(devices), settings(device=wanted), MODEL).device == found
+    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: lacking)
+    assert gpu_memory.settled(described(devices), settings(device=wanted), MODEL).device == found
 
 
 def test_asking_for_cuda_in_vain(monkeypatch):
     """Without a GPU, or with a model that is not for one, the start ends with what to do."""
-    monkeypatch.setattr(placement, "lacks_cuda", lambda index: f"GPU {index} is not there")
+    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: f"GPU {index} is not there")
     with pytest.raises(StartupError, match="--device cuda cannot be had: GPU 3 is not there"):
-        placement.settled(described(), settings(device="cuda", device_id=3), MODEL)
-    monkeypatch.setattr(placement, "lacks_cuda", lambda index: None)
+        gpu_memory.settled(described(), settings(device="cuda", device_id=3), MODEL)
+    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: None)
     said = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"
     with pytest.raises(ModelDirectoryError, match=said):
-        placement.settled(described(("cpu",)), settings(device="cuda"), MODEL)
+        gpu_memory.settled(described(("cpu",)), settings(device="cuda"), MODEL)
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -114,11 +114,11 @@ def test_one_model_of_a_process_is_on_a_gpu(others):
     first, other, cpu = settings(device="cuda"), settings(device="cuda", device_id=others), settings(device="cpu")
     advice = r'device = "cpu" in tables \[models\.NAME\] .*--device cpu; or .*--device-id'
     with pytest.raises(StartupError, match=rf"^a and c would .*{advice}"):
-        placement.check_apart({"a": first, "b": cpu, "c": other})
+        gpu_memory.check_apart({"a": first, "b": cpu, "c": other})
     with pytest.raises(StartupError, match=r"^a, b and c would "):
-        placement.check_apart({"a": first, "b": other, "c": first})
-    placement.check_apart({"a": cpu, "b": other, "c": cpu})
-    placement.check_apart({"a": cpu, "b": cpu})
+        gpu_memory.check_apart({"a": first, "b": other, "c": first})
+    gpu_memory.check_apart({"a": cpu, "b": other, "c": cpu})
+    gpu_memory.check_apart({"a": cpu, "b": cpu})
 
 
 def test_placing(monkeypatch):
@@ -133,10 +133,10 @@ def test_placing(monkeypatch):
         def free(self):
             return 24 * GIB
 
-    monkeypatch.setattr(placement, "Driver", Driver)
-    device, slots = placement.place(described(), settings(device="cuda", device_id=1), 8192, 32)
+    monkeypatch.setattr(gpu_memory, "Driver", Driver)
+    device, slots = gpu_memory.place(described(), settings(device="cuda", device_id=1), 8192, 32)
     assert isinstance(device, Cuda)
     assert (device.index, slots) == (1, plan(int(0.9 * 24 * GIB)).slots)
-    device, slots = placement.place(described(), settings(device="cpu"), 8192, 32)
+    device, slots = gpu_memory.place(described(), settings(device="cpu"), 8192, 32)
     assert isinstance(device, Cpu)
     assert slots == 32

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from service.engine.device import Device
+from service.engine.ort.device import Device
 from service.engine.sampler import Floats, Shortlist
 
 Rows = Floats | list[Shortlist]

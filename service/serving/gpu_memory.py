@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service import telemetry
-from service.engine.device import Cpu, Cuda, Device, lacks_cuda, no_cuda
-from service.engine.driver import Driver
+from service.engine.ort.device import Cpu, Cuda, Device, kv_slots, lacks_cuda, no_cuda, power_of_two
+from service.engine.ort.driver import Driver
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import Manifest
-from service.memory import MIB, activations, kv_slots, mib, power_of_two
+from service.serving.memory import MIB, activations, mib
 from service.settings import Settings
+from service.telemetry.log import get_logger
 
-_log = telemetry.get_logger(__name__)
+_log = get_logger(__name__)
 
 # Of the memory that is free at the start, where nothing else is asked for.
 DEFAULT_SHARE = 0.9

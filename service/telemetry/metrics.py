@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service.observer import Ended, Method, Observer, Outcome, Refusal, Usage
-from service.vllm_names import VllmNames
+from service.telemetry.observer import Ended, Method, Observer, Outcome, Refusal, Usage
+from service.telemetry.vllm_names import VllmNames
 
 # From a fast GPU's token, or a short answer of it, to those of a large model on a slow CPU: in seconds.
 _LONG = (0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)

@@ -1,0 +1,1 @@
+"""The model as onnxruntime runs it: all that knows onnxruntime."""

@@ -1,0 +1,1 @@
+"""What the machine has: its processor, memory and ports."""
