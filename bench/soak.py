@@ -215,7 +215,7 @@ async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) 
             answer = await reader.read()
         headers, _, content = answer.partition(b"\r\n\r\n")
         if b"transfer-encoding: chunked" in headers.lower():
-            content = _unchunked(content)
+            content = unchunked(content)
         return int(headers.split(b" ", 2)[1]), content
     except TimeoutError:
         if leave_after is None:
@@ -225,7 +225,7 @@ async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) 
         writer.close()
 
 
-def _unchunked(data: bytes) -> bytes:
+def unchunked(data: bytes) -> bytes:
     """The content of a chunked body."""
     content = b""
     while data:

@@ -22,7 +22,7 @@ EXIT_CONFIG = 78
 
 
 def main() -> int:
-    command, arguments = _command(sys.argv[1:])
+    command, arguments = chosen(sys.argv[1:])
     try:
         return command(arguments)
     except (StartupError, EngineDiedError) as error:
@@ -32,17 +32,17 @@ def main() -> int:
         return EXIT_INTERRUPTED
 
 
-def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], Sequence[str]]:
+def chosen(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], Sequence[str]]:
     """What is to be done, and with which flags."""
     match list(arguments):
         case ["config", "show", *flags]:
             return _show, flags
         case ["doctor", *flags]:
             return _examine, flags
-    return _serve, arguments
+    return run_service, arguments
 
 
-def _serve(arguments: Sequence[str]) -> int:
+def run_service(arguments: Sequence[str]) -> int:
     loaded = settings.load(arguments)
     log.configure(loaded.log_level)
     asyncio.run(serve(loaded))

@@ -272,7 +272,7 @@ class Server:
                 message = f"the model {model.id} cannot answer: the warm-up request failed; the log says of what"
                 raise StartupError(message) from None
             if self._metrics is not None:
-                model.engine.observer = self._metrics.engine(model.id)
+                model.engine.observe(self._metrics.engine(model.id))
 
     def announce_end(self) -> None:
         """Has health say NOT_SERVING, so that who asks sends no new requests; they are still taken."""

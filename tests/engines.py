@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from service.engine.cache import KVCache
 from service.engine.engine import Engine, Stats
@@ -64,10 +65,19 @@ async def texts(engine, made):
     return ["".join(delta.text for delta in pieces[key]) for key in sorted(pieces)]
 
 
+def busy(engine):
+    """Makes an engine look full: no slot before three more steps, each of which takes minutes."""
+    engine.admission.pace.step(1, PATIENCE)
+    engine.admission.enter("another", [])
+    load = replace(engine.steps.published.load, room=0, first_room=0, next_end=3)
+    engine.steps.scheduler.load = lambda: load
+    engine.steps.published = replace(engine.steps.published, load=load)
+
+
 async def settled(engine):
     """Waits until the engine has nothing left, and checks that it keeps nothing of what has ended."""
     await eventually_async(
-        lambda: engine.stats == Stats(0, 0) and not (engine._sequences or engine._tickets), lambda: engine.stats
+        lambda: engine.stats == Stats(0, 0) and not (engine.steps.sequences or engine.requests), lambda: engine.stats
     )
 
 

@@ -21,10 +21,10 @@ GENERATED = 8
 async def fill(served):
     """As many sequences as there are slots, each as long as the context, with scores for every token."""
     engine = served.engine
-    length = engine._model.context_length - GENERATED
+    length = served.limits.context_length - GENERATED
     prompt = Prompt(tuple(range(1000, 1000 + length)), "")
     engine.start(asyncio.get_running_loop())
-    slots = engine._model.slots
+    slots = engine.slots
     asked = request(prompt, n=slots, max_tokens=GENERATED, echo=True, logprobs=5, stop_token_ids=frozenset())
     pieces = await collect(engine, asked)
     engine.stop()

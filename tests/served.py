@@ -54,7 +54,7 @@ class Served:
 
     def limit(self, quota):
         """Holds every key to a quota from now on."""
-        self.meter._default = quota
+        self.meter.default = quota
 
     async def idle(self):
         """Waits until the engine has nothing left to do."""

@@ -133,9 +133,14 @@ class Admission:
 
     def __init__(self, max_sequences: int, max_seconds: float) -> None:
         self.pace = Pace()
-        self._max_sequences = max_sequences
-        self._max_seconds = max_seconds
+        self.max_sequences = max_sequences
+        self.max_seconds = max_seconds
         self._queued: dict[str, Work] = {}
+
+    @property
+    def queued(self) -> dict[str, Work]:
+        """The work that waits, by caller."""
+        return dict(self._queued)
 
     def wait(self, identity: str, room: int, next_end: int) -> float:
         """Seconds that a request of this caller would wait, as estimated."""
@@ -149,15 +154,15 @@ class Admission:
         `deadline` are the seconds that the caller gives the request, if it says.
         """
         seconds = self.wait(identity, room, next_end)
-        if seconds > self._max_seconds:
+        if seconds > self.max_seconds:
             raise OverloadedError(
                 f"The service is overloaded: the wait is about {math.ceil(seconds)} s, and at most "
-                f"{self._max_seconds:g} s are allowed. Please retry later.",
+                f"{self.max_seconds:g} s are allowed. Please retry later.",
                 retry_after=max(_LEAST_RETRY, seconds),
             )
         mine = self._queued.get(identity, Work()).sequences
         every = sum(work.sequences for work in self._queued.values())
-        if mine + every >= self._max_sequences:
+        if mine + every >= self.max_sequences:
             message = f"The service is overloaded: too many requests are waiting, {mine} of them yours."
             raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
         if deadline is not None and deadline < seconds:

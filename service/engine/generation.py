@@ -70,6 +70,16 @@ class Generation:
         """Prompt tokens that were copied and not computed; what candidates of one prompt share was computed once."""
         return sum(self._cached_tokens.values())
 
+    @property
+    def unread(self) -> int:
+        """Pieces that have arrived and were not taken."""
+        return len(self._arrived)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the iteration goes on, or ends, without waiting."""
+        return bool(self._arrived) or self.error is not None or not self._unfinished
+
     def start(self) -> None:
         """Notes that a candidate has got a slot; the first counts."""
         self.started_at = self._clock() if self.started_at is None else self.started_at

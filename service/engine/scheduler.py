@@ -43,6 +43,26 @@ _SLOTS_PER_RESERVED = 16
 Step = PromptChunk | DecodeBatch
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a scheduler is: sequences that are `running`, with a slot, and `waiting`, without one yet.
+
+    A caller among those `holding` slots could take `room` more, any other `first_room`. After `next_end` decode steps
+    at the latest the first running sequence has ended.
+    """
+
+    running: int
+    waiting: int
+    room: int
+    first_room: int
+    holding: frozenset[str]
+    next_end: int
+
+    def room_for(self, identity: str) -> int:
+        """How many slots the caller could take now."""
+        return self.room if identity in self.holding else self.first_room
+
+
 @dataclass(slots=True)
 class _Caller:
     """What one caller has in the scheduler; `served` is the work done for it, in prompt tokens."""
@@ -89,6 +109,11 @@ class Scheduler:
         return self._cache.slots
 
     @property
+    def holders(self) -> tuple[Sequence, ...]:
+        """The sequences that hold a slot, by slot."""
+        return tuple(self._holders)
+
+    @property
     def running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._holders)
@@ -107,15 +132,18 @@ class Scheduler:
         """Counts what the cache saves from here on."""
         self._cache.reuse = Reuse(0, 0)
 
-    def room(self, identity: str) -> int:
-        """How many slots the caller could take now. May be asked from any thread."""
-        caller = self._callers.get(identity)
-        general = max(0, self._cache.free - self._reserved)
-        return general if caller is not None and caller.held else max(general, min(1, self._cache.free))
-
-    def next_end(self) -> int:
-        """After how many decode steps the first holder has ended at the latest. May be asked from any thread."""
-        return min((each.request.max_tokens - each.generated for each in tuple(self._holders)), default=0)
+    def load(self) -> Load:
+        """How busy it is."""
+        free = self._cache.free
+        general = max(0, free - self._reserved)
+        return Load(
+            running=len(self._holders),
+            waiting=self._waiting,
+            room=general,
+            first_room=max(general, min(1, free)),
+            holding=frozenset(identity for identity, caller in self._callers.items() if caller.held),
+            next_end=min((each.request.max_tokens - each.generated for each in self._holders), default=0),
+        )
 
     def add(self, sequences: Seq[Sequence]) -> None:
         """Queues the sequences of one request."""

@@ -56,6 +56,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         finally:
             self._watches.discard(changed)
 
+    @property
+    def watches(self) -> int:
+        """How many watches are open."""
+        return len(self._watches)
+
     def end_watches(self) -> None:
         """Ends every watch: they would hold up a drain for as long as their callers like."""
         self._over = True

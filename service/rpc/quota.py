@@ -82,14 +82,23 @@ class Meter:
     """
 
     def __init__(self, default: Quota, clock: Callable[[], float] = time.monotonic) -> None:
-        self._default = default
+        self.default = default
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
         self._sweep_at = _FEW
 
+    def __len__(self) -> int:
+        """How many accounts there are."""
+        return len(self._accounts)
+
+    def sequences(self, identity: str) -> int:
+        """How many sequences a caller has in the engine."""
+        account = self._accounts.get(identity)
+        return 0 if account is None else account.sequences
+
     def request(self, identity: str, quota: Quota) -> None:
         """Counts a request. Raises OverloadedError, and counts nothing, when it is one too many for this minute."""
-        limits, now = quota.over(self._default), self._clock()
+        limits, now = quota.over(self.default), self._clock()
         limit = limits.requests_per_minute
         if limit is None:
             return
@@ -108,7 +117,7 @@ class Meter:
 
         Raises TokensExceededError or OverloadedError, and charges nothing, when it is more than the quota leaves.
         """
-        limits, now = quota.over(self._default), self._clock()
+        limits, now = quota.over(self.default), self._clock()
         account = self._account(identity, now)
         if limits.max_sequences is not None and account.sequences + sequences > limits.max_sequences:
             raise OverloadedError(
@@ -131,7 +140,7 @@ class Meter:
 
     def headers(self, identity: str, quota: Quota) -> Headers:
         """What is left to a caller, by OpenAI's names; nothing where there is no limit."""
-        limits, now = quota.over(self._default), self._clock()
+        limits, now = quota.over(self.default), self._clock()
         account = self._account(identity, now)
         found: Headers = ()
         if limits.requests_per_minute is not None:

@@ -22,22 +22,32 @@ class Running:
     """Invariant: every count is that of the calls within `lasting` or `of`, and of what they hold."""
 
     def __init__(self) -> None:
-        self._lasting: Counter[str] = Counter()
+        self.lasting_calls: Counter[str] = Counter()
         self._calls: dict[str, set[Call]] = defaultdict(set)
         self._held: Counter[str] = Counter()
+
+    @property
+    def calls(self) -> int:
+        """How many calls are under way."""
+        return sum(map(len, self._calls.values()))
+
+    @property
+    def held(self) -> int:
+        """Bytes of all answers that are being made, or wait to be read."""
+        return self._held.total()
 
     @contextmanager
     def lasting(self, method: Method) -> Iterator[None]:
         """While a call of this method goes on. Raises OverloadedError when there are enough of its kind."""
         most = _MOST_LASTING.get(method.name)
-        if most is not None and self._lasting[method.name] >= most:
+        if most is not None and self.lasting_calls[method.name] >= most:
             message = f"Too many calls of {method.name} are open: at most {most} can be. Please retry later."
             raise OverloadedError(message, retry_after=1.0)
-        self._lasting[method.name] += 1
+        self.lasting_calls[method.name] += 1
         try:
             yield
         finally:
-            self._lasting[method.name] -= 1
+            self.lasting_calls[method.name] -= 1
 
     @contextmanager
     def of(self, identity: str, call: Call) -> Iterator[None]:

@@ -14,20 +14,21 @@ _Result = TypeVar("_Result")
 class Workers:
     """Some threads, and callers who take turns at them.
 
-    Invariant: no more work is handed to the threads than there are threads, so that nothing waits but in its caller's
-    row. Work whose caller has left before its turn is not done. All but the work happens on the event loop's thread.
+    `free` threads have nothing to do. Invariant: no more work is handed to the threads than there are threads, so that
+    nothing waits but in its caller's row. Work whose caller has left before its turn is not done. All but the work
+    happens on the event loop's thread.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._free = threads
+        self.free = threads
         self._rows: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, identity: str, work: Callable[[], _Result]) -> _Result:
         """The result of `work`, done on a thread when it is this caller's turn."""
         loop = asyncio.get_running_loop()
-        if self._free:
-            self._free -= 1
+        if self.free:
+            self.free -= 1
         else:
             await self._turn(identity, loop)
         done = self._executor.submit(work)
@@ -55,7 +56,7 @@ class Workers:
             if not turn.done():
                 turn.set_result(None)
                 return
-        self._free += 1
+        self.free += 1
 
     def shutdown(self) -> None:
         """Waits for the work that is being done, and takes no more."""

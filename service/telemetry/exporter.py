@@ -15,7 +15,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 # Connections that are answered at once.
-_MOST_CONNECTIONS = 16
+MOST_CONNECTIONS = 16
 
 _OPEN_METRICS = "application/openmetrics-text"
 
@@ -27,7 +27,7 @@ class Exporter:
         """Raises OSError when the port cannot be had."""
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._server = _server_of(family)((host, port), _Handler)
+        self._server = _server_of(family)((host, port), Handler)
         self._server.set_app(_with_whole_names(make_wsgi_app(registry)))
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -39,7 +39,7 @@ class Exporter:
         self._thread.join()
 
 
-class _Handler(WSGIRequestHandler):
+class Handler(WSGIRequestHandler):
     """Answers one request, and waits for it only so long."""
 
     timeout = 5.0
@@ -57,7 +57,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[Handler]) -> None:
         self._open: OrderedDict[socket.socket, None] = OrderedDict()
         self._lock = Lock()
         super().__init__(address, handler)
@@ -65,7 +65,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def process_request(self, request: socket.socket, client_address: Any) -> None:  # type: ignore[override]
         with self._lock:
             self._open[request] = None
-            oldest = next(iter(self._open)) if len(self._open) > _MOST_CONNECTIONS else None
+            oldest = next(iter(self._open)) if len(self._open) > MOST_CONNECTIONS else None
             if oldest is not None:
                 del self._open[oldest]
         if oldest is not None:

@@ -79,6 +79,11 @@ class LossyHandler(logging.Handler):
         """Lines dropped so far."""
         return self._refused + self._lost
 
+    @property
+    def unwritten(self) -> int:
+        """Lines that wait, or are being written."""
+        return self._lines.unfinished_tasks
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.put_nowait(self.format(record))
@@ -90,7 +95,7 @@ class LossyHandler(logging.Handler):
     def flush(self) -> None:
         """Waits until all is written, but not for long."""
         deadline = time.monotonic() + _LAST_LINES_SECONDS
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self.unwritten and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _run(self) -> None:

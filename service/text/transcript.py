@@ -64,6 +64,11 @@ class Transcript:
         self._text = ""
         self._tokens: deque[_Held] = deque()
 
+    @property
+    def held_back(self) -> str:
+        """Text that is not shown yet: a stop text may begin in it, or a character be unfinished."""
+        return self._text
+
     def push(self, token: bytes) -> Piece:
         """Takes the next token in; its piece may be empty, and may hold earlier tokens."""
         start, unfinished = len(self._text), self._detokenizer.unfinished

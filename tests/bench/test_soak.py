@@ -84,7 +84,7 @@ def test_too_short() -> None:
 
 def test_chunks() -> None:
     """A chunked body is joined."""
-    assert soak._unchunked(b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
+    assert soak.unchunked(b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
 
 
 def judged(bounds: Bounds) -> bool:

@@ -45,9 +45,9 @@ class Watched:
         A step gives each sequence one; the message that somebody left takes some steps' time. Who only reads nothing is
         given up after a thousand.
         """
-        left, seconds = self.engine._turns, time.monotonic()
+        left, seconds = self.engine.steps.turns, time.monotonic()
         self.wait_for(IDLE)
-        steps = self.engine._turns - left
+        steps = self.engine.steps.turns - left
         print(f"freed within {steps} steps, {1000 * (time.monotonic() - seconds):.0f} ms")
         assert steps < TOKENS / 8
 

@@ -140,8 +140,8 @@ def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
         # Of its sequences fifteen run; another request would wait for all others.
         held = stub.CreateCompletion.future(request, metadata=metadata)
         eventually(lambda: limited.engine.stats.waiting == 17)
-        steps = limited.engine._turns + 20
-        eventually(lambda: limited.engine._turns > steps)  # by which the engine knows its pace
+        steps = limited.engine.steps.turns + 20
+        eventually(lambda: limited.engine.steps.turns > steps)  # by which the engine knows its pace
         began = time.monotonic()
         refused = [limited.ask("full", prompt="Once", max_tokens=10, stream=stream) for stream in (False, True, False)]
         print(f"three requests refused within {time.monotonic() - began:.3f} s")

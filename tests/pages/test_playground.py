@@ -120,9 +120,9 @@ def test_a_stream_can_be_stopped(page: Page, guarded: Guarded, how: str) -> None
     else:
         page.press(page.keys.ESCAPE)
     page.wait_for_status("Stopped.")
-    steps = guarded.engine._turns
+    steps = guarded.engine.steps.turns
     page.wait(lambda: guarded.engine.stats == Stats(running=0, waiting=0))
-    assert guarded.engine._turns - steps < 500
+    assert guarded.engine.steps.turns - steps < 500
     count = len(page.all(".token"))
     # What was on its way has come when another answer has, and is shown when that is.
     page.driver.execute_async_script("fetch('/health').then(() => requestAnimationFrame(arguments[0]))")

@@ -201,5 +201,5 @@ def test_config_show_of_settings_that_will_not_do(show, capsys):
 
 def test_the_folder_of_the_model_may_be_called_anything():
     """Only the first words are commands."""
-    assert command._command(["--model-dir", "doctor"])[0] is command._serve
-    assert command._command([])[0] is command._serve
+    assert command.chosen(["--model-dir", "doctor"])[0] is command.run_service
+    assert command.chosen([])[0] is command.run_service

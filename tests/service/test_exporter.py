@@ -39,12 +39,12 @@ def test_silent_connections(served):
         for _ in range(500):
             held.enter_context(socket.create_connection(("127.0.0.1", served), timeout=PATIENCE))
         assert "answer 42.0" in scraped(served)
-        eventually(lambda: threading.active_count() <= before + exporter._MOST_CONNECTIONS + 1, threading.active_count)
+        eventually(lambda: threading.active_count() <= before + exporter.MOST_CONNECTIONS + 1, threading.active_count)
         assert "answer 42.0" in scraped(served)
 
 
 def test_a_connection_that_sends_nothing_ends(served, monkeypatch):
     """After a while, whoever else is there."""
-    monkeypatch.setattr(exporter._Handler, "timeout", 0.1)
+    monkeypatch.setattr(exporter.Handler, "timeout", 0.1)
     with socket.create_connection(("127.0.0.1", served), timeout=PATIENCE) as connection:
         assert connection.recv(1) == b""

@@ -100,14 +100,14 @@ def test_no_slot_fits():
 
 def test_default_model_keeps_all_slots_on_a_machine_of_24_gib(monkeypatch, tmp_path):
     """The default settings give the default model its 32 slots where firmware and kernel have taken their part."""
-    monkeypatch.setattr(memory, "_physical", lambda: int(23.4 * GIB))
+    monkeypatch.setattr("service.host.memory._physical", lambda: int(23.4 * GIB))
     assert plan(memory.budget(settings(), tmp_path)).slots == 32
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine of 16 GiB, whose control groups are the files that a test writes; gives the default budget."""
-    monkeypatch.setattr(memory, "_physical", lambda: 16 * GIB)
+    monkeypatch.setattr("service.host.memory._physical", lambda: 16 * GIB)
 
     def budget(membership, **limits):
         files = {"proc/self/cgroup": membership} | limits
@@ -144,7 +144,7 @@ def test_default_is_a_share_of_what_there_is(machine, membership, limits, limit)
 
 def test_machine_without_control_groups(monkeypatch, tmp_path):
     """Then its memory alone counts."""
-    monkeypatch.setattr(memory, "_physical", lambda: 16 * GIB)
+    monkeypatch.setattr("service.host.memory._physical", lambda: 16 * GIB)
     assert memory.budget(settings(), tmp_path) == 12 * GIB
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
-import math
 import socket
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.engine.admission import Admission
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -475,7 +473,7 @@ async def test_callers_do_not_keep_the_service_from_starting(made_of_two):
     entering = asyncio.ensure_future(server.__aenter__())
     await first.reached()
     engine = server.models[1].engine
-    engine._admission = Admission(1, math.inf)
+    engine.admission.max_sequences = 1
     held = engine.submit(models.warm_up_request(server.models[1]))
     with pytest.raises(OverloadedError):
         engine.check("another")
@@ -523,4 +521,4 @@ async def test_the_warm_up_leaves_no_trace(running):
     assert running.model.steps == WARM_UP_STEPS
     assert await running.value("llm_generation_tokens_total") == 0
     assert await running.value("llm_prefix_cache_queries_total") == 0
-    assert running.server.models[0].engine._admission.pace.generation(100) == 0
+    assert running.server.models[0].engine.admission.pace.generation(100) == 0

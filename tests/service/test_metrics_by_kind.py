@@ -16,7 +16,7 @@ from completion.v1 import completion_pb2_grpc
 
 from service.rpc import servicer
 from service.telemetry.observer import Outcome, Refusal
-from tests.engines import GatedModel
+from tests.engines import GatedModel, busy
 from tests.fakes import FakeModel
 from tests.patience import PATIENCE, eventually_async
 from tests.service import test_metrics as metered
@@ -109,7 +109,7 @@ async def test_a_slow_reader(made):
     """A caller that takes nothing of its stream: the request has that outcome, and the fault is counted once."""
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
     async for each in run(made, SlowModel()):
-        each.server.models[0].engine._send_timeout = 0.05
+        each.server.models[0].engine.send_timeout = 0.05
         async with grpc.aio.insecure_channel(each.server.address, options=narrow) as channel:
             stub = completion_pb2_grpc.CompletionServiceStub(channel)
             stream = stub.StreamCompletion(asked(n=128, max_tokens=50, logprobs=5), metadata=KEY)
@@ -161,10 +161,7 @@ async def test_a_key_that_may_not(made, tmp_path):
 async def test_a_deadline_shorter_than_the_wait(running):
     """Refused at once, which is no `deadline` among the outcomes: nothing of it had begun."""
     engine = running.server.models[0].engine
-    engine._admission.pace.step(1, PATIENCE)
-    engine._admission.enter("another", [])
-    engine._scheduler.room = lambda _: 0
-    engine._scheduler.next_end = lambda: 3
+    busy(engine)
     call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE)
     assert await refused(call) is grpc.StatusCode.DEADLINE_EXCEEDED
     await ended(running, "refused")
@@ -193,7 +190,7 @@ async def test_times(made):
         first = asyncio.ensure_future(each.ask(max_tokens=2))
         await model.reached()
         second = asyncio.ensure_future(each.ask(text="xy", max_tokens=1))
-        await eventually_async(lambda each=each: each.server.models[0].engine._tickets)  # it queues
+        await eventually_async(lambda each=each: each.server.models[0].engine.requests)  # it queues
         await asyncio.sleep(HELD)
         model.gate.release()
         await model.reached()

@@ -36,7 +36,7 @@ def drained(handler, reading):
     """All that the handler has to write."""
     os.set_blocking(reading, False)
     read = b""
-    while handler._lines.unfinished_tasks:
+    while handler.unwritten:
         try:
             read += os.read(reading, 1 << 16)
         except BlockingIOError:
@@ -166,6 +166,6 @@ def test_flush_does_not_wait_for_ever(logger):
     began = time.monotonic()
     handler.flush()
     assert time.monotonic() - began > 0.5
-    assert handler._lines.unfinished_tasks
+    assert handler.unwritten
     drained(handler, reading)
     os.close(reading), os.close(writing)

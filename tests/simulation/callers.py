@@ -81,7 +81,7 @@ class Visit:
     def check_end(self) -> None:
         """Nothing came after the end that the caller saw."""
         if self.outcome == "finished" or self.error is not None:
-            check(not self.generation._arrived, "pieces after the end", self.outcome)
+            check(not self.generation.unread, "pieces after the end", self.outcome)
             check(self.generation.error is self.error, "two ends", self.outcome, self.generation.error)
 
 

@@ -9,14 +9,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from service.engine import engine as engines
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as Candidate
+from service.engine.steps import Steps
 from service.errors import EngineDiedError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.types import Request
@@ -42,7 +45,7 @@ class WorldModel(FakeModel):
     def forward(
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
     ) -> np.ndarray:
-        holders = self.world.scheduler._holders
+        holders = self.world.scheduler.holders
         self.world.before_step(holders[first_slot : first_slot + len(rows)], rows)
         logits = super().forward(first_slot, rows, past, logits_at)
         for index, row in enumerate(rows):
@@ -77,6 +80,7 @@ class World:
         tokenizer: Tokenizer,
         *,
         engine: type[Engine] = Engine,
+        stepper: type[Steps] = Steps,
         scheduler: type[Scheduler] = Scheduler,
         cache: type[KVCache] = KVCache,
         trace: bool = False,
@@ -90,17 +94,19 @@ class World:
         self.model = WorldModel(self.slots, self)
         self.cache = cache(self.slots)
         self.scheduler = scheduler(self.cache, draw.choice((CHUNK, CHUNK, 24)))
-        self.engine = engine(
-            self.model,  # type: ignore[arg-type]
-            tokenizer,
-            self.scheduler,
-            max_waiting=self.max_waiting,
-            send_timeout=SEND_TIMEOUT,
-            clock=lambda: self.clock,
-        )
+        with mock.patch.object(engines, "Steps", stepper):
+            self.engine = engine(
+                self.model,  # type: ignore[arg-type]
+                tokenizer,
+                self.scheduler,
+                max_waiting=self.max_waiting,
+                send_timeout=SEND_TIMEOUT,
+                clock=lambda: self.clock,
+            )
         self.posted: deque[tuple[float, Any, tuple[Any, ...]]] = deque()
         self.lag = draw.choice((0, 0, 0, 1, 3))
-        self.engine.attach(lambda call, *arguments: self.posted.append((self.clock + self.lag, call, arguments)))
+        self.stepper = self.engine.steps
+        self.stepper.post = lambda call, *arguments: self.posted.append((self.clock + self.lag, call, arguments))
         # Steps between arrivals, from a trickle to more than can be served.
         self.gap = draw.choice((4, 12, 12, 25)) * (6 / (2 + self.slots))
         self.faults = draw.random() < 0.5
@@ -135,7 +141,7 @@ class World:
             self._die()
         elif fate < 0.5:
             self.stopped = True
-            self.engine._commands.put(self.engine._stop)
+            self.engine.request_stop()
             self._arrive()  # before the engine has heard of it
         limit = self.turns + self._work_ahead() * 4 + 400
         while self.visits:
@@ -154,7 +160,7 @@ class World:
             except EngineDiedError:
                 self._count("died")
                 self.stopped = True
-                self.engine._commands.put(self.engine._stop)
+                self.engine.request_stop()
             check(self.turns < limit, "serves on with a model that is gone")
             check(self.outcomes.get("UnavailableError", 0) < 3 or self.stopped, "fails on and on")
 
@@ -165,19 +171,13 @@ class World:
             self.next_arrival += self.draw.expovariate(1 / self.gap)
             self._arrive()
         self.turns += 1
-        if self.engine._stopping:  # its thread has ended; what it has not seen is told by `stop`
-            advanced = False
-            self.engine._take_commands()
-            self.engine._flush()
-        else:
-            advanced = self.engine.step()
+        advanced = self.stepper.turn()
         self.steps += advanced
         self._deliver(until=self.clock)
         self._check()
         for visit in self.visits.copy():
             generation = visit.generation
-            news = generation._arrived or generation.error is not None or not generation._unfinished
-            if news and self.clock % visit.reads_every == 0:
+            if generation.ready and self.clock % visit.reads_every == 0:
                 self._read(visit)
             if visit.restless and not visit.outcome:
                 self._leave_if_due(visit)
@@ -193,8 +193,8 @@ class World:
     def _sequences(self, counts: Callable[[Request], bool]) -> int:
         """At most how many sequences there are of requests that count, running or waiting."""
         here = sum(len(visit.expected) for visit in self.visits if counts(visit.request))
-        known = sum(counts(each.request) for group in self.engine._sequences.values() for each in group)
-        return max(here, known) + self.engine._commands.qsize()
+        known = sum(counts(each.request) for each in self.stepper.sequences)
+        return max(here, known) + self.stepper.commands.qsize()
 
     # --- callers ---
 
@@ -234,7 +234,7 @@ class World:
 
     def _read(self, visit: Visit) -> None:
         generation = visit.generation
-        while generation._arrived or generation.error is not None or not generation._unfinished:
+        while generation.ready:
             if visit.pieces == visit.leaves_after:
                 return
             try:
@@ -259,7 +259,7 @@ class World:
 
     def _state(self, visit: Visit) -> str:
         """Where the engine has got with a request."""
-        members = self.engine._sequences.get(visit.generation)
+        members = self.stepper.sequences_of(visit.generation)
         if not members:
             return "finishing"
         slots = [each for each in members if each.slot is not None]
@@ -267,7 +267,7 @@ class World:
             return "queued"
         if not all(each.decoding for each in slots):
             return "prompting"
-        return "held back" if any(each.transcript._text for each in slots) else "decoding"
+        return "held back" if any(each.transcript.held_back for each in slots) else "decoding"
 
     def _end(self, visit: Visit, outcome: str) -> None:
         """A caller's end, as the servicer has it: the iterator is closed, then the generation left."""
@@ -323,11 +323,11 @@ class World:
 
     def _work_ahead(self) -> int:
         """Most steps that all that is in the engine can take."""
-        return sum(_work(each) for members in self.engine._sequences.values() for each in members)
+        return sum(map(_work, self.stepper.sequences))
 
     def _check(self) -> None:
-        holders, cache = self.scheduler._holders, self.cache
-        live = [each for members in self.engine._sequences.values() for each in members]
+        holders, cache = self.scheduler.holders, self.cache
+        live = self.stepper.sequences
         held = [each for each in live if each.slot is not None]
         check(len(holders) == cache.held == len(held), "held slots", len(holders), cache.held, len(held))
         check({each.slot for each in held} == set(range(cache.held)), "slots are not the first ones")
@@ -361,12 +361,11 @@ class World:
 
     def _check_nothing_kept(self) -> None:
         self._deliver(until=float("inf"))
-        self.engine._take_commands()
-        self.engine._flush()
+        self.stepper.turn()
         check(not self.posted, "something is sent after the end")
         stats = self.engine.stats
         check(stats.running == stats.waiting == self.cache.held == 0, "something is still held", stats)
-        check(not self.engine._sequences and not self.engine._outbox, "the engine keeps something")
+        check(not self.stepper.sequences and not self.engine.requests, "the engine keeps something")
         while self.ended:
             self.ended.pop().check_end()
         self.by_generation.clear()

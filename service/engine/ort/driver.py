@@ -19,7 +19,7 @@ _DEVICE_MEMORY = 2
 _PORTABLE = 1
 
 
-class _Copy2D(ctypes.Structure):
+class Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D of cuda.h."""
 
     _fields_ = (
@@ -42,7 +42,7 @@ class _Copy2D(ctypes.Structure):
     )
 
 
-_SIGNATURES = {
+SIGNATURES = {
     "cuInit": (ctypes.c_uint,),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
     "cuDeviceGetCount": (POINTER(c_int),),
@@ -59,7 +59,7 @@ _SIGNATURES = {
     "cuMemsetD8_v2": (c_uint64, ctypes.c_ubyte, c_size_t),
     "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
-    "cuMemcpy2DUnaligned_v2": (POINTER(_Copy2D),),
+    "cuMemcpy2DUnaligned_v2": (POINTER(Copy2D),),
 }
 
 
@@ -76,7 +76,7 @@ class Driver:
             self._library = ctypes.CDLL(LIBRARY)
         except OSError as error:
             raise StartupError(f"there is no NVIDIA driver here: {error}") from None
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, c_int
         self._call("cuInit", 0)
@@ -134,7 +134,7 @@ class Driver:
         self._do(
             "cuMemcpy2DUnaligned_v2",
             byref(
-                _Copy2D(
+                Copy2D(
                     srcMemoryType=_DEVICE_MEMORY,
                     srcDevice=source,
                     srcPitch=pitch,
@@ -166,7 +166,7 @@ class Driver:
 
 
 # What fails here keeps the service from starting; anything else is a fault of a step.
-_STARTING = frozenset(name for name in _SIGNATURES if name.startswith(("cuInit", "cuDevice"))) | {
+_STARTING = frozenset(name for name in SIGNATURES if name.startswith(("cuInit", "cuDevice"))) | {
     "cuMemAlloc_v2",
     "cuMemHostAlloc",
     "cuMemGetInfo_v2",

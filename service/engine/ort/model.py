@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     """A call's rows and their width in tokens, from a slot on, and how many positions get logits, all with padding."""
 
     first_slot: int
@@ -48,7 +48,7 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """One call's inputs, at fixed addresses, and the session and binding that take them.
 
     `graph` numbers what a GPU may capture and replay. Without `query_seqlens` every token of every row counts.
@@ -105,8 +105,8 @@ class Model:
         }
         # How many positions of each slot may matter to someone.
         self._lengths = np.zeros(self._kv_slots, np.int32)
-        self._calls: OrderedDict[_Shape, _Call] = OrderedDict()
-        self._bindings = self._kept_bindings()
+        self._calls: OrderedDict[Shape, Call] = OrderedDict()
+        self.kept_bindings = self._most_bindings()
         self._graphs = itertools.count()
         self._ragged = any(each.name == "query_seqlens" for each in self._decoding.get_inputs())
         # What a GPU has captured is bound to its results: they grow for scored prompts alone, to twice as much at least
@@ -163,6 +163,11 @@ class Model:
         self._device.run(call.session, call.binding, call.graph)
         return self._results.read(len(logits_at))
 
+    @property
+    def calls(self) -> Mapping[Shape, Call]:
+        """The calls that are bound, by shape."""
+        return self._calls
+
     def probe(self, slot: int) -> None:
         """Raises what `forward` does where it fails on a single token. The slot's first position is lost."""
         self.forward(slot, [[0]], [0], [(0, 0)])
@@ -190,21 +195,21 @@ class Model:
         if not self._ragged and len(rows) > 1 and max(len(row) for row in rows) > 1:
             raise ValueError(f"{len(rows)} rows of several tokens: this graph takes one")
 
-    def _shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> _Shape:
+    def _shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> Shape:
         count, width = len(rows), max(len(row) for row in rows)
         if count * width < self._min_rows:
             count = self._min_rows
         if logits:
             logits = max(logits, self._min_logits)
         if not self._device.few_shapes:
-            return _Shape(first_slot, count, width, logits)
+            return Shape(first_slot, count, width, logits)
         count = min(power_of_two(count), self._kv_slots - first_slot)
         room = min(self.context_length - length for row, length in zip(rows, past, strict=True) if row)
         width = min(power_of_two(width), room)
-        shape = _Shape(first_slot, count, width, power_of_two(logits))
-        return _Shape(0, count, 1, count) if shape.decodes else shape
+        shape = Shape(first_slot, count, width, power_of_two(logits))
+        return Shape(0, count, 1, count) if shape.decodes else shape
 
-    def _fill_lengths(self, call: _Call, shape: _Shape, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
+    def _fill_lengths(self, call: Call, shape: Shape, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
         """Says how much of each slot there is, and how much of each row counts."""
         slots = slice(shape.first_slot, shape.first_slot + shape.rows)
         if call.query_seqlens is not None:
@@ -223,7 +228,7 @@ class Model:
         if call.graph is None:
             call.total_sequence_length[0] = max(int(call.seqlens_k.max()) + 1, shape.width)
 
-    def _call(self, shape: _Shape) -> _Call:
+    def _call(self, shape: Shape) -> Call:
         call = self._calls.get(shape)
         if call is None:
             if shape.logits > self._results.rows:
@@ -240,7 +245,7 @@ class Model:
         self._results.release()
         self._results = grown
 
-    def _kept_bindings(self) -> int:
+    def _most_bindings(self) -> int:
         """How many calls stay bound that are not captured.
 
         Where calls take few shapes, a prompt's in each slot: its width a power of two, its logits none, one, or all.
@@ -252,14 +257,14 @@ class Model:
     def _forget_one_too_many(self) -> None:
         """Forgets the call unused for longest, but no captured one: onnxruntime never frees what it has captured."""
         bound = [shape for shape, call in self._calls.items() if call.graph is None]
-        if len(bound) > self._bindings:
+        if len(bound) > self.kept_bindings:
             self._device.release(self._calls.pop(bound[0]).inputs)
 
     def _forget_calls(self) -> None:
         while self._calls:
             self._device.release(self._calls.popitem()[1].inputs)
 
-    def _bind(self, shape: _Shape) -> _Call:
+    def _bind(self, shape: Shape) -> Call:
         session = self._prompts if shape.width > 1 or shape.rows >= self._many_rows else self._decoding
         binding = session.io_binding()
         sizes = {
@@ -279,7 +284,7 @@ class Model:
             binding.bind_output(f"present_{name}", *place)
         self._results.bind(binding, shape.logits)
         inputs, views = self._inputs(binding, sizes)  # last, as it takes memory, which goes back with the call
-        return _Call(
+        return Call(
             session=session,
             binding=binding,
             graph=next(self._graphs) if self._device.few_shapes and shape.decodes else None,

@@ -141,7 +141,7 @@ def test_queue_holds_what_waits_and_no_more():
             queue.leave(tickets.pop(draw.randrange(len(tickets))))
         for name in "abc":
             waiting = [work for ticket in tickets if ticket.identity == name for work in ticket.waiting]
-            assert queue._queued.get(name, Work()) == sum(waiting, Work())
+            assert queue.queued.get(name, Work()) == sum(waiting, Work())
     for ticket in tickets:
         queue.leave(ticket)
-    assert queue._queued == {}
+    assert queue.queued == {}

@@ -73,7 +73,7 @@ class Library:
             "cuMemcpyDtoH_v2": ctypes.memmove,
             "cuGetErrorString": lambda code, text: setattr(text._obj, "value", b"no CUDA-capable device is detected"),
         }
-        for name in driver._SIGNATURES:
+        for name in driver.SIGNATURES:
             setattr(self, name, self._function(name, answers.get(name), (fails or {}).get(name, 0)))
 
     def _function(self, name, answer, code):
@@ -127,9 +127,9 @@ def test_rows_are_copied_by_one_call(monkeypatch):
 
 def test_the_layout_of_a_copy():
     """CUDA_MEMCPY2D as CUDA 13's own header lays it out on a 64-bit machine."""
-    offsets = [getattr(driver._Copy2D, name).offset for name, *_ in driver._Copy2D._fields_]
+    offsets = [getattr(driver.Copy2D, name).offset for name, *_ in driver.Copy2D._fields_]
     assert offsets == [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120]
-    assert ctypes.sizeof(driver._Copy2D) == 128
+    assert ctypes.sizeof(driver.Copy2D) == 128
 
 
 @pytest.mark.parametrize(

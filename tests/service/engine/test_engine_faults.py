@@ -141,8 +141,8 @@ async def test_stop_ends_everything(letters):
     async with running(letters, model) as engine:
         tasks = [asyncio.create_task(texts(engine, request("a", max_tokens=50))) for _ in range(3)]
         await model.reached()
-        join = engine._thread.join
-        engine._thread.join = lambda: (model.gate.release(1000), join())  # the step goes on once it has been told
+        engine.request_stop()
+        model.gate.release(1000)  # the step goes on once it has been told
         engine.stop()
         for task in tasks:
             with pytest.raises(UnavailableError):
@@ -173,7 +173,7 @@ async def test_engine_that_dies_takes_no_caller_with_it(letters):
         await model.reached()
         unseen = asyncio.create_task(texts(engine, request("b", max_tokens=3)))
         await asyncio.sleep(0)
-        engine._scheduler.schedule = lambda: 1 / 0
+        engine.steps.scheduler.schedule = lambda: 1 / 0
         model.gate.release(1000)
         for each in (task, unseen):
             with pytest.raises(UnavailableError):
@@ -327,7 +327,7 @@ async def test_a_caller_that_leaves_the_queue_costs_nothing(letters):
 async def test_a_request_behind_the_stop_hears_of_it(letters):
     """What is asked for between the stop and the end of the thread is not left waiting."""
     async with running(letters) as engine:
-        engine._commands.put(engine._stop)
+        engine.request_stop()
         generation = engine.submit(request("a"))
         with pytest.raises(UnavailableError):
             await anext(aiter(generation))
@@ -399,7 +399,7 @@ async def test_queue_is_bounded_by_estimated_work(letters):
     """Once the pace is known, what would wait longer than allowed is refused, and nothing of it is kept."""
     model = GatedModel(slots=1)
     async with running(letters, model, max_queue_seconds=1.0) as engine:
-        engine._admission.pace.step(1, 0.1)
+        engine.admission.pace.step(1, 0.1)
         first = asyncio.create_task(texts(engine, request("a", max_tokens=4)))
         await model.reached()
         second = asyncio.create_task(texts(engine, request("a", max_tokens=7)))
@@ -416,8 +416,8 @@ async def test_queue_is_bounded_by_estimated_work(letters):
         model.gate.release(1000)
         assert await first == ["bcde"]
         await settled(engine)
-        assert engine._admission._queued == {}
-        assert engine._tickets == {}
+        assert engine.admission.queued == {}
+        assert engine.requests == 0
 
 
 async def test_refusing_takes_no_time(letters):

@@ -37,9 +37,15 @@ def load(directory, device, slots=SLOTS):
 
 
 @pytest.fixture
-def gpu(directory):
+def device():
+    """The stand-in for a GPU."""
+    return StandIn()
+
+
+@pytest.fixture
+def gpu(directory, device):
     """The model on the stand-in."""
-    return load(directory, StandIn())
+    return load(directory, device)
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +114,20 @@ def test_a_full_slot(gpu, plain, tokens):
     np.testing.assert_allclose(again, expected, **CLOSE)
 
 
-def test_copies_between_slots(gpu, plain, tokens):
+def test_copies_between_slots(gpu, plain, tokens, device):
     """A prompt goes on in another slot, and in a third by way of it, after copies of no more than it has."""
     expected = prompt(plain, 0, tokens[:30])
     prompt(gpu, 0, tokens[:28])
     gpu.copy([Copy(0, 4, 28), Copy(4, 2, 28)])
-    assert not gpu._device.driver.copies
+    assert not device.driver.copies
     continued = gpu.forward(2, [tokens[28:30]], [28], [(0, 1)])[0]
     np.testing.assert_allclose(whole(continued), expected, **CLOSE)
 
 
-def test_steps_of_generated_tokens_recur(gpu, tokens):
+def test_steps_of_generated_tokens_recur(gpu, tokens, device):
     """Any number of rows takes the shape of a power of two, each bound once and captured by a number of its own."""
     for slot in range(SLOTS):
         prompt(gpu, slot, tokens[:9])
-    device = gpu._device
     device.runs.clear()
     for _ in range(2):
         for count in range(1, SLOTS + 1):
@@ -133,43 +138,43 @@ def test_steps_of_generated_tokens_recur(gpu, tokens):
     assert None not in by_rows
     assert [graph for graph, _ in device.runs[6:]] == by_rows
     assert len({id(binding) for _, binding in device.runs}) == 4
-    steps = {shape.rows: call for shape, call in gpu._calls.items() if shape.decodes}
+    steps = {shape.rows: call for shape, call in gpu.calls.items() if shape.decodes}
     assert set(steps) == {1, 2, 4, 8}
     assert all(call.total_sequence_length[0] == CONTEXT for call in steps.values())
 
 
-def test_prompts_are_not_captured(gpu, tokens):
+def test_prompts_are_not_captured(gpu, tokens, device):
     """A prompt's slot and length differ from call to call: its widths are powers of two, and nothing is captured."""
     for slot in range(SLOTS):
         for width in (2, 3, 9, 16, 17):
             prompt(gpu, slot, tokens[:width])
-    assert {graph for graph, _ in gpu._device.runs} == {None}
-    assert {shape.width for shape in gpu._calls} == {2, 4, 16, 32}
+    assert {graph for graph, _ in device.runs} == {None}
+    assert {shape.width for shape in gpu.calls} == {2, 4, 16, 32}
 
 
-def test_captured_steps_outlast_prompts_of_all_shapes(directory):
+def test_captured_steps_outlast_prompts_of_all_shapes(directory, device):
     """A step is captured once: it keeps its number however many prompts, in however many shapes, come in between."""
-    gpu = load(directory, StandIn(), slots=32)
+    gpu = load(directory, device, slots=32)
     decode(gpu, [4] * 32, [0] * 32)
-    before = len(gpu._device.driver.memory)
+    before = len(device.driver.memory)
     for slot in range(32):
         for width in range(2, CONTEXT + 1):  # near a slot's end padding has less room: any width is a shape then
             gpu.forward(slot, [[1] * width], [CONTEXT - width], [(0, width - 1)])
     decode(gpu, [4] * 32, [0] * 32)
-    assert [graph for graph, _ in gpu._device.runs if graph is not None] == [0, 0]
-    assert len(gpu._device.driver.memory) == before + gpu._bindings
+    assert [graph for graph, _ in device.runs if graph is not None] == [0, 0]
+    assert len(device.driver.memory) == before + gpu.kept_bindings
 
 
-def test_prompts_of_common_shapes_are_bound_once(directory):
+def test_prompts_of_common_shapes_are_bound_once(directory, device):
     """Prompts of any slot and width are bound once without logits, as all chunks but the last, with one, and scored."""
-    gpu = load(directory, StandIn(), slots=32)
+    gpu = load(directory, device, slots=32)
     gpu.forward(0, [[1] * CONTEXT], [0], [(0, at) for at in range(CONTEXT)])  # results grow, and all is bound anew
-    gpu._device.runs.clear()
+    device.runs.clear()
     calls = [(slot, 1 << power, logits) for slot in range(32) for power in range(1, 7) for logits in (0, 1, 1 << power)]
     for _ in range(2):
         for slot, width, logits in calls:
             gpu.forward(slot, [[1] * width], [0], [(0, at) for at in range(logits)])
-    bindings = [id(binding) for _, binding in gpu._device.runs]
+    bindings = [id(binding) for _, binding in device.runs]
     assert bindings[: len(calls)] == bindings[len(calls) :]
 
 
@@ -187,9 +192,9 @@ def without_room_once(driver):
     return sizes
 
 
-def test_results_that_cannot_grow_stay_as_they_are(gpu, plain, tokens):
+def test_results_that_cannot_grow_stay_as_they_are(gpu, plain, tokens, device):
     """Where there is no room for a long prompt's scores that call fails alone: steps before and after are right."""
-    driver = gpu._device.driver
+    driver = device.driver
     for model in (gpu, plain):
         prompt(model, 0, tokens[:9])
         decode(model, [4], [9])
@@ -205,7 +210,7 @@ def test_results_that_cannot_grow_stay_as_they_are(gpu, plain, tokens):
     np.testing.assert_allclose(*scored, **CLOSE)
 
 
-def test_results_that_have_grown(gpu, plain, tokens):
+def test_results_that_have_grown(gpu, plain, tokens, device):
     """After a long prompt's scores steps go on by graphs of new numbers: the old ones write where no one reads."""
     for model in (gpu, plain):
         prompt(model, 0, tokens[:9])
@@ -214,7 +219,7 @@ def test_results_that_have_grown(gpu, plain, tokens):
     for step in range(2):
         row = decode(gpu, [5], [10 + step])
         np.testing.assert_allclose(row, decode(plain, [5], [10 + step]), **CLOSE)
-    assert [graph for graph, _ in gpu._device.runs if graph is not None] == [0, 1, 1]
+    assert [graph for graph, _ in device.runs if graph is not None] == [0, 1, 1]
 
 
 class Unbindable:
@@ -237,10 +242,10 @@ class Unbindable:
 
 
 @pytest.mark.parametrize("name", ["input_ids", "logits_idx", "total_sequence_length", "past_key.0"])
-def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, name):
+def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, name, device):
     """What a call has taken for its inputs goes back when binding fails, whichever input it fails at."""
     prompt(gpu, 0, tokens[:2])
-    driver = gpu._device.driver
+    driver = device.driver
     held = {*driver.memory, *driver.host}
     with monkeypatch.context() as patched:
         patched.setattr(gpu, "_prompts", Unbindable(gpu._prompts, name))
@@ -250,22 +255,22 @@ def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, na
     prompt(gpu, 0, tokens[:9])
 
 
-def test_what_is_bound_is_given_back(gpu, tokens):
+def test_what_is_bound_is_given_back(gpu, tokens, device):
     """Calls that are forgotten give their memory back; keys and values stay where they are."""
-    gpu._bindings = 3
-    before = len(gpu._device.driver.memory)
+    gpu.kept_bindings = 3
+    before = len(device.driver.memory)
     for slot in range(SLOTS):
         for width in (2, 4, 8, 16):
             prompt(gpu, slot, tokens[:width])
-    assert len(gpu._device.driver.memory) == before + 3
+    assert len(device.driver.memory) == before + 3
     gpu.forward(0, [tokens[:40]], [0], [(0, at) for at in range(40)])
-    assert len(gpu._device.driver.memory) == before + 1
+    assert len(device.driver.memory) == before + 1
 
 
-def test_only_the_likeliest_come_to_the_host(gpu, tokens):
+def test_only_the_likeliest_come_to_the_host(gpu, tokens, device):
     """A step brings 64 candidates a row; a whole row comes when it is asked for, and is right."""
     prompt(gpu, 0, tokens[:9])
-    driver = gpu._device.driver
+    driver = device.driver
     driver.sent = driver.fetched = 0
     (row,) = gpu.forward(0, [[4]], [9], [(0, 0)])
     assert isinstance(row, Shortlist)

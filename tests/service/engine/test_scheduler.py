@@ -258,8 +258,8 @@ def test_one_slot_of_sixteen_is_for_who_holds_none():
         simulation.add([sequences((index, 1), "flood", max_tokens=10**6)[0] for index in range(slots)])
         serve(simulation, 3 * slots)
         assert simulation.scheduler.running == slots - kept
-        assert simulation.scheduler.room("flood") == 0
-        assert simulation.scheduler.room("other") == min(kept, 1)
+        assert simulation.scheduler.load().room_for("flood") == 0
+        assert simulation.scheduler.load().room_for("other") == min(kept, 1)
         if kept:
             others = [sequences((index, 2), "other", max_tokens=10**6)[0] for index in range(2)]
             simulation.add(others)

@@ -87,15 +87,15 @@ async def test_a_reader_that_takes_nothing_is_cut_off(served, method, caplog):
                 await asyncio.sleep(0.1)
         await served.idle()
     assert "slow_reader" in [line["outcome"] for line in logged(caplog, "call") if "outcome" in line]
-    assert not served.running._calls
+    assert not served.running.calls
 
 
 async def test_a_caller_who_leaves_is_no_error(served, caplog):
     """Whoever closes the connection in the middle of a message leaves neither work nor an error in the log."""
     caplog.set_level(logging.DEBUG)
     with await stall(served):
-        await eventually(lambda: served.running._calls)
-    await eventually(lambda: not served.running._calls)
+        await eventually(lambda: served.running.calls)
+    await eventually(lambda: not served.running.calls)
     await served.idle()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -133,12 +133,12 @@ async def test_calls_of_one_caller_are_bounded(served, monkeypatch):
     """One more is refused, at once; what has ended makes room."""
     monkeypatch.setattr(running, "_MOST_PER_CALLER", 1)
     with await stall(served) as connection:
-        await eventually(lambda: served.running._calls)
+        await eventually(lambda: served.running.calls)
         error = await refused(served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(error.trailing_metadata())["retry-after"] == "1"
         del connection
-    await eventually(lambda: not served.running._calls)
+    await eventually(lambda: not served.running.calls)
     await served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
 
 
@@ -146,12 +146,12 @@ async def test_whole_answers_of_one_caller_are_bounded(served, monkeypatch):
     """While much of one caller's is unread it gets no more whole answers; streams, and other answers, it does."""
     monkeypatch.setattr(running, "_MOST_HELD", 2000)
     with await stall(served, METHOD, n=4, logprobs=5):
-        await eventually(lambda: any(served.running._held.values()))
+        await eventually(lambda: served.running.held)
         error = await refused(served.stub.CreateCompletion(asked(n=4, max_tokens=40, logprobs=5), metadata=KEY))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "not read yet" in error.details()
         await served.stub.StreamCompletion(asked(max_tokens=1), metadata=KEY).read()
-    await eventually(lambda: not served.running._calls)
+    await eventually(lambda: not served.running.calls)
     await served.stub.CreateCompletion(asked(n=4, max_tokens=40, logprobs=5), metadata=KEY)
 
 
@@ -202,7 +202,7 @@ async def test_watches_are_bounded(served, monkeypatch):
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
     watches[0].cancel()
-    await eventually(lambda: served.running._lasting["Watch"] < 3)
+    await eventually(lambda: served.running.lasting_calls["Watch"] < 3)
     assert (await health.Watch(health_pb2.HealthCheckRequest()).read()).status == 1
 
 
@@ -213,6 +213,6 @@ async def test_a_watch_that_reads_nothing_holds_nobody_up(served):
     assert (await watch.read()).status == 1
     with await asyncio.to_thread(http2.Connection, served.port, 0) as connection:
         connection.open([1], HEAD | {":path": "/grpc.health.v1.Health/Watch"}, http2.message(b""))
-        await eventually(lambda: len(served.health._watches) == 2)
+        await eventually(lambda: served.health.watches == 2)
         served.health.say(False, "")
         assert (await watch.read()).status == 2

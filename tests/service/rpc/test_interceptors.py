@@ -12,6 +12,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 
 from service.rpc.quota import Quota
+from tests.engines import busy
 from tests.fakes import END, VOCABULARY
 from tests.logged import logged
 from tests.patience import PATIENCE, eventually_async
@@ -139,7 +140,7 @@ async def test_fault_in_mid_stream(served):
 
 async def test_overload(served):
     """RESOURCE_EXHAUSTED, and when to come back."""
-    served.engine._admission._max_sequences = 0
+    served.engine.admission.max_sequences = 0
     error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["retry-after"] == "1"
@@ -158,7 +159,7 @@ async def test_leaving_frees(served, method):
         await eventually_async(lambda done=done: served.model.steps >= done)
         call.cancel()
         await served.idle()
-    assert not served.engine._sequences
+    assert not served.engine.steps.sequences
 
 
 async def test_deadline_frees(served):
@@ -225,10 +226,7 @@ async def test_sequences_at_once(served):
 
 async def test_deadline_shorter_than_the_wait(served):
     """Refused by its estimate, without a step of the engine."""
-    served.engine._admission.pace.step(1, PATIENCE)
-    served.engine._admission.enter("another", [])
-    served.engine._scheduler.room = lambda _: 0
-    served.engine._scheduler.next_end = lambda: 3
+    busy(served.engine)
     error = await refused(served.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "wait" in detail(error).message

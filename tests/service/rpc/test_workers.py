@@ -42,11 +42,11 @@ async def test_work_of_who_has_left_is_not_done(workers):
     first.cancel()
     waiting.cancel()
     await asyncio.sleep(0)
-    assert workers._free == 0
+    assert workers.free == 0
     gate.set()
     await last
     assert done == ["c"]
-    await eventually(lambda: workers._free == 1)
+    await eventually(lambda: workers.free == 1)
 
 
 async def test_failures_are_the_callers(workers):
