@@ -14,7 +14,7 @@ import tokenizers
 from completion.v1 import completion_pb2_grpc
 
 from deploy import local
-from tests.stack import AUTHORIZED, KEY, Stack, launched
+from tests.support.stack import AUTHORIZED, KEY, Stack, launched
 
 # Whatever imports onnxruntime, here or in what tests start.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -15,7 +15,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from service.rpc.bounds import rules
 from service.settings import Settings
-from tests.stack import ROOT, Answer, Stack
+from tests.support.stack import ROOT, Answer, Stack
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
 SCHEMAS: dict[str, dict[str, Any]] = DOCUMENT["components"]["schemas"]

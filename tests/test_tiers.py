@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiers
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 from tests.tiers import TIERS, Tier
 
 MAKEFILE = """\

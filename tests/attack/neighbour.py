@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.host import ports
-from tests.stack import AUTHORIZED, MODEL, Stack
+from tests.support.stack import AUTHORIZED, MODEL, Stack
 
 # After so long a caller gives up.
 PATIENCE_SECONDS = 15

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import http2
 from tests.attack.neighbour import PATIENCE_SECONDS, Held, Neighbour, held
-from tests.stack import KEY, MODEL, Stack, launched
+from tests.support import http2
+from tests.support.stack import KEY, MODEL, Stack, launched
 
 pytestmark = [pytest.mark.attack, pytest.mark.timeout(240)]
 

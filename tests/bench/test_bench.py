@@ -17,7 +17,7 @@ from bench.drive import closed_loop
 from bench.loads import Figure, Outcome, Plan
 from bench.report import PRODUCT, Results
 from service.manifest import TOKENIZER_FILE
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 
 class Clock:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack import ROOT, Stack
+from tests.support.stack import ROOT, Stack
 
 DOCUMENT = (ROOT / "docs" / "clients.md").read_text()
 CLIENTS = ROOT / ".venv-clients" / "bin"

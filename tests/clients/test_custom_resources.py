@@ -12,7 +12,7 @@ import pytest
 
 from tests.clients.documented import NODE_MODULES
 from tests.deploy import helm as helms
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 pytestmark = pytest.mark.clients
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients.documented import DOCUMENT
-from tests.stack import KEY, MODEL, ROOT, Stack
+from tests.support.stack import KEY, MODEL, ROOT, Stack
 
 pytestmark = pytest.mark.clients
 

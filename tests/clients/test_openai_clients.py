@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import CHROMIUM
 from tests.clients.documented import CLIENTS, Workplace
-from tests.folders import Files, served
-from tests.patience import PATIENCE
-from tests.stack import ROOT, Stack
+from tests.support.browser import CHROMIUM
+from tests.support.folders import Files, served
+from tests.support.patience import PATIENCE
+from tests.support.stack import ROOT, Stack
 
 pytestmark = pytest.mark.clients
 

@@ -19,9 +19,9 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2
 
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, Stack, envoy, free_ports
-from tests.stub import Stub, serving
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, Stack, envoy, free_ports
+from tests.support.stub import Stub, serving
 
 pytestmark = pytest.mark.clients
 

@@ -19,7 +19,7 @@ from model_export.native.source import DecoderSource
 from model_export.opening import read_source
 from tests.clients.documented import Workplace
 from tests.model_export.session import Session
-from tests.stack import Stack
+from tests.support.stack import Stack
 
 pytestmark = pytest.mark.clients
 

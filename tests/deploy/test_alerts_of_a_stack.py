@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2
 
 from tests.deploy.test_observability import ALERTS, FOLDER, promtool
 from tests.end_to_end.test_operators import METRICS, lines, scrape
-from tests.patience import eventually
-from tests.stack import Stack, envoy, free_ports
-from tests.stub import Stub, serving
+from tests.support.patience import eventually
+from tests.support.stack import Stack, envoy, free_ports
+from tests.support.stub import Stub, serving
 
 SECONDS = 5
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)

@@ -17,7 +17,7 @@ from deploy import local
 from service import settings
 from service.settings import Settings
 from tests.deploy import helm as helms
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 

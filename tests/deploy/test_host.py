@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy import host
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 
 def test_this_machine_will_do() -> None:

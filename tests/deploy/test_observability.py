@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from service.telemetry.metrics import Metrics, Reading
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 FOLDER = ROOT / "deploy" / "observability"
 CASES = Path(__file__).parent / "alerts_test.yaml"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.stack import AUTHORIZED, MODEL
+from tests.support.stack import AUTHORIZED, MODEL
 
 GOOD = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 JSON = {**AUTHORIZED, "content-type": "application/json"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import export_tiny
+from tests.support.processes import export_tiny
 
 
 @pytest.fixture(scope="session")

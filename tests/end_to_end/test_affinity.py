@@ -12,8 +12,8 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from tests.replicas import Pair, serving_pair
-from tests.stack import AUTHORIZED, MODEL, Stack
+from tests.support.replicas import Pair, serving_pair
+from tests.support.stack import AUTHORIZED, MODEL, Stack
 
 Send = Callable[[Stack, dict[str, str]], None]
 

@@ -26,8 +26,8 @@ from service.engine.engine import Stats
 from service.rpc import render
 from service.settings import Settings
 from tests.end_to_end.bad_input import ELSEWHERE, GOOD, ROWS, Ask, Row, paris
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, KEY, MODEL, Answer, ServiceThread, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, KEY, MODEL, Answer, ServiceThread, Stack, envoy, free_ports
 
 METADATA = list(AUTHORIZED.items())
 STATUSES = {

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from service.settings import Settings
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
 
 REQUEST = pb.CreateCompletionRequest(model=MODEL, text="a", max_tokens=1)
 METADATA = list(AUTHORIZED.items())

@@ -19,8 +19,8 @@ from completion.v1 import completion_pb2_grpc
 from deploy import local
 from service.engine.engine import Engine, Stats
 from service.settings import Settings
-from tests.patience import PATIENCE, ended_by_deadline, eventually
-from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, ended_by_deadline, eventually
+from tests.support.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy, free_ports
 
 METADATA = list(AUTHORIZED.items())
 TOKENS = 4000

@@ -11,7 +11,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 
 from service.settings import ENV_PREFIX, Settings
-from tests.stack import ROOT, Stack
+from tests.support.stack import ROOT, Stack
 
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from tests.stack import MODEL, Stack
+from tests.support.stack import MODEL, Stack
 
 REQUESTS = [
     {"prompt": "Once upon a time", "max_tokens": 16, "seed": 1},

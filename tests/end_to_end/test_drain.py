@@ -21,8 +21,8 @@ from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy import local
-from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
-from tests.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
+from tests.support.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, envoy, free_ports
 
 ENDLESS = {"model": MODEL, "prompt": "Once", "max_tokens": 6000, "ignore_eos": True}
 

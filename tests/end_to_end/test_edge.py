@@ -18,9 +18,9 @@ import yaml
 from grpc_health.v1 import health, health_pb2_grpc
 
 from deploy import local
-from tests.http2 import PREFACE, frame, literal
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, MODEL, Stack, envoy, envoy_counts, free_ports
+from tests.support.http2 import PREFACE, frame, literal
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, MODEL, Stack, envoy, envoy_counts, free_ports
 
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: {AUTHORIZED['authorization']}\r\n"
 

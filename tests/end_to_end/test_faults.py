@@ -21,9 +21,9 @@ from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2
 
 from bench.processes import memory
-from tests.patience import PATIENCE, ended_by_deadline, eventually
-from tests.processes import METADATA, TINY, Service, service
-from tests.stack import KEY, ROOT, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, ended_by_deadline, eventually
+from tests.support.processes import METADATA, TINY, Service, service
+from tests.support.stack import KEY, ROOT, Stack, envoy, free_ports
 
 LONG = {"max_tokens": 3000}
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -12,7 +12,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from grpc_health.v1 import health_pb2
 
-from tests.stack import AUTHORIZED, MODEL, Stack, envoy, free_ports
+from tests.support.stack import AUTHORIZED, MODEL, Stack, envoy, free_ports
 
 METHOD = "/completion.v1.CompletionService/CreateCompletion"
 # Hardening's row 98, each with what a caller could gain: another's address, another's name, other limits.

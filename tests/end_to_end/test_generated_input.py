@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.stack import AUTHORIZED, MODEL, ROOT, Answer, Stack
+from tests.support.stack import AUTHORIZED, MODEL, ROOT, Answer, Stack
 
 DOCUMENT = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
 SCHEMAS = DOCUMENT["components"]["schemas"]

@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from tests.patience import ended_by_deadline
-from tests.processes import service
-from tests.stack import AUTHORIZED, MODEL, Stack
+from tests.support.patience import ended_by_deadline
+from tests.support.processes import service
+from tests.support.stack import AUTHORIZED, MODEL, Stack
 
 Stub = completion_pb2_grpc.CompletionServiceStub
 PROMPT = "The capital of France is"

@@ -17,9 +17,9 @@ from deploy import local
 from service.host.ports import listener
 from tests.end_to_end.test_edge import connected as connection_to
 from tests.end_to_end.test_edge import until_closed
-from tests.http2 import PREFACE, SETTINGS, frame
-from tests.patience import eventually
-from tests.stack import ROOT, Stack, envoy, free_ports
+from tests.support.http2 import PREFACE, SETTINGS, frame
+from tests.support.patience import eventually
+from tests.support.stack import ROOT, Stack, envoy, free_ports
 
 BEGINNING = PREFACE + frame(SETTINGS, 0, 0, b"")
 PING, GOAWAY, ACK = 6, 7, 1

@@ -17,8 +17,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.host.ports import listener
-from tests.patience import PATIENCE, eventually
-from tests.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import KEY, ROOT, free_ports, launched, ports_of, wait_until_ready
 
 
 def launch(**environment: str) -> subprocess.Popen[str]:

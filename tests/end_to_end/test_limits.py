@@ -23,8 +23,8 @@ from completion.v1 import completion_pb2_grpc
 
 from service.engine.engine import Engine, Stats
 from service.settings import Settings
-from tests.patience import PATIENCE, eventually
-from tests.stack import MODEL, Answer, Replica, ServiceThread, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import MODEL, Answer, Replica, ServiceThread, Stack, envoy, free_ports
 from tests.test_openapi import described
 
 PER_MINUTE = 6

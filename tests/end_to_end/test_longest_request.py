@@ -22,10 +22,10 @@ from completion.v1 import completion_pb2_grpc
 
 from deploy import local
 from service.settings import Settings
-from tests.patience import PATIENCE
-from tests.processes import service
-from tests.stack import AUTHORIZED, ROOT, Answer, Stack, envoy, free_ports
-from tests.stub import Stub, message, serving
+from tests.support.patience import PATIENCE
+from tests.support.processes import service
+from tests.support.stack import AUTHORIZED, ROOT, Answer, Stack, envoy, free_ports
+from tests.support.stub import Stub, message, serving
 
 LONGEST = 6
 # What ends a stream on which nothing moves, where no route says otherwise.

@@ -8,8 +8,8 @@ from typing import Any
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.patience import eventually
-from tests.stack import AUTHORIZED, MODEL, Stack
+from tests.support.patience import eventually
+from tests.support.stack import AUTHORIZED, MODEL, Stack
 
 NEW = 6
 

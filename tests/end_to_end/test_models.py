@@ -19,9 +19,9 @@ from completion.v1 import completion_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.host.processor import processor
-from tests.patience import eventually
-from tests.processes import METADATA, TINY, Service, export_tiny, service
-from tests.stack import KEY, MODEL, Stack, envoy, free_ports
+from tests.support.patience import eventually
+from tests.support.processes import METADATA, TINY, Service, export_tiny, service
+from tests.support.stack import KEY, MODEL, Stack, envoy, free_ports
 
 LARGE = "SmolLM2-135M-Instruct"
 PROMPT = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 12}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import openai
 import pytest
 
-from tests.stack import MODEL, Stack
+from tests.support.stack import MODEL, Stack
 
 PROMPT = "The capital of France is"
 GREEDY = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}

@@ -18,9 +18,9 @@ import yaml
 from completion.v1 import completion_pb2_grpc
 
 from deploy import local
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, Answer, Stack, envoy, free_ports
-from tests.stub import Stub, message, serving
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, Answer, Stack, envoy, free_ports
+from tests.support.stub import Stub, message, serving
 
 METRICS = "/stats/prometheus"
 LINE_BYTES = 8192

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from tests.patience import PATIENCE
-from tests.stack import AUTHORIZED, MODEL, Answer, Stack
+from tests.support.patience import PATIENCE
+from tests.support.stack import AUTHORIZED, MODEL, Answer, Stack
 
 PAGE = "http://localhost:3000"
 LET_IN = [PAGE, "http://127.0.0.1:8000", "https://localhost", "http://[::1]:3000", "http://app.localhost:3000"]

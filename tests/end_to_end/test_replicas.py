@@ -16,9 +16,9 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from tests.patience import eventually
-from tests.replicas import Pair, serving_pair
-from tests.stack import AUTHORIZED, MODEL, Replica, Stack, envoy, envoy_counts, free_ports
+from tests.support.patience import eventually
+from tests.support.replicas import Pair, serving_pair
+from tests.support.stack import AUTHORIZED, MODEL, Replica, Stack, envoy, envoy_counts, free_ports
 
 # What takes far longer than to begin as many streams.
 TOKENS = 300

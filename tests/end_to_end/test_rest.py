@@ -14,8 +14,8 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, MODEL, Answer, Stack
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import AUTHORIZED, MODEL, Answer, Stack
 
 MINIMAL = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1})
 JSON = {**AUTHORIZED, "content-type": "application/json"}

@@ -20,9 +20,9 @@ from completion.v1 import completion_pb2_grpc
 
 from service.host import ports
 from tests.model_export import tiny
-from tests.patience import PATIENCE
-from tests.processes import TINY, export_tiny
-from tests.stack import ROOT, free_ports, wait_until_healthy
+from tests.support.patience import PATIENCE
+from tests.support.processes import TINY, export_tiny
+from tests.support.stack import ROOT, free_ports, wait_until_healthy
 
 STRACE = shutil.which("strace")
 pytestmark = [

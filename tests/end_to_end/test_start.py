@@ -20,9 +20,9 @@ from service.manifest import FileEntry
 from service.serving import models
 from service.settings import Settings
 from tests.model_export import tiny
-from tests.patience import PATIENCE, eventually
-from tests.processes import TINY, export_tiny
-from tests.stack import ROOT
+from tests.support.patience import PATIENCE, eventually
+from tests.support.processes import TINY, export_tiny
+from tests.support.stack import ROOT
 
 DATA = manifest.WEIGHTS_FILE
 

@@ -15,8 +15,8 @@ from model_export.export import Options, export
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.model_export.extended import extend
-from tests.ports import free_ports
-from tests.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy
+from tests.support.ports import free_ports
+from tests.support.stack import AUTHORIZED, KEY, MODEL, ServiceThread, Stack, envoy
 
 PREFIX, SUFFIX, MIDDLE, END = range(tiny.VOCAB, tiny.VOCAB + 4)
 THE, TH = tiny.TOKENS.index("the"), tiny.TOKENS.index("th")

@@ -26,8 +26,19 @@ from deploy import local
 from service.errors import StartupError
 from service.rpc import tls
 from service.settings import Settings
-from tests.patience import PATIENCE, eventually
-from tests.stack import AUTHORIZED, KEY, MODEL, ROOT, ServiceThread, Stack, envoy, envoy_counts, free_ports, launched
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import (
+    AUTHORIZED,
+    KEY,
+    MODEL,
+    ROOT,
+    ServiceThread,
+    Stack,
+    envoy,
+    envoy_counts,
+    free_ports,
+    launched,
+)
 
 METADATA = list(AUTHORIZED.items())
 SERVICE = "completion-service"

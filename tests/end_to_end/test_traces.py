@@ -6,10 +6,10 @@ import asyncio
 import json
 from pathlib import Path
 
-from tests.ports import free_ports
-from tests.processes import TINY, export_tiny, service
-from tests.service.otlp import attributes, collector
-from tests.stack import AUTHORIZED, Stack, envoy
+from tests.service.telemetry.otlp import attributes, collector
+from tests.support.ports import free_ports
+from tests.support.processes import TINY, export_tiny, service
+from tests.support.stack import AUTHORIZED, Stack, envoy
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -18,9 +18,9 @@ import pytest
 from service.engine.ort.model import Model
 from service.rpc import servicer
 from service.settings import Settings
-from tests.patience import PATIENCE
-from tests.processes import TINY
-from tests.stack import AUTHORIZED, ServiceThread, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE
+from tests.support.processes import TINY
+from tests.support.stack import AUTHORIZED, ServiceThread, Stack, envoy, free_ports
 
 SILENCE = 0.4
 BODY = {"model": TINY, "prompt": "the", "stream": True, "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -20,7 +20,7 @@ from service.text.tokenizer import Tokenizer
 from tests.families.families import FAMILIES
 from tests.families.family import Family
 from tests.families.oracle import Continuation, Oracle, make
-from tests.stack import ServiceThread, free_ports
+from tests.support.stack import ServiceThread, free_ports
 
 pytestmark = pytest.mark.families
 

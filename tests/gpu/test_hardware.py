@@ -28,10 +28,10 @@ from service.engine.sampler import Shortlist, whole
 from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams
-from tests.engines import collect
-from tests.fakes import request
-from tests.patience import PATIENCE
-from tests.stack import ROOT
+from tests.support.engines import collect
+from tests.support.fakes import request
+from tests.support.patience import PATIENCE
+from tests.support.stack import ROOT
 
 pytestmark = pytest.mark.gpu
 

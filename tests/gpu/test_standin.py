@@ -20,9 +20,9 @@ from service.engine.ort.model import Model
 from service.serving.gpu_memory import place, settled
 from service.settings import Settings
 from tests.model_export import tiny
-from tests.patience import PATIENCE
-from tests.ports import free_ports
-from tests.stack import ROOT
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_ports
+from tests.support.stack import ROOT
 
 pytestmark = pytest.mark.standin
 

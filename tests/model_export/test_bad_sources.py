@@ -40,7 +40,7 @@ from tests.model_export.bad_sources import (
     whole,
     written,
 )
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 Maker = Callable[[Path], Path]
 # An export of the tiny model takes a second or two; a refusal must not take longer on a busy machine.

@@ -14,7 +14,7 @@ import pytest
 
 from model_export.__main__ import main
 from tests.model_export import tiny
-from tests.patience import PATIENCE, eventually
+from tests.support.patience import PATIENCE, eventually
 
 EXPORTER = ("-m", "model_export")
 # The exporter, waiting where it has written a graph and would compare it with its source.

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from model_export.__main__ import main
 from model_export.sources.families import MOBIUS, OWN, REFUSED
 from tests.model_export import tiny
-from tests.stack import ROOT
+from tests.support.stack import ROOT
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({}, "recurrent layers"),

@@ -18,8 +18,8 @@ import pytest
 from model_export.sources.hugging_face.hub import HubName, hub_name
 from service import manifest
 from tests.model_export import tiny
-from tests.patience import PATIENCE
-from tests.stack import ROOT
+from tests.support.patience import PATIENCE
+from tests.support.stack import ROOT
 
 COMMIT = hashlib.sha1(b"the only one", usedforsecurity=False).hexdigest()
 NAME = "Somebody/Tiny-1M"

@@ -15,8 +15,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
-from tests.browser import CHROMIUM
-from tests.patience import eventually
+from tests.support.browser import CHROMIUM
+from tests.support.patience import eventually
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import pytest
 
 from service.settings import Settings
 from tests.pages.expected import Guarded
-from tests.stack import KEY, ServiceThread, Stack, envoy, free_ports
+from tests.support.stack import KEY, ServiceThread, Stack, envoy, free_ports
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.engine.engine import Engine
-from tests.stack import ROOT, Stack
+from tests.support.stack import ROOT, Stack
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 # As it is typed into the playground; `greedy` asks the service for the same.

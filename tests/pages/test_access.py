@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.pages.expected import GREEDY, SCREENSHOTS, Guarded, expected_rows, greedy
-from tests.stack import KEY, ROOT
+from tests.support.stack import KEY, ROOT
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.end_to_end.test_rest import assert_envelope
-from tests.stack import ROOT, Stack
+from tests.support.stack import ROOT, Stack
 
 STATIC = ROOT / "envoy" / "static"
 HTML = "text/html; charset=utf-8"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.folders import served
 from tests.pages.expected import GREEDY, Guarded, greedy
-from tests.stack import KEY, MODEL, ROOT, Stack
+from tests.support.folders import served
+from tests.support.stack import KEY, MODEL, ROOT, Stack
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

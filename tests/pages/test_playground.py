@@ -14,7 +14,7 @@ import pytest
 
 from service.engine.engine import Stats
 from tests.pages.expected import GREEDY, SCREENSHOTS, Guarded, expected_rows, greedy
-from tests.stack import KEY, ROOT
+from tests.support.stack import KEY, ROOT
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.pages.expected import GREEDY, SCREENSHOTS, Guarded
-from tests.stack import KEY
+from tests.support.stack import KEY
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.pages.expected import GREEDY, SCREENSHOTS, greedy
-from tests.stack import Stack
+from tests.support.stack import Stack
 
 if TYPE_CHECKING:
     from tests.pages.chromium import Page

@@ -26,8 +26,8 @@ from service.host.processor import EXACT_BYTES_OPTION, byte_options, processor
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.model_export.session import Session
-from tests.ports import free_ports
-from tests.stack import AUTHORIZED, ServiceThread
+from tests.support.ports import free_ports
+from tests.support.stack import AUTHORIZED, ServiceThread
 
 # The processor that these tests are emulated on, by qemu's name for it.
 EMULATED = os.environ.get("EMULATED_PROCESSOR")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from service.text.tokenizer import Tokenizer
-from tests.fakes import letters_tokenizer
+from tests.support.fakes import letters_tokenizer
 
 # A busy machine is no failure, and every run tries the same examples.
 settings.register_profile("fast", deadline=None, derandomize=True, database=None, max_examples=100)

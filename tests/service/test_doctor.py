@@ -18,8 +18,8 @@ from service import doctor
 from service.engine.ort import device
 from service.host.processor import processor
 from service.settings import Settings
-from tests.ports import free_ports
-from tests.stack import ROOT
+from tests.support.ports import free_ports
+from tests.support.stack import ROOT
 
 NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor", "provider", "model", "names", "memory"]
 

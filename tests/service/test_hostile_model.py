@@ -19,7 +19,7 @@ from service.errors import ModelDirectoryError, StartupError
 from service.serving import models
 from service.settings import Settings
 from tests.model_export import tiny
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 Change = Callable[[Path], object]
 Nodes = Callable[[onnx.ModelProto], object]

@@ -9,7 +9,7 @@ import pytest
 from service import manifest
 from service.errors import ModelDirectoryError
 from service.manifest import FileEntry
-from tests import fakes
+from tests.support import fakes
 
 
 @pytest.fixture

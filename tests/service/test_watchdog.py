@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from service.watchdog import Heartbeat, hung
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture

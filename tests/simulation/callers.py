@@ -12,7 +12,7 @@ from service.engine.sequence import Sequence as Candidate
 from service.text.tokenizer import Tokenizer
 from service.text.transcript import Transcript
 from service.types import Delta, FinishReason, Prompt, Request, SamplingParams
-from tests.fakes import ALPHABET, END, LETTERS, VOCABULARY, request
+from tests.support.fakes import ALPHABET, END, LETTERS, VOCABULARY, request
 
 IDENTITIES = ("ann", "bob", "eve")
 # Where a request can be when its caller leaves.

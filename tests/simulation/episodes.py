@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from service.text.tokenizer import Tokenizer
-from tests.fakes import letters_tokenizer
 from tests.simulation.callers import Violation
 from tests.simulation.world import World
+from tests.support.fakes import letters_tokenizer
 
 # Steps of an episode; each has another number of slots, pace and temper.
 EPISODE = 5_000

@@ -23,8 +23,8 @@ from service.engine.steps import Steps
 from service.errors import EngineDiedError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.text.tokenizer import Tokenizer
 from service.types import Request
-from tests.fakes import FakeModel
 from tests.simulation.callers import IDENTITIES, STATES, Visit, check, expected, random_request
+from tests.support.fakes import FakeModel
 
 CONTEXT = 64
 CHUNK = 16

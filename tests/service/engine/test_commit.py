@@ -13,7 +13,7 @@ from service.engine.sequence import PromptGroup, Sequence
 from service.errors import EngineFaultError
 from service.text.transcript import Transcript
 from service.types import FinishReason, Prompt, SamplingParams
-from tests.fakes import BEGIN, END, LETTERS, VOCABULARY, ids, request
+from tests.support.fakes import BEGIN, END, LETTERS, VOCABULARY, ids, request
 
 
 def sequence(made, prompt_index=0, candidate=0):

@@ -8,8 +8,8 @@ import pytest
 
 from service.engine.cache import Reuse
 from service.types import FinishReason, SamplingParams
-from tests.engines import GatedModel, check_histories, collect, running, settled, texts
-from tests.fakes import LETTERS, FakeModel, request
+from tests.support.engines import GatedModel, check_histories, collect, running, settled, texts
+from tests.support.fakes import LETTERS, FakeModel, request
 
 
 async def test_one_request(letters):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from service.engine.generation import Generation
 from service.errors import DeadlineError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
 from service.types import Delta, Prompt, Token
-from tests.engines import GatedModel, check_histories, running, settled, texts
-from tests.fakes import END, LETTERS, FakeModel, ids, request
-from tests.patience import PATIENCE
+from tests.support.engines import GatedModel, check_histories, running, settled, texts
+from tests.support.fakes import END, LETTERS, FakeModel, ids, request
+from tests.support.patience import PATIENCE
 
 
 async def test_abort_frees_within_one_step(letters):

@@ -14,7 +14,7 @@ from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler
 from service.engine.sequence import PromptGroup, Sequence
 from service.text.transcript import Transcript
 from service.types import Prompt
-from tests.fakes import request
+from tests.support.fakes import request
 
 SHARED = tuple(range(30))
 

@@ -11,7 +11,7 @@ from completion.v1 import completion_pb2_grpc
 
 from service.rpc import tasks
 from service.text.tokenizer import Tokenizer
-from tests.served import Served
+from tests.support.served import Served
 
 
 @pytest.fixture

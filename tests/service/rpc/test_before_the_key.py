@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.rpc import running, wire
 from service.rpc.quota import Quota
-from tests import http2
-from tests.logged import logged
-from tests.served import KEY, METHOD, SEND_TIMEOUT_SECONDS, asked, detail, eventually, refused
+from tests.support import http2
+from tests.support.logged import logged
+from tests.support.served import KEY, METHOD, SEND_TIMEOUT_SECONDS, asked, detail, eventually, refused
 
 HEAD = {":path": METHOD, "content-type": "application/grpc", "te": "trailers"}
 BEARER = {"authorization": KEY[0][1]}

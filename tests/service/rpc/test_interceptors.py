@@ -12,11 +12,11 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 
 from service.rpc.quota import Quota
-from tests.engines import busy
-from tests.fakes import END, VOCABULARY
-from tests.logged import logged
-from tests.patience import PATIENCE, eventually_async
-from tests.served import KEY, METHOD, asked, detail, refused
+from tests.support.engines import busy
+from tests.support.fakes import END, VOCABULARY
+from tests.support.logged import logged
+from tests.support.patience import PATIENCE, eventually_async
+from tests.support.served import KEY, METHOD, asked, detail, refused
 
 
 async def test_whole_answer(served):

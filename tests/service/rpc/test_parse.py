@@ -12,7 +12,7 @@ from google.protobuf import json_format, struct_pb2
 from service.errors import InvalidRequestError
 from service.rpc.parse import Limits, parse
 from service.types import Prompt, SamplingParams
-from tests.fakes import BEGIN, END, FILL, NO_SPECIAL, VOCABULARY, ids, letters_tokenizer, manifest
+from tests.support.fakes import BEGIN, END, FILL, NO_SPECIAL, VOCABULARY, ids, letters_tokenizer, manifest
 
 LIMITS = Limits(context_length=64, stops=4)
 NAN, INFINITY = float("nan"), float("inf")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from service.errors import InvalidRequestError
 from service.rpc.parse import Limits, parse
-from tests.fakes import manifest
+from tests.support.fakes import manifest
 
 LIMITS = Limits(context_length=64, stops=4)
 FLOATS = st.floats(width=32)

@@ -9,7 +9,7 @@ from completion.v1 import completion_pb2 as pb
 from service.rpc import render
 from service.rpc.status import error_message
 from service.types import Delta, FinishReason, Token
-from tests.fakes import request
+from tests.support.fakes import request
 
 SCORED = Token("b", 1, -0.5, (("b", -0.5), ("c", -1.25)))
 FIRST = Token("a", 0, None, None)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from service.rpc.workers import Workers
-from tests.served import eventually
+from tests.support.served import eventually
 
 
 @pytest.fixture

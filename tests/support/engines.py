@@ -11,8 +11,8 @@ from dataclasses import replace
 from service.engine.cache import KVCache
 from service.engine.engine import Engine, Stats
 from service.engine.scheduler import Scheduler
-from tests.fakes import FakeModel, ids
-from tests.patience import PATIENCE, eventually_async
+from tests.support.fakes import FakeModel, ids
+from tests.support.patience import PATIENCE, eventually_async
 
 
 class GatedModel(FakeModel):

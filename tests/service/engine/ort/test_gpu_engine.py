@@ -16,10 +16,10 @@ from service.engine.ort.model import Model
 from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams
-from tests.engines import collect
-from tests.fakes import request
-from tests.gpus import StandIn
 from tests.model_export import tiny
+from tests.support.engines import collect
+from tests.support.fakes import request
+from tests.support.gpus import StandIn
 
 TEXT = "the other thing is that these are there, and then the rest of them go with the others to the north"
 

@@ -25,15 +25,15 @@ from service.rpc.servicer import ServedModel
 from service.server import Server
 from service.serving import models
 from service.settings import Settings
-from tests.engines import GatedModel
-from tests.fakes import FakeModel, manifest
-from tests.logged import logged
-from tests.patience import PATIENCE, eventually_async
-from tests.ports import free_ports
+from tests.support.engines import GatedModel
+from tests.support.fakes import FakeModel, manifest
+from tests.support.logged import logged
+from tests.support.patience import PATIENCE, eventually_async
+from tests.support.ports import free_ports
 
 KEY = (("authorization", "Bearer any"),)
 WARM_UP_STEPS = 3
-DOCS = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+DOCS = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text()
 METHOD = {"grpc_type": "unary", "grpc_service": "completion.v1.CompletionService", "grpc_method": "CreateCompletion"}
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.fill` with the flags of the service: fills all slots of all engines and prints what that took."""
+"""`python -m tests.support.fill`, with the flags of the service: fills all slots of all engines, and prints what it took."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from service import settings
 from service.serving import models
 from service.telemetry import log
 from service.types import Prompt
-from tests.engines import collect
-from tests.fakes import request
+from tests.support.engines import collect
+from tests.support.fakes import request
 
 GENERATED = 8
 

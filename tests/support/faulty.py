@@ -1,4 +1,4 @@
-"""The service with a fault in it: `python -m tests.faulty FAULT STEP_SECONDS [arguments of the service]`.
+"""The service with a fault in it: `python -m tests.support.faulty FAULT STEP_SECONDS [arguments of the service]`.
 
 The fault happens once, in the next step after SIGUSR1, or from then on (`gone`); every step takes STEP_SECONDS longer
 than it would, so that there is a time to do it in. Everything else is the service as it is.

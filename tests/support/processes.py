@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from model_export.export import Options, export
 from tests.model_export import tiny
-from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
-from tests.stack import AUTHORIZED, ROOT, free_ports, wait_until_healthy
+from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
+from tests.support.stack import AUTHORIZED, ROOT, free_ports, wait_until_healthy
 
 TINY = "tiny"
 METADATA = tuple(AUTHORIZED.items())
@@ -116,12 +116,12 @@ def service(
     around: Sequence[str] = (),
     **popen: Any,
 ) -> Iterator[Service]:
-    """A service that serves, from `tests.faulty` where it is to have a fault; killed at the end if it still runs.
+    """A service that serves, by `tests.support.faulty` where it is to have a fault; killed at the end if it still runs.
 
     Without `model_dir` the arguments name its models. `around` is a command that runs another in its place.
     """
     (port,) = free_ports(1)
-    module = ["tests.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
+    module = ["tests.support.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
     flags = ["--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
     if model_dir is not None:
         flags += ["--model-dir", str(model_dir)]

@@ -23,7 +23,7 @@ from service.rpc.quota import UNLIMITED, Meter
 from service.rpc.running import Running
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.rpc.workers import Workers
-from tests.fakes import FakeModel, manifest
+from tests.support.fakes import FakeModel, manifest
 
 KEY = (("authorization", "Bearer sk-right"),)
 SEND_TIMEOUT_SECONDS = 1.0

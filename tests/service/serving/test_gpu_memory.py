@@ -13,7 +13,7 @@ from service.serving import gpu_memory
 from service.serving.memory import MIB
 from service.serving.memory import plan as host_plan
 from service.settings import Settings
-from tests import fakes
+from tests.support import fakes
 
 GIB = 1 << 30
 MODEL = Path("m")

@@ -23,10 +23,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy import local
 from service.server import Server
 from service.settings import Settings
-from tests.patience import PATIENCE, PATIENT_SERVICE, eventually
-from tests.ports import free_ports
+from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
+from tests.support.ports import free_ports
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "test-key"
 MODEL = "gpt-3.5-turbo-instruct"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from service.telemetry import exporter
 from service.telemetry.exporter import Exporter
-from tests.patience import PATIENCE, eventually
-from tests.stack import free_ports
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import free_ports
 
 
 @pytest.fixture

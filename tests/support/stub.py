@@ -14,7 +14,7 @@ from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
 from grpc_health.v1 import health, health_pb2_grpc
 
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 MESSAGE_BYTES = 16 << 20
 Context = grpc.ServicerContext

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.patience import PATIENCE, eventually
-from tests.stack import Replica, Stack, envoy, free_ports
+from tests.support.patience import PATIENCE, eventually
+from tests.support.stack import Replica, Stack, envoy, free_ports
 
 
 @dataclass(frozen=True)

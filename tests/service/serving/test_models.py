@@ -16,9 +16,9 @@ from service.errors import ModelDirectoryError, StartupError
 from service.serving import memory, models
 from service.serving.memory import MIB, Claim
 from service.settings import Settings
-from tests.ports import free_ports
-from tests.processes import TINY, export_tiny
-from tests.stack import MODEL, ROOT
+from tests.support.ports import free_ports
+from tests.support.processes import TINY, export_tiny
+from tests.support.stack import MODEL, ROOT
 
 DEFAULT = "SmolLM2-135M-Instruct"
 

@@ -20,10 +20,10 @@ from service.rpc.servicer import ServedModel
 from service.server import Server
 from service.serving import models
 from service.settings import Settings
-from tests.fakes import FakeModel, manifest
-from tests.patience import PATIENCE
-from tests.ports import free_ports
-from tests.service.otlp import attributes, collector
+from tests.service.telemetry.otlp import attributes, collector
+from tests.support.fakes import FakeModel, manifest
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_ports
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 KEY = (("authorization", "Bearer sk-any"),)

@@ -12,8 +12,8 @@ from service.engine.ort.device import Cpu
 from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole
 from service.errors import StartupError
-from tests.gpus import StandIn
 from tests.model_export import tiny
+from tests.support.gpus import StandIn
 
 CONTEXT, SLOTS = 64, 6
 # Calls of other widths sum in another order, in float16.

@@ -16,11 +16,11 @@ from completion.v1 import completion_pb2_grpc
 
 from service.rpc import servicer
 from service.telemetry.observer import Outcome, Refusal
-from tests.engines import GatedModel, busy
-from tests.fakes import FakeModel
-from tests.patience import PATIENCE, eventually_async
-from tests.service import test_metrics as metered
-from tests.service.test_metrics import KEY, METHOD, WARM_UP_STEPS, asked, ended, run
+from tests.service.telemetry import test_metrics as metered
+from tests.service.telemetry.test_metrics import KEY, METHOD, WARM_UP_STEPS, asked, ended, run
+from tests.support.engines import GatedModel, busy
+from tests.support.fakes import FakeModel
+from tests.support.patience import PATIENCE, eventually_async
 
 made, running = metered.made, metered.running
 FINISHED = ("stop", "length", "abort", "error")

@@ -14,7 +14,7 @@ import pytest
 
 import service
 from service.telemetry.log import LossyHandler, formatter, get_logger
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture
