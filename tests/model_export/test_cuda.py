@@ -102,6 +102,6 @@ def test_operators_count(operator, problems):
 def test_the_list_is_of_the_package_that_the_extra_installs():
     """The kernels are those of the pinned onnxruntime-gpu."""
     version = json.loads(cuda.KERNELS.read_text())["onnxruntime"]
-    project = (cuda.KERNELS.parent.parent / "pyproject.toml").read_text()
+    project = (cuda.KERNELS.parents[2] / "pyproject.toml").read_text()
     (pinned,) = re.findall(r'"onnxruntime-gpu\[cuda,cudnn\]==([^"]+)"', project)
     assert pinned == version

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
 import signal
 import subprocess
 import sys
@@ -16,16 +14,32 @@ from model_export.__main__ import main
 from tests.model_export import tiny
 from tests.support.patience import PATIENCE, eventually
 
-EXPORTER = ("-m", "model_export")
-# The exporter, waiting where it has written a graph and would compare it with its source.
-WAITING = """
-import signal, sys
-from model_export import __main__, export
-export.verify = lambda *arguments, **options: signal.pause()
+EXPORTER = """
+import sys
+from model_export import __main__
 sys.exit(__main__.main())
 """
-# From linux/prctl.h and linux/capability.h.
+# Gives up root's right to write everywhere (linux/prctl.h, linux/capability.h), from the next program on; others have
+# none to give up.
+AS_ANYBODY = """
+import ctypes, os, sys
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-m", "model_export", *sys.argv[1:]])
+"""
+# Writes no file above a size, as on a full disk.
+SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+"""
+# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore interrupts, as
+# shells have background jobs do.
+WAITING = """
+import signal
+from model_export import export
+signal.signal(signal.SIGINT, signal.default_int_handler)
+export.verify = lambda *arguments, **options: signal.pause()
+"""
 
 
 @pytest.fixture
@@ -127,35 +141,21 @@ def test_source_in_the_directory_to_replace(tmp_path: Path, capsys: pytest.Captu
     assert contents(tmp_path) == before
 
 
-def as_anybody() -> None:
-    """Gives up root's right to write everywhere; others have none to give up."""
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
-
-
-def command(
-    source: Path, target: Path, prepare: Callable[[], None] | None = None, program: tuple[str, str] = EXPORTER
-) -> subprocess.Popen[str]:
-    """The exporter as a process of its own."""
-    arguments = [sys.executable, *program, str(source), str(target)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, preexec_fn=prepare, **pipes)  # noqa: PLW1509 - takes no lock
-
-
-def heed_interrupts() -> None:
-    """Undoes what a shell does for its background jobs."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def small_files(size: int) -> Callable[[], None]:
-    """Lets a process write no file above `size` bytes, as a full disk does."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def command(source: Path, target: Path, prelude: str) -> subprocess.Popen[str]:
+    """The exporter as a process of its own, after what `prelude` does to that."""
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + EXPORTER, str(source), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("size", [100, 20_000, 150_000])
 def test_full_disk(size: int, source: Path, tmp_path: Path) -> None:
     """When there is no room for the weights, or for the tokenizer, one sentence says so and nothing is left."""
     before = contents(tmp_path)
-    process = command(source, tmp_path / "new" / "out", small_files(size))
+    process = command(source, tmp_path / "new" / "out", SMALL_FILES.format(size=size))
     output, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (2, "")
     assert error.startswith("model_export: ")
@@ -168,7 +168,7 @@ def test_read_only_parent(source: Path, tmp_path: Path) -> None:
     """Where nothing may be written, the sentence names the place."""
     before = contents(tmp_path)
     tmp_path.chmod(0o555)
-    process = command(source, tmp_path / "out", as_anybody)
+    process = command(source, tmp_path / "out", AS_ANYBODY)
     output, error = process.communicate(timeout=PATIENCE)
     tmp_path.chmod(0o755)
     assert (process.returncode, output, error.count("\n")) == (2, "", 1)
@@ -182,8 +182,7 @@ def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: P
     """An export that is told to end in the middle leaves nothing, not even the folder that it made."""
     before = contents(tmp_path)
     target = tmp_path / "new" / "out"
-    # Whoever runs the tests may ignore interrupts, as shells have background jobs do.
-    process = command(source, target, heed_interrupts, ("-c", WAITING))
+    process = command(source, target, WAITING)
     eventually(lambda: any(target.parent.glob("*/model.onnx")) or process.poll() is not None)
     assert process.poll() is None
     process.send_signal(number)
