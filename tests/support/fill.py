@@ -1,4 +1,4 @@
-"""`python -m tests.support.fill`, with flags of the service: fills all slots of all engines, and prints what it took."""
+"""`python -m tests.support.fill`, with the service's flags: fills all slots of all engines, and prints what it took."""
 
 from __future__ import annotations
 
