@@ -113,7 +113,7 @@ class _Decoder:
         """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
         architecture = self.architecture
         packed = self._linear(hidden, *(prefix + f"attn_{kind}" for kind in "qkv"))
-        if not architecture.qk_norm:
+        if not architecture.family.qk_norm:
             return [packed, None, None]
         widths = [heads * architecture.head_dim for heads in (architecture.heads, *[architecture.kv_heads] * 2)]
         sizes = self.operators.sizes(prefix + "attn_qkv.widths", *widths)

@@ -32,7 +32,7 @@ def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: A
         _linear(checkpoint, prefix + f"attn_{kind}", normed).reshape(len(hidden), -1, architecture.head_dim)
         for kind in "qkv"
     )
-    if architecture.qk_norm:
+    if architecture.family.qk_norm:
         query = _rms_norm(checkpoint, prefix + "attn_q_norm", query)
         key = _rms_norm(checkpoint, prefix + "attn_k_norm", key)
     if attention.rotary:

@@ -47,7 +47,7 @@ class DecoderSource:
     def dimensions(self) -> Dimensions:
         architecture, tensors = self.checkpoint.architecture, self.checkpoint.tensors
         return Dimensions(
-            family=architecture.family,
+            family=architecture.family.name,
             layers=architecture.layers,
             kv_heads=architecture.kv_heads,
             head_dim=architecture.head_dim,

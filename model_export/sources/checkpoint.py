@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_export.errors import ExportError
+from model_export.sources.families import Family
 from model_export.sources.rotary import Rotary
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import Floats, LazyTensor, Matrix, dequantize, is_finite
@@ -32,7 +33,7 @@ class Architecture:
     `attention` holds each layer's; `biases` names the linear maps of a layer that have one.
     """
 
-    family: str
+    family: Family
     attention: tuple[Attention, ...]
     hidden_size: int
     intermediate_size: int
@@ -45,7 +46,6 @@ class Architecture:
     rotary: Rotary
     tied_embedding: bool
     biases: frozenset[str] = frozenset()
-    qk_norm: bool = False
 
     @property
     def layers(self) -> int:
@@ -77,7 +77,7 @@ class Architecture:
             "ffn_down.weight": (hidden, self.intermediate_size),
         }
         shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in self.biases}
-        if self.qk_norm:
+        if self.family.qk_norm:
             shapes |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
         return shapes
 
@@ -107,7 +107,9 @@ class Checkpoint:
                 found = list(self.tensors[name].shape)
                 raise ExportError(f"{self.name}: tensor {name} has shape {found}, expected {list(shape)}")
         if extra := sorted(self.tensors.keys() - expected.keys()):
-            raise ExportError(f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family} model has not")
+            raise ExportError(
+                f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family.name} model has not"
+            )
 
     def matrix(self, name: str) -> Matrix:
         """The matrix `name` in the form in which the source holds it. Raises ExportError where it is not finite."""
@@ -123,21 +125,17 @@ class Checkpoint:
 
 
 def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:
-    """Replaces matrices that hold several of a layer's below one another, as Phi-3's do, by those."""
-    query, kv = (heads * architecture.head_dim for heads in (architecture.heads, architecture.kv_heads))
-    parts = {
-        "attn_qkv": {"attn_q": query, "attn_k": kv, "attn_v": kv},
-        "ffn_gate_up": {"ffn_gate": architecture.intermediate_size, "ffn_up": architecture.intermediate_size},
-    }
+    """Replaces each matrix that holds several of a layer's below one another by those."""
+    shapes = architecture.tensor_shapes()
     for layer in range(architecture.layers):
-        for fused, sizes in parts.items():
-            tensor = tensors.pop(f"blk.{layer}.{fused}.weight", None)
-            if tensor is None:
+        for fused, names in architecture.family.fused.items():
+            if (tensor := tensors.pop(f"blk.{layer}.{fused}.weight", None)) is None:
                 continue
-            if tensor.shape[0] != sum(sizes.values()):
-                found = f"has {tensor.shape[0]} rows, expected {sum(sizes.values())}"
+            rows = {name: shapes[name][0] for name in (f"blk.{layer}.{each}.weight" for each in names)}
+            if tensor.shape[0] != sum(rows.values()):
+                found = f"has {tensor.shape[0]} rows, expected {sum(rows.values())}"
                 raise ExportError(f"tensor blk.{layer}.{fused}.weight {found}")
             start = 0
-            for name, size in sizes.items():
-                tensors[f"blk.{layer}.{name}.weight"] = tensor.rows(start, start + size)
+            for name, size in rows.items():
+                tensors[name] = tensor.rows(start, start + size)
                 start += size

@@ -1,14 +1,129 @@
-"""Which families of models are exported, and why others are not."""
+"""Which families of models are exported, one row each, and why others are not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from model_export.errors import ExportError
 
+QUERY_KEY_VALUE = ("attn_q", "attn_k", "attn_v")
+ATTENTION = (*QUERY_KEY_VALUE, "attn_output")
+MLP = ("ffn_gate", "ffn_up", "ffn_down")
+
+Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+# The scalings of a rotation by the names that config.json gives them.
+SCALINGS: Mapping[str, Scaling] = {name: name for name in get_args(Scaling)}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Linear maps with biases: always, or where the `entry` of config.json, by `default` if missing, is true."""
+
+    maps: tuple[str, ...]
+    entry: str | None = None
+    default: bool = False
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Layers that attend only to the last `sliding_window` positions.
+
+    `size` is the window where config.json has no `sliding_window`. Windows that are `by_choice` need
+    `use_sliding_window`. `layer_types` counts only where the layers are `listed`; where it does not count or is
+    missing, windows have all layers, those from `max_window_layers` on ("late"), or those without rotation
+    ("unrotated").
+    """
+
+    size: int | None = None
+    by_choice: bool = False
+    listed: bool = True
+    layers: Literal["all", "late", "unrotated"] = "all"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of the Llama shape: what its own class in transformers computes, and how its files hold it.
+
+    `name` is config.json's `model_type`, `gguf` the `general.architecture` of GGUF files, None where no file has one
+    of its own. The defaults count where config.json is silent.
+    """
+
+    name: str
+    gguf: str | None = None
+    tied_embedding: bool = False
+    norm_epsilon: float = 1e-6
+    # Without it the heads share the hidden size.
+    head_dim: int | None = None
+    biases: tuple[Biases, ...] = ()
+    # Norms of each head's queries and keys.
+    qk_norm: bool = False
+    windows: Windows | None = None
+    # Every such layer does not rotate, unless config.json says which.
+    unrotated_every: int | None = None
+    rotary_base: float = 10_000.0
+    # Whether `partial_rotary_factor` may leave a part of each head unrotated.
+    partial_rotation: bool = False
+    scalings: Mapping[str, Scaling] = field(default_factory=lambda: SCALINGS)
+    # The context before scaling, which is then read only beside the scaling, never within.
+    original_context: int | None = None
+    # Matrices that hold others below one another.
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Whether GGUF files hold a head's rotary pairs side by side, not half a head apart.
+    gguf_adjacent_pairs: bool = False
+    # Tensors of a layer that GGUF files call otherwise, and their usual names.
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+
+
+FAMILIES = (
+    Family(
+        "llama",
+        gguf="llama",
+        biases=(Biases(ATTENTION, "attention_bias"), Biases(MLP, "mlp_bias")),
+        gguf_adjacent_pairs=True,
+    ),
+    Family("mistral", windows=Windows(size=4096)),
+    Family("ministral", windows=Windows(size=4096)),
+    Family(
+        "qwen2",
+        gguf="qwen2",
+        biases=(Biases(QUERY_KEY_VALUE),),
+        windows=Windows(size=4096, by_choice=True, layers="late"),
+    ),
+    Family(
+        "qwen3",
+        gguf="qwen3",
+        head_dim=128,
+        biases=(Biases(ATTENTION, "attention_bias"),),
+        qk_norm=True,
+        windows=Windows(size=4096, by_choice=True, layers="late"),
+    ),
+    Family(
+        "smollm3",
+        gguf="smollm3",
+        tied_embedding=True,
+        biases=(Biases(ATTENTION, "attention_bias"), Biases(MLP, "mlp_bias")),
+        windows=Windows(by_choice=True, layers="unrotated"),
+        unrotated_every=4,
+        rotary_base=2e6,
+        gguf_adjacent_pairs=True,
+    ),
+    Family(
+        "phi3",
+        gguf="phi3",
+        norm_epsilon=1e-5,
+        windows=Windows(listed=False),
+        partial_rotation=True,
+        scalings={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+        original_context=4096,
+        fused={"attn_qkv": QUERY_KEY_VALUE, "ffn_gate_up": ("ffn_gate", "ffn_up")},
+        gguf_names={"ffn_up": "ffn_gate_up"},
+    ),
+)
 # Built without torch, by our own builder; by the names that config.json and GGUF files give them.
-OWN = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+OWN: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+OWN_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES if family.gguf}
 # Built with the extra `families`, by the names of config.json.
 MOBIUS = (
     *("arcee", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "nemotron"),
@@ -71,7 +186,7 @@ def refusal(family: Any, config: Mapping[str, Any]) -> ExportError:
     reason = REFUSED.get(str(family)) or next((why for mark, why in MARKS.items() if config.get(mark)), None)
     if reason:
         return ExportError(f"architecture {family!r} is not supported: {reason}")
-    if family in MOBIUS:
+    if family in (*OWN, *MOBIUS):
         return ExportError(f"architecture {family!r} is supported as a Hugging Face directory, not as a GGUF file")
     supported = f"{', '.join(OWN)}, and with the extra `families` {', '.join(MOBIUS)}"
     return ExportError(f"architecture {family!r} is not supported; supported are {supported}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
 from model_export.__main__ import main
-from model_export.sources.families import MOBIUS, OWN, REFUSED
+from model_export.sources.families import MOBIUS, OWN, OWN_GGUF, REFUSED
 from tests.model_export import tiny
 from tests.support.stack import ROOT
 
@@ -56,7 +56,13 @@ def test_family_is_refused(family: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"), [("mamba", "recurrent"), ("deepseek2", "MLA"), ("gptj", "supported are")]
+    ("family", "reason"),
+    [
+        ("mamba", "recurrent"),
+        ("deepseek2", "MLA"),
+        ("gptj", "supported are"),
+        ("mistral", "as a Hugging Face directory, not as a GGUF file"),  # such files say llama
+    ],
 )
 def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """So is a GGUF file, by the name that its kind has there."""
@@ -71,6 +77,7 @@ def test_tables_agree() -> None:
     assert not set(built) & set(REFUSED)
     documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "models.md").read_text()))
     assert set(built) <= documented
+    assert set(OWN_GGUF) <= documented & set(MODEL_ARCH_NAMES.values())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.bounds import shown
 from model_export.sources.checkpoint import Architecture, Attention
-from model_export.sources.families import OWN, refusal
+from model_export.sources.families import OWN_GGUF, Family, refusal
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats
@@ -16,11 +16,6 @@ from model_export.sources.weights import Floats
 # Tensors that slow the rotation down: Llama 3's, and LongRoPE's within the original context and beyond it.
 LLAMA3_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_short.weight"
 FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, "rope_factors_long.weight")
-
-# Families whose files store a head's rotary pairs side by side.
-PAIRS_SIDE_BY_SIDE = ("llama", "smollm3")
-# Of SmolLM3's layers every fourth does not rotate; its files do not say so.
-PLAIN_INTERVAL = 4
 
 # What a key has to say, where a file has it, for the builder's layers to be the file's.
 OFF, ONCE = (0,), (0, 1)
@@ -67,33 +62,33 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
 
 
 def _architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
-    family = metadata.require("general.architecture")
-    if family not in OWN:
-        raise refusal(family, {"num_experts": metadata.get(f"{family}.expert_count")})
-    heads = metadata.require(f"{family}.attention.head_count")
-    hidden = metadata.require(f"{family}.embedding_length")
-    head_dim = metadata.get(f"{family}.attention.key_length", hidden // heads)
-    _refuse_variants(metadata, family, head_dim)
-    turning = _rotary(metadata, family, head_dim, factors)
-    context = int(metadata.require(f"{family}.context_length"))
-    context = min(context, turning.longest or context)
+    name = metadata.require("general.architecture")
+    family = OWN_GGUF.get(name)
+    if family is None:
+        raise refusal(name, {"num_experts": metadata.get(f"{name}.expert_count")})
+    heads = metadata.require(f"{name}.attention.head_count")
+    hidden = metadata.require(f"{name}.embedding_length")
+    head_dim = metadata.get(f"{name}.attention.key_length", hidden // heads)
+    _refuse_variants(metadata, name, head_dim)
+    rotation = _rotary(metadata, family, head_dim, factors)
+    context = int(metadata.require(f"{name}.context_length"))
+    context = min(context, rotation.longest or context)
     return Architecture(
         family=family,
         attention=_attention(metadata, family, context),
         hidden_size=hidden,
-        intermediate_size=metadata.require(f"{family}.feed_forward_length"),
+        intermediate_size=metadata.require(f"{name}.feed_forward_length"),
         heads=heads,
-        kv_heads=metadata.get(f"{family}.attention.head_count_kv", heads),
+        kv_heads=metadata.get(f"{name}.attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab_size=len(metadata.require("tokenizer.ggml.tokens")),
         context_length=context,
-        norm_epsilon=metadata.require(f"{family}.attention.layer_norm_rms_epsilon"),
-        rotary=turning,
+        norm_epsilon=metadata.require(f"{name}.attention.layer_norm_rms_epsilon"),
+        rotary=rotation,
         tied_embedding="output.weight" not in tensors,
         biases=frozenset(
-            name.split(".")[2] for name in tensors if name.startswith("blk.0.") and name.endswith(".bias")
+            each.split(".")[2] for each in tensors if each.startswith("blk.0.") and each.endswith(".bias")
         ),
-        qk_norm=family == "qwen3",
     )
 
 
@@ -105,28 +100,28 @@ def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
             raise ExportError(f"{family}.{key} of {shown(value)} is not supported")
 
 
-def _attention(metadata: Metadata, family: str, context: int) -> tuple[Attention, ...]:
+def _attention(metadata: Metadata, family: Family, context: int) -> tuple[Attention, ...]:
     """How each layer attends. A window that spans the whole context is none."""
-    layers = metadata.require(f"{family}.block_count")
-    window = metadata.get(f"{family}.attention.sliding_window") or context
-    interval = PLAIN_INTERVAL if family == "smollm3" else layers + 1
+    layers = metadata.require(f"{family.gguf}.block_count")
+    window = metadata.get(f"{family.gguf}.attention.sliding_window") or context
+    interval = family.unrotated_every or layers + 1
     return tuple(
         Attention(window if window < context else None, rotary=(layer + 1) % interval != 0) for layer in range(layers)
     )
 
 
-def _rotary(metadata: Metadata, family: str, head_dim: int, factors: Mapping[str, Floats]) -> Rotary:
+def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[str, Floats]) -> Rotary:
     def scaling(key: str) -> float | None:
-        value: float | None = metadata.get(f"{family}.rope.scaling.{key}")
+        value: float | None = metadata.get(f"{family.gguf}.rope.scaling.{key}")
         return value
 
     def needed(key: str) -> float:
-        return float(metadata.require(f"{family}.rope.scaling.{key}"))
+        return float(metadata.require(f"{family.gguf}.rope.scaling.{key}"))
 
-    base = float(metadata.get(f"{family}.rope.freq_base", 10000.0))
-    size = rotary.checked_size(metadata.get(f"{family}.rope.dimension_count", head_dim), head_dim)
-    if family in PAIRS_SIDE_BY_SIDE and size != head_dim:
-        raise ExportError(f"{family}.rope.dimension_count other than the head size {head_dim} is not supported")
+    base = float(metadata.get(f"{family.gguf}.rope.freq_base", 10000.0))
+    size = rotary.checked_size(metadata.get(f"{family.gguf}.rope.dimension_count", head_dim), head_dim)
+    if family.gguf_adjacent_pairs and size != head_dim:
+        raise ExportError(f"{family.gguf}.rope.dimension_count other than the head size {head_dim} is not supported")
     for name, values in factors.items():
         if values.shape != (size // 2,):
             raise ExportError(f"tensor {name} has shape {list(values.shape)}, expected {[size // 2]}")
@@ -134,11 +129,11 @@ def _rotary(metadata: Metadata, family: str, head_dim: int, factors: Mapping[str
     if SHORT_FACTORS in factors:
         original = int(needed("original_context_length"))
         if scaling("factor") not in (None, 1):
-            raise ExportError(f"{family}.rope.scaling.factor beside a tensor {SHORT_FACTORS} is not supported")
-        factor = metadata.require(f"{family}.context_length") / original
+            raise ExportError(f"{family.gguf}.rope.scaling.factor beside a tensor {SHORT_FACTORS} is not supported")
+        factor = metadata.require(f"{family.gguf}.context_length") / original
         scale = scaling("attn_factor") or rotary.longrope_scale(factor, original)
         return Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
-    match metadata.get(f"{family}.rope.scaling.type", "none" if scaling("factor") is None else "linear"):
+    match metadata.get(f"{family.gguf}.rope.scaling.type", "none" if scaling("factor") is None else "linear"):
         case "none":
             return Rotary(plain)
         case "linear":

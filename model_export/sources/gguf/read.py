@@ -101,17 +101,15 @@ def _lazy(tensor: ReaderTensor, architecture: Architecture) -> LazyTensor:
 
 
 def _name(name: str, architecture: Architecture) -> str:
-    """Phi-3's files call the matrix of gate and up by the name of up."""
-    return name.replace(".ffn_up.", ".ffn_gate_up.") if architecture.family == "phi3" else name
+    for theirs, ours in architecture.family.gguf_names.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
 
 
 def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64] | None:
-    """Rows of queries or keys so that a head's rotary pairs lie half a head apart, not side by side.
-
-    GGUF's files of some families store them side by side.
-    """
+    """Rows of queries or keys so that a head's rotary pairs lie half a head apart, where the file has them adjacent."""
     layer_tensor = name.rpartition(".")[0].rpartition(".")[2]
-    if architecture.family not in config.PAIRS_SIDE_BY_SIDE or layer_tensor not in ("attn_q", "attn_k"):
+    if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
         return None
     heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
     rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)

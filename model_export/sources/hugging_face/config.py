@@ -8,41 +8,29 @@ from typing import Any
 from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.checkpoint import Architecture, Attention
-from model_export.sources.families import OWN, refusal
+from model_export.sources.families import OWN, Family, Scaling, Windows, refusal
 from model_export.sources.rotary import Rotary
 
 Config = Mapping[str, Any]
 
-# What the families' own classes take where config.json is silent.
-USUAL_WINDOW = {"mistral": 4096, "ministral": 4096, "qwen2": 4096, "qwen3": 4096}
+# The first layer with a window where windows are "late" and config.json has no `max_window_layers`.
 USUAL_WINDOW_LAYERS = 28
-USUAL_HEAD_DIM = {"qwen3": 128}
-USUAL_EPSILON = {"phi3": 1e-5}
-USUAL_BASE = {"smollm3": 2e6}
-USUAL_ORIGINAL = 4096  # Phi-3's context at first
-USUAL_PLAIN_INTERVAL = 4
-# Whose windows are off unless `use_sliding_window` says otherwise, and whose layers may differ in them.
-WINDOWS_BY_CHOICE = ("qwen2", "qwen3", "smollm3")
-LAYERS_OF_KINDS = ("mistral", "ministral", "qwen2", "qwen3", "smollm3")
 # One function by two names.
 ACTIVATIONS = ("silu", "swish")
-
-QUERY_KEY_VALUE = ("attn_q", "attn_k", "attn_v")
-MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def architecture(config: Config) -> Architecture:
     """The architecture. Raises ExportError for one that the builder does not build."""
-    family = config.get("model_type")
-    if family not in OWN:
-        raise refusal(family, config)
+    family = OWN.get(str(config.get("model_type")))
+    if family is None:
+        raise refusal(config.get("model_type"), config)
     _refuse_variants(config)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or USUAL_HEAD_DIM.get(family) or hidden // heads
-        turning = _rotary(config, family, head_dim)
+        head_dim = config.get("head_dim") or family.head_dim or hidden // heads
+        rotation = _rotary(config, family, head_dim)
         context = config["max_position_embeddings"]
-        context = min(context, turning.longest or context)
+        context = min(context, rotation.longest or context)
         return Architecture(
             family=family,
             attention=_attention(config, family, context),
@@ -53,11 +41,10 @@ def architecture(config: Config) -> Architecture:
             head_dim=head_dim,
             vocab_size=config["vocab_size"],
             context_length=context,
-            norm_epsilon=config.get("rms_norm_eps", USUAL_EPSILON.get(family, 1e-6)),
-            rotary=turning,
-            tied_embedding=config.get("tie_word_embeddings", family == "smollm3"),
+            norm_epsilon=config.get("rms_norm_eps", family.norm_epsilon),
+            rotary=rotation,
+            tied_embedding=config.get("tie_word_embeddings", family.tied_embedding),
             biases=_biases(config, family),
-            qk_norm=family == "qwen3",
         )
     except KeyError as error:
         raise ExportError(f"config.json has no {error.args[0]}") from None
@@ -70,70 +57,75 @@ def _refuse_variants(config: Config) -> None:
         raise ExportError(f"activation {config['hidden_act']!r} is not supported; supported is silu")
 
 
-def _biases(config: Config, family: str) -> frozenset[str]:
-    if family == "qwen2":
-        return frozenset(QUERY_KEY_VALUE)
-    if family not in ("llama", "qwen3", "smollm3"):
-        return frozenset()
-    attention = (*QUERY_KEY_VALUE, "attn_output") if config.get("attention_bias") else ()
-    return frozenset([*attention, *(MLP if config.get("mlp_bias") and family != "qwen3" else ())])
+def _biases(config: Config, family: Family) -> frozenset[str]:
+    there = [each for each in family.biases if each.entry is None or config.get(each.entry, each.default)]
+    return frozenset(name for each in there for name in each.maps)
 
 
-def _attention(config: Config, family: str, context: int) -> tuple[Attention, ...]:
+def _attention(config: Config, family: Family, context: int) -> tuple[Attention, ...]:
     """How each layer attends. A window that spans the whole context is none."""
-    layers, window = config["num_hidden_layers"], _window(config, family)
-    rotates = _rotates(config, layers) if family == "smollm3" else [True] * layers
-    listed = config.get("layer_types") if family in LAYERS_OF_KINDS else None
-    kinds = _kinds(config, family, rotates) if listed is None else listed
-    if len(rotates) != layers or len(kinds) != layers:
-        raise ExportError(f"config.json tells of {min(len(rotates), len(kinds))} layers, but has {layers}")
+    rotates, windows = _rotates(config, family), family.windows
+    if windows is None:
+        return tuple(Attention(None, each) for each in rotates)
+    window, listed = _window(config, windows), config.get("layer_types") if windows.listed else None
+    kinds = _kinds(config, windows, rotates) if listed is None else listed
+    _check_layers(config, len(kinds))
     if other := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ExportError(f"layers of the kind {min(other)!r} are not supported")
     if listed and window is None and "sliding_attention" in listed:
         raise ExportError("config.json's layer_types have windows, but no sliding_window is in use")
     return tuple(
-        Attention(window if window and window < context and kind == "sliding_attention" else None, turns)
-        for kind, turns in zip(kinds, rotates, strict=True)
+        Attention(window if window and window < context and kind == "sliding_attention" else None, each)
+        for kind, each in zip(kinds, rotates, strict=True)
     )
 
 
-def _window(config: Config, family: str) -> int | None:
-    if family == "llama" or (family in WINDOWS_BY_CHOICE and not config.get("use_sliding_window", False)):
+def _check_layers(config: Config, listed: int) -> None:
+    if listed != (layers := config["num_hidden_layers"]):
+        raise ExportError(f"config.json tells of {listed} layers, but has {layers}")
+
+
+def _window(config: Config, windows: Windows) -> int | None:
+    if windows.by_choice and not config.get("use_sliding_window", False):
         return None
-    window: int | None = config.get("sliding_window", USUAL_WINDOW.get(family))
+    window: int | None = config.get("sliding_window", windows.size)
     if window == 0:
         raise ExportError("config.json's sliding_window is 0, expected at least 1")
     return window
 
 
-def _rotates(config: Config, layers: int) -> list[bool]:
-    """Which of SmolLM3's layers rotate; the entries of `no_rope_layers` are 1 for those that do."""
+def _rotates(config: Config, family: Family) -> list[bool]:
+    """Which layers rotate; the entries of `no_rope_layers` are 1 for those that do."""
+    layers = config["num_hidden_layers"]
+    if family.unrotated_every is None:
+        return [True] * layers
     if (listed := config.get("no_rope_layers")) is not None:
+        _check_layers(config, len(listed))
         return [bool(each) for each in listed]
-    interval = config.get("no_rope_layer_interval", USUAL_PLAIN_INTERVAL)
+    interval = config.get("no_rope_layer_interval", family.unrotated_every)
     return [(layer + 1) % interval != 0 for layer in range(layers)]
 
 
-def _kinds(config: Config, family: str, rotates: list[bool]) -> list[str]:
+def _kinds(config: Config, windows: Windows, rotates: list[bool]) -> list[str]:
     """The kind of each layer where `layer_types` does not list them."""
-    match family:
-        case "qwen2" | "qwen3":
+    match windows.layers:
+        case "late":
             first = config.get("max_window_layers", USUAL_WINDOW_LAYERS)
             slides = [layer >= first for layer in range(len(rotates))]
-        case "smollm3":
+        case "unrotated":
             slides = [not each for each in rotates]
-        case _:
+        case "all":
             slides = [True] * len(rotates)
     return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
-def _rotary(config: Config, family: str, head_dim: int) -> Rotary:
+def _rotary(config: Config, family: Family, head_dim: int) -> Rotary:
     """The rotation, which `rope_scaling` slows down; newer configurations keep all of it in `rope_parameters`."""
     scaling: Config = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
         raise ExportError(f"rotary scaling of its own for layers of the kind {nested[0]!r} is not supported")
-    base = float(scaling.get("rope_theta", config.get("rope_theta", USUAL_BASE.get(family, 1e4))))
-    size = _turned(config, scaling, family, head_dim)
+    base = float(scaling.get("rope_theta", config.get("rope_theta", family.rotary_base)))
+    size = _rotated_size(config, scaling, family, head_dim)
     plain = rotary.plain(size, base)
     match _scaling_kind(scaling, family):
         case "default":
@@ -150,26 +142,23 @@ def _rotary(config: Config, family: str, head_dim: int) -> Rotary:
             return _yarn(config, scaling, size, base, _original(config, scaling, family))
         case "longrope":
             return _longrope(config, scaling, size, base, _original(config, scaling, family))
-        case other:
-            known = "default, linear, dynamic, llama3, yarn and longrope"
-            raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")
 
 
-def _scaling_kind(scaling: Config, family: str) -> object:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if family == "phi3" and kind in ("su", "yarn"):  # as its files have called it
-        return "longrope"
-    if family == "phi3" and kind not in ("default", "longrope"):
-        raise ExportError(f"rotary scaling {kind!r} is not supported in phi3; supported are default and longrope")
+def _scaling_kind(scaling: Config, family: Family) -> Scaling:
+    given = scaling.get("rope_type", scaling.get("type", "default"))
+    if (kind := family.scalings.get(str(given))) is None:
+        known = ", ".join(family.scalings)
+        raise ExportError(f"rotary scaling {given!r} is not supported in {family.name}; supported are {known}")
     return kind
 
 
-def _turned(config: Config, scaling: Config, family: str, head_dim: int) -> int:
-    """How many numbers of a head rotate; all of them but in Phi-3."""
+def _rotated_size(config: Config, scaling: Config, family: Family, head_dim: int) -> int:
+    """How many numbers of a head rotate."""
     shares = (each.get("partial_rotary_factor") for each in (scaling, config))
     share = next((share for share in shares if share is not None), 1.0)
-    if family != "phi3" and share != 1:
-        raise ExportError(f"partial_rotary_factor {share} is not supported in {family}, only in phi3")
+    if share != 1 and not family.partial_rotation:
+        known = ", ".join(each.name for each in OWN.values() if each.partial_rotation)
+        raise ExportError(f"partial_rotary_factor {share} is not supported in {family.name}, only in {known}")
     return rotary.checked_size(int(head_dim * share), head_dim)
 
 
@@ -180,11 +169,11 @@ def _needed(scaling: Config, name: str) -> float:
     return float(value)
 
 
-def _original(config: Config, scaling: Config, family: str) -> int:
-    """The context that the model was trained with at first; what stands beside the scaling counts before it."""
+def _original(config: Config, scaling: Config, family: Family) -> int:
+    """The context length before scaling. A top-level entry of config.json overrides the one inside rope_scaling."""
     name = "original_max_position_embeddings"
-    if family == "phi3":
-        return int(config.get(name, USUAL_ORIGINAL))
+    if family.original_context is not None:
+        return int(config.get(name, family.original_context))
     return int(config[name] if name in config else scaling.get(name, config["max_position_embeddings"]))
 
 

@@ -57,7 +57,7 @@ def download(wanted: HubName) -> Path:
     if not (found / CONFIG).exists():
         raise ExportError(f"{wanted} has no {CONFIG} on the hub, so it is no model that can be exported by its name")
     config = read_json(found, CONFIG)
-    if (family := config.get("model_type")) not in families.OWN + families.MOBIUS:
+    if (family := config.get("model_type")) not in (*families.OWN, *families.MOBIUS):
         raise ExportError(f"{wanted}: {families.refusal(family, config)}")
     return _snapshot(wanted, found.name, WANTED)  # of the very commit
 
