@@ -120,6 +120,17 @@ FAMILIES = (
         fused={"attn_qkv": QUERY_KEY_VALUE, "ffn_gate_up": ("ffn_gate", "ffn_up")},
         gguf_names={"ffn_up": "ffn_gate_up"},
     ),
+    Family(
+        "seed_oss",
+        gguf="seed_oss",
+        head_dim=128,
+        biases=(
+            Biases(QUERY_KEY_VALUE, "attention_bias", default=True),
+            Biases(("attn_output",), "attention_out_bias"),
+            Biases(MLP, "mlp_bias"),
+        ),
+        gguf_names={"post_attention_norm": "ffn_norm"},
+    ),
 )
 # Built without torch, by our own builder; by the names that config.json and GGUF files give them.
 OWN: Mapping[str, Family] = {family.name: family for family in FAMILIES}

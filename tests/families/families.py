@@ -74,6 +74,12 @@ FAMILIES = [
         {"model_type": "phi3", **TWO_HEADS, "rope_parameters": LONGROPE, "original_max_position_embeddings": 160},
         tokenizer="prepend",
     ),
+    Family("seed_oss", {"model_type": "seed_oss", "head_dim": 32}),
+    Family(
+        "seed_oss-biases",
+        {"model_type": "seed_oss", "head_dim": 16, "tie_word_embeddings": True}
+        | {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
     # Over mobius-onnx.
     Family("arcee", {"model_type": "arcee"}),
     Family("gemma", {"model_type": "gemma", "head_dim": 16}, tokenizer="bare", add_bos=True),

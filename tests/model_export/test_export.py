@@ -70,6 +70,7 @@ VARIANTS = {
     "window by layer": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
     "phi3": {"sliding_window": 40, "partial_rotary_factor": 0.5},
+    "seed_oss": {"tie_word_embeddings": False},
     "yarn": {
         "family": "qwen2",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},

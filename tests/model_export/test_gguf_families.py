@@ -60,6 +60,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen3": ({}, {}),
     "smollm3": ({"layers": 4}, {"num_hidden_layers": 4}),
+    "seed_oss": ({"pre": "seed-coder"}, {}),
     "phi3": ({"entries": {"attention.sliding_window": 24}}, {"sliding_window": 24}),
     "phi3 partial": ({"entries": {"rope.dimension_count": 16}}, {"partial_rotary_factor": 0.5}),
     "phi3 longrope": (

@@ -101,6 +101,7 @@ def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
         ("llama-bpe", ["HelloWorld", "Ġit", "'s", "Ġ", "123", "45", "?!Ċ", "/x"]),
         ("dbrx", ["HelloWorld", "Ġit", "'s", "Ġ", "123", "45", "?!Ċ", "/x"]),
         ("qwen2", ["HelloWorld", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "/x"]),
+        ("seed-coder", ["HelloWorld", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "?!", "Ċ", "/x"]),
         ("tekken", ["Hello", "World", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "?!Ċ/", "x"]),
         ("gpt-4o", ["Hello", "World", "Ġit's", "Ġ", "123", "45", "?!Ċ/", "x"]),
     ],

@@ -70,7 +70,7 @@ def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, n
             "mlp.up_proj.weight": matrix(INTERMEDIATE, HIDDEN),
             "mlp.down_proj.weight": matrix(HIDDEN, INTERMEDIATE),
         }
-        if family == "qwen2":
+        if family in ("qwen2", "seed_oss"):
             named |= {
                 f"self_attn.{kind}_proj.bias": scale(size) for kind, size in zip("qkv", (query, kv, kv), strict=True)
             }
@@ -138,6 +138,8 @@ GGUF_NAMES = {
     "model.norm": "output_norm",
     "model.layers": "blk",
 }
+# What files of a family call a tensor otherwise.
+OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
 
 
 def interleave(rows: np.ndarray) -> np.ndarray:
@@ -193,7 +195,7 @@ def gguf(
         side_by_side = family in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name)
         ordered = interleave(tensor) if side_by_side else tensor
         kind = quantization if tensor.ndim == 2 else GGMLQuantizationType.F32
-        for long, short in GGUF_NAMES.items():
+        for long, short in (GGUF_NAMES | OTHER_NAMES.get(family, {})).items():
             name = name.replace(long, short)  # noqa: PLW2901
         writer.add_tensor(name, quantize(ordered, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -20,25 +20,26 @@ MARK_KEYS = {
 }
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PUNCTUATION, SPACES = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def _words(digits: str) -> str:
-    """Contractions, words, so many digits at once, and the rest."""
-    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{REST % ''}"
+def _words(digits: str, line_ends: str = r"[\r\n]*") -> str:
+    """Contractions, words, a group of `digits`, and the rest: punctuation with the `line_ends` after it, spaces."""
+    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{PUNCTUATION}{line_ends}|{SPACES}"
 
 
 def _cased_words(digits: str, contractions: str) -> str:
-    """Words that begin anew at a capital, with what may follow them, so many digits at once, and the rest."""
+    """Words that begin anew at a capital, with what may follow them, a group of `digits`, and the rest."""
     before = r"[^\r\n\p{L}\p{N}]?"
     small, capital = f"{before}{UPPER}*{LOWER}+{contractions}", f"{before}{UPPER}+{LOWER}*{contractions}"
-    return rf"{small}|{capital}|\p{{N}}{digits}|{REST % '/'}"
+    return rf"{small}|{capital}|\p{{N}}{digits}|{PUNCTUATION}[\r\n/]*|{SPACES}"
 
 
 SPLITS = {
     **dict.fromkeys(("llama-bpe", "llama3", "dbrx", "smaug-bpe"), _words("{1,3}")),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _words("")),
+    "seed-coder": _words("", line_ends=""),
     "tekken": _cased_words("", ""),
     "gpt-4o": _cased_words("{1,3}", f"{CONTRACTIONS}?"),
 }

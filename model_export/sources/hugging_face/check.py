@@ -56,6 +56,7 @@ OPTIONAL: dict[str, Kind] = {
     "no_rope_layer_interval": bounds.LAYERS,
     "hidden_act": bounds.TEXT,
     "attention_bias": bounds.FLAG,
+    "attention_out_bias": bounds.FLAG,
     "mlp_bias": bounds.FLAG,
     "text_config": bounds.Instance(dict, "an object"),
     "rope_scaling": bounds.Instance(dict, "an object"),
