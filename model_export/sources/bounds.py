@@ -1,22 +1,38 @@
-"""Numbers that a source gives, checked before anything is computed, allocated or repeated by them."""
+"""Kinds of values that a source gives, checked before anything is computed, allocated or repeated by them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, Strict, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from model_export.errors import ExportError
 
 
 @dataclass(frozen=True)
+class Expected:
+    """Marks a pydantic type whose errors all say `expected` and then `what`."""
+
+    what: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.custom_error_schema(handler(source), "expected", custom_error_message=self.what)
+
+
+@dataclass(frozen=True)
 class Whole:
-    """A whole number within `low`..`high`."""
+    """Marks a whole number within `low`..`high`."""
 
     low: int
     high: int
 
-    def holds(self, value: object) -> bool:
-        return type(value) is int and self.low <= value <= self.high
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        number = core_schema.int_schema(strict=True, ge=self.low, le=self.high)
+        return core_schema.custom_error_schema(number, "expected", custom_error_message=str(self))
 
     def __str__(self) -> str:
         return f"a whole number within {self.low}..{self.high}"
@@ -24,70 +40,56 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """A number within `low`..`high`."""
+    """Marks a number within `low`..`high`."""
 
     low: float
     high: float
 
-    def holds(self, value: object) -> bool:
-        return type(value) in (int, float) and self.low <= value <= self.high  # type: ignore[operator]
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        number = core_schema.float_schema(strict=True, ge=self.low, le=self.high, allow_inf_nan=False)
+        return core_schema.custom_error_schema(number, "expected", custom_error_message=str(self))
 
     def __str__(self) -> str:
         return f"a number within {self.low:g}..{self.high:g}"
 
 
-@dataclass(frozen=True)
-class Instance:
-    """A value of a Python type, which users know by `name`."""
-
-    type: type
-    name: str
-
-    def holds(self, value: object) -> bool:
-        return isinstance(value, self.type)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A list of values of one kind."""
-
-    each: Whole | Real | Instance
-
-    def holds(self, value: object) -> bool:
-        return isinstance(value, list) and all(map(self.each.holds, value))
-
-    def __str__(self) -> str:
-        return f"a list, each of {self.each}"
-
-
-# What a value has to be.
-Kind = Whole | Real | Instance | Listed
+MOST_LAYERS, MOST_TOKENS = 1024, 1 << 22
+LEAST_HEAD = 2
+SCALE = Real(1e-3, 1e6)
 
 # Several times what the largest models have, and little enough that checking a source by them costs little.
-LAYERS = Whole(1, 1024)
-HIDDEN = Whole(1, 1 << 17)
-INTERMEDIATE = Whole(1, 1 << 20)
-HEADS = Whole(1, 4096)
-HEAD_DIM = Whole(2, 4096)
-VOCABULARY = Whole(1, 1 << 22)
-CONTEXT = Whole(2, 1 << 22)
-WINDOW = Whole(0, 1 << 31)
+Layers = Annotated[int, Whole(1, MOST_LAYERS)]
+Hidden = Annotated[int, Whole(1, 1 << 17)]
+Intermediate = Annotated[int, Whole(1, 1 << 20)]
+Heads = Annotated[int, Whole(1, 4096)]
+HeadDim = Annotated[int, Whole(LEAST_HEAD, 4096)]
+VocabSize = Annotated[int, Whole(1, MOST_TOKENS)]
+Context = Annotated[int, Whole(2, 1 << 22)]
+Window = Annotated[int, Whole(0, 1 << 31)]
+Epsilon = Annotated[float, Real(1e-20, 1.0)]
+RotaryBase = Annotated[float, Real(1.0, 1e15)]
+Share = Annotated[float, Real(0.0, 1.0)]
+Scale = Annotated[float, SCALE]
+Scales = Annotated[list[Scale], Strict(), Expected(f"a list, each of {SCALE}")]
+Text = Annotated[str, Strict(), Expected("a text")]
+Texts = Annotated[list[Text], Strict(), Expected("a list, each of a text")]
+Flag = Annotated[bool, Strict(), Expected("true or false")]
+
 # Numbers in a table of rotations: as many as four million positions of a head of 128 take.
 ROTATION = 1 << 28
-EPSILON = Real(1e-20, 1.0)
-ROTARY_BASE = Real(1.0, 1e15)
-SCALING = Real(1e-3, 1e6)
-TEXT = Instance(str, "a text")
-FLAG = Instance(bool, "true or false")
 
 
-def check(where: str, value: object, kind: Kind) -> None:
-    """Raises ExportError unless `value`, which stands at `where`, is of `kind`."""
-    if not kind.holds(value):
-        raise ExportError(f"{where} is {shown(value)}, expected {kind}")
+def check(where: str, value: object, kind: Any) -> None:
+    """Raises ExportError unless `value`, which stands at `where`, is of the type `kind`."""
+    try:
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ExportError(f"{where} is {shown(value)}, expected {error.errors()[0]['msg']}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
@@ -97,7 +99,7 @@ def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: in
     if head_dim is None and hidden % heads:
         raise ExportError(f"{where}: {heads} heads do not divide the hidden size {hidden} evenly")
     size = hidden // heads if head_dim is None else head_dim
-    if size < HEAD_DIM.low or size % 2:
+    if size < LEAST_HEAD or size % 2:
         raise ExportError(f"{where}: the head size is {size}, expected an even number")
 
 

@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from model_export.errors import ExportError
 from model_export.sources import bounds
-from model_export.sources.bounds import Kind, check, check_heads, check_rotation, shown
+from model_export.sources.bounds import check, check_heads, check_rotation, shown
 
-KEYS: dict[str, Kind] = {
-    "general.architecture": bounds.TEXT,
-    "general.organization": bounds.TEXT,
-    "tokenizer.ggml.model": bounds.TEXT,
-    "tokenizer.ggml.pre": bounds.TEXT,
-    "tokenizer.ggml.add_bos_token": bounds.FLAG,
-    "tokenizer.ggml.add_space_prefix": bounds.FLAG,
-    "split.count": bounds.Whole(0, 99_999),
+KEYS: dict[str, Any] = {
+    "general.architecture": bounds.Text,
+    "general.organization": bounds.Text,
+    "tokenizer.ggml.model": bounds.Text,
+    "tokenizer.ggml.pre": bounds.Text,
+    "tokenizer.ggml.add_bos_token": bounds.Flag,
+    "tokenizer.ggml.add_space_prefix": bounds.Flag,
+    "split.count": Annotated[int, bounds.Whole(0, 99_999)],
 }
 # Behind the architecture's name.
-NUMBERS: dict[str, Kind] = {
-    "block_count": bounds.LAYERS,
-    "embedding_length": bounds.HIDDEN,
-    "feed_forward_length": bounds.INTERMEDIATE,
-    "context_length": bounds.CONTEXT,
-    "attention.head_count": bounds.HEADS,
-    "attention.head_count_kv": bounds.HEADS,
-    "attention.key_length": bounds.HEAD_DIM,
-    "attention.value_length": bounds.HEAD_DIM,
-    "attention.layer_norm_rms_epsilon": bounds.EPSILON,
-    "attention.layer_norm_epsilon": bounds.EPSILON,
-    "attention.sliding_window": bounds.WINDOW,
-    "rope.dimension_count": bounds.HEAD_DIM,
-    "rope.freq_base": bounds.ROTARY_BASE,
-    "rope.scaling.factor": bounds.SCALING,
-    "rope.scaling.type": bounds.TEXT,
-    "rope.scaling.original_context_length": bounds.CONTEXT,
-    "rope.scaling.attn_factor": bounds.SCALING,
-    "rope.scaling.yarn_beta_fast": bounds.SCALING,
-    "rope.scaling.yarn_beta_slow": bounds.SCALING,
+NUMBERS: dict[str, Any] = {
+    "block_count": bounds.Layers,
+    "embedding_length": bounds.Hidden,
+    "feed_forward_length": bounds.Intermediate,
+    "context_length": bounds.Context,
+    "attention.head_count": bounds.Heads,
+    "attention.head_count_kv": bounds.Heads,
+    "attention.key_length": bounds.HeadDim,
+    "attention.value_length": bounds.HeadDim,
+    "attention.layer_norm_rms_epsilon": bounds.Epsilon,
+    "attention.layer_norm_epsilon": bounds.Epsilon,
+    "attention.sliding_window": bounds.Window,
+    "rope.dimension_count": bounds.HeadDim,
+    "rope.freq_base": bounds.RotaryBase,
+    "rope.scaling.factor": bounds.Scale,
+    "rope.scaling.type": bounds.Text,
+    "rope.scaling.original_context_length": bounds.Context,
+    "rope.scaling.attn_factor": bounds.Scale,
+    "rope.scaling.yarn_beta_fast": bounds.Scale,
+    "rope.scaling.yarn_beta_slow": bounds.Scale,
 }
 TOKENS = "tokenizer.ggml.tokens"
 IDS = tuple(
@@ -89,7 +89,7 @@ def _check_tokens(path: Path, metadata: Mapping[str, Any]) -> None:
             raise ExportError(f"{path}: {TOKENS} holds {shown(token)} twice, as {first} and as {index}")
     for key in IDS:
         if key in metadata:
-            check(f"{path}: {key}", metadata[key], bounds.Whole(0, len(tokens) - 1))
+            check(f"{path}: {key}", metadata[key], Annotated[int, bounds.Whole(0, len(tokens) - 1)])
     for key, kinds in {"tokenizer.ggml.scores": "f", "tokenizer.ggml.token_type": "iu"}.items():
         if key in metadata:
             _check_numbers(path, key, metadata[key], kinds, len(tokens))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Strict
 from safetensors import SafetensorError, safe_open
 
 from model_export.errors import ExportError
 from model_export.sources import bounds
-from model_export.sources.bounds import Kind, check, check_heads, check_rotation, shown
+from model_export.sources.bounds import check, check_heads, check_rotation, shown
 from model_export.sources.files import MIB, plain_file, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -18,66 +19,68 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LARGEST_INDEX, LARGEST_TOKENIZER = 64 * MIB, 512 * MIB
 
 # Every name that some family has for it; what a family needs and has not is named where it is read.
-NUMBERS: dict[str, Kind] = {
-    "num_hidden_layers": bounds.LAYERS,
-    "n_layer": bounds.LAYERS,
-    "hidden_size": bounds.HIDDEN,
-    "n_embd": bounds.HIDDEN,
-    "intermediate_size": bounds.INTERMEDIATE,
-    "num_attention_heads": bounds.HEADS,
-    "n_head": bounds.HEADS,
-    "vocab_size": bounds.VOCABULARY,
-    "max_position_embeddings": bounds.CONTEXT,
-    "n_positions": bounds.CONTEXT,
-    "rms_norm_eps": bounds.EPSILON,
-    "layer_norm_epsilon": bounds.EPSILON,
-    "model_type": bounds.TEXT,
+NUMBERS: dict[str, Any] = {
+    "num_hidden_layers": bounds.Layers,
+    "n_layer": bounds.Layers,
+    "hidden_size": bounds.Hidden,
+    "n_embd": bounds.Hidden,
+    "intermediate_size": bounds.Intermediate,
+    "num_attention_heads": bounds.Heads,
+    "n_head": bounds.Heads,
+    "vocab_size": bounds.VocabSize,
+    "max_position_embeddings": bounds.Context,
+    "n_positions": bounds.Context,
+    "rms_norm_eps": bounds.Epsilon,
+    "layer_norm_epsilon": bounds.Epsilon,
+    "model_type": bounds.Text,
 }
 # These may be null as well, which means the usual.
-OPTIONAL: dict[str, Kind] = {
-    "n_inner": bounds.INTERMEDIATE,
-    "num_key_value_heads": bounds.HEADS,
-    "head_dim": bounds.HEAD_DIM,
-    "sliding_window": bounds.WINDOW,
-    "use_sliding_window": bounds.FLAG,
-    "tie_word_embeddings": bounds.FLAG,
-    "rope_theta": bounds.ROTARY_BASE,
-    "rope_local_base_freq": bounds.ROTARY_BASE,
-    "partial_rotary_factor": bounds.Real(0.0, 1.0),
-    "query_pre_attn_scalar": bounds.SCALING,
-    "attn_logit_softcapping": bounds.SCALING,
-    "final_logit_softcapping": bounds.SCALING,
-    "torch_dtype": bounds.TEXT,
-    "dtype": bounds.TEXT,
-    "original_max_position_embeddings": bounds.CONTEXT,
-    "max_window_layers": bounds.Whole(0, bounds.LAYERS.high),
-    "layer_types": bounds.Listed(bounds.TEXT),
-    "no_rope_layers": bounds.Listed(bounds.Whole(0, 1)),
-    "no_rope_layer_interval": bounds.LAYERS,
-    "hidden_act": bounds.TEXT,
-    "attention_bias": bounds.FLAG,
-    "attention_out_bias": bounds.FLAG,
-    "mlp_bias": bounds.FLAG,
-    "text_config": bounds.Instance(dict, "an object"),
-    "rope_scaling": bounds.Instance(dict, "an object"),
-    "rope_parameters": bounds.Instance(dict, "an object"),
+OPTIONAL: dict[str, Any] = {
+    "n_inner": bounds.Intermediate,
+    "num_key_value_heads": bounds.Heads,
+    "head_dim": bounds.HeadDim,
+    "sliding_window": bounds.Window,
+    "use_sliding_window": bounds.Flag,
+    "tie_word_embeddings": bounds.Flag,
+    "rope_theta": bounds.RotaryBase,
+    "rope_local_base_freq": bounds.RotaryBase,
+    "partial_rotary_factor": Annotated[float, bounds.Real(0.0, 1.0)],
+    "query_pre_attn_scalar": bounds.Scale,
+    "attn_logit_softcapping": bounds.Scale,
+    "final_logit_softcapping": bounds.Scale,
+    "torch_dtype": bounds.Text,
+    "dtype": bounds.Text,
+    "original_max_position_embeddings": bounds.Context,
+    "max_window_layers": Annotated[int, bounds.Whole(0, bounds.MOST_LAYERS)],
+    "layer_types": bounds.Texts,
+    "no_rope_layers": Annotated[
+        list[Annotated[int, bounds.Whole(0, 1)]], Strict(), bounds.Expected(f"a list, each of {bounds.Whole(0, 1)}")
+    ],
+    "no_rope_layer_interval": bounds.Layers,
+    "hidden_act": bounds.Text,
+    "attention_bias": bounds.Flag,
+    "attention_out_bias": bounds.Flag,
+    "mlp_bias": bounds.Flag,
+    "text_config": Annotated[dict[str, Any], Strict(), bounds.Expected("an object")],
+    "rope_scaling": Annotated[dict[str, Any], Strict(), bounds.Expected("an object")],
+    "rope_parameters": Annotated[dict[str, Any], Strict(), bounds.Expected("an object")],
 }
-ROTARY: dict[str, Kind] = {
-    "rope_type": bounds.TEXT,
-    "type": bounds.TEXT,
-    "rope_theta": bounds.ROTARY_BASE,
-    "partial_rotary_factor": bounds.Real(0.0, 1.0),
-    "factor": bounds.SCALING,
-    "attention_factor": bounds.SCALING,
-    "beta_fast": bounds.SCALING,
-    "beta_slow": bounds.SCALING,
-    "truncate": bounds.FLAG,
-    "mscale": bounds.Real(0.0, bounds.SCALING.high),
-    "short_factor": bounds.Listed(bounds.SCALING),
-    "long_factor": bounds.Listed(bounds.SCALING),
-    "low_freq_factor": bounds.SCALING,
-    "high_freq_factor": bounds.SCALING,
-    "original_max_position_embeddings": bounds.CONTEXT,
+ROTARY: dict[str, Any] = {
+    "rope_type": bounds.Text,
+    "type": bounds.Text,
+    "rope_theta": bounds.RotaryBase,
+    "partial_rotary_factor": Annotated[float, bounds.Real(0.0, 1.0)],
+    "factor": bounds.Scale,
+    "attention_factor": bounds.Scale,
+    "beta_fast": bounds.Scale,
+    "beta_slow": bounds.Scale,
+    "truncate": bounds.Flag,
+    "mscale": Annotated[float, bounds.Real(0.0, bounds.SCALE.high)],
+    "short_factor": bounds.Scales,
+    "long_factor": bounds.Scales,
+    "low_freq_factor": bounds.Scale,
+    "high_freq_factor": bounds.Scale,
+    "original_max_position_embeddings": bounds.Context,
 }
 # What makes transformers open other files, or code of a hub; and what else the entry may say.
 CODE: dict[str, tuple[object, ...]] = {
@@ -93,7 +96,7 @@ ADAPTER = "adapter_config.json"
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # Tables that old files hold and nobody reads.
 UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
-TOKEN = bounds.Whole(0, bounds.VOCABULARY.high - 1)
+TOKEN = Annotated[int, bounds.Whole(0, bounds.MOST_TOKENS - 1)]
 
 
 def check_hugging_face(directory: Path) -> None:
