@@ -25,8 +25,6 @@ from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Source
 from model_export.opening import find, read_source
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
-from model_export.sources.gguf.read import gguf_parts
-from model_export.sources.hugging_face.check import weight_files
 from model_export.verify.report import Report
 from model_export.verify.verify import verify
 from service import manifest
@@ -96,7 +94,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             kv=_kv_layout(source, precision),
             devices=devices,
             quantization=_quantization(source, precision, prompts),
-            quality=report.quality(_source_bytes(path), sum(entry.bytes for entry in files.values())),
+            quality=report.quality(source.size, sum(entry.bytes for entry in files.values())),
             files=files,
         )
         described.write(work)
@@ -243,12 +241,6 @@ def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.
         default_prompt=vocabulary.bos if end_of_text is None else end_of_text,
         fill_in_the_middle=marks,
     )
-
-
-def _source_bytes(path: Path) -> int:
-    """The size of a source's weights on disk."""
-    files = gguf_parts(path) if path.is_file() else weight_files(path)
-    return sum(file.stat().st_size for file in files)
 
 
 def _file_entry(path: Path) -> manifest.FileEntry:

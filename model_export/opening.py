@@ -12,9 +12,7 @@ from model_export.mobius import source as mobius
 from model_export.native.source import DecoderSource
 from model_export.sources import families
 from model_export.sources.files import read_json
-from model_export.sources.gguf.check import check_gguf
-from model_export.sources.gguf.metadata import Metadata
-from model_export.sources.gguf.read import gguf_parts, open_gguf, read_gguf
+from model_export.sources.gguf.read import open_gguf, read_gguf
 from model_export.sources.hugging_face.check import check_hugging_face
 from model_export.sources.hugging_face.hub import HubName, download, hub_name
 from model_export.sources.hugging_face.read import read_hugging_face
@@ -51,12 +49,10 @@ def _open(path: Path) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    for part in gguf_parts(path):
-        check_gguf(part)
-    reader = open_gguf(path)
-    if Metadata(reader).get("general.architecture") in families.MOBIUS_GGUF:
-        return mobius.from_gguf(path, reader)
-    return DecoderSource(read_gguf(path, reader))
+    model = open_gguf(path)
+    if model.metadata.get("general.architecture") in families.MOBIUS_GGUF:
+        return mobius.from_gguf(model)
+    return DecoderSource(read_gguf(model))
 
 
 def _open_directory(path: Path) -> Source:

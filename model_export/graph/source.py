@@ -31,7 +31,7 @@ class Dimensions:
 
 
 class Source(Protocol):
-    """A source model. `weights` names the form of its matrices."""
+    """A source model. `weights` names the form of its matrices, `size` is that of its files of weights in bytes."""
 
     @property
     def name(self) -> str: ...
@@ -39,6 +39,8 @@ class Source(Protocol):
     def organization(self) -> str: ...
     @property
     def weights(self) -> str: ...
+    @property
+    def size(self) -> int: ...
     @property
     def dimensions(self) -> Dimensions: ...
     @property

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from model_export.errors import ExportError
 from model_export.mobius import gguf
 from model_export.sources.files import MIB
-from model_export.sources.gguf.metadata import Metadata
-from model_export.sources.gguf.read import open_gguf
+from model_export.sources.gguf.read import GgufModel
 from model_export.sources.hugging_face.check import weight_files
 from model_export.sources.panics import quiet
 
@@ -29,10 +28,11 @@ _INSTALL = "pip install '.[families]'"
 _LARGEST_TABLES = 1024 * MIB
 
 
-def load(path: Path) -> Any:
-    """The model of text at `path`. Raises ExportError where its weights are not those of its configuration."""
+def load(read: Path | GgufModel) -> Any:
+    """The model of text of a source. Raises ExportError where its weights are not those of its configuration."""
+    path = read if isinstance(read, Path) else read.path
     with told(f"{path} cannot be loaded"):
-        whole = _from_directory(path) if path.is_dir() else _from_file(path)
+        whole = _from_file(read) if isinstance(read, GgufModel) else _from_directory(read)
         for name, tensor in whole.state_dict().items():
             if not tensor.isfinite().all():
                 raise ExportError(f"{path}: tensor {name} holds a weight that is not finite")
@@ -101,14 +101,13 @@ def _check_size(path: Path, hollow: Any) -> None:
         raise ExportError(f"{path}: its configuration makes a model of {claimed} weights, but its files hold {held}")
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(file: GgufModel) -> Any:
     transformers, torch = imported("transformers"), imported("torch")
-    reader = open_gguf(path)
-    rows = next((tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight"), 0)
-    metadata = Metadata(reader)
-    config = transformers.AutoConfig.for_model(**gguf.configuration(metadata, int(rows)))
+    embedding = file.tensors.get("token_embd.weight")
+    rows = embedding.shape[0] if embedding and len(embedding.shape) > 1 else 0
+    config = transformers.AutoConfig.for_model(**gguf.configuration(file.metadata, rows))
     shapes = {name: tuple(weight.shape) for name, weight in _hollow(config).state_dict().items()}
-    state = gguf.state(reader, metadata, shapes)
+    state = gguf.state(file, shapes)
     model = _made(config)
     model.load_state_dict({name: torch.tensor(each) for name, each in state.items()}, strict=False)
     return model

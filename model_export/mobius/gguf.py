@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
 from model_export.errors import ExportError
 from model_export.sources.bounds import check_rotation, shown
+from model_export.sources.gguf.header import Tensor
 from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.read import GgufModel
 from model_export.sources.weights import Floats
 
 # The one size of each family whose scores are not scaled by the size of a head, by its number of layers.
@@ -87,20 +89,21 @@ def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> N
         "rope.scaling.type": ("none", "linear"),
     }
     for key, values in usual.items():
-        if (value := metadata.get(f"{family}.{key}")) is not None and value not in values:
+        if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
             raise ExportError(f"{family}.{key} is {shown(value)}, supported is {shown(values[0])}")
 
 
-def state(reader: GGUFReader, metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
+def state(file: GgufModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
     """The tensors under transformers' names, which are those of `shapes`.
 
     Raises ExportError where one is missing, but for a head that is the embedding, where one has another shape, or where
     the file has one more.
     """
+    metadata = file.metadata
     family = metadata.require("general.architecture")
     architecture = next(key for key in MODEL_ARCH if MODEL_ARCH_NAMES[key] == family)
     known = get_tensor_name_map(architecture, metadata.require(f"{family}.block_count"))
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    by_name = dict(file.tensors)
     found = {}
     for name, shape in shapes.items():
         theirs = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
@@ -114,14 +117,13 @@ def state(reader: GGUFReader, metadata: Metadata, shapes: Mapping[str, tuple[int
     return {name: _ADAPTED[family](name, _floats(tensor)) for name, tensor in found.items()}
 
 
-def _check_shape(tensor: ReaderTensor, expected: tuple[int, ...]) -> None:
-    shape = [int(size) for size in tensor.shape[::-1]]
-    if shape != list(expected):
-        raise ExportError(f"tensor {tensor.name} has shape {shape}, expected {list(expected)}")
+def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ExportError(f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}")
 
 
-def _floats(tensor: ReaderTensor) -> Floats:
-    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape([int(n) for n in tensor.shape[::-1]])
+def _floats(tensor: Tensor) -> Floats:
+    return dequantize(tensor.data, tensor.kind).astype(np.float32).reshape(tensor.shape)
 
 
 def _gemma_tensor(name: str, values: Floats) -> Floats:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
@@ -26,9 +25,8 @@ from model_export.mobius.graph import Attention, Translation
 from model_export.mobius.nodes import key_shape
 from model_export.mobius.variants import check_variant
 from model_export.sources.bounds import shown
-from model_export.sources.gguf.metadata import Metadata
-from model_export.sources.gguf.read import gguf_name, gguf_parts, main_type, vocabulary_of
-from model_export.sources.hugging_face.read import read_vocabulary
+from model_export.sources.gguf.read import GgufModel, gguf_name, main_type, vocabulary_of
+from model_export.sources.hugging_face.read import read_vocabulary, size_of_weights
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import Floats
 
@@ -39,12 +37,12 @@ _WINDOWS_EVERYWHERE = ("starcoder2",)
 
 @dataclass(frozen=True)
 class MobiusSource:
-    """See Source. `path` is a directory or a GGUF file of the `family`.
+    """See Source. `read` is a directory or a GGUF file of the `family`.
 
     Raises ExportError where the extra `families` is not installed.
     """
 
-    path: Path
+    read: Path | GgufModel
     name: str
     organization: str
     family: str
@@ -53,6 +51,14 @@ class MobiusSource:
 
     def __post_init__(self) -> None:
         imported("mobius")
+
+    @property
+    def path(self) -> Path:
+        return self.read if isinstance(self.read, Path) else self.read.path
+
+    @property
+    def size(self) -> int:
+        return size_of_weights(self.read) if isinstance(self.read, Path) else self.read.size
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -75,7 +81,7 @@ class MobiusSource:
     @cached_property
     def _decoder(self) -> Any:
         """The model of text in transformers, in float32."""
-        return decoder.load(self.path)
+        return decoder.load(self.read)
 
     @cached_property
     def _graph(self) -> ir.Graph:
@@ -152,18 +158,17 @@ def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
     return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
 
 
-def from_gguf(path: Path, reader: GGUFReader) -> MobiusSource:
+def from_gguf(model: GgufModel) -> MobiusSource:
     """The model of a GGUF file of one of `families.MOBIUS_GGUF`, its matrices as float32."""
-    metadata = Metadata(reader)
-    if len(gguf_parts(path)) > 1:
-        raise ExportError(f"{path} is in several parts, which this family is not read from; join them first")
+    if model.parts > 1:
+        raise ExportError(f"{model.path} is in several parts, which this family is not read from; join them first")
     return MobiusSource(
-        path,
-        name=gguf_name(path),
-        organization=metadata.get("general.organization", ""),
-        family=metadata.require("general.architecture"),
-        weights=main_type(reader.tensors),
-        vocabulary=vocabulary_of(metadata),
+        model,
+        name=gguf_name(model.path),
+        organization=model.metadata.get("general.organization", ""),
+        family=model.metadata.require("general.architecture"),
+        weights=main_type(model.tensors.values()),
+        vocabulary=vocabulary_of(model.metadata),
     )
 
 

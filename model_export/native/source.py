@@ -40,6 +40,10 @@ class DecoderSource:
         return self.checkpoint.weights
 
     @property
+    def size(self) -> int:
+        return self.checkpoint.size
+
+    @property
     def vocabulary(self) -> Vocabulary:
         return self.checkpoint.vocabulary
 

@@ -86,12 +86,14 @@ class Architecture:
 class Checkpoint:
     """A source model: exactly the tensors of its architecture, each of the right shape.
 
-    `weights` names the form of the source's matrices. Raises ExportError for a missing, extra or misshapen tensor.
+    `weights` names the form of the source's matrices, `size` is that of its files of weights in bytes. Raises
+    ExportError for a missing, extra or misshapen tensor.
     """
 
     name: str
     organization: str
     weights: str
+    size: int
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     vocabulary: Vocabulary

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.header import read_header
 from model_export.sources.gguf.tokenizer import _pre_tokenizer, merges_by_score, read_vocabulary
 from model_export.sources.vocabulary import Vocabulary
 
@@ -42,7 +42,7 @@ def sentence_piece(path: Path) -> Vocabulary:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return read_vocabulary(Metadata(GGUFReader(path)))
+    return read_vocabulary(read_header(path).metadata)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
     if metadata.get(f"{family}.attention.value_length", head_dim) != head_dim:
         raise ExportError(f"{family}.attention.value_length other than the head size {head_dim} is not supported")
     for key, values in SUPPORTED.items():
-        if (value := metadata.get(f"{family}.{key}")) is not None and value not in values:
+        if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
             raise ExportError(f"{family}.{key} of {shown(value)} is not supported")
 
 

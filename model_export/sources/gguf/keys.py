@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,9 @@ import numpy as np
 
 from model_export.errors import ExportError
 from model_export.sources import bounds
-from model_export.sources.bounds import check, check_heads, check_rotation, shown
+from model_export.sources.bounds import Whole, check, check_heads, check_rotation, shown
+from model_export.sources.gguf.header import Header
+from model_export.sources.gguf.metadata import Metadata
 
 KEYS: dict[str, Any] = {
     "general.architecture": bounds.Text,
@@ -19,7 +20,7 @@ KEYS: dict[str, Any] = {
     "tokenizer.ggml.pre": bounds.Text,
     "tokenizer.ggml.add_bos_token": bounds.Flag,
     "tokenizer.ggml.add_space_prefix": bounds.Flag,
-    "split.count": Annotated[int, bounds.Whole(0, 99_999)],
+    "split.count": Annotated[int, Whole(0, 99_999)],
 }
 # Behind the architecture's name.
 NUMBERS: dict[str, Any] = {
@@ -43,7 +44,7 @@ NUMBERS: dict[str, Any] = {
     "rope.scaling.yarn_beta_fast": bounds.Scale,
     "rope.scaling.yarn_beta_slow": bounds.Scale,
 }
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 IDS = tuple(
     f"tokenizer.ggml.{name}_token_id"
     for name in (
@@ -53,21 +54,22 @@ IDS = tuple(
 )
 
 
-def check_metadata(path: Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ExportError where a value is of the wrong kind, or out of all bounds, or does not fit another.
-
-    `shapes` are the tensors', the quickest dimension first.
-    """
+def check_metadata(header: Header) -> None:
+    """Raises ExportError where a value is of the wrong kind, or out of all bounds, or does not fit another."""
+    path, metadata = header.path, header.metadata
     family = metadata.get("general.architecture")
     for key, kind in {**KEYS, **{f"{family}.{name}": kind for name, kind in NUMBERS.items()}}.items():
         if key in metadata:
             check(f"{path}: {key}", metadata[key], kind)
-    _check_sizes(path, metadata, f"{family}.", shapes)
+    _check_sizes(header, f"{family}.")
     if TOKENS in metadata:
         _check_tokens(path, metadata)
+    if not header.tensors and metadata.get("split.count", 0) <= 1:  # the first of several files may have keys alone
+        raise ExportError(f"{path} is not a complete GGUF file: it has no tensors")
 
 
-def _check_sizes(path: Path, metadata: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_sizes(header: Header, prefix: str) -> None:
+    path, metadata = header.path, header.metadata
     heads, hidden = metadata.get(f"{prefix}attention.head_count"), metadata.get(f"{prefix}embedding_length")
     if heads is None or hidden is None:
         return
@@ -75,11 +77,12 @@ def _check_sizes(path: Path, metadata: Mapping[str, Any], prefix: str, shapes: M
     check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
     pairs = (head_dim or hidden // heads) // 2
     check_rotation(str(path), metadata.get(f"{prefix}context_length"), 2 * pairs)
-    if (factors := shapes.get("rope_freqs.weight", (pairs,))) != (pairs,):
-        raise ExportError(f"{path}: tensor rope_freqs.weight has shape {list(factors)}, expected {[pairs]}")
+    for tensor in header.tensors:
+        if tensor.name == "rope_freqs.weight" and tensor.shape != (pairs,):
+            raise ExportError(f"{path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {[pairs]}")
 
 
-def _check_tokens(path: Path, metadata: Mapping[str, Any]) -> None:
+def _check_tokens(path: Path, metadata: Metadata) -> None:
     tokens = _texts(path, TOKENS, metadata[TOKENS])
     if not tokens:
         raise ExportError(f"{path}: {TOKENS} holds no tokens")
@@ -89,12 +92,12 @@ def _check_tokens(path: Path, metadata: Mapping[str, Any]) -> None:
             raise ExportError(f"{path}: {TOKENS} holds {shown(token)} twice, as {first} and as {index}")
     for key in IDS:
         if key in metadata:
-            check(f"{path}: {key}", metadata[key], Annotated[int, bounds.Whole(0, len(tokens) - 1)])
+            check(f"{path}: {key}", metadata[key], Annotated[int, Whole(0, len(tokens) - 1)])
     for key, kinds in {"tokenizer.ggml.scores": "f", "tokenizer.ggml.token_type": "iu"}.items():
         if key in metadata:
             _check_numbers(path, key, metadata[key], kinds, len(tokens))
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.merges" in metadata:
-        _check_merges(path, _texts(path, "tokenizer.ggml.merges", metadata["tokenizer.ggml.merges"]), ids)
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and MERGES in metadata:
+        _texts(path, MERGES, metadata[MERGES])
 
 
 def _texts(path: Path, key: str, value: object) -> list[str]:
@@ -111,11 +114,3 @@ def _check_numbers(path: Path, key: str, value: object, kinds: str, count: int) 
         raise ExportError(f"{path}: {key} has {len(value)} elements, expected one for each of {count} tokens")
     if not np.isfinite(value).all():
         raise ExportError(f"{path}: {key} holds a number that is not finite")
-
-
-def _check_merges(path: Path, merges: list[str], ids: Mapping[str, int]) -> None:
-    for index, merge in enumerate(merges):
-        first, _, second = merge.partition(" ")
-        if unknown := [token for token in (first, second, first + second) if token not in ids]:
-            what = f"merge {index} of {shown(merge)} needs the token {shown(unknown[0])}, which is not there"
-            raise ExportError(f"{path}: {what}")

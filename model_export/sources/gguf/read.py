@@ -3,33 +3,63 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
+from gguf import GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.sources.checkpoint import Architecture, Checkpoint, split_fused
 from model_export.sources.gguf import config
+from model_export.sources.gguf.header import Header, Tensor, read_header
+from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import read_vocabulary
 from model_export.sources.panics import told_as
 from model_export.sources.vocabulary import Vocabulary
-from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
+from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, LazyTensor, Matrix, take_rows
 from model_export.sources.weights import dequantize as unpacked
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """Reads what a GGUF file says of its model. Raises ExportError where it is none."""
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ExportError(f"{path} is not a complete GGUF file: {error}") from error
+@dataclass(frozen=True)
+class GgufModel:
+    """The model in the file at `path` and in the parts that follow it, which have `size` bytes together.
+
+    The first file's keys count. `tensors` are those of all files, by their names.
+    """
+
+    path: Path
+    parts: int
+    size: int
+    metadata: Metadata
+    tensors: Mapping[str, Tensor]
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Reads the header of each of a model's files. Raises ExportError where they are not whole, or not one model."""
+    headers = [_header(part) for part in _parts(path)]
+    metadata = headers[0].metadata
+    if (count := metadata.get("split.count", 0)) > len(headers):
+        raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
+    every = [tensor for header in headers for tensor in header.tensors]
+    tensors = {tensor.name: tensor for tensor in every}
+    if len(tensors) < len(every):
+        raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
+    return GgufModel(path, len(headers), sum(header.size for header in headers), metadata, tensors)
+
+
+def _header(path: Path) -> Header:
+    header = read_header(path)
+    check_metadata(header)
+    return header
 
 
 def gguf_name(path: Path) -> str:
@@ -38,7 +68,7 @@ def gguf_name(path: Path) -> str:
     return QUANTIZATION_SUFFIX.sub("", part["name"] if part else path.stem)
 
 
-def gguf_parts(path: Path) -> list[Path]:
+def _parts(path: Path) -> list[Path]:
     """The files of a model, of which `path` is the first. Raises ExportError where it is another, or one is missing."""
     part = PART.fullmatch(path.stem)
     if part is None or int(part["count"]) <= 1:
@@ -54,27 +84,21 @@ def gguf_parts(path: Path) -> list[Path]:
     return parts
 
 
-def read_gguf(path: Path, reader: GGUFReader) -> Checkpoint:
-    """The model of an opened file and of the parts that follow it; tensors are read when they are asked for."""
-    metadata = Metadata(reader)
-    parts = gguf_parts(path)
-    if (count := metadata.get("split.count", 0)) > len(parts):
-        raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
-    every = [*reader.tensors, *(tensor for part in parts[1:] for tensor in open_gguf(part).tensors)]
-    stored = {tensor.name: tensor for tensor in every}
-    if len(stored) < len(every):
-        raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
+def read_gguf(model: GgufModel) -> Checkpoint:
+    """The checkpoint in a model's files; tensors are read when they are asked for."""
+    stored = dict(model.tensors)
     factors = {name: unpacked(_load(stored.pop(name))) for name in config.FACTORS if name in stored}
-    architecture = config.architecture(metadata, list(stored), factors)
+    architecture = config.architecture(model.metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
     split_fused(tensors, architecture)
     return Checkpoint(
-        name=gguf_name(path),
-        organization=metadata.get("general.organization", ""),
-        weights=main_type(every),
+        name=gguf_name(model.path),
+        organization=model.metadata.get("general.organization", ""),
+        weights=main_type(model.tensors.values()),
+        size=model.size,
         architecture=architecture,
         tensors=tensors,
-        vocabulary=vocabulary_of(metadata),
+        vocabulary=vocabulary_of(model.metadata),
     )
 
 
@@ -84,20 +108,21 @@ def vocabulary_of(metadata: Metadata) -> Vocabulary:
         return read_vocabulary(metadata)
 
 
-def main_type(tensors: list[ReaderTensor]) -> str:
+def main_type(tensors: Collection[Tensor]) -> str:
     """The type that holds most of the weights. Raises ExportError where there are none."""
     if not tensors:
         raise ExportError("the GGUF file holds no tensors")
     sizes: dict[str, int] = {}
     for tensor in tensors:
-        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+        sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + prod(tensor.shape)
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _lazy(tensor: ReaderTensor, architecture: Architecture) -> LazyTensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
+def _lazy(tensor: Tensor, architecture: Architecture) -> LazyTensor:
     order = _half_split_order(tensor.name, architecture)
-    return LazyTensor(shape, partial(_load, tensor) if order is None else lambda: take_rows(_load(tensor), order))
+    if order is None:
+        return LazyTensor(tensor.shape, partial(_load, tensor))
+    return LazyTensor(tensor.shape, lambda: take_rows(_load(tensor), order))
 
 
 def _name(name: str, architecture: Architecture) -> str:
@@ -116,8 +141,8 @@ def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _load(tensor: ReaderTensor) -> Matrix:
-    match tensor.tensor_type:
+def _load(tensor: Tensor) -> Matrix:
+    match tensor.kind:
         case GGMLQuantizationType.Q4_0:
             scales, codes = _split(tensor, scalars=1)
             return Blocks(_nibbles(codes), scales[..., 0], -8 * scales[..., 0], bits=4)
@@ -128,20 +153,16 @@ def _load(tensor: ReaderTensor) -> Matrix:
             scales, codes = _split(tensor, scalars=1)
             return Blocks(codes ^ np.uint8(0x80), scales[..., 0], -128 * scales[..., 0], bits=8)
         case kind:
-            try:
-                return dequantize(tensor.data, kind).astype(np.float32, copy=False)
-            except NotImplementedError:
-                raise ExportError(f"tensor {tensor.name} is of type {kind.name}, which is not supported") from None
+            return dequantize(tensor.data, kind).astype(np.float32, copy=False)
 
 
-def _split(tensor: ReaderTensor, scalars: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _split(tensor: Tensor, scalars: int) -> tuple[Floats, Bytes]:
     """A tensor's blocks as their leading float16 scalars [rows, blocks, scalars] and the bytes of their codes."""
-    rows, blocks = tensor.data.shape[0], int(tensor.shape[0]) // BLOCK
-    data = np.asarray(tensor.data).view(np.uint8).reshape(rows, blocks, -1)
+    data = tensor.data.reshape(tensor.shape[0], tensor.shape[-1] // BLOCK, -1)
     header = np.ascontiguousarray(data[..., : 2 * scalars]).view(np.float16).astype(np.float32)
     return header, np.ascontiguousarray(data[..., 2 * scalars :])
 
 
-def _nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _nibbles(codes: Bytes) -> Bytes:
     """A block's first 16 codes are the low halves of its bytes, the other 16 the high halves."""
     return np.concatenate([codes & 15, codes >> 4], axis=-1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model_export.errors import ExportError
+from model_export.sources.bounds import shown
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.vocabulary import Vocabulary, end_tokens
 
@@ -81,8 +82,8 @@ def _marks(metadata: Metadata) -> dict[str, int]:
 
 def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
     tokens = metadata.require("tokenizer.ggml.tokens")
-    merges = [_pair(merge) for merge in metadata.require("tokenizer.ggml.merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
+    merges = pairs(metadata.require("tokenizer.ggml.merges"), tokens, vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split in WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,15 +109,23 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    first, _, second = merge.partition(" ")
-    return first, second
+def pairs(merges: Sequence[str], tokens: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The two `tokens` that each merge joins. Raises ExportError where one, or what they make, is not in `vocab`."""
+    found = []
+    for index, merge in enumerate(merges):
+        first, _, second = merge.partition(" ")
+        for token in (first, second, first + second):
+            if token not in vocab:
+                what = f"merge {index} of {shown(merge)} needs the token {shown(token)}"
+                raise ExportError(f"tokenizer.ggml.merges: {what}, which is not there")
+        found.append((tokens[vocab[first]], tokens[vocab[second]]))  # the texts that there are, not copies of them
+    return found
 
 
 def _sentence_piece(metadata: Metadata) -> Tokenizer:
     tokens = metadata.require("tokenizer.ggml.tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores"))
+    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores").tolist())
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
     model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -145,7 +154,7 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
     tokens = metadata.require("tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    kinds = metadata.plain("tokenizer.ggml.token_type") or []
     kind_of = dict(zip(tokens, kinds, strict=False))
     # All at once: each call goes over every token that was added before.
     for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):

@@ -61,10 +61,16 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         name=directory.resolve().name,
         organization="",
         weights=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
+        size=size_of_weights(directory),
         architecture=architecture,
         tensors=tensors,
         vocabulary=read_vocabulary(directory, config),
     )
+
+
+def size_of_weights(directory: Path) -> int:
+    """The bytes of a directory's files of weights."""
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:

@@ -1,4 +1,4 @@
-"""Checks a GGUF file before the gguf library reads it, which believes every count and every offset."""
+"""Reads the header of a GGUF file: its keys, and where each tensor lies. Nothing is believed before it is checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from model_export.errors import ExportError
 from model_export.sources.bounds import shown
-from model_export.sources.gguf.keys import check_metadata
+from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.weights import Bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,7 +34,7 @@ SCALARS = {
 }
 # The fewest bytes of a key with its value, and of a tensor's description.
 LEAST_ENTRY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# The library makes an object of every element.
+# A Python object is made of each text among them.
 MOST_ELEMENTS = 1 << 22
 MOST_NAME = 1024
 MOST_DIMENSIONS = 4
@@ -47,44 +48,69 @@ LOOKS_LIKE = {
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
+    """A tensor, its slowest dimension first, and its bytes [..., bytes of a row], which stay on disk until used."""
+
     name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: Bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of `size` bytes says of itself."""
+
+    path: Path
+    size: int
+    metadata: Metadata
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor whose bytes are `begin`..`end` of the data behind the header."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
     begin: int
     end: int
 
 
-def check_gguf(path: Path) -> None:
-    """Raises ExportError unless `path` is a whole GGUF file whose parts all lie in it and whose numbers are sane."""
+def read_header(path: Path) -> Header:
+    """The header of the file at `path`, which stays mapped: it is opened this once, for its tensors as well.
+
+    Raises ExportError unless it is a whole GGUF file whose parts all lie in it.
+    """
     if path.stat().st_size == 0:
         raise ExportError(f"{path} is not a complete GGUF file: it is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _Check(path, data).run()
+    with path.open("rb") as file:
+        return _Parser(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).header()
 
 
-class _Check:
+class _Parser:
     """Goes through the file from its beginning; whatever it reads it has found to lie in the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, 0
 
-    def run(self) -> None:
+    def header(self) -> Header:
         self._magic()
         tensors, entries = self._number("<Q", "its number of tensors"), self._number("<Q", "its number of keys")
         self._room(entries, LEAST_ENTRY, "keys")
-        metadata: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         elements = 0
         for _ in range(entries):
             key = self._text("a key", MOST_NAME)
-            if key in metadata:
+            if key in values:
                 raise self._wrong(f"the key {key!r} stands there twice")
-            metadata[key] = self._value(key)
-            elements += len(metadata[key]) if isinstance(metadata[key], list | np.ndarray) else 1
+            values[key] = self._value(key)
+            elements += len(values[key]) if isinstance(values[key], list | np.ndarray) else 1
             if elements > MOST_ELEMENTS:
                 raise self._wrong(f"its keys hold {elements} values and more, expected at most {MOST_ELEMENTS}")
-        shapes = self._tensors(tensors, metadata.get("general.alignment", 32))
-        check_metadata(self._path, metadata, shapes)
-        if not tensors and metadata.get("split.count", 0) <= 1:  # the first of several files may have keys alone
-            raise self._wrong("it has no tensors")
+        found = self._tensors(tensors, values.get("general.alignment", 32))
+        return Header(self._path, len(self._data), Metadata(values), found)
 
     def _magic(self) -> None:
         head = self._data[:4]
@@ -113,10 +139,26 @@ class _Check:
             raise self._wrong(f"{key} has {count} elements, expected at most {MOST_ELEMENTS}")
         if kind == GGUFValueType.STRING:
             self._room(count, 8, f"elements of {key}")
-            return [self._text(f"element {index} of {key}", MOST_NAME) for index in range(count)]
+            return self._texts(key, count)
         size = struct.calcsize(SCALARS[kind])
         begin = self._take(count * size, key)
         return np.frombuffer(self._data[begin : self._at], SCALARS[kind])
+
+    def _texts(self, key: str, count: int) -> list[str]:
+        """An array of texts; there are hundreds of thousands, so nothing is done for each but what it needs."""
+        texts, data, length = [], self._data, struct.Struct("<Q").unpack_from
+        for index in range(count):
+            at = self._at + 8
+            try:
+                (size,) = length(data, self._at)
+                if size > min(MOST_NAME, len(data) - at):
+                    raise ValueError
+                texts.append(data[at : at + size].decode())
+            except (struct.error, ValueError):
+                self._text(f"element {index} of {key}", MOST_NAME)  # which says what is wrong
+                raise
+            self._at = at + size
+        return texts
 
     def _kind(self, key: str) -> GGUFValueType:
         number = self._number("<I", f"the type of {key}")
@@ -124,49 +166,48 @@ class _Check:
             raise self._wrong(f"{key} is of the unknown type {number}")
         return GGUFValueType(number)
 
-    def _tensors(self, count: int, alignment: object) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, the quickest dimension first."""
+    def _tensors(self, count: int, alignment: object) -> tuple[Tensor, ...]:
         if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise self._wrong(f"general.alignment is {shown(alignment)}, expected a power of two up to {1 << 20}")
         self._room(count, LEAST_TENSOR, "tensors")
-        shapes: dict[str, tuple[int, ...]] = {}
-        places = []
+        places: dict[str, _Place] = {}
         for _ in range(count):
-            name = self._text("a tensor's name", MOST_NAME)
-            if name in shapes:
-                raise self._wrong(f"it has two tensors {name!r}")
-            shapes[name], size = self._layout(name)
-            offset = self._number("<Q", f"the offset of tensor {name}")
-            if offset % alignment:
-                raise self._wrong(f"tensor {name} begins at {offset}, expected a multiple of {alignment}")
-            places.append(_Tensor(name, offset, offset + size))
-        self._places(places, self._at + -self._at % alignment)
-        return shapes
+            place = self._place(alignment)
+            if place.name in places:
+                raise self._wrong(f"it has two tensors {place.name!r}")
+            places[place.name] = place
+        data = self._at + -self._at % alignment
+        self._check_places(list(places.values()), data)
+        mapped = np.frombuffer(self._data, np.uint8)[data:]
+        return tuple(_tensor(place, mapped) for place in places.values())
 
-    def _layout(self, name: str) -> tuple[tuple[int, ...], int]:
-        """A tensor's shape and its size in bytes."""
+    def _place(self, alignment: int) -> _Place:
+        """The next tensor's description."""
+        name = self._text("a tensor's name", MOST_NAME)
         dimensions = self._number("<I", f"the dimensions of tensor {name}")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise self._wrong(f"tensor {name} has {dimensions} dimensions, expected 1..{MOST_DIMENSIONS}")
-        shape = tuple(self._number("<Q", f"the shape of tensor {name}") for _ in range(dimensions))
-        if min(shape) < 1:
-            raise self._wrong(f"tensor {name} has shape {list(shape)}, expected no side below 1")
+        sides = [self._number("<Q", f"the shape of tensor {name}") for _ in range(dimensions)]
+        if min(sides) < 1:
+            raise self._wrong(f"tensor {name} has shape {sides}, expected no side below 1")
         number = self._number("<I", f"the type of tensor {name}")
         if number not in READABLE:
             raise self._wrong(f"tensor {name} is of type {_type_name(number)}, which is not supported")
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
-        if shape[0] % block:
-            raise self._wrong(f"tensor {name} has rows of {shape[0]} weights, expected a multiple of {block}")
+        kind = GGMLQuantizationType(number)
+        block, size = GGML_QUANT_SIZES[kind]
+        if sides[0] % block:
+            raise self._wrong(f"tensor {name} has rows of {sides[0]} weights, expected a multiple of {block}")
         if dimensions == 1 and block > 1:
-            raise self._wrong(
-                f"tensor {name} of one dimension is of type {_type_name(number)}, expected F32, F16 or BF16"
-            )
-        return shape, prod(shape) // block * size
+            raise self._wrong(f"tensor {name} of one dimension is of type {kind.name}, expected F32, F16 or BF16")
+        begin = self._number("<Q", f"the offset of tensor {name}")
+        if begin % alignment:
+            raise self._wrong(f"tensor {name} begins at {begin}, expected a multiple of {alignment}")
+        return _Place(name, kind, tuple(reversed(sides)), begin, begin + prod(sides) // block * size)
 
-    def _places(self, tensors: list[_Tensor], data: int) -> None:
+    def _check_places(self, tensors: list[_Place], data: int) -> None:
         """Raises ExportError unless all lie between the byte `data` and the end, none over another."""
         room = len(self._data) - data
-        previous = _Tensor("", 0, 0)
+        previous = _Place("", GGMLQuantizationType.F32, (), 0, 0)
         for tensor in sorted(tensors, key=lambda each: each.begin):
             if tensor.end > room:
                 lies = f"tensor {tensor.name} lies at bytes {tensor.begin}..{tensor.end} of {max(room, 0)}"
@@ -206,12 +247,16 @@ class _Check:
         return ExportError(f"{self._path} is not a complete GGUF file: {why}")
 
 
+def _tensor(place: _Place, data: Bytes) -> Tensor:
+    return Tensor(place.name, place.kind, place.shape, data[place.begin : place.end].reshape(*place.shape[:-1], -1))
+
+
 def _readable() -> set[int]:
     """The types of tensors that the gguf library can turn into numbers."""
     found = set()
     for kind, (_, size) in GGML_QUANT_SIZES.items():
         try:
-            dequantize(np.zeros((1, size), np.uint8).view(PLAIN.get(kind, np.uint8)), kind)
+            dequantize(np.zeros((1, size), np.uint8), kind)
         except NotImplementedError:
             continue
         found.add(int(kind))
@@ -225,5 +270,4 @@ def _type_name(number: int) -> str:
         return str(number)
 
 
-PLAIN: dict[GGMLQuantizationType, Any] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 READABLE = _readable()
