@@ -11,9 +11,8 @@ from model_export.graph.source import Source
 from model_export.mobius import source as mobius
 from model_export.native.source import DecoderSource
 from model_export.sources import families
-from model_export.sources.files import read_json
 from model_export.sources.gguf.read import open_gguf, read_gguf
-from model_export.sources.hugging_face.check import check_hugging_face
+from model_export.sources.hugging_face.directory import read_directory
 from model_export.sources.hugging_face.hub import HubName, download, hub_name
 from model_export.sources.hugging_face.read import read_hugging_face
 from model_export.sources.vocabulary import check_vocabulary
@@ -56,8 +55,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
-    check_hugging_face(path)
-    config = read_json(path, "config.json")
-    if config.get("model_type") in families.MOBIUS:
-        return mobius.from_directory(path, config)
-    return DecoderSource(read_hugging_face(path))
+    directory = read_directory(path)
+    if directory.config.model_type in families.MOBIUS:
+        return mobius.from_directory(directory)
+    return DecoderSource(read_hugging_face(directory))

@@ -11,16 +11,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
 
 from model_export.errors import ExportError
 from model_export.mobius import gguf
 from model_export.sources.files import MIB
 from model_export.sources.gguf.read import GgufModel
-from model_export.sources.hugging_face.check import weight_files
+from model_export.sources.hugging_face.directory import Directory
 from model_export.sources.panics import quiet
 
 _INSTALL = "pip install '.[families]'"
@@ -28,9 +25,9 @@ _INSTALL = "pip install '.[families]'"
 _LARGEST_TABLES = 1024 * MIB
 
 
-def load(read: Path | GgufModel) -> Any:
+def load(read: Directory | GgufModel) -> Any:
     """The model of text of a source. Raises ExportError where its weights are not those of its configuration."""
-    path = read if isinstance(read, Path) else read.path
+    path = read.path
     with told(f"{path} cannot be loaded"):
         whole = _from_file(read) if isinstance(read, GgufModel) else _from_directory(read)
         for name, tensor in whole.state_dict().items():
@@ -66,10 +63,10 @@ def told(what: str) -> Iterator[None]:
             raise ExportError(f"{what}: {_first_line(error)}") from error
 
 
-def _from_directory(path: Path) -> Any:
-    transformers = imported("transformers")
+def _from_directory(directory: Directory) -> Any:
+    transformers, path = imported("transformers"), directory.path
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    _check_size(path, _hollow(config))
+    _check_size(directory, _hollow(config))
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -90,12 +87,9 @@ def _from_directory(path: Path) -> Any:
     return model
 
 
-def _check_size(path: Path, hollow: Any) -> None:
+def _check_size(directory: Directory, hollow: Any) -> None:
     """Raises ExportError where the model that the configuration describes is larger than the files can fill."""
-    held = 0
-    for each in weight_files(path):
-        with safe_open(each, "numpy") as file:
-            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    path, held = directory.path, sum(math.prod(tensor.shape) for tensor in directory.tensors.values())
     claimed = sum(weight.numel() for weight in hollow.parameters())
     if claimed > held:
         raise ExportError(f"{path}: its configuration makes a model of {claimed} weights, but its files hold {held}")

@@ -24,9 +24,11 @@ from model_export.mobius.decoder import imported, told
 from model_export.mobius.graph import Attention, Translation
 from model_export.mobius.nodes import key_shape
 from model_export.mobius.variants import check_variant
-from model_export.sources.bounds import shown
+from model_export.sources.bounds import parse, shown
 from model_export.sources.gguf.read import GgufModel, gguf_name, main_type, vocabulary_of
-from model_export.sources.hugging_face.read import read_vocabulary, size_of_weights
+from model_export.sources.hugging_face.config import TokenIds
+from model_export.sources.hugging_face.directory import Directory
+from model_export.sources.hugging_face.read import read_vocabulary
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import Floats
 
@@ -42,7 +44,7 @@ class MobiusSource:
     Raises ExportError where the extra `families` is not installed.
     """
 
-    read: Path | GgufModel
+    read: Directory | GgufModel
     name: str
     organization: str
     family: str
@@ -54,11 +56,11 @@ class MobiusSource:
 
     @property
     def path(self) -> Path:
-        return self.read if isinstance(self.read, Path) else self.read.path
+        return self.read.path
 
     @property
     def size(self) -> int:
-        return size_of_weights(self.read) if isinstance(self.read, Path) else self.read.size
+        return self.read.size
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -146,16 +148,18 @@ class MobiusSource:
         return logits
 
 
-def from_directory(path: Path, config: dict[str, Any]) -> MobiusSource:
+def from_directory(directory: Directory) -> MobiusSource:
     """The model of a Hugging Face directory of one of `families.MOBIUS`."""
-    where, text = str(path / "config.json"), config.get("text_config", {})
+    path, entries, config = directory.path, directory.entries, directory.config
+    where, text = str(path / "config.json"), entries.get("text_config", {})
     if not isinstance(text, dict):
         raise ExportError(f"{where}: text_config is {shown(text)}, expected an object")
-    for part in (config, {**text, "model_type": f"{config['model_type']}_text"}):
+    for part in (entries, {**text, "model_type": f"{config.model_type}_text"}):
         check_variant(where, part)
-    kind = config.get("dtype") or config.get("torch_dtype") or "float32"
-    vocabulary = read_vocabulary(path, {**text, **config})
-    return MobiusSource(path, path.resolve().name, "", config["model_type"], str(kind), vocabulary)
+    kind = config.dtype or config.torch_dtype or "float32"
+    ids = parse(TokenIds, where, {**text, **entries})
+    vocabulary = read_vocabulary(path, ids, directory.generation)
+    return MobiusSource(directory, path.resolve().name, "", config.model_type, kind, vocabulary)
 
 
 def from_gguf(model: GgufModel) -> MobiusSource:

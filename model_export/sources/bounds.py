@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import GetCoreSchemaHandler, Strict, TypeAdapter, ValidationError
+from pydantic import BaseModel, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from model_export.errors import ExportError
@@ -78,6 +79,8 @@ Flag = Annotated[bool, Strict(), Expected("true or false")]
 # Numbers in a table of rotations: as many as four million positions of a head of 128 take.
 ROTATION = 1 << 28
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def check(where: str, value: object, kind: Any) -> None:
     """Raises ExportError unless `value`, which stands at `where`, is of the type `kind`."""
@@ -90,6 +93,22 @@ def check(where: str, value: object, kind: Any) -> None:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def parse(model: type[Model], where: str, entries: Mapping[str, Any]) -> Model:
+    """The `entries` of the file at `where`. Raises ExportError for the first that is missing or not in bounds."""
+    try:
+        return model.model_validate(entries)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in error["loc"] if part != INNER)
+    if error["type"] == "missing":
+        raise ExportError(f"{where} has no {name}")
+    raise ExportError(f"{where}: {name} is {shown(error['input'])}, expected {error['msg']}")
+
+
+# A field that gathers entries of other names, which is no part of the path to them.
+INNER = "by_kind"
 
 
 def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

@@ -12,9 +12,9 @@ QUERY_KEY_VALUE = ("attn_q", "attn_k", "attn_v")
 ATTENTION = (*QUERY_KEY_VALUE, "attn_output")
 MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
-Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+ScalingKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 # The scalings of a rotation by the names that config.json gives them.
-SCALINGS: Mapping[str, Scaling] = {name: name for name in get_args(Scaling)}
+SCALINGS: Mapping[str, ScalingKind] = {name: name for name in get_args(ScalingKind)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Family:
     rotary_base: float = 10_000.0
     # Whether `partial_rotary_factor` may leave a part of each head unrotated.
     partial_rotation: bool = False
-    scalings: Mapping[str, Scaling] = field(default_factory=lambda: SCALINGS)
+    scalings: Mapping[str, ScalingKind] = field(default_factory=lambda: SCALINGS)
     # The context before scaling, which is then read only beside the scaling, never within.
     original_context: int | None = None
     # Matrices that hold others below one another.

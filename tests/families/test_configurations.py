@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from model_export.errors import ExportError
 from model_export.opening import read_source
 from model_export.sources.families import OWN
-from model_export.sources.hugging_face.check import NUMBERS, OPTIONAL, ROTARY
+from model_export.sources.hugging_face.config import Config as Known
+from model_export.sources.hugging_face.config import Scaling
 from tests.families.families import FAMILIES, WIDE
 from tests.families.family import Family
 from tests.families.oracle import Oracle, make
@@ -80,7 +81,7 @@ def without(config: Config, name: str) -> bool:
     return place.pop(entry, config) is not config
 
 
-NAMES = [*NUMBERS, *OPTIONAL, *(f"{part}.{name}" for part in ROTARIES for name in ROTARY)]
+NAMES = [*Known.model_fields, *(f"{part}.{name}" for part in ROTARIES for name in Scaling.model_fields)]
 
 
 @pytest.mark.parametrize("family", BUILT)

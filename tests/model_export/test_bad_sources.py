@@ -373,7 +373,7 @@ CONFIG: dict[str, tuple[Maker, str]] = {
     "generation_config.json not JSON": (written("generation_config.json", "{"), "generation_config.json is not JSON"),
     "generation_config.json's eos": (
         written("generation_config.json", '{"eos_token_id": [{}]}'),
-        "generation_config.json: eos_token_id is {}, expected",
+        "generation_config.json: eos_token_id is [{}], expected a whole number within 0..4194303, or a list of such",
     ),
 }
 

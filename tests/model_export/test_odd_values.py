@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 from gguf import GGUFValueType as Value
+from pydantic import BaseModel, ValidationError
 
 from model_export.errors import ExportError
 from model_export.opening import read_source
-from model_export.sources.bounds import check
 from model_export.sources.families import OWN
 from model_export.sources.gguf import config as gguf_config
 from model_export.sources.gguf import keys as gguf_keys
-from model_export.sources.hugging_face import config as hf_config
-from model_export.sources.hugging_face.check import NUMBERS, OPTIONAL, ROTARY
+from model_export.sources.hugging_face.config import AnyConfig, Rotation, TokenIds
 from tests.model_export import tiny
 from tests.model_export.bad_sources import Gguf, array, value, whole
 
@@ -30,6 +29,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 48},
     "longrope": {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 48},
 }
+ROTATION = [name for name in Rotation.model_fields if name != "by_kind"]
 BY_RULE = {"sliding_window": 24, "use_sliding_window": True}
 WINDOWED = BY_RULE | {"layer_types": ["full_attention", "sliding_attention"]}
 # What is read of a configuration of each family: all that its entries can lead to.
@@ -56,22 +56,22 @@ def read(source: Path) -> str:
     return refusal
 
 
-def holds(kind: Any, value: Any) -> bool:
-    """Whether a value is of a kind."""
+def holds(model: type[BaseModel], name: str, value: Any) -> bool:
+    """Whether the entry may have that value."""
     try:
-        check("", value, kind)
-    except ExportError:
+        model.model_validate({name: value})
+    except ValidationError:
         return False
     return True
 
 
 def changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Each entry, an odd value, and the configuration with that; the rotation's entries are behind a dot."""
-    for name in {**NUMBERS, **OPTIONAL}:
+    for name in AnyConfig.model_fields:
         for odd in ODD:
             yield name, odd, config | {name: odd}
     scaling = config.get("rope_scaling")
-    for name in ROTARY if scaling else ():
+    for name in ROTATION if scaling else ():
         for odd in ODD:
             yield f"rope_scaling.{name}", odd, config | {"rope_scaling": scaling | {name: odd}}
 
@@ -84,40 +84,16 @@ def test_odd_entries(case: str, tmp_path: Path) -> None:
     for name, odd, changed in changes(config):
         (source / "config.json").write_text(json.dumps(changed))
         refusal = read(source)
-        kind = {**NUMBERS, **OPTIONAL, **ROTARY}[name.rpartition(".")[2]]
-        if not holds(kind, odd) and (odd is not None or name in NUMBERS):
+        part, _, entry = name.rpartition(".")
+        if not holds(Rotation if part else AnyConfig, entry, odd):
             assert f"{name} is " in refusal, (name, odd)
 
 
-class Recording(dict[str, Any]):
-    """A configuration, or a part of one, that notes which of its entries are asked for."""
-
-    def __init__(self, entries: dict[str, Any], asked: set[str]) -> None:
-        super().__init__(
-            {name: Recording(each, asked) if type(each) is dict else each for name, each in entries.items()}
-        )
-        self.asked = asked
-
-    def __getitem__(self, name: str) -> Any:
-        self.asked.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.asked.add(name)
-        return super().get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        self.asked.add(str(name))
-        return super().__contains__(name)
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_no_entry_is_read_unchecked(case: str) -> None:
-    """Whatever the architecture is read from has a kind that it is checked for."""
-    asked: set[str] = set()
-    hf_config.architecture(Recording(CONFIGS[case], asked))
-    assert "num_hidden_layers" in asked
-    assert asked <= {*NUMBERS, *OPTIONAL, *ROTARY}
+@pytest.mark.parametrize("model", [AnyConfig, Rotation, TokenIds])
+def test_no_entry_is_read_unchecked(model: type[BaseModel]) -> None:
+    """The architecture is read from these entries alone, none of which may be just anything."""
+    for name in model.model_fields.keys() - {"by_kind"}:
+        assert not all(holds(model, name, odd) for odd in ODD), name
 
 
 # Odd values of a key; and a few that are what some key has.
@@ -149,12 +125,12 @@ def file(family: str, scaling: str) -> Gguf:
 
 
 PREFIXED = (*gguf_keys.NUMBERS, *gguf_config.SUPPORTED)
-ROTATION = [name for name in PREFIXED if name.startswith("rope.")]
+ROTATION_KEYS = [name for name in PREFIXED if name.startswith("rope.")]
 # Which keys of which families: those of no family once, those of the rotation in each of its kinds.
 FILES = {
     "llama": ("llama", "", [*gguf_keys.KEYS, *gguf_keys.IDS, *(f"llama.{name}" for name in PREFIXED)]),
-    "linear": ("llama", "linear", [f"llama.{name}" for name in ROTATION]),
-    "yarn": ("qwen2", "yarn", [f"qwen2.{name}" for name in ROTATION]),
+    "linear": ("llama", "linear", [f"llama.{name}" for name in ROTATION_KEYS]),
+    "yarn": ("qwen2", "yarn", [f"qwen2.{name}" for name in ROTATION_KEYS]),
     "smollm3": ("smollm3", "", [f"smollm3.{name}" for name in gguf_keys.NUMBERS]),
     "phi3": ("phi3", "", [f"phi3.{name}" for name in gguf_keys.NUMBERS]),
 }

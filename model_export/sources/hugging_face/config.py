@@ -1,204 +1,177 @@
-"""Reads the architecture that a Hugging Face config.json describes."""
+"""What config.json and generation_config.json may say, entry by entry, and what it is where they do not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
+from pydantic_core import PydanticCustomError
 
 from model_export.errors import ExportError
-from model_export.sources import rotary
-from model_export.sources.checkpoint import Architecture, Attention
-from model_export.sources.families import OWN, Family, Scaling, Windows, refusal
-from model_export.sources.rotary import Rotary
+from model_export.sources import bounds
+from model_export.sources.bounds import INNER, Expected, Whole, check_heads, check_rotation, parse, shown
+from model_export.sources.families import OWN
 
-Config = Mapping[str, Any]
+TOKEN = Whole(0, bounds.MOST_TOKENS - 1)
+Token = Annotated[int, TOKEN]
+Tokens = Annotated[Token | Annotated[list[Token | None], Strict()], Expected(f"{TOKEN}, or a list of such")]
+Rotates = Annotated[list[Annotated[int, Whole(0, 1)]], Strict(), Expected(f"a list, each of {Whole(0, 1)}")]
 
-# The first layer with a window where windows are "late" and config.json has no `max_window_layers`.
-USUAL_WINDOW_LAYERS = 28
-# One function by two names.
-ACTIVATIONS = ("silu", "swish")
-
-
-def architecture(config: Config) -> Architecture:
-    """The architecture. Raises ExportError for one that the builder does not build."""
-    family = OWN.get(str(config.get("model_type")))
-    if family is None:
-        raise refusal(config.get("model_type"), config)
-    _refuse_variants(config)
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or family.head_dim or hidden // heads
-        rotation = _rotary(config, family, head_dim)
-        context = config["max_position_embeddings"]
-        context = min(context, rotation.longest or context)
-        return Architecture(
-            family=family,
-            attention=_attention(config, family, context),
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            vocab_size=config["vocab_size"],
-            context_length=context,
-            norm_epsilon=config.get("rms_norm_eps", family.norm_epsilon),
-            rotary=rotation,
-            tied_embedding=config.get("tie_word_embeddings", family.tied_embedding),
-            biases=_biases(config, family),
-        )
-    except KeyError as error:
-        raise ExportError(f"config.json has no {error.args[0]}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ExportError(f"config.json describes no model that can be computed: {error}") from error
+# The default of entries that may be missing, but not null.
+MISSING: Any = None
+# What makes transformers open other files, or code of a hub; and what else the entry may say.
+CODE: Mapping[str, tuple[object, ...]] = {
+    "transformers_weights": (),
+    "attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation_internal": ("eager", "sdpa"),
+    "experts_implementation": (),
+    "_experts_implementation": (),
+    "_experts_implementation_internal": (),
+}
 
 
-def _refuse_variants(config: Config) -> None:
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
-        raise ExportError(f"activation {config['hidden_act']!r} is not supported; supported is silu")
+class Entries(BaseModel):
+    """Entries of a JSON object, each within its bounds. Others are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """The entry `name`, perhaps null, or `default` where it is missing."""
+        return getattr(self, name) if name in self.model_fields_set else default
 
 
-def _biases(config: Config, family: Family) -> frozenset[str]:
-    there = [each for each in family.biases if each.entry is None or config.get(each.entry, each.default)]
-    return frozenset(name for each in there for name in each.maps)
+class Scaling(Entries):
+    """A rotation and how it is scaled."""
+
+    rope_type: bounds.Text | None = None
+    type: bounds.Text | None = None
+    rope_theta: bounds.RotaryBase | None = None
+    partial_rotary_factor: bounds.Share | None = None
+    factor: bounds.Scale | None = None
+    attention_factor: bounds.Scale | None = None
+    beta_fast: bounds.Scale | None = None
+    beta_slow: bounds.Scale | None = None
+    truncate: bounds.Flag | None = True
+    mscale: Annotated[float, bounds.Real(0.0, bounds.SCALE.high)] | None = None
+    short_factor: bounds.Scales | None = None
+    long_factor: bounds.Scales | None = None
+    low_freq_factor: bounds.Scale | None = None
+    high_freq_factor: bounds.Scale | None = None
+    original_max_position_embeddings: bounds.Context | None = None
 
 
-def _attention(config: Config, family: Family, context: int) -> tuple[Attention, ...]:
-    """How each layer attends. A window that spans the whole context is none."""
-    rotates, windows = _rotates(config, family), family.windows
-    if windows is None:
-        return tuple(Attention(None, each) for each in rotates)
-    window, listed = _window(config, windows), config.get("layer_types") if windows.listed else None
-    kinds = _kinds(config, windows, rotates) if listed is None else listed
-    _check_layers(config, len(kinds))
-    if other := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ExportError(f"layers of the kind {min(other)!r} are not supported")
-    if listed and window is None and "sliding_attention" in listed:
-        raise ExportError("config.json's layer_types have windows, but no sliding_window is in use")
-    return tuple(
-        Attention(window if window and window < context and kind == "sliding_attention" else None, each)
-        for kind, each in zip(kinds, rotates, strict=True)
-    )
+class Rotation(Scaling):
+    """The rotation of all layers, or in `by_kind` that of each kind of layer."""
+
+    by_kind: Mapping[str, Scaling] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict):
+            raise PydanticCustomError("expected", "an object")
+        kinds = {name for name, entry in entries.items() if isinstance(entry, dict)} - Scaling.model_fields.keys()
+        return {**entries, INNER: {name: entries[name] for name in sorted(kinds)}}
 
 
-def _check_layers(config: Config, listed: int) -> None:
-    if listed != (layers := config["num_hidden_layers"]):
-        raise ExportError(f"config.json tells of {listed} layers, but has {layers}")
+# An empty object says as little as null.
+RotationOrNone = Annotated[Rotation | None, BeforeValidator(lambda entries: None if entries == {} else entries)]
 
 
-def _window(config: Config, windows: Windows) -> int | None:
-    if windows.by_choice and not config.get("use_sliding_window", False):
-        return None
-    window: int | None = config.get("sliding_window", windows.size)
-    if window == 0:
-        raise ExportError("config.json's sliding_window is 0, expected at least 1")
-    return window
+class TokenIds(Entries):
+    """What both files say of the tokens that begin and end a text."""
+
+    bos_token_id: Token | None = None
+    eos_token_id: Tokens | None = None
 
 
-def _rotates(config: Config, family: Family) -> list[bool]:
-    """Which layers rotate; the entries of `no_rope_layers` are 1 for those that do."""
-    layers = config["num_hidden_layers"]
-    if family.unrotated_every is None:
-        return [True] * layers
-    if (listed := config.get("no_rope_layers")) is not None:
-        _check_layers(config, len(listed))
-        return [bool(each) for each in listed]
-    interval = config.get("no_rope_layer_interval", family.unrotated_every)
-    return [(layer + 1) % interval != 0 for layer in range(layers)]
+class AnyConfig(TokenIds):
+    """The configuration of any family, by every name that some family has for a number."""
+
+    model_type: bounds.Text = MISSING
+    num_hidden_layers: bounds.Layers = MISSING
+    n_layer: bounds.Layers = MISSING
+    hidden_size: bounds.Hidden = MISSING
+    n_embd: bounds.Hidden = MISSING
+    intermediate_size: bounds.Intermediate = MISSING
+    n_inner: bounds.Intermediate | None = None
+    num_attention_heads: bounds.Heads = MISSING
+    n_head: bounds.Heads = MISSING
+    num_key_value_heads: bounds.Heads | None = None
+    head_dim: bounds.HeadDim | None = None
+    vocab_size: bounds.VocabSize = MISSING
+    max_position_embeddings: bounds.Context = MISSING
+    n_positions: bounds.Context = MISSING
+    original_max_position_embeddings: bounds.Context | None = None
+    rms_norm_eps: bounds.Epsilon = MISSING
+    layer_norm_epsilon: bounds.Epsilon = MISSING
+    tie_word_embeddings: bounds.Flag | None = None
+    torch_dtype: bounds.Text | None = None
+    dtype: bounds.Text | None = None
+    hidden_act: bounds.Text | None = "silu"
+    attention_bias: bounds.Flag | None = None
+    attention_out_bias: bounds.Flag | None = None
+    mlp_bias: bounds.Flag | None = None
+    query_pre_attn_scalar: bounds.Scale | None = None
+    attn_logit_softcapping: bounds.Scale | None = None
+    final_logit_softcapping: bounds.Scale | None = None
+    sliding_window: bounds.Window | None = None
+    use_sliding_window: bounds.Flag | None = False
+    max_window_layers: Annotated[int, Whole(0, bounds.MOST_LAYERS)] | None = 28
+    layer_types: bounds.Texts | None = None
+    no_rope_layers: Rotates | None = None
+    no_rope_layer_interval: bounds.Layers | None = None
+    rope_theta: bounds.RotaryBase | None = None
+    rope_local_base_freq: bounds.RotaryBase | None = None
+    partial_rotary_factor: bounds.Share | None = None
+    rope_scaling: RotationOrNone = None
+    rope_parameters: RotationOrNone = None
+    text_config: Annotated[dict[str, Any], Strict(), Expected("an object")] | None = None
 
 
-def _kinds(config: Config, windows: Windows, rotates: list[bool]) -> list[str]:
-    """The kind of each layer where `layer_types` does not list them."""
-    match windows.layers:
-        case "late":
-            first = config.get("max_window_layers", USUAL_WINDOW_LAYERS)
-            slides = [layer >= first for layer in range(len(rotates))]
-        case "unrotated":
-            slides = [not each for each in rotates]
-        case "all":
-            slides = [True] * len(rotates)
-    return ["sliding_attention" if each else "full_attention" for each in slides]
+class Config(AnyConfig):
+    """The configuration of a family of our own, which has to say all its sizes."""
+
+    model_type: bounds.Text
+    num_hidden_layers: bounds.Layers
+    hidden_size: bounds.Hidden
+    intermediate_size: bounds.Intermediate
+    num_attention_heads: bounds.Heads
+    vocab_size: bounds.VocabSize
+    max_position_embeddings: bounds.Context
 
 
-def _rotary(config: Config, family: Family, head_dim: int) -> Rotary:
-    """The rotation, which `rope_scaling` slows down; newer configurations keep all of it in `rope_parameters`."""
-    scaling: Config = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if nested := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
-        raise ExportError(f"rotary scaling of its own for layers of the kind {nested[0]!r} is not supported")
-    base = float(scaling.get("rope_theta", config.get("rope_theta", family.rotary_base)))
-    size = _rotated_size(config, scaling, family, head_dim)
-    plain = rotary.plain(size, base)
-    match _scaling_kind(scaling, family):
-        case "default":
-            return Rotary(plain)
-        case "dynamic":  # plain within `max_position_embeddings`, the context here
-            _needed(scaling, "factor")
-            return Rotary(plain)
-        case "linear":
-            return Rotary(plain / _needed(scaling, "factor"))
-        case "llama3":
-            factor, low, high = (_needed(scaling, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-            return Rotary(rotary.llama3(plain, factor, low, high, _original(config, scaling, family)))
-        case "yarn":
-            return _yarn(config, scaling, size, base, _original(config, scaling, family))
-        case "longrope":
-            return _longrope(config, scaling, size, base, _original(config, scaling, family))
+def read_config(where: str, entries: Mapping[str, Any]) -> AnyConfig:
+    """What the `entries` of a config.json say, a Config where its family is one of our own.
+
+    Raises ExportError where one is of the wrong kind, out of all bounds, or does not fit another.
+    """
+    config = parse(Config if str(entries.get("model_type")) in OWN else AnyConfig, where, entries)
+    _check(where, entries, config)
+    for part in (entries.get("text_config"), entries.get("vision_config")):
+        if isinstance(part, dict):
+            _check(where, part, parse(AnyConfig, where, part))
+    return config
 
 
-def _scaling_kind(scaling: Config, family: Family) -> Scaling:
-    given = scaling.get("rope_type", scaling.get("type", "default"))
-    if (kind := family.scalings.get(str(given))) is None:
-        known = ", ".join(family.scalings)
-        raise ExportError(f"rotary scaling {given!r} is not supported in {family.name}; supported are {known}")
-    return kind
+def _check(where: str, entries: Mapping[str, Any], config: AnyConfig) -> None:
+    _check_order(f"{where}: rope_scaling", config.rope_scaling)
+    _check_order(f"{where}: rope_parameters", config.rope_parameters)
+    for name, harmless in CODE.items():
+        if (value := entries.get(name)) is not None and value not in harmless:
+            raise ExportError(f"{where}: {name} is {shown(value)}, which may name other files or code; remove it")
+    if method := entries.get("quantization_config") or entries.get("compression_config"):
+        by = method.get("quant_method") if isinstance(method, dict) else method
+        raise ExportError(f"{where}: weights that are already quantized ({by}) are supported only as GGUF")
+    heads, hidden = config.num_attention_heads or config.n_head, config.hidden_size or config.n_embd
+    if heads and hidden:
+        check_heads(where, hidden, heads, config.num_key_value_heads or heads, config.head_dim)
+        check_rotation(where, config.max_position_embeddings, config.head_dim or hidden // heads)
 
 
-def _rotated_size(config: Config, scaling: Config, family: Family, head_dim: int) -> int:
-    """How many numbers of a head rotate."""
-    shares = (each.get("partial_rotary_factor") for each in (scaling, config))
-    share = next((share for share in shares if share is not None), 1.0)
-    if share != 1 and not family.partial_rotation:
-        known = ", ".join(each.name for each in OWN.values() if each.partial_rotation)
-        raise ExportError(f"partial_rotary_factor {share} is not supported in {family.name}, only in {known}")
-    return rotary.checked_size(int(head_dim * share), head_dim)
-
-
-def _needed(scaling: Config, name: str) -> float:
-    value = scaling.get(name)
-    if value is None:
-        raise ExportError(f"config.json has no {name}, which its rotary scaling needs")
-    return float(value)
-
-
-def _original(config: Config, scaling: Config, family: Family) -> int:
-    """The context length before scaling. A top-level entry of config.json overrides the one inside rope_scaling."""
-    name = "original_max_position_embeddings"
-    if family.original_context is not None:
-        return int(config.get(name, family.original_context))
-    return int(config[name] if name in config else scaling.get(name, config["max_position_embeddings"]))
-
-
-def _yarn(config: Config, scaling: Config, size: int, base: float, original: int) -> Rotary:
-    if not scaling.get("truncate", True) or scaling.get("mscale"):
-        raise ExportError("YaRN with mscale or without truncate is not supported")
-    factor = _factor(config, scaling["factor"], original)
-    turns = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
-    scale = scaling.get("attention_factor")
-    return Rotary(
-        rotary.yarn(size, base, factor, original, turns), rotary.yarn_scale(factor) if scale is None else float(scale)
-    )
-
-
-def _longrope(config: Config, scaling: Config, size: int, base: float, original: int) -> Rotary:
-    """The short factors, which hold up to the original context; beyond it all positions would turn anew."""
-    for name in ("short_factor", "long_factor"):
-        if len(scaling[name]) != size // 2:
-            raise ExportError(f"config.json's {name} has {len(scaling[name])} entries, expected {size // 2}")
-    scale = scaling.get("attention_factor")
-    if scale is None:
-        scale = rotary.longrope_scale(_factor(config, scaling.get("factor"), original), original)
-    return Rotary(rotary.plain(size, base, rotary.factors(scaling["short_factor"])), float(scale), longest=original)
-
-
-def _factor(config: Config, given: float | None, original: int) -> float:
-    """By how much the context is longer than the original one."""
-    return float(config["max_position_embeddings"] / original if given is None else given)
+def _check_order(where: str, rotation: Rotation | None) -> None:
+    low, high = (rotation.low_freq_factor, rotation.high_freq_factor) if rotation else (None, None)
+    if low is not None and high is not None and low >= high:
+        raise ExportError(f"{where}: low_freq_factor is {low}, expected less than high_freq_factor, {high}")

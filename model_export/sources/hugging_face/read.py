@@ -1,27 +1,23 @@
-"""Reads a Hugging Face directory: config.json, safetensors and tokenizer.json."""
+"""Makes a checkpoint of what a Hugging Face directory holds."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
 from model_export.sources.checkpoint import Checkpoint, split_fused
-from model_export.sources.files import read_json
-from model_export.sources.hugging_face import config as configuration
-from model_export.sources.hugging_face.check import weight_files
+from model_export.sources.hugging_face.architecture import read_architecture
+from model_export.sources.hugging_face.config import TokenIds
+from model_export.sources.hugging_face.directory import Directory
 from model_export.sources.panics import told_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
-from model_export.sources.weights import Floats, LazyTensor, dequantize
+from model_export.sources.weights import LazyTensor, dequantize
 
 WHOLE_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -46,11 +42,15 @@ LAYER_NAMES = {
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def read_hugging_face(directory: Path) -> Checkpoint:
-    """Opens a Hugging Face directory; tensors are read when they are asked for."""
-    config = read_json(directory, "config.json")
-    architecture = configuration.architecture(config)
-    tensors = _tensors(directory)
+def read_hugging_face(directory: Directory) -> Checkpoint:
+    """The checkpoint in a directory; tensors are read when they are asked for."""
+    config = directory.config
+    architecture = read_architecture(config, directory.entries)
+    tensors = {
+        _gguf_name(name): tensor
+        for name, tensor in directory.tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
     split_fused(tensors, architecture)
     if architecture.tied_embedding and "output.weight" in tensors:
         if _are_equal(tensors.get("token_embd.weight"), tensors["output.weight"]):
@@ -58,46 +58,20 @@ def read_hugging_face(directory: Path) -> Checkpoint:
         else:  # nothing ties what was stored apart
             architecture = replace(architecture, tied_embedding=False)
     return Checkpoint(
-        name=directory.resolve().name,
+        name=directory.path.resolve().name,
         organization="",
-        weights=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
-        size=size_of_weights(directory),
+        weights=config.torch_dtype or config.dtype or "float32",
+        size=directory.size,
         architecture=architecture,
         tensors=tensors,
-        vocabulary=read_vocabulary(directory, config),
+        vocabulary=read_vocabulary(directory.path, config, directory.generation),
     )
-
-
-def size_of_weights(directory: Path) -> int:
-    """The bytes of a directory's files of weights."""
-    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
     if one is None or one.shape != other.shape:
         return False
     return np.array_equal(dequantize(one.load()), dequantize(other.load()))
-
-
-def _tensors(directory: Path) -> dict[str, LazyTensor]:
-    tensors: dict[str, LazyTensor] = {}
-    for path in weight_files(directory):
-        tensors |= _tensors_of(path)
-    return tensors
-
-
-def _tensors_of(path: Path) -> dict[str, LazyTensor]:
-    tensors = {}
-    try:
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
-                shape = tuple(file.get_slice(name).get_shape())
-                tensors[_gguf_name(name)] = LazyTensor(shape, partial(_load, path, name))
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
-    return tensors
 
 
 def _gguf_name(name: str) -> str:
@@ -107,31 +81,24 @@ def _gguf_name(name: str) -> str:
     return f"{WHOLE_NAMES.get(module, module)}.{kind}"
 
 
-def _load(path: Path, name: str) -> Floats:
-    with safe_open(path, "numpy") as file:
-        tensor: NDArray[Any] = file.get_tensor(name)
-        return tensor.astype(np.float32)
+def read_vocabulary(directory: Path, config: TokenIds, generation: TokenIds) -> Vocabulary:
+    """The tokenizer of a directory, and the special tokens that its configurations declare.
 
-
-def read_vocabulary(directory: Path, config: dict[str, Any]) -> Vocabulary:
-    """The tokenizer of a directory. Raises ExportError where there is none."""
+    Raises ExportError where there is no tokenizer.
+    """
     path = directory / "tokenizer.json"
     with told_as(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         first = _first_tokens(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    generation = directory / "generation_config.json"
-    declared = [
-        config.get("eos_token_id"),
-        read_json(directory, generation.name).get("eos_token_id") if generation.exists() else None,
-    ]
+    declared = (config.eos_token_id, generation.eos_token_id)
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
     if len(first) > 1:
         raise ExportError(f"{path} begins texts with {len(first)} tokens of its own; supported is one")
     return Vocabulary(
         tokenizer,
-        bos=first[0] if first else config.get("bos_token_id"),
+        bos=first[0] if first else config.bos_token_id,
         add_bos=bool(first),
         end=end_tokens(tokenizer, ids),
     )

@@ -1,0 +1,62 @@
+"""Reads a Hugging Face directory, once; its code, pickles and templates are never used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_export.errors import ExportError
+from model_export.sources.bounds import parse
+from model_export.sources.files import MIB, plain_file, read_json
+from model_export.sources.hugging_face.config import AnyConfig, TokenIds, read_config
+from model_export.sources.hugging_face.shards import Shard, open_shards
+from model_export.sources.weights import LazyTensor
+
+ADAPTER = "adapter_config.json"
+LARGEST_TOKENIZER = 512 * MIB
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a directory holds: the `entries` of its config.json, what they say, and its shards.
+
+    `generation` is what generation_config.json says of tokens.
+    """
+
+    path: Path
+    entries: Mapping[str, Any]
+    config: AnyConfig
+    generation: TokenIds
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """The tensors of all shards by their names, read when they are asked for."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    @property
+    def size(self) -> int:
+        """The bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def read_directory(path: Path) -> Directory:
+    """Reads all but the weights and the tokenizer.
+
+    Raises ExportError unless the directory holds a configuration, whole safetensors and a tokenizer's file.
+    """
+    entries = read_json(path, "config.json")
+    config = read_config(str(path / "config.json"), entries)
+    if (path / ADAPTER).exists():
+        raise ExportError(f"{path} holds an adapter ({ADAPTER}); merge it into its model first")
+    shards = open_shards(path)
+    if not (path / "tokenizer.json").exists():
+        raise ExportError(f"{path / 'tokenizer.json'} does not exist; a slow tokenizer has to be converted first")
+    plain_file(path, "tokenizer.json", LARGEST_TOKENIZER)
+    return Directory(path, entries, config, _generation(path / "generation_config.json"), shards)
+
+
+def _generation(path: Path) -> TokenIds:
+    return parse(TokenIds, str(path), read_json(path.parent, path.name)) if path.exists() else TokenIds()
