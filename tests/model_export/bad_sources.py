@@ -1,176 +1,36 @@
-"""Makers of damaged and hostile sources, each from a tiny whole one."""
+"""Makers of damaged and hostile Hugging Face directories, each from a tiny whole one."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
+import operator
+import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType as Tensor
-from gguf import GGUFValueType as Value
 from safetensors.numpy import load_file, save_file
 
 from tests.model_export import tiny
-
-ALIGNMENT = 32
-FORMS = {
-    Value.UINT8: "<B",
-    Value.INT8: "<b",
-    Value.UINT32: "<I",
-    Value.INT32: "<i",
-    Value.UINT64: "<Q",
-    Value.FLOAT32: "<f",
-    Value.FLOAT64: "<d",
-    Value.BOOL: "<?",
-}
+from tests.model_export.gguf_files import Maker
 
 
-def text(value: str | bytes, length: int | None = None) -> bytes:
-    """A string as GGUF has it, or one that lies about its length."""
-    raw = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(raw) if length is None else length) + raw
+class Gone(enum.Enum):
+    """Marks what a row of a table removes."""
+
+    GONE = enum.auto()
 
 
-def value(kind: Value, content: Any) -> bytes:
-    """A typed value."""
-    body = text(content) if kind == Value.STRING else struct.pack(FORMS[kind], content)
-    return struct.pack("<I", kind) + body
+GONE = Gone.GONE
 
 
-def array(kind: Value, items: list[Any], count: int | None = None) -> bytes:
-    """A typed array, or one that lies about its length."""
-    body = b"".join(text(each) if kind == Value.STRING else struct.pack(FORMS[kind], each) for each in items)
-    return struct.pack("<IIQ", Value.ARRAY, kind, len(items) if count is None else count) + body
-
-
-@dataclass
-class Info:
-    """A tensor's description, as the file will state it."""
-
-    name: str | bytes
-    shape: list[int]
-    kind: int
-    offset: int
-    dimensions: int | None = None
-
-    def encode(self) -> bytes:
-        """Its bytes; `dimensions` may lie."""
-        count = len(self.shape) if self.dimensions is None else self.dimensions
-        sides = struct.pack(f"<{len(self.shape)}Q", *self.shape)
-        return text(self.name) + struct.pack("<I", count) + sides + struct.pack("<IQ", self.kind, self.offset)
-
-
-@dataclass
-class Gguf:
-    """A tiny GGUF model in float32, whole until something is changed."""
-
-    magic: bytes = b"GGUF"
-    version: bytes = struct.pack("<I", 3)
-    keys: list[tuple[str | bytes, bytes]] = field(default_factory=list)
-    tensors: list[Info] = field(default_factory=list)
-    data: bytearray = field(default_factory=bytearray)
-    claimed_tensors: int | None = None
-    claimed_keys: int | None = None
-
-    def encode(self) -> bytes:
-        """The file."""
-        counts = (
-            len(self.tensors) if self.claimed_tensors is None else self.claimed_tensors,
-            len(self.keys) if self.claimed_keys is None else self.claimed_keys,
-        )
-        head = self.magic + self.version + struct.pack("<QQ", *counts)
-        head += b"".join(text(key) + content for key, content in self.keys)
-        head += b"".join(tensor.encode() for tensor in self.tensors)
-        return head + bytes(-len(head) % ALIGNMENT) + bytes(self.data)
-
-    def set(self, key: str, content: bytes) -> None:
-        """Replaces a key, or adds it."""
-        self.keys = [each for each in self.keys if each[0] != key] + [(key, content)]
-
-    def drop(self, key: str) -> None:
-        """Removes a key."""
-        self.keys = [each for each in self.keys if each[0] != key]
-
-    def tensor(self, name: str = "blk.0.ffn_up.weight") -> Info:
-        """The description of a tensor."""
-        return next(each for each in self.tensors if each.name == name)
-
-
-def whole() -> Gguf:
-    """The tiny model, as it should be."""
-    made = Gguf()
-    numbers = {
-        "context_length": tiny.CONTEXT,
-        "embedding_length": tiny.HIDDEN,
-        "block_count": tiny.LAYERS,
-        "feed_forward_length": tiny.INTERMEDIATE,
-        "attention.head_count": tiny.HEADS,
-        "attention.head_count_kv": tiny.KV_HEADS,
-        "attention.key_length": tiny.HEAD_DIM,
-    }
-    made.set("general.architecture", value(Value.STRING, "llama"))
-    for name, number in numbers.items():
-        made.set(f"llama.{name}", value(Value.UINT32, number))
-    made.set("llama.attention.layer_norm_rms_epsilon", value(Value.FLOAT32, 1e-5))
-    made.set("llama.rope.freq_base", value(Value.FLOAT32, 10000.0))
-    made.set("tokenizer.ggml.model", value(Value.STRING, "gpt2"))
-    made.set("tokenizer.ggml.pre", value(Value.STRING, "smollm"))
-    made.set("tokenizer.ggml.tokens", array(Value.STRING, tiny.TOKENS))
-    made.set("tokenizer.ggml.token_type", array(Value.INT32, [3] + [1] * (tiny.VOCAB - 1)))
-    made.set("tokenizer.ggml.merges", array(Value.STRING, [" ".join(merge) for merge in tiny.MERGES]))
-    made.set("tokenizer.ggml.eos_token_id", value(Value.UINT32, 0))
-    for name, weights in tiny.weights("llama").items():
-        for long, short in tiny.GGUF_NAMES.items():
-            name = name.replace(long, short)  # noqa: PLW2901
-        made.tensors.append(Info(name, list(weights.shape[::-1]), Tensor.F32, len(made.data)))
-        made.data += weights.tobytes()
-        made.data += bytes(-len(made.data) % ALIGNMENT)
-    return made
-
-
-def gguf(change: Callable[[Gguf], object]) -> Callable[[Path], Path]:
-    """A maker of the tiny GGUF file after `change`."""
-
-    def make(path: Path) -> Path:
-        model = whole()
-        change(model)
-        path.write_bytes(model.encode())
-        return path
-
-    return make
-
-
-def key(name: str, content: bytes) -> Callable[[Path], Path]:
-    """A maker of the tiny GGUF file with one key changed."""
-    return gguf(lambda model: model.set(name, content))
-
-
-def tensor(**changes: Any) -> Callable[[Path], Path]:
-    """A maker of the tiny GGUF file with one tensor's description changed."""
-
-    def change(model: Gguf) -> None:
-        for name, content in changes.items():
-            setattr(model.tensor(), name, content)
-
-    return gguf(change)
-
-
-def poke(name: str, number: float) -> Callable[[Path], Path]:
-    """A maker of the tiny GGUF file whose tensor `name` has one other weight."""
-
-    def change(model: Gguf) -> None:
-        struct.pack_into("<f", model.data, model.tensor(name).offset + 8, number)
-
-    return gguf(change)
-
-
-def content(raw: bytes) -> Callable[[Path], Path]:
+def content(raw: bytes) -> Maker:
     """A maker of a file of these bytes."""
 
     def make(path: Path) -> Path:
@@ -180,13 +40,12 @@ def content(raw: bytes) -> Callable[[Path], Path]:
     return make
 
 
-def hugging_face(change: Callable[[Path], object] | None = None, **config: Any) -> Callable[[Path], Path]:
+def hugging_face(change: Callable[[Path], object] | None = None, **entries: Any) -> Maker:
     """A maker of the tiny Hugging Face directory with changes of its configuration, and then by `change`."""
 
     def make(path: Path) -> Path:
         tiny.hugging_face(path)
-        settings = json.loads((path / "config.json").read_text()) | config
-        (path / "config.json").write_text(json.dumps(settings))
+        edit(path / "config.json", entries)
         if change is not None:
             change(path)
         return path
@@ -194,7 +53,36 @@ def hugging_face(change: Callable[[Path], object] | None = None, **config: Any) 
     return make
 
 
-def written(name: str, raw: str | bytes) -> Callable[[Path], Path]:
+def config(changes: Mapping[str, Any]) -> Maker:
+    """A maker of the tiny Hugging Face directory with changes of its configuration."""
+    return hugging_face(**changes)
+
+
+def json_entries(name: str, changes: Mapping[str, Any]) -> Maker:
+    """A maker of the tiny Hugging Face directory with changes of a JSON file; see `edit`."""
+    return hugging_face(lambda path: edit(path / name, changes))
+
+
+def edit(file: Path, changes: Mapping[str, Any]) -> None:
+    """Sets entries of a JSON file, or removes those that are GONE; a slash leads into an object."""
+    parsed = json.loads(file.read_text())
+    for name, entry in changes.items():
+        *folders, last = name.split("/")
+        place = functools.reduce(operator.getitem, folders, parsed)
+        if entry is GONE:
+            del place[last]
+        else:
+            place[last] = entry
+    file.write_text(json.dumps(parsed))
+
+
+def placed(name: str) -> Maker:
+    """A maker of the tiny Hugging Face directory whose index sends every tensor to the file `name`."""
+    tensors = tiny.weights("llama")
+    return json_entries("model.safetensors.index.json", {"weight_map": dict.fromkeys(tensors, name)})
+
+
+def written(name: str, raw: str | bytes) -> Maker:
     """A maker of the tiny Hugging Face directory with one file written anew."""
 
     def change(path: Path) -> None:
@@ -204,33 +92,47 @@ def written(name: str, raw: str | bytes) -> Callable[[Path], Path]:
     return hugging_face(change)
 
 
-def edited(name: str, change: Callable[[Any], object]) -> Callable[[Path], Path]:
-    """A maker of the tiny Hugging Face directory with one JSON file edited."""
-
-    def edit(path: Path) -> None:
-        parsed = json.loads((path / name).read_text())
-        change(parsed)
-        (path / name).write_text(json.dumps(parsed))
-
-    return hugging_face(edit)
+def stored(name: str, values: np.ndarray) -> Maker:
+    """A maker of the tiny Hugging Face directory with its weights in one file, `values` those of the tensor `name`."""
+    return single({name: values})
 
 
-def single(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], Path]:
-    """A maker of the tiny Hugging Face directory with its weights in one file, after `change` of them."""
+def single(changes: Mapping[str, np.ndarray]) -> Maker:
+    """A maker of the tiny Hugging Face directory with its weights in one file, and some others."""
 
     def merge(path: Path) -> None:
         shards = sorted(path.glob("*.safetensors"))
         tensors = {name: each for shard in shards for name, each in load_file(shard).items()}
         for file in [*shards, path / "model.safetensors.index.json"]:
             file.unlink()
-        change(tensors)
-        save_file(tensors, path / "model.safetensors")
+        save_file({**tensors, **changes}, path / "model.safetensors")
 
     return hugging_face(merge)
 
 
-def header(change: Callable[[dict[str, Any]], object], length: int | None = None) -> Callable[[Path], Path]:
-    """A maker of the tiny Hugging Face directory whose safetensors header has changed, or lies about its length."""
+def header(name: str, change: Any) -> Maker:
+    """A maker of the tiny Hugging Face directory whose first shard describes the tensor `name` otherwise.
+
+    `change` has other entries of its description, is another tensor of the shard whose bytes it has as well, or GONE.
+    """
+
+    def rewrite(described: dict[str, Any]) -> None:
+        if change is GONE:
+            del described[name]
+        else:
+            offsets = {"data_offsets": described[change]["data_offsets"]} if isinstance(change, str) else change
+            described[name].update(offsets)
+
+    return rewritten(rewrite)
+
+
+def header_length(length: int) -> Maker:
+    """A maker of the tiny Hugging Face directory whose first shard lies about the length of its header."""
+    return rewritten(lambda described: None, length)
+
+
+def rewritten(change: Callable[[dict[str, Any]], object], length: int | None = None) -> Maker:
+    """A maker of the tiny Hugging Face directory with another header of its first shard."""
 
     def rewrite(path: Path) -> None:
         file = path / "model-0.safetensors"
@@ -244,7 +146,82 @@ def header(change: Callable[[dict[str, Any]], object], length: int | None = None
     return hugging_face(rewrite)
 
 
-def only_pickle(marker: Path) -> Callable[[Path], Path]:
+def fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def loop(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
+def device(path: Path) -> Path:
+    return Path("/dev/zero")
+
+
+def empty(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def leads_out(name: str) -> Maker:
+    """A directory in which a file is a link out of it."""
+
+    def change(path: Path) -> None:
+        outside = path.parent / "elsewhere"
+        outside.mkdir(exist_ok=True)
+        (path / name).rename(outside / name)
+        (path / name).symlink_to(outside / name)
+
+    return hugging_face(change)
+
+
+def replaced_by_fifo(name: str) -> Maker:
+    """A directory in which a file is a pipe that nobody writes to."""
+
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+    return hugging_face(change)
+
+
+def itself(make: Maker) -> Maker:
+    return make
+
+
+def sparse_config(path: Path) -> None:
+    """A configuration of a gigabyte."""
+    with (path / "config.json").open("r+b") as file:
+        file.truncate(1 << 30)
+
+
+def cut_off(path: Path) -> None:
+    """A shard that ends too early."""
+    os.truncate(path / "model-0.safetensors", 9000)
+
+
+def copied_shard(path: Path) -> None:
+    """The same tensors twice, in files that are found by their names."""
+    (path / "model.safetensors.index.json").unlink()
+    (path / "model-2.safetensors").write_bytes((path / "model-1.safetensors").read_bytes())
+
+
+def missing_shard(path: Path) -> None:
+    (path / "model-1.safetensors").unlink()
+
+
+def no_weights(path: Path) -> None:
+    for file in path.glob("model*"):
+        file.unlink()
+
+
+def no_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+
+
+def only_pickle(marker: Path) -> Maker:
     """A maker of a directory whose weights are a pickle that makes the file `marker` when it is loaded."""
 
     def change(path: Path) -> None:

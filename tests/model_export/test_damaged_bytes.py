@@ -58,7 +58,7 @@ def gguf(kind: Tensor) -> Callable[[Path], Whole]:
 
 def directory(name: str) -> Callable[[Path], Whole]:
     def make(folder: Path) -> Whole:
-        source = single(lambda tensors: None)(folder / "Tiny")
+        source = single({})(folder / "Tiny")
         return Whole(source, source / name, 3000)
 
     return make

@@ -19,7 +19,7 @@ from model_export.sources.gguf import config as gguf_config
 from model_export.sources.gguf import keys as gguf_keys
 from model_export.sources.hugging_face.config import AnyConfig, Rotation, TokenIds
 from tests.model_export import tiny
-from tests.model_export.bad_sources import Gguf, array, value, whole
+from tests.model_export.gguf_files import Gguf, array, value, whole
 
 ODD: list[Any] = [0, -1, 1, 5, 10**30, 0.5, 1e300, float("nan"), True, None, "x", [], [{}], [[1], "x"], {}, {"a": {}}]
 ROTATIONS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from tests.model_export import tiny
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 # Exports a source and prints how often each of its files was opened. An audit hook hears of what Python opens itself,
 # and of nothing that Rust opens: both functions that do so here, for shards and tokenizers, have stand-ins that count.
