@@ -58,25 +58,46 @@ def text_config(**changes: Any) -> Change:
     return change
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
-    """Other weights."""
+def third(change: Callable[[np.ndarray], np.ndarray | None]) -> Change:
+    """Other values of some tensor, always the same; None removes it."""
 
     def rewrite(path: Path) -> None:
         held = load_file(path / WEIGHTS)
-        change(held)
+        name = sorted(held)[2]
+        if (changed := change(held.pop(name))) is not None:
+            held[name] = changed
         save_file(held, path / WEIGHTS, metadata={"format": "pt"})
 
     return rewrite
 
 
-def third(held: dict[str, np.ndarray]) -> str:
-    """The name of some tensor, always the same."""
-    return sorted(held)[2]
+def added(name: str, values: np.ndarray) -> Change:
+    """One more tensor."""
+    return lambda path: save_file(
+        {**load_file(path / WEIGHTS), name: values}, path / WEIGHTS, metadata={"format": "pt"}
+    )
 
 
-def spoil(held: dict[str, np.ndarray], value: float) -> None:
-    """One weight that is no number."""
-    held[third(held)].flat[0] = value
+def nan(values: np.ndarray) -> np.ndarray:
+    values.flat[0] = np.nan
+    return values
+
+
+def infinite(values: np.ndarray) -> np.ndarray:
+    values.flat[0] = np.inf
+    return values
+
+
+def removed(values: np.ndarray) -> None:
+    return None
+
+
+def doubled(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values] * 2)
+
+
+def integers(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.int8)
 
 
 def linked(path: Path) -> None:
@@ -125,41 +146,40 @@ def adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
 
 
+# What is wrong in the directory's files, and what the refusal says.
+FILES = [
+    ("linked weights", linked, "leads out of"),
+    ("linked weights beside an index", linked_beside_an_index, "leads out of"),
+    ("two forms of weights", two_forms, f"holds both {WEIGHTS} and {INDEX}"),
+    ("another link", unnamed_link, "other.safetensors leads out of"),
+    ("pickle by name", pickled, "transformers_weights is 'weights.bin', which may name other files or code"),
+    ("adapter", adapter, "holds an adapter (adapter_config.json)"),
+    ("cut off", cut, "is not a complete safetensors file"),
+]
+# Entries of config.json.
+NONSENSE = dict.fromkeys(("hidden_activation", "hidden_act", "activation_function"), "nonsense")
+ENTRIES = [
+    ("weights by name", {"transformers_weights": "../x.safetensors"}, "transformers_weights is '../x.safetensors'"),
+    ("kernel of a hub", {"attn_implementation": "kernels-community/flash-attn"}, "attn_implementation is 'kernels-"),
+    ("flash attention", {"_attn_implementation": "flash_attention_2"}, "_attn_implementation is 'flash_attention_2'"),
+    ("kernels of parts", {"attn_implementation": {"": "a/b"}}, "attn_implementation is {'': 'a/b'}"),
+    ("experts of a hub", {"_experts_implementation": "a/b"}, "_experts_implementation is 'a/b'"),
+    ("activation", NONSENSE, "cannot be loaded: "),
+]
+# What is changed of a tensor.
+TENSORS = [
+    ("NaN", nan, "holds a weight that is not finite"),
+    ("infinite", infinite, "holds a weight that is not finite"),
+    ("missing tensor", removed, "weights, but its files hold "),
+    ("misshapen", doubled, "expected ["),
+    ("integers", integers, "holds I8, which is not supported"),
+]
+ADDED = [("tensor too many", "model.evil\n.weight", np.zeros(3, np.float32), "has a tensor that its family has not, ")]
 HOSTILE: dict[str, tuple[Change, str]] = {
-    "linked weights": (linked, "leads out of"),
-    "linked weights beside an index": (linked_beside_an_index, "leads out of"),
-    "two forms of weights": (two_forms, f"holds both {WEIGHTS} and {INDEX}"),
-    "another link": (unnamed_link, "other.safetensors leads out of"),
-    "pickle by name": (pickled, "transformers_weights is 'weights.bin', which may name other files or code"),
-    "weights by name": (config(transformers_weights="../x.safetensors"), "transformers_weights is '../x.safetensors'"),
-    "kernel of a hub": (config(attn_implementation="kernels-community/flash-attn"), "attn_implementation is 'kernels-"),
-    "flash attention": (
-        config(_attn_implementation="flash_attention_2"),
-        "_attn_implementation is 'flash_attention_2'",
-    ),
-    "kernels of parts": (config(attn_implementation={"": "a/b"}), "attn_implementation is {'': 'a/b'}"),
-    "experts of a hub": (config(_experts_implementation="a/b"), "_experts_implementation is 'a/b'"),
-    "adapter": (adapter, "holds an adapter (adapter_config.json)"),
-    "cut off": (cut, "is not a complete safetensors file"),
-    "NaN": (tensors(lambda held: spoil(held, float("nan"))), "holds a weight that is not finite"),
-    "infinite": (tensors(lambda held: spoil(held, float("inf"))), "holds a weight that is not finite"),
-    "missing tensor": (tensors(lambda held: held.pop(third(held))), "weights, but its files hold "),
-    "tensor too many": (
-        tensors(lambda held: held.update({"model.evil\n.weight": np.zeros(3, np.float32)})),
-        "has a tensor that its family has not, ",
-    ),
-    "misshapen": (
-        tensors(lambda held: held.update({third(held): np.concatenate([held[third(held)]] * 2)})),
-        "expected [",
-    ),
-    "integers": (
-        tensors(lambda held: held.update({third(held): held[third(held)].astype(np.int8)})),
-        "holds I8, which is not supported",
-    ),
-    "activation": (
-        config(hidden_activation="nonsense", hidden_act="nonsense", activation_function="nonsense"),
-        "cannot be loaded: ",
-    ),
+    **{what: (change, message) for what, change, message in FILES},
+    **{what: (config(**entries), message) for what, entries, message in ENTRIES},
+    **{what: (third(change), message) for what, change, message in TENSORS},
+    **{what: (added(name, values), message) for what, name, values, message in ADDED},
 }
 LAYERS = {"gpt2": "n_layer"}
 WIDTH = {"gpt2": {"n_embd": 1 << 17, "n_inner": 1 << 20}}
@@ -279,5 +299,5 @@ def test_tables_of_old_files(sources: Callable[[str], Path], tmp_path: Path) -> 
     source = tmp_path / "Tiny"
     shutil.copytree(sources("gpt_neox"), source)
     mask = np.ones((1, 1, 8, 8), bool)
-    tensors(lambda held: held.update({"gpt_neox.layers.0.attention.bias": mask}))(source)
+    added("gpt_neox.layers.0.attention.bias", mask)(source)
     assert main([str(source), str(tmp_path / "model"), "--quantization", "float32"]) == 0
