@@ -1,4 +1,23 @@
-"""Turns weights, a GGUF file's or a Hugging Face directory's, into a model directory for the service."""
+"""The exporter: the weights of a GGUF file or a Hugging Face directory become a model directory for the service.
+
+The journey of a weight, with the real names:
+
+    path -> opening.read_source                          finds the source and who builds its graph
+         -> sources.gguf.read.open_gguf                  reads each file's header, once
+            or sources.hugging_face.directory.read_directory   reads config.json and the shards' headers, once
+         -> sources.families.FAMILIES                    the row that says what its family computes
+         -> sources.checkpoint.Checkpoint                exactly the tensors of that architecture, still on disk
+    for each layer:
+         sources.checkpoint.Checkpoint.matrix            disk -> float32, or blocks as the file has them
+         native.graph                                    stacks what is multiplied by the same input
+         graph.operators.Operators.linear                the product, in the form that was asked for
+         graph.quantize.pack                             -> codes, scales, zero points
+         graph.initializers.Initializers.add             -> the file of weights, at the start of a page
+    verify.verify.verify                                 runs the written graph beside native.reference
+    export.export                                        writes the manifest, and all appears at once or not at all
+
+Families that mobius builds instead go from opening to mobius.source.MobiusSource; the rest of the way is the same.
+"""
 
 import os
 
