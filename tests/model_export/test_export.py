@@ -50,10 +50,8 @@ def expected(source: Path, tokens: np.ndarray) -> np.ndarray:
     return read_source(source).logits(tokens, lambda: None)
 
 
-VARIANTS = {
-    "llama": {},
+VARIANTS = {family: {} for family in tiny.FAMILIES} | {
     "mistral": {"tie_word_embeddings": False},
-    "qwen2": {},
     "qwen3": {"tie_word_embeddings": False},
     "linear": {"family": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3": {

@@ -73,6 +73,8 @@ def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys
 def test_tables_agree() -> None:
     """No family is built twice, or built and refused, and the documents name every one that is built."""
     built = [*OWN, *MOBIUS]
+    assert tiny.FAMILIES.keys() == OWN.keys()
+    assert {family for family, shape in tiny.FAMILIES.items() if shape.gguf} == set(OWN_GGUF)
     assert len(set(built)) == len(built)
     assert not set(built) & set(REFUSED)
     documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "models.md").read_text()))

@@ -22,13 +22,13 @@ SHORT = 1 + np.arange(16, dtype=np.float32) / 8
 
 # What GGUF metadata and config.json say of the same model.
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama": ({}, {}),
+    family: ({}, {}) for family, shape in tiny.FAMILIES.items() if shape.gguf
+} | {
     "llama linear": (
         {"entries": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}},
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
     "llama window": ({"entries": {"attention.sliding_window": 24}}, {"family": "mistral", "sliding_window": 24}),
-    "qwen2": ({}, {}),
     "qwen2 yarn": (
         {
             "entries": {
@@ -58,7 +58,6 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"entries": {"rope.scaling.factor": 4.0}},
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
-    "qwen3": ({}, {}),
     "smollm3": ({"layers": 4}, {"num_hidden_layers": 4}),
     "seed_oss": ({"pre": "seed-coder"}, {}),
     "phi3": ({"entries": {"attention.sliding_window": 24}}, {"sliding_window": 24}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,34 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", *BYTES, "th", "Ġth", "the"]
 MERGES = [("t", "h"), ("Ġ", "th"), ("th", "e")]
 VOCAB = len(TOKENS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the files of a family differ from Llama's.
+
+    `gguf`: it has GGUF files of its own, with a head's rotary pairs side by side where they are `adjacent`, and with
+    other `names` of tensors.
+    """
+
+    biases: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    gguf: bool = True
+    adjacent: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "llama": Shape(adjacent=True),
+    "mistral": Shape(gguf=False),
+    "ministral": Shape(gguf=False),
+    "qwen2": Shape(biases=True),
+    "qwen3": Shape(qk_norm=True),
+    "smollm3": Shape(adjacent=True),
+    "phi3": Shape(fused=True),
+    "seed_oss": Shape(biases=True, names={"post_attention_layernorm": "post_attention_norm"}),
+}
 
 
 def config(family: str, **changes: Any) -> dict[str, Any]:
@@ -46,7 +75,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 
 def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Random weights under their Hugging Face names, lively enough that a wrong graph shows."""
-    rng = np.random.default_rng(7)
+    rng, shape = np.random.default_rng(7), FAMILIES[family]
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
@@ -70,13 +99,13 @@ def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, n
             "mlp.up_proj.weight": matrix(INTERMEDIATE, HIDDEN),
             "mlp.down_proj.weight": matrix(HIDDEN, INTERMEDIATE),
         }
-        if family in ("qwen2", "seed_oss"):
+        if shape.biases:
             named |= {
                 f"self_attn.{kind}_proj.bias": scale(size) for kind, size in zip("qkv", (query, kv, kv), strict=True)
             }
-        if family == "qwen3":
+        if shape.qk_norm:
             named |= {f"self_attn.{kind}_norm.weight": scale(HEAD_DIM) for kind in "qk"}
-        if family == "phi3":
+        if shape.fused:
             named = fused(named)
         tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()}
     return tensors
@@ -138,8 +167,6 @@ GGUF_NAMES = {
     "model.norm": "output_norm",
     "model.layers": "blk",
 }
-# What files of a family call a tensor otherwise.
-OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
 
 
 def interleave(rows: np.ndarray) -> np.ndarray:
@@ -165,6 +192,7 @@ def gguf(
     `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's. With `split_max_tensors` the model
     is in parts of so many tensors, whose names begin with the path's; the first has none with `keys_first`.
     """
+    shape = FAMILIES[family]
     writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors, small_first_shard=keys_first)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
@@ -192,10 +220,10 @@ def gguf(
     for name, tensor in weights(family, layers=layers).items():
         if name == leave_out:
             continue
-        side_by_side = family in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name)
-        ordered = interleave(tensor) if side_by_side else tensor
+        adjacent = shape.adjacent and ("q_proj" in name or "k_proj" in name)
+        ordered = interleave(tensor) if adjacent else tensor
         kind = quantization if tensor.ndim == 2 else GGMLQuantizationType.F32
-        for long, short in (GGUF_NAMES | OTHER_NAMES.get(family, {})).items():
+        for long, short in {**GGUF_NAMES, **shape.names}.items():
             name = name.replace(long, short)  # noqa: PLW2901
         writer.add_tensor(name, quantize(ordered, kind), raw_dtype=kind)
     writer.write_header_to_file()
