@@ -32,12 +32,13 @@ SMALL_FILES = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 """
-# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore interrupts, as
-# shells have background jobs do.
+# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore signals: shells do
+# for background jobs, and `nohup` does.
 WAITING = """
 import signal
 from model_export import export
-signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 export.verify = lambda *arguments, **options: signal.pause()
 """
 

@@ -190,7 +190,7 @@ async def test_times(made):
         first = asyncio.ensure_future(each.ask(max_tokens=2))
         await model.reached()
         second = asyncio.ensure_future(each.ask(text="xy", max_tokens=1))
-        await eventually_async(lambda each=each: each.server.models[0].engine.requests)  # it queues
+        await eventually_async(lambda each=each: each.server.models[0].engine.admission.queued)  # it queues
         await asyncio.sleep(HELD)
         model.gate.release()
         await model.reached()
