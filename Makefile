@@ -34,9 +34,9 @@ LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DL
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
-# Files of tests run side by side, on each core one and on all of them one more, as many only wait. What they start
+# Files of tests run side by side, two more than there are cores, as many only wait. What they start
 # computes with one thread each: threads that wait for another that has no core would take the cores from all.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+WORKERS ?= $(shell expr $$(nproc) + 2)
 test: export COMPLETION_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: lint check-stubs

@@ -32,8 +32,8 @@ SMALL_FILES = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 """
-# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore signals: shells do
-# for background jobs, and `nohup` does.
+# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore signals: so do
+# background jobs of shells, and what `nohup` runs.
 WAITING = """
 import signal
 from model_export import export
