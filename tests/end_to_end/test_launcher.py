@@ -99,6 +99,14 @@ def test_wrong_replicas_are_a_clear_error(model_dir: Path, variable: str, given:
     assert f"{variable}={given} {message}" in output
 
 
+def status(port: int) -> int:
+    """What the service on this port says of its health; of one that still warms up that it does not serve."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        found: int = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE).status
+        return found
+
+
 def test_replicas_with_affinity(model_dir: Path) -> None:
     """Two services start with a share of the cores each, and Envoy has both on its ring."""
     with launched(model_dir, REPLICAS="2", AFFINITY="session") as stack:
@@ -111,10 +119,7 @@ def test_replicas_with_affinity(model_dir: Path) -> None:
         assert len(set(ports)) == 2
         assert cluster["lb_policy"] == "RING_HASH"
         for port in ports:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                check = health_pb2_grpc.HealthStub(channel).Check
-                answer = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            eventually(lambda port=port: status(port) == health_pb2.HealthCheckResponse.SERVING)
         assert sorted(log.name for log in stack.logs.glob("service*.log")) == ["service-1.log", "service-2.log"]
 
 

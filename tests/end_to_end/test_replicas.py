@@ -30,6 +30,10 @@ def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield made
 
 
+# Between two requests of a thread, in seconds: a load that leaves the processor some time to start a replica in.
+_PAUSE = 0.05
+
+
 class Load:
     """Unary requests from some threads, one after the other each, counted by status while the block runs."""
 
@@ -56,6 +60,7 @@ class Load:
                 found = repr(error)
             with self._lock:
                 self.statuses[found] += 1
+            self._stop.wait(_PAUSE)
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(self._threads)
