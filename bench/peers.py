@@ -157,13 +157,6 @@ def request(job: Job) -> Request:
         n=job.n,
         best_of=job.n,
         stream=True,
-        include_usage=False,
-        continuous_usage=False,
-        logprobs=None,
-        echo=False,
-        stop=(),
-        stop_token_ids=frozenset(),
-        min_tokens=0,
         sampling=SamplingParams(temperature=0),
     )
 

@@ -55,7 +55,7 @@ class Request:
 
     `best_of` candidates are generated per prompt, of which `n` are answered. `stop_token_ids` holds the model's end
     tokens too, unless the caller ignores them. `identity` is the caller's, derived by the service: cached prompts are
-    never shared across identities.
+    never shared across identities. What has a default is as if the caller had not asked for it.
     """
 
     id: str
@@ -64,17 +64,17 @@ class Request:
     identity: str
     prompts: tuple[Prompt, ...]
     max_tokens: int
-    n: int
-    best_of: int
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    logprobs: int | None
-    echo: bool
-    stop: tuple[str, ...]
-    stop_token_ids: frozenset[int]
-    min_tokens: int
-    sampling: SamplingParams
+    n: int = 1
+    best_of: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    logprobs: int | None = None
+    echo: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    sampling: SamplingParams = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)

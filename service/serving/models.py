@@ -166,16 +166,6 @@ def warm_up_request(model: ServedModel) -> Request:
         identity="warm-up",
         prompts=(prompt,),
         max_tokens=_WARM_UP_TOKENS,
-        n=1,
-        best_of=1,
-        stream=False,
-        include_usage=False,
-        continuous_usage=False,
-        logprobs=None,
-        echo=False,
-        stop=(),
-        stop_token_ids=frozenset(),
-        min_tokens=0,
         sampling=SamplingParams(temperature=0),
     )
 

@@ -115,13 +115,7 @@ def request(*prompts: str | Prompt, **changes: object) -> Request:
         "n": n,
         "best_of": n,
         "stream": True,
-        "include_usage": False,
-        "continuous_usage": False,
-        "logprobs": None,
-        "echo": False,
-        "stop": (),
         "stop_token_ids": frozenset({END}),
-        "min_tokens": 0,
         "sampling": SamplingParams(temperature=0),
     }
     return Request(**{**values, **changes})  # type: ignore[arg-type]
