@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 
 import grpc
@@ -13,7 +12,7 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2_grpc
 
 from service.engine.cache import KVCache
-from service.engine.engine import Engine
+from service.engine.engine import Engine, Stats
 from service.engine.scheduler import Scheduler
 from service.rpc.health import Health
 from service.rpc.interceptors import CallInterceptor
@@ -24,6 +23,7 @@ from service.rpc.running import Running
 from service.rpc.servicer import CompletionServicer, ServedModel
 from service.rpc.workers import Workers
 from tests.support.fakes import FakeModel, manifest
+from tests.support.patience import eventually_async
 
 KEY = (("authorization", "Bearer sk-right"),)
 SEND_TIMEOUT_SECONDS = 1.0
@@ -58,11 +58,7 @@ class Served:
 
     async def idle(self):
         """Waits until the engine has nothing left to do."""
-        for _ in range(500):
-            if self.engine.stats.running == self.engine.stats.waiting == 0:
-                return
-            await asyncio.sleep(0.005)
-        raise AssertionError(f"still {self.engine.stats}")
+        await eventually_async(lambda: self.engine.stats == Stats(0, 0), lambda: self.engine.stats)
 
 
 def asked(**fields):
@@ -82,10 +78,3 @@ async def refused(call):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
     return caught.value
-
-
-async def eventually(condition, seconds=30):
-    """Waits until something is so."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110, of no concern to whom it is asked of
-            await asyncio.sleep(0.01)

@@ -16,7 +16,8 @@ from service.rpc import running, wire
 from service.rpc.quota import Quota
 from tests.support import http2
 from tests.support.logged import logged
-from tests.support.served import KEY, METHOD, SEND_TIMEOUT_SECONDS, asked, detail, eventually, refused
+from tests.support.patience import eventually_async
+from tests.support.served import KEY, METHOD, SEND_TIMEOUT_SECONDS, asked, detail, refused
 
 HEAD = {":path": METHOD, "content-type": "application/grpc", "te": "trailers"}
 BEARER = {"authorization": KEY[0][1]}
@@ -94,8 +95,8 @@ async def test_a_caller_who_leaves_is_no_error(served, caplog):
     """Whoever closes the connection in the middle of a message leaves neither work nor an error in the log."""
     caplog.set_level(logging.DEBUG)
     with await stall(served):
-        await eventually(lambda: served.running.calls)
-    await eventually(lambda: not served.running.calls)
+        await eventually_async(lambda: served.running.calls)
+    await eventually_async(lambda: not served.running.calls)
     await served.idle()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -133,12 +134,12 @@ async def test_calls_of_one_caller_are_bounded(served, monkeypatch):
     """One more is refused, at once; what has ended makes room."""
     monkeypatch.setattr(running, "_MOST_PER_CALLER", 1)
     with await stall(served) as connection:
-        await eventually(lambda: served.running.calls)
+        await eventually_async(lambda: served.running.calls)
         error = await refused(served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(error.trailing_metadata())["retry-after"] == "1"
         del connection
-    await eventually(lambda: not served.running.calls)
+    await eventually_async(lambda: not served.running.calls)
     await served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
 
 
@@ -146,12 +147,12 @@ async def test_whole_answers_of_one_caller_are_bounded(served, monkeypatch):
     """While much of one caller's is unread it gets no more whole answers; streams, and other answers, it does."""
     monkeypatch.setattr(running, "_MOST_HELD", 2000)
     with await stall(served, METHOD, n=4, logprobs=5):
-        await eventually(lambda: served.running.held)
+        await eventually_async(lambda: served.running.held)
         error = await refused(served.stub.CreateCompletion(asked(n=4, max_tokens=40, logprobs=5), metadata=KEY))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "not read yet" in error.details()
         await served.stub.StreamCompletion(asked(max_tokens=1), metadata=KEY).read()
-    await eventually(lambda: not served.running.calls)
+    await eventually_async(lambda: not served.running.calls)
     await served.stub.CreateCompletion(asked(n=4, max_tokens=40, logprobs=5), metadata=KEY)
 
 
@@ -202,7 +203,7 @@ async def test_watches_are_bounded(served, monkeypatch):
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
     watches[0].cancel()
-    await eventually(lambda: served.running.lasting_calls["Watch"] < 3)
+    await eventually_async(lambda: served.running.lasting_calls["Watch"] < 3)
     assert (await health.Watch(health_pb2.HealthCheckRequest()).read()).status == 1
 
 
@@ -213,6 +214,6 @@ async def test_a_watch_that_reads_nothing_holds_nobody_up(served):
     assert (await watch.read()).status == 1
     with await asyncio.to_thread(http2.Connection, served.port, 0) as connection:
         connection.open([1], HEAD | {":path": "/grpc.health.v1.Health/Watch"}, http2.message(b""))
-        await eventually(lambda: served.health.watches == 2)
+        await eventually_async(lambda: served.health.watches == 2)
         served.health.say(False, "")
         assert (await watch.read()).status == 2

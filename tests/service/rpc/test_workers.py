@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from service.rpc.workers import Workers
-from tests.support.served import eventually
+from tests.support.patience import eventually_async
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ async def test_work_of_who_has_left_is_not_done(workers):
     gate.set()
     await last
     assert done == ["c"]
-    await eventually(lambda: workers.free == 1)
+    await eventually_async(lambda: workers.free == 1)
 
 
 async def test_failures_are_the_callers(workers):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-import pytest
-
-from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
@@ -16,21 +13,11 @@ from service.engine.ort.model import Model
 from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams
-from tests.model_export import tiny
 from tests.support.engines import collect
 from tests.support.fakes import request
 from tests.support.gpus import StandIn
 
 TEXT = "the other thing is that these are there, and then the rest of them go with the others to the north"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A tiny random model for CUDA."""
-    folder = tmp_path_factory.mktemp("engine")
-    source = tiny.hugging_face(folder / "source")
-    export(source, folder / "model", Options(device="cuda", max_kl=0.05), lambda *_: lambda: None)
-    return folder / "model"
 
 
 def prompts(tokenizer):

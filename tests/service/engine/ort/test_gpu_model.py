@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
 from service.engine.ort.device import Cpu
@@ -18,15 +17,6 @@ from tests.support.gpus import StandIn
 CONTEXT, SLOTS = 64, 6
 # Calls of other widths sum in another order, in float16.
 CLOSE = {"rtol": 0, "atol": 0.05}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A tiny random model for CUDA."""
-    folder = tmp_path_factory.mktemp("gpu")
-    source = tiny.hugging_face(folder / "source")
-    export(source, folder / "model", Options(device="cuda", max_kl=0.05), lambda *_: lambda: None)
-    return folder / "model"
 
 
 def load(directory, device, slots=SLOTS):
