@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 from tests.support.stack import AUTHORIZED, MODEL, Stack, envoy, free_ports
 
 METHOD = "/completion.v1.CompletionService/CreateCompletion"
-# Headers by which a caller could claim another address, another name or other limits: Envoy takes none of them from callers.
+# Headers by which a caller could claim another address, another name or other limits.
 FORGED = {
     "x-forwarded-for": "203.0.113.9",
     "x-forwarded-host": "forged.example",

@@ -1,4 +1,4 @@
-"""The REST door as plain HTTP: the exact JSON of answers, and one error envelope on every path."""
+"""The REST API as plain HTTP: the exact JSON of answers, and one error envelope on every path."""
 
 from __future__ import annotations
 
