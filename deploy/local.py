@@ -323,7 +323,8 @@ def envoy_command(
         text = with_tls(text, certificates, folder)
     config = folder / "envoy.yaml"
     config.write_text(text)
-    return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn"]
+    # Otherwise a line of the access log may take ten seconds to reach the file.
+    return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn", "--file-flush-interval-msec", "1000"]
 
 
 def listen_on(owner: dict[str, Any], port: int) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import export_tiny
+from tests.support.stack import MODEL
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("tiny"))
+    """It answers to the default model's alias as well."""
+    return export_tiny(tmp_path_factory.mktemp("tiny"), MODEL)

@@ -19,8 +19,8 @@ Send = Callable[[Stack, dict[str, str]], None]
 
 
 @pytest.fixture(scope="module")
-def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with serving_pair(model_dir, tmp_path_factory.mktemp("affinity"), affinity=True) as made:
+def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with serving_pair(tiny_model, tmp_path_factory.mktemp("affinity"), affinity=True) as made:
         yield made
 
 

@@ -70,11 +70,11 @@ def test_taken_port_is_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize("limit", ["0", "many", "-1", "1.5"])
-def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
+def test_wrong_limit_is_a_clear_error(tiny_model: Path, limit: str) -> None:
     """What is no limit is named, with what is one."""
     http_port, grpc_port = free_ports(2)
     process = launch(
-        HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), REQUESTS_PER_MINUTE=limit
+        HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model), REQUESTS_PER_MINUTE=limit
     )
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
@@ -90,10 +90,10 @@ def test_wrong_limit_is_a_clear_error(model_dir: Path, limit: str) -> None:
         ("AFFINITY", "key", "is not known: it has to be none or session"),
     ],
 )
-def test_wrong_replicas_are_a_clear_error(model_dir: Path, variable: str, given: str, message: str) -> None:
+def test_wrong_replicas_are_a_clear_error(tiny_model: Path, variable: str, given: str, message: str) -> None:
     """What cannot be started is named, with what can."""
     http_port, grpc_port = free_ports(2)
-    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir), **{variable: given})
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model), **{variable: given})
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"{variable}={given} {message}" in output
@@ -107,9 +107,9 @@ def status(port: int) -> int:
         return found
 
 
-def test_replicas_with_affinity(model_dir: Path) -> None:
+def test_replicas_with_affinity(tiny_model: Path) -> None:
     """Two services start with a share of the cores each, and Envoy has both on its ring."""
-    with launched(model_dir, REPLICAS="2", AFFINITY="session") as stack:
+    with launched(tiny_model, REPLICAS="2", AFFINITY="session") as stack:
         assert stack.logs is not None
         cluster, health = yaml.safe_load((stack.logs / "envoy.yaml").read_text())["static_resources"]["clusters"]
         assert health["load_assignment"]["endpoints"] == cluster["load_assignment"]["endpoints"]
@@ -123,15 +123,15 @@ def test_replicas_with_affinity(model_dir: Path) -> None:
         assert sorted(log.name for log in stack.logs.glob("service*.log")) == ["service-1.log", "service-2.log"]
 
 
-def test_one_request_a_minute_is_enough_to_start(model_dir: Path) -> None:
+def test_one_request_a_minute_is_enough_to_start(tiny_model: Path) -> None:
     """The launcher asks until all is ready without using up what callers have."""
-    with launched(model_dir, REQUESTS_PER_MINUTE="1") as stack:
+    with launched(tiny_model, REQUESTS_PER_MINUTE="1") as stack:
         other = {"authorization": "Bearer another"}
         assert [stack.request("GET", "/v1/models", headers=other).status for _ in range(2)] == [200, 429]
 
 
 @pytest.mark.parametrize("by", ["flag", "variable", "file"])
-def test_envoy_goes_by_the_services_setting(model_dir: Path, tmp_path: Path, by: str) -> None:
+def test_envoy_goes_by_the_services_setting(tiny_model: Path, tmp_path: Path, by: str) -> None:
     """However the service is told of its key file, Envoy knows that keys are required."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} me\n")
@@ -139,7 +139,7 @@ def test_envoy_goes_by_the_services_setting(model_dir: Path, tmp_path: Path, by:
     settings.write_text(f'api_keys_file = "{keys}"\n')
     arguments = {"flag": ["--api-keys-file", str(keys)], "file": ["--config", str(settings)]}.get(by, [])
     variables = {"COMPLETION_API_KEYS_FILE": str(keys)} if by == "variable" else {}
-    with launched(model_dir, *arguments, **variables) as stack:
+    with launched(tiny_model, *arguments, **variables) as stack:
         assert stack.logs is not None
         assert stack.request("GET", "/v1/models", headers={}).status == 401
         assert stack.request("GET", "/v1/models").status == 200
@@ -148,10 +148,10 @@ def test_envoy_goes_by_the_services_setting(model_dir: Path, tmp_path: Path, by:
         assert '"details":"direct_response"' in line
 
 
-def test_what_it_has_started_ends_with_it(model_dir: Path) -> None:
+def test_what_it_has_started_ends_with_it(tiny_model: Path) -> None:
     """Also where it is killed, and cannot say so."""
     http_port, grpc_port = free_ports(2)
-    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(model_dir))
+    process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model))
     wait_until_ready(process)
     assert all(listener(port) for port in (http_port, grpc_port))
     process.kill()

@@ -200,7 +200,7 @@ def test_a_flood_does_not_keep_others_waiting(model_dir: Path, tmp_path: Path) -
             channel.close()
 
 
-def test_keys_change_without_a_restart(model_dir: Path, tmp_path: Path) -> None:
+def test_keys_change_without_a_restart(tiny_model: Path, tmp_path: Path) -> None:
     """SIGHUP, or the file's change alone, brings new keys in and old ones out; a file that is gone changes nothing."""
     keys = tmp_path / "keys"
 
@@ -215,7 +215,7 @@ def test_keys_change_without_a_restart(model_dir: Path, tmp_path: Path) -> None:
 
     write("first")
     (port,) = free_ports(1)
-    service = Replica(model_dir, port, tmp_path, "--api-keys-file", str(keys))
+    service = Replica(tiny_model, port, tmp_path, "--api-keys-file", str(keys))
     service.start()
     try:
         service.wait_until_serving()

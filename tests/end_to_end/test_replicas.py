@@ -25,8 +25,8 @@ TOKENS = 300
 
 
 @pytest.fixture(scope="module")
-def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with serving_pair(model_dir, tmp_path_factory.mktemp("replicas")) as made:
+def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with serving_pair(tiny_model, tmp_path_factory.mktemp("replicas")) as made:
         yield made
 
 
@@ -185,10 +185,10 @@ def test_without_replicas_envoy_says_when_to_retry(pair: Pair) -> None:
     pair.wait_until_both_serve()
 
 
-def test_envoy_may_start_first(model_dir: Path, tmp_path: Path) -> None:
+def test_envoy_may_start_first(tiny_model: Path, tmp_path: Path) -> None:
     """An Envoy that found nothing answers once the service does."""
     http_port, grpc_port, admin_port = free_ports(3)
-    late = Replica(model_dir, grpc_port, tmp_path)
+    late = Replica(tiny_model, grpc_port, tmp_path)
     with envoy(http_port, grpc_port, tmp_path, admin_port=admin_port):
         stack = Stack(http_port, grpc_port)
         eventually(lambda: envoy_counts(admin_port, "cluster.service.health_check.failure"))

@@ -62,9 +62,12 @@ class Pair:
 
 @contextmanager
 def serving_pair(model_dir: Path, folder: Path, affinity: bool = False) -> Iterator[Pair]:
-    """Both replicas serve; a test that ends one starts it again. With `affinity` each session has one of its own."""
+    """Both replicas serve; a test that ends one starts it again. With `affinity` each session has one of its own.
+
+    An engine step takes at least 10 ms, so that what is asked of them takes its time, and little of the processor's.
+    """
     http_port, admin_port, *ports = free_ports(4)
-    first, second = (Replica(model_dir, port, folder, "--threads", "1") for port in ports)
+    first, second = (Replica(model_dir, port, folder, "--threads", "1", step_seconds=0.01) for port in ports)
     with envoy(http_port, first.port, folder, [second.port], admin_port, affinity):
         try:
             for replica in (first, second):

@@ -245,15 +245,20 @@ def wait_until_healthy(channel: grpc.Channel) -> None:
 
 
 class Replica:
-    """A service process on a port of its own, to be stopped, killed and started again."""
+    """A service process on a port of its own, to be stopped, killed and started again.
 
-    def __init__(self, model_dir: Path, port: int, folder: Path, *arguments: str) -> None:
+    Each of its engine steps takes `step_seconds` longer than it would.
+    """
+
+    def __init__(self, model_dir: Path, port: int, folder: Path, *arguments: str, step_seconds: float = 0.0) -> None:
         self.port = port
         self.log = folder / f"service-{port}.log"
         self._command = [
             sys.executable,
             "-m",
-            "service",
+            "tests.support.faulty",
+            "none",
+            str(step_seconds),
             "--model-dir",
             str(model_dir),
             "--port",
