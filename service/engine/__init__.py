@@ -1,5 +1,6 @@
 """The inference engine: schedule, forward, sample, commit.
 
-`engine` owns the step thread; `scheduler` plans and `cache` keeps the books, both pure; `ort` runs the graph by
-onnxruntime; `sampler` chooses tokens; `commit` turns them into pieces of text.
+`engine` is what the event loop calls; `steps` runs on the step thread and does the four verbs. `scheduler` chooses the
+next step and `cache` keeps track of the KV cache's slots, both pure; `ort` runs the graph on onnxruntime; `sampler`
+chooses tokens; `commit` turns them into pieces of text; `admission` limits the queue.
 """

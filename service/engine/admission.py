@@ -1,4 +1,4 @@
-"""Who may queue: estimates from the steps taken how long a request would wait. Pure: times are told, never taken."""
+"""Limits the queue: estimates from past steps how long a request would wait. Pure: callers pass all times in."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 from service.errors import DeadlineError, OverloadedError
 
-# What one step counts when the next is observed: of what is remembered, half is the last 34 steps.
+# The weight of a step when the next one is observed: the last 34 steps are half of the sum.
 _MEMORY = 0.98
-# Who is refused is never told to come back sooner, in seconds.
+# In seconds: the shortest time after which a refused caller is asked to retry.
 _LEAST_RETRY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work that waits: sequences, the prompt tokens to compute for them, and the tokens that they may generate."""
+    """Queued work: sequences, their prompt tokens that need a prefill, and the tokens that they may generate."""
 
     sequences: int = 0
     prompt_tokens: float = 0
@@ -36,7 +36,7 @@ class Work:
 
 @dataclass(slots=True)
 class _Mean:
-    """A ratio of two sums in which the past counts less and less; `start` until there is something to divide by."""
+    """A ratio of two exponentially weighted sums; `start` until there is something to divide by."""
 
     start: float
     above: float = 0.0
@@ -52,7 +52,7 @@ class _Mean:
 
 
 class Pace:
-    """How fast the engine works and how much of `max_tokens` is used, learnt from what happens. Times in seconds."""
+    """How fast the engine works, in seconds, and how much of `max_tokens` is used: both measured."""
 
     def __init__(self) -> None:
         self._prompt_token = _Mean(0.0)
@@ -61,51 +61,51 @@ class Pace:
         self._used = _Mean(1.0)
 
     def chunk(self, tokens: int, seconds: float) -> None:
-        """Notes a prompt chunk."""
+        """Records a prompt chunk."""
         self._prompt_token.add(seconds, tokens)
 
     def step(self, rows: int, seconds: float) -> None:
-        """Notes a decode step of so many sequences."""
+        """Records a decode step of `rows` sequences."""
         self._step.add(seconds, 1)
         self._token.add(seconds, rows)
 
     def ended(self, generated: int, allowed: int) -> None:
-        """Notes that a sequence ended by itself after `generated` of `allowed` tokens."""
+        """Records that a sequence ended by itself after `generated` of `allowed` tokens."""
         self._used.add(generated, allowed)
 
     def prompts(self, tokens: float) -> float:
-        """Seconds to compute so many prompt tokens."""
+        """Seconds for the prefill of this many tokens."""
         return tokens * self._prompt_token.value
 
     def generation(self, allowed: float) -> float:
-        """Seconds of the machine to generate what sequences use of so many allowed tokens, in company as of late."""
+        """Seconds to decode what sequences will use of `allowed` tokens, in batches as large as the recent ones."""
         return allowed * self._used.value * self._token.value
 
     def steps(self, allowed: float) -> float:
-        """Seconds until a running sequence ends that may generate so many more tokens."""
+        """Seconds until a running sequence ends that may generate `allowed` more tokens."""
         return allowed * self._used.value * self._step.value
 
     def total(self, work: Work) -> float:
-        """Seconds of the machine that the work takes."""
+        """Seconds of the model's time for this work."""
         return self.prompts(work.prompt_tokens) + self.generation(work.new_tokens)
 
 
 def work_ahead(mine: Work, others: Iterable[Work], pace: Pace) -> Work:
-    """What is done before a caller's next request begins: all that it queued itself, and as much for every other."""
+    """The work before a caller's next request starts: all that it has queued, and as much of every other caller's."""
     total = mine
     seconds = pace.total(mine)
     for other in others:
-        whole = pace.total(other)
-        share = min(1.0, seconds / whole) if whole else 0.0
+        needed = pace.total(other)
+        share = min(1.0, seconds / needed) if needed else 0.0
         total += Work(math.ceil(other.sequences * share), other.prompt_tokens * share, other.new_tokens * share)
     return total
 
 
 def queue_seconds(ahead: Work, room: int, next_end: int, pace: Pace) -> float:
-    """The estimated wait for a slot of who comes after the work `ahead`, with `room` free slots.
+    """Estimated seconds until a new request gets a slot, given the queued work `ahead` of it and `room` free slots.
 
-    Who finds room waits for the prompts ahead alone. Else the first slot becomes free within `next_end` decode steps;
-    from then on slots are full, and become free at the pace at which the work is done.
+    If a slot is free, only the prefills ahead delay it. If none is, the first slot becomes free within `next_end`
+    decode steps; from then on all slots are in use, and become free at the pace of the work.
     """
     seconds = pace.prompts(ahead.prompt_tokens)
     if ahead.sequences < room:
@@ -118,17 +118,17 @@ def queue_seconds(ahead: Work, room: int, next_end: int, pace: Pace) -> float:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A request's place in the queue: the work of each of its sequences that has no slot yet, in order."""
+    """A request in the queue: the work of each of its sequences that has no slot yet, in order."""
 
     identity: str
     waiting: deque[Work] = field(default_factory=deque)
 
 
 class Admission:
-    """The queue as callers see it: bounded by estimated seconds, and by sequences, for each of them.
+    """The limits of the queue: estimated seconds of wait, and waiting sequences, both for each caller.
 
-    Invariants: `_queued` is the sum of all tickets by identity, without identities of which nothing waits. No caller
-    may queue more sequences than there is still room for, so that one alone leaves half to all others.
+    Invariants: `_queued` is the sum of all tickets by identity, without identities that have nothing waiting. A caller
+    may have at most as many sequences waiting as there are places left, so that one caller leaves half to the others.
     """
 
     def __init__(self, max_sequences: int, max_seconds: float) -> None:
@@ -139,19 +139,19 @@ class Admission:
 
     @property
     def queued(self) -> dict[str, Work]:
-        """The work that waits, by caller."""
+        """The queued work, by caller."""
         return dict(self._queued)
 
     def wait(self, identity: str, room: int, next_end: int) -> float:
-        """Seconds that a request of this caller would wait, as estimated."""
+        """Estimated seconds that a request of this caller would wait."""
         mine = self._queued.get(identity, Work())
         others = (work for other, work in self._queued.items() if other != identity)
         return queue_seconds(work_ahead(mine, others, self.pace), room, next_end, self.pace)
 
     def check(self, identity: str, room: int, next_end: int, deadline: float | None) -> None:
-        """Raises OverloadedError when the queue is too long for another request, DeadlineError when it is for this one.
+        """Raises OverloadedError when the queue is too long, DeadlineError when the wait exceeds the deadline.
 
-        `deadline` are the seconds that the caller gives the request, if it says.
+        `deadline` is the caller's, in seconds from now; None means no deadline.
         """
         seconds = self.wait(identity, room, next_end)
         if seconds > self.max_seconds:
@@ -176,13 +176,13 @@ class Admission:
         return ticket
 
     def started(self, ticket: Ticket) -> None:
-        """Notes that the first waiting sequence of a request has got a slot."""
-        if ticket.waiting:  # empty when the caller has left meanwhile
+        """Records that the next waiting sequence of a request has a slot."""
+        if ticket.waiting:  # empty when the caller has left in the meantime
             self._queued[ticket.identity] -= ticket.waiting.popleft()
             self._tidy(ticket.identity)
 
     def leave(self, ticket: Ticket) -> None:
-        """Ends a request's waiting, whatever still waits of it."""
+        """Removes a request's sequences that still wait."""
         while ticket.waiting:
             self.started(ticket)
 

@@ -1,17 +1,17 @@
-"""Who holds which slot of keys and values, and which prompts' slots are worth keeping. Pure bookkeeping."""
+"""Which sequence holds which slot of the KV cache, and which prompts stay cached. Pure bookkeeping."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Fewer positions than this are cheaper to compute again than to keep track of.
+# A prompt with fewer positions than this is computed again rather than kept: that is cheaper.
 _WORTH_KEEPING = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The first `length` positions of slot `source` are to be copied to slot `target`."""
+    """An order to copy the first `length` positions of slot `source` to slot `target`."""
 
     source: int
     target: int
@@ -20,7 +20,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A slot whose first `cached` positions are the prompt's once `copies` are done, in order."""
+    """A slot that holds the first `cached` positions of the prompt once `copies` are done, in order."""
 
     slot: int
     cached: int
@@ -29,7 +29,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Of `prompt_tokens` that slots were given for, `cached_tokens` were in some slot already."""
+    """`prompt_tokens` in all prompts that got a slot; `cached_tokens` of them were found in the cache."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -37,7 +37,7 @@ class Reuse:
 
 @dataclass(slots=True)
 class _Slot:
-    """What a slot's first `valid` positions were computed from; `used` orders slots by last use."""
+    """One slot: its first `valid` positions come from `prompt`; `used` orders slots by their last use."""
 
     identity: str = ""
     prompt: Sequence[int] = ()
@@ -46,11 +46,11 @@ class _Slot:
 
 
 class KVCache:
-    """Slots of keys and values, one per sequence.
+    """The slots of the KV cache, one for each running sequence; free slots are the prefix cache.
 
-    Invariants: held slots are 0..held - 1, so that one call of the model covers them; slots from `held` on keep the
-    prompts of ended sequences until their room is needed, the least recently used first; only positions that prompt
-    chunks computed are ever reused; an identity never meets another identity's prompts.
+    Invariants: held slots are 0..held - 1, so that one call of the model covers them; the free slots keep the prompts
+    of ended sequences until the slots are needed, the least recently used first; only positions of a prefill are ever
+    reused; a request never reuses a prompt of another identity.
     """
 
     def __init__(self, slots: int) -> None:
@@ -70,9 +70,9 @@ class KVCache:
         return len(self._slots) - self.held
 
     def allocate(self, prompt: Sequence[int], identity: str, recompute: int) -> Allocation:
-        """Gives the next slot to a sequence, with as much of its prompt as some slot already has.
+        """Gives the next slot to a sequence, with the longest prefix of its prompt that any slot has.
 
-        At least the last `recompute` tokens of the prompt are left to compute. The cache must not be full.
+        The last `recompute` tokens of the prompt are always computed again. At least one slot must be free.
         """
         slot = self.held
         source, cached = self._longest_match(prompt, identity, len(prompt) - recompute)
@@ -94,9 +94,9 @@ class KVCache:
         self._slots[slot].valid = valid
 
     def release(self, slot: int, last_length: int) -> tuple[Copy, ...]:
-        """Takes a slot back and fills the hole with the last held one, which has `last_length` positions.
+        """Frees a slot and moves the last held slot, which has `last_length` positions, into its place.
 
-        The sequence of slot `held` (after the call) is then in `slot`.
+        The sequence that was in slot `held` (as it is after the call) is then in `slot`.
         """
         self.held -= 1
         last = self.held
@@ -109,7 +109,7 @@ class KVCache:
         return tuple(copies)
 
     def _longest_match(self, prompt: Sequence[int], identity: str, limit: int) -> tuple[int, int]:
-        best, longest = -1, 1  # a prompt of one token takes a kernel of its own: its position serves no longer prompt
+        best, longest = -1, 1  # from 2: a prompt of one token runs in another kernel, so longer prompts cannot reuse it
         for index, slot in enumerate(self._slots):
             if slot.identity == identity and slot.valid > longest:
                 match = common_prefix(prompt, slot.prompt, min(limit, slot.valid))
@@ -118,16 +118,16 @@ class KVCache:
         return (best, longest) if best >= 0 else (-1, 0)
 
     def _keep(self, slot: int, spare: int) -> list[Copy]:
-        """Moves a slot's prompt out of the way if it is worth more than what some unheld slot keeps."""
+        """Moves a slot's prompt to the free slot that was used least recently, if that one was used earlier than it."""
         kept = self._slots[slot]
         if kept.valid < _WORTH_KEEPING or self._kept_elsewhere(slot):
             return []
-        rooms = [i for i in range(self.held, len(self._slots)) if i not in (slot, spare)]
-        room = min(rooms, key=lambda i: (self._slots[i].valid > 0, self._slots[i].used), default=None)
-        if room is None or (self._slots[room].valid and self._slots[room].used > kept.used):
+        free = [i for i in range(self.held, len(self._slots)) if i not in (slot, spare)]
+        target = min(free, key=lambda i: (self._slots[i].valid > 0, self._slots[i].used), default=None)
+        if target is None or (self._slots[target].valid and self._slots[target].used > kept.used):
             return []
-        self._slots[room] = kept
-        return [Copy(slot, room, kept.valid)]
+        self._slots[target] = kept
+        return [Copy(slot, target, kept.valid)]
 
     def _kept_elsewhere(self, slot: int) -> bool:
         kept = self._slots[slot]
@@ -145,7 +145,7 @@ class KVCache:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    """How many of the first `limit` items of `a` and `b` are equal, up to the first that is not."""
+    """The length of the common prefix of `a` and `b`, at most `limit`."""
     low, high = 0, max(0, min(limit, len(a), len(b)))
     while low < high:
         middle = (low + high + 1) // 2

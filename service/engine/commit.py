@@ -1,4 +1,4 @@
-"""From logits to text: samples a sequence's next token and makes of it what the caller gets to see."""
+"""From logits to text: samples a sequence's next token and turns it into a piece of the answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from service.types import Delta, FinishReason, Prompt, Token
 
 
 class Committer:
-    """Advances sequences by what the model computed; knows sampling and text, not slots or threads."""
+    """Advances sequences by the model's logits. It knows sampling and text, but no slots and no threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def score_prompt(self, sequence: Sequence, logits: Floats | Seq[Row]) -> None:
-        """Scores the prompt's next tokens by rows of logits, which follow consecutive tokens."""
+        """Scores the prompt's next tokens; row i of the logits follows the i-th of consecutive prompt tokens."""
         group, count = sequence.group, sequence.request.logprobs or 0
         ids = group.prompt.token_ids
         if not group.scores:
@@ -38,7 +38,7 @@ class Committer:
         return [token for piece in [*pieces, transcript.finish()] for token in piece.tokens]
 
     def begin(self, sequence: Sequence) -> Delta | None:
-        """What a sequence shows before anything is generated: the echo, and the end if nothing is to be generated."""
+        """The first piece, before any token: the echo, and the end when `max_tokens` is 0; None if neither."""
         request = sequence.request
         finish = None if request.max_tokens else FinishReason.LENGTH
         if not request.echo and finish is None:
@@ -48,9 +48,9 @@ class Committer:
         return self._delta(sequence, text, tokens, finish)
 
     def advance(self, sequence: Sequence, logits: Row) -> Delta | None:
-        """Samples the next token from a row of logits and gives what became final by it, if anything.
+        """Samples the next token from a row of logits, and returns the text that this made final, if any.
 
-        Raises NotFiniteError when the logits are not numbers.
+        Raises NotFiniteError when the logits are not finite.
         """
         request = sequence.request
         token = self._sample(sequence, logits)
@@ -69,8 +69,8 @@ class Committer:
         if sequence.generated < request.max_tokens:
             return self._show(sequence, piece, None) if piece.tokens else None
         rest = sequence.transcript.finish()
-        whole = Piece(piece.text + rest.text, piece.tokens + rest.tokens)
-        return self._show(sequence, whole, FinishReason.LENGTH)
+        last = Piece(piece.text + rest.text, piece.tokens + rest.tokens)
+        return self._show(sequence, last, FinishReason.LENGTH)
 
     @staticmethod
     def _sample(sequence: Sequence, logits: Row) -> int:
@@ -90,7 +90,7 @@ class Committer:
         return self._delta(sequence, piece.text, tokens, finish)
 
     def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
-        """A scored token shown as `text`; among alternatives with equal text it goes first, then the likelier."""
+        """A scored token, shown as `text`. Of alternatives with equal text it is kept, or else the likeliest."""
         top = {text: score.logprob}
         for other, logprob in score.top:
             if other != index:
@@ -115,6 +115,6 @@ class Committer:
 
 
 def _check_finite(logits: Row) -> None:
-    """Of a row with one number that is not finite, none can be trusted."""
+    """Raises NotFiniteError. One number that is not finite makes its whole row unusable."""
     if not sampler.is_finite(logits):
         raise NotFiniteError("the model's logits are not finite")

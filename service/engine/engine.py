@@ -1,4 +1,4 @@
-"""The engine: what the event loop may touch of it. The model is advanced on a thread of its own; see `steps`."""
+"""The event loop's half of the engine. The model runs on the step thread; see `steps`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sequences in the engine: `running` hold a slot of keys and values, `waiting` do not yet."""
+    """Sequences in the engine: `running` ones hold a slot of the KV cache, `waiting` ones do not yet."""
 
     running: int
     waiting: int
@@ -36,9 +36,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What went wrong since the start.
+    """Faults since the start.
 
-    Calls of the model that failed, sequences whose logits were not numbers, and requests whose callers read too slowly.
+    `failed_steps` counts calls of the model that failed, `not_finite` sequences whose logits were not finite numbers,
+    and `slow_readers` requests that were ended because their callers read too slowly.
     """
 
     failed_steps: int = 0
@@ -49,10 +50,11 @@ class Faults:
 class Engine:
     """Continuous batching: requests join and leave between steps of the model.
 
-    All of it belongs to the event loop's thread. `steps` is the step thread's half: two queues join them, commands to
-    it and calls back, and what it publishes. `died` is set when the step thread has ended by an error: there is no
-    answer from this engine any more. `clock` counts seconds; a caller that takes nothing for `send_timeout` of them
-    while pieces wait for it is given up. `name` is the model's, for the log.
+    Only the event loop's thread uses it. `steps` is the step thread's half. Two queues join the halves, commands to the
+    step thread and calls back to the event loop; the step thread also publishes one record that this half reads.
+    `died` is set when an error has ended the step thread: this engine answers nothing from then on. `clock` counts
+    seconds. A request whose caller takes no piece for `send_timeout` seconds, while pieces wait, is ended. `name` is
+    the model's, for the log.
     """
 
     def __init__(
@@ -78,22 +80,20 @@ class Engine:
         self._log = _log.bind(model=name)
         self._slow_readers = 0
 
-    # --- its life ---
-
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Starts the step thread; pieces are delivered on `loop`."""
         self.steps.post = loop.call_soon_threadsafe
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Has what is unfinished end with UnavailableError after the current step, and what comes be refused."""
+        """Ends unfinished requests with UnavailableError after the current step, and refuses new ones."""
         self.steps.commands.put(self.steps.stop)
 
     def stop(self) -> None:
-        """Ends the step thread after its current step; what is unfinished ends with UnavailableError."""
+        """Ends the step thread after its current step; unfinished requests end with UnavailableError."""
         self.request_stop()
         self._thread.join()
-        self.steps.turn()  # refuses what has come too late
+        self.steps.turn()  # refuses requests that arrived after the last step
 
     def _run(self) -> None:
         """The step thread."""
@@ -102,15 +102,15 @@ class Engine:
         except Exception:
             self._log.critical("the engine has died", exc_info=True)
             assert self.steps.post is not None
-            self.steps.post(self._bury)
+            self.steps.post(self._end_dead_engine)
 
-    def _bury(self) -> None:
-        """After the step thread has died of an error: ends every request, also those that it has not seen."""
+    def _end_dead_engine(self) -> None:
+        """Ends every request after an error has ended the step thread, also those still in the queue to it."""
         self.stop()
         self.died.set()
 
     async def warm_up(self, request: Request) -> None:
-        """Answers a request of the service's own, so that no caller pays for what the first one costs.
+        """Runs a request of the service's own, so that no caller waits for what happens only once.
 
         It is excluded from metrics and from wait estimates. It queues behind earlier requests and is never refused for
         overload. Raises EngineFaultError when the model fails.
@@ -119,21 +119,19 @@ class Engine:
             async for _ in generation:
                 pass
         self.admission.pace = Pace()
-        self.steps.commands.put(self.steps.forget_reuse)
+        self.steps.commands.put(self.steps.scheduler.forget_reuse)
 
     def observe(self, observer: Observer) -> None:
-        """Has `observer` hear of each step from here on."""
+        """Reports every step to `observer` from now on."""
         self.steps.commands.put(partial(self.steps.observe, observer))
 
     def abandon(self) -> None:
-        """Tells every caller that there will be no answer, when the step thread hangs and never will."""
+        """Ends every request with UnavailableError from the event loop, because the step thread hangs."""
         for generation in self._roster:
             generation.fail(UnavailableError(STOPPED))
 
-    # --- requests ---
-
     def check(self, identity: str, deadline: float | None = None) -> None:
-        """Raises what `submit` would, at once and before there is a request to submit."""
+        """Raises what `submit` would raise for a request of this caller, before the request is parsed."""
         published = self.steps.published
         if published.stopping:
             raise UnavailableError(STOPPED)
@@ -141,10 +139,10 @@ class Engine:
         self.admission.check(identity, load.room_for(identity), load.next_end, deadline)
 
     def submit(self, request: Request, deadline: float | None = None) -> Generation:
-        """Starts a request that its caller gives `deadline` seconds, or as long as it takes.
+        """Queues a request. `deadline` is the caller's, in seconds from now; None means no deadline.
 
-        Raises OverloadedError when too much waits already, DeadlineError when the deadline is shorter than the
-        estimated wait, UnavailableError after `stop`. None of these reaches the step thread.
+        Raises OverloadedError when the queue is too long, DeadlineError when the deadline is shorter than the
+        estimated wait, UnavailableError after `stop`. A request that is refused never reaches the step thread.
         """
         self.check(request.identity, deadline)
         return self._submit(request)
@@ -159,20 +157,18 @@ class Engine:
     def _abort(self, generation: Generation) -> None:
         if isinstance(generation.error, SlowReaderError):
             self._slow_readers += 1
-            self._log.warning("a request is given up: its caller reads too slowly")
+            self._log.warning("a request was ended: its caller reads too slowly")
         self._roster.ended(generation)
         self.steps.commands.put(partial(self.steps.end, generation))
 
-    # --- what it tells ---
-
     @property
     def turn(self) -> int | None:
-        """The number of the step that is under way, if one is: the same number for long means that it hangs."""
+        """The number of the running step, or None between steps. The same number for a long time means a hang."""
         return self.steps.turns if self.steps.in_turn else None
 
     @property
     def stats(self) -> Stats:
-        """How many sequences there were at the latest step."""
+        """The numbers of sequences at the latest step."""
         load = self.steps.published.load
         return Stats(load.running, load.waiting)
 
@@ -183,23 +179,23 @@ class Engine:
 
     @property
     def faults(self) -> Faults:
-        """What went wrong since the start."""
+        """Faults since the start."""
         published = self.steps.published
         return Faults(published.failed_steps, published.not_finite, self._slow_readers)
 
     @property
     def reuse(self) -> Reuse:
-        """What the cache has saved since the start."""
+        """Prompt tokens that the prefix cache has saved since the start."""
         return self.steps.published.reuse
 
     @property
     def admission(self) -> Admission:
-        """Who may queue, and what was learnt of the engine's pace."""
+        """The limits of the queue, and the measured pace of the engine."""
         return self._roster.admission
 
 
 def _work(request: Request) -> Iterator[Work]:
-    """The work of each of a request's sequences; candidates of one prompt share its computation."""
+    """The work of each of a request's sequences; the first candidate of a prompt does the prefill for all."""
     for prompt in request.prompts:
         for candidate in range(request.best_of):
             yield Work(1, 0 if candidate else len(prompt.token_ids), request.max_tokens)

@@ -1,4 +1,4 @@
-"""The event loop's end of a request: where the pieces of its answer arrive."""
+"""A request on the event loop: the pieces of its answer arrive here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from types import TracebackType
 from service.errors import SlowReaderError
 from service.types import Delta, FinishReason
 
-# What may wait for a reader, in bytes per candidate: at any time, and where it has taken nothing for some seconds.
-_MOST = 2 << 20
-_MOST_UNTOUCHED = 256 << 10
-_UNTOUCHED_SECONDS = 5.0
-# About what a piece takes, and each scored token and alternative in it.
+# How many bytes per candidate may wait for a reader, and how many once it has taken no piece for some seconds.
+_MAX_BACKLOG = 2 << 20
+_MAX_BACKLOG_IDLE = 256 << 10
+_IDLE_SECONDS = 5.0
+# The approximate memory of a piece, and of each scored token and alternative in it, in bytes.
 _PIECE, _TOKEN, _ALTERNATIVE = 256, 256, 192
 
 
 class Generation:
-    """An iterator over the pieces of a request's answer; used as a context manager, it frees the request at exit.
+    """An iterator over the pieces of a request's answer. As a context manager it ends the request at exit.
 
-    Everything but construction happens on the event loop's thread. A reader that lets pieces grow too many, or wait
-    for more than `send_timeout` seconds of `clock`, gets SlowReaderError in their place, and the request is freed.
-    `given_up` says that it was ended before its time, `error` with what.
-    `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (of
-    more than an echo) tell when it got how far, by `clock`.
+    Everything but construction happens on the event loop's thread. If too many bytes wait for the reader, or pieces
+    wait longer than `send_timeout` seconds of `clock`, the reader gets SlowReaderError in place of the pieces, and the
+    request ends. `given_up` is true when the request was ended early, `error` is the reason.
+    `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (the
+    first piece beyond an echo) are times of `clock`.
     """
 
     def __init__(
@@ -57,35 +57,35 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens in the pieces that have arrived."""
+        """The number of generated tokens in the pieces that have arrived."""
         return sum(self._completion_tokens.values())
 
     @property
     def longest(self) -> int:
-        """Tokens of the candidate that has most."""
+        """The number of tokens of the longest candidate so far."""
         return max(self._completion_tokens.values(), default=0)
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were copied and not computed; what candidates of one prompt share was computed once."""
+        """Prompt tokens that came from the prefix cache, counted once for each prompt."""
         return sum(self._cached_tokens.values())
 
     @property
     def unread(self) -> int:
-        """Pieces that have arrived and were not taken."""
+        """The number of pieces that have arrived and wait for the reader."""
         return len(self._arrived)
 
     @property
     def ready(self) -> bool:
-        """Whether the iteration goes on, or ends, without waiting."""
+        """Whether the iteration can continue or end without waiting."""
         return bool(self._arrived) or self.error is not None or not self._unfinished
 
     def start(self) -> None:
-        """Notes that a candidate has got a slot; the first counts."""
+        """Records that a candidate has a slot; only the first call counts."""
         self.started_at = self._clock() if self.started_at is None else self.started_at
 
     def deliver(self, delta: Delta) -> None:
-        """Takes in a piece."""
+        """Adds a piece."""
         if self.error is not None:
             return
         if not self._arrived:
@@ -104,11 +104,12 @@ class Generation:
             self.end(SlowReaderError("The answer was not read fast enough, and was given up."))
 
     def _reads_too_slowly(self) -> bool:
-        waited, each = self._clock() - self._taken_at, self._backlog / self._candidates
-        return waited > self._send_timeout or each > (_MOST_UNTOUCHED if waited > _UNTOUCHED_SECONDS else _MOST)
+        idle = self._clock() - self._taken_at
+        allowed = _MAX_BACKLOG_IDLE if idle > _IDLE_SECONDS else _MAX_BACKLOG
+        return idle > self._send_timeout or self._backlog / self._candidates > allowed
 
     def end(self, error: Exception) -> None:
-        """Ends the request with `error` at once: what has arrived and was not taken is dropped."""
+        """Ends the request with `error` at once: pieces that wait for the reader are dropped."""
         if self.given_up:
             return
         self._arrived.clear()
@@ -117,7 +118,7 @@ class Generation:
         self._abort(self)
 
     def fail(self, error: Exception) -> None:
-        """Ends the iteration with `error` after what has arrived; the first error counts."""
+        """Ends the iteration with `error` after the pieces that have arrived; only the first error counts."""
         self.error = self.error or error
         self._event.set()
 
@@ -127,7 +128,7 @@ class Generation:
                 yield delta
 
     async def pieces(self, silence: float = math.inf, since: float = math.inf) -> AsyncIterator[Delta | None]:
-        """The pieces, and None whenever for `silence` seconds none has come, first counted from `since` (monotonic)."""
+        """The pieces, and None after every `silence` seconds without one, first counted from `since` (monotonic)."""
         speak_at = min(since, time.monotonic()) + silence
         while self._unfinished:
             while self._arrived:
@@ -162,7 +163,7 @@ class Generation:
 
 
 def _size(delta: Delta) -> int:
-    """About how many bytes a piece takes; those of an echo, the first piece, are the request's own."""
+    """The approximate memory of a piece in bytes; an echo, the first piece, shares its memory with the request."""
     if not delta.completion_tokens:
         return _PIECE
     return _PIECE + sum(_TOKEN + _ALTERNATIVE * len(token.top or ()) for token in delta.tokens)

@@ -1,4 +1,4 @@
-"""The requests in the engine, as the event loop knows them: which queue, and which have not ended."""
+"""The requests that have not ended, as the event loop knows them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from service.engine.generation import Generation
 
 
 class Roster:
-    """Who is in the engine, from being let in until the last piece is sent, the request fails, or its caller leaves.
+    """The requests in the engine: each from its admission until its last piece, its failure, or its caller's leaving.
 
-    The event loop's thread alone touches it; the step thread tells it through its outbox. A request that has ended may
-    be told of again.
+    Only the event loop's thread uses it; the step thread's outbox calls it there. A request may be reported as ended
+    more than once.
     """
 
     def __init__(self, admission: Admission) -> None:
@@ -24,13 +24,13 @@ class Roster:
         self._tickets[generation] = self.admission.enter(identity, work)
 
     def started(self, generation: Generation) -> None:
-        """Notes that the first of a request's waiting sequences has got a slot."""
+        """Records that the next waiting sequence of a request has a slot."""
         generation.start()
         if generation in self._tickets:
             self.admission.started(self._tickets[generation])
 
     def ended(self, generation: Generation) -> None:
-        """Forgets a request, and whatever still waits of it."""
+        """Removes a request, and its sequences that still wait."""
         ticket = self._tickets.pop(generation, None)
         if ticket is not None:
             self.admission.leave(ticket)

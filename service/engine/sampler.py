@@ -14,18 +14,18 @@ from service.types import SamplingParams
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-# Most distributions reach top_p within this many tokens; the others are sorted whole.
-_SHORTLIST = 64
-# Dividing by less would overflow; what it favours is certain long before.
+# Most distributions reach top_p within this many tokens; only for the others is the whole row sorted.
+_CANDIDATES = 64
+# Dividing by a smaller penalty would overflow; at this one the favoured token is already certain.
 _LEAST_PENALTY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """A row of logits on a device, of which the likeliest are at hand: all above some logit, falling, equal ones by id.
+    """The top of a row of logits that stays on the device: all logits above some value, descending, equal ones by id.
 
-    `normalizer` is log_normalizer of the whole row. `whole` brings that to the host; it gives the row that this is as
-    long as the model makes no further call.
+    `normalizer` is log_normalizer of the whole row. `whole` copies the whole row to the host; it is valid until the
+    model's next call.
     """
 
     ids: Ids
@@ -35,7 +35,10 @@ class Shortlist:
 
     @classmethod
     def of(cls, ids: Ids, logits: Floats, normalizer: float, whole: Callable[[], Floats]) -> Shortlist:
-        """From the k likeliest, falling, where equal logits are in any order and some equal to the last may lack."""
+        """From the top k logits, descending, with ties in any order.
+
+        Entries equal to the last are dropped: more of them may have been cut off.
+        """
         kept = logits > logits[-1]
         order = np.lexsort((ids[kept], -logits[kept]))
         return cls(ids[kept][order], logits[kept][order], normalizer, whole)
@@ -46,7 +49,7 @@ Row = Floats | Shortlist
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A token's log probability, and the likeliest tokens (with this one) as (id, log probability), falling."""
+    """A token's log probability, and the likeliest tokens, this one included, as (id, log probability), descending."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -59,17 +62,17 @@ def log_normalizer(logits: Floats) -> float:
 
 
 def whole(row: Row) -> Floats:
-    """All logits of a row."""
+    """All logits of a row, on the host."""
     return row.whole() if isinstance(row, Shortlist) else row
 
 
 def is_finite(row: Row) -> bool:
-    """Whether a row's logits are numbers; minus infinity is a token that cannot be."""
+    """Whether a row's logits are usable: no NaN, no plus infinity, and not all minus infinity."""
     return math.isfinite(row.normalizer if isinstance(row, Shortlist) else row.max())
 
 
 def score(row: Row, token: int, count: int) -> Score:
-    """The model's own score of `token` among a row of logits, with the `count` likeliest tokens."""
+    """The model's own score of `token`, before any sampling parameter, with the `count` likeliest tokens."""
     if isinstance(row, Shortlist) and count <= len(row.ids) and token in row.ids:
         values = (row.logits.astype(np.float64) - row.normalizer).astype(np.float32)
         scores: dict[int, float] = dict(zip(row.ids.tolist(), values.tolist(), strict=True))
@@ -92,7 +95,7 @@ def process(
 ) -> Row:
     """Applies penalties, bias and bans to a copy of a row of logits, or returns it as it is when there are none.
 
-    `counts` are the generated tokens; `prompt` matters to the repetition penalty alone.
+    `counts` says how often each token was generated; only the repetition penalty looks at `prompt`.
     """
     penalized = params.presence_penalty or params.frequency_penalty
     if not (penalized or params.logit_bias or banned or params.repetition_penalty != 1):
@@ -116,16 +119,16 @@ def process(
 
 
 def uniform(seed: int, stream: int, position: int) -> float:
-    """The random number in [0, 1) of one position: a function of its arguments alone, by counter-based Philox."""
+    """The random number in [0, 1) for one position: a pure function of its arguments, by counter-based Philox."""
     key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, stream], np.uint64)
     bits = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(bits).random())
 
 
 def choose(row: Row, params: SamplingParams, u: float) -> int:
-    """The token at quantile `u` of the distribution that temperature, top_k, top_p and min_p leave.
+    """The token at quantile `u` of the distribution after temperature, top_k, top_p and min_p, in that order.
 
-    Filters apply in that order; top_p is of what top_k left. Ties in probability go to the lower id.
+    top_p is a share of the probability that top_k leaves. Of equally likely tokens the lower id goes first.
     """
     if isinstance(row, Shortlist):
         chosen = _choose_among(row, params, u)
@@ -143,7 +146,7 @@ def choose(row: Row, params: SamplingParams, u: float) -> int:
 
 
 def _choose_among(row: Shortlist, params: SamplingParams, u: float) -> int | None:
-    """What `choose` gives, where the shortlist holds all that the filters keep."""
+    """The result of `choose`, or None when the filters may keep tokens outside the shortlist."""
     if not len(row.ids):
         return None
     if params.greedy or params.top_k == 1 or params.top_p == 0:
@@ -152,7 +155,7 @@ def _choose_among(row: Shortlist, params: SamplingParams, u: float) -> int | Non
     weights, count, total = np.exp(scaled - scaled[0]), params.top_k or len(scaled), None
     if not params.top_k:
         if params.top_p < 1 and params.temperature != 1:
-            return None  # the whole row's weight is known as it is, not at another temperature
+            return None  # the normalizer holds only for temperature 1
         total = math.exp(row.normalizer - float(row.logits[0]))
     if count > len(weights) or (total is not None and not _covers(weights, total, params, whole_vocabulary=True)):
         return None
@@ -167,18 +170,21 @@ def _quantile(weights: Floats, u: float) -> int:
 
 
 def _filter(weights: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
-    """The ids that the filters keep, likeliest first, and their weights."""
+    """The ids that top_k, top_p and min_p keep, likeliest first, and their weights."""
     vocabulary = len(weights)
     limit = min(params.top_k or vocabulary, vocabulary)
     total = float(weights.sum(dtype=np.float64))
-    ids = _likeliest(weights, min(limit, _SHORTLIST))
+    ids = _likeliest(weights, min(limit, _CANDIDATES))
     if len(ids) < limit and not _covers(weights[ids], total, params, whole_vocabulary=limit == vocabulary):
         ids = _likeliest(weights, limit)
     return _cut(ids, weights[ids], total if limit == vocabulary else None, params)
 
 
 def _cut(ids: Ids, kept: Floats, total: float | None, params: SamplingParams) -> tuple[Ids, Floats]:
-    """What top_p and min_p keep of the likeliest, whose weights are `kept`; `total` is all weight that top_p is of."""
+    """What top_p and min_p keep of tokens with the weights `kept`, likeliest first.
+
+    top_p is a share of `total`, or of the sum of `kept` when that is None.
+    """
     if params.top_p < 1:
         cumulative = np.cumsum(kept, dtype=np.float64)
         mass = float(cumulative[-1]) if total is None else total
@@ -191,14 +197,14 @@ def _cut(ids: Ids, kept: Floats, total: float | None, params: SamplingParams) ->
 
 
 def _covers(kept: Floats, total: float, params: SamplingParams, *, whole_vocabulary: bool) -> bool:
-    """Whether the filters keep no token beyond this shortlist of the likeliest."""
+    """Whether the filters keep no token outside these candidates, whose weights are `kept`."""
     if params.min_p > 0 and kept[-1] < params.min_p * kept[0] and (whole_vocabulary or params.top_p >= 1):
         return True
     return whole_vocabulary and float(kept.sum(dtype=np.float64)) >= params.top_p * total and params.top_p < 1
 
 
 def _likeliest(values: Floats, count: int) -> Ids:
-    """The indices of the `count` largest values, largest first, equal ones by index."""
+    """The indices of the `count` largest values, largest first, equal values by index."""
     if count < len(values):
         threshold = np.partition(values, len(values) - count)[len(values) - count]
         ids = np.flatnonzero(values >= threshold)

@@ -1,4 +1,4 @@
-"""Decides which sequence advances by how many tokens. Pure: it plans and records, and never computes."""
+"""Decides which sequence advances by how many tokens. Pure: it plans and records, and never runs the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from service.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Tokens `start`..`end` of one sequence's prompt, after `copies`; none when a sibling's prompt served whole."""
+    """Prefill of tokens `start`..`end` of one sequence's prompt, after `copies`.
+
+    `start` equals `end` when a sibling's prefill serves the whole prompt.
+    """
 
     sequence: Sequence
     start: int
@@ -22,22 +25,23 @@ class PromptChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One token each; `rows` are the holders of slots 0.. in order, None where a slot sits this step out."""
+    """One token for each row; row i is the sequence in slot i, None where that sequence takes no part in this step."""
 
     rows: tuple[Sequence | None, ...]
 
 
-# A prompt gives the same bits however it is cut, but for a chunk that leaves one token to a tile of the kernels.
+# The kernels compute in tiles of this many tokens. A prompt gives the same bits however it is cut into chunks, unless a
+# tile is left with one token.
 _TILE = 128
 _RECOMPUTE = 2
-# A call costs so much by itself that fewer tokens hardly make it shorter; the setting allows no fewer either.
+# In tokens. A call has a fixed cost, so smaller chunks would hardly be faster; the setting allows none smaller either.
 _LEAST_CHUNK = 16
-# Behind so many positions attention costs a prompt token about as much again as the matrices do (default model, CPU).
+# After this many positions a prompt token's attention takes about as long as its matrix products (default model, CPU).
 _HALF_SPEED = 1280
 
-# A generated token takes about as long as three of a prompt (default model, CPU, 8 and more rows).
+# In prompt tokens: a decoded token takes about as long as a prefill of three (default model, CPU, 8 rows or more).
 _GENERATED_COST = 3
-# Of so many slots one is kept for callers who hold none: a long answer cannot be interrupted, only not begun.
+# One slot in this many is reserved for callers who hold none, because a long answer is never interrupted.
 _SLOTS_PER_RESERVED = 16
 
 Step = PromptChunk | DecodeBatch
@@ -45,10 +49,10 @@ Step = PromptChunk | DecodeBatch
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a scheduler is: sequences that are `running`, with a slot, and `waiting`, without one yet.
+    """How busy a scheduler is: sequences `running`, which have a slot, and `waiting`, which have none yet.
 
-    A caller among those `holding` slots could take `room` more, any other `first_room`. After `next_end` decode steps
-    at the latest the first running sequence has ended.
+    `holding` are the callers that hold slots: each of them could take `room` more, any other caller `first_room`.
+    Within `next_end` decode steps the first of the running sequences ends.
     """
 
     running: int
@@ -65,7 +69,7 @@ class Load:
 
 @dataclass(slots=True)
 class _Caller:
-    """What one caller has in the scheduler; `served` is the work done for it, in prompt tokens."""
+    """One caller: its waiting sequences, the one in prefill, its slots, and the work done for it in prompt tokens."""
 
     served: int
     waiting: deque[Sequence] = field(default_factory=deque)
@@ -74,19 +78,20 @@ class _Caller:
 
     @property
     def backlogged(self) -> bool:
-        """Whether there are prompts to compute."""
+        """Whether it has prompts that are not computed yet."""
         return bool(self.waiting) or self.prompting is not None
 
 
 class Scheduler:
-    """Shares the model between callers, each served in order, with prompts in chunks between decode steps.
+    """Shares the model fairly between callers, and puts prompt chunks between decode steps.
 
-    Every prompt chunk, and with it a free slot, goes to the caller for whom the least work was done. Who comes, or
-    comes back with nothing waiting, starts level with those who wait: time away earns nothing.
+    The next prompt chunk, and a free slot if it needs one, goes to the caller for whom the least work was done. A
+    caller with nothing waiting that sends a request starts level with the waiting callers: time away earns nothing.
+    The requests of one caller are served in their order.
 
-    Invariants: `holders[i]` is the sequence in slot i; at most one holder per caller is still computing its prompt;
-    a caller is known exactly as long as it has sequences; the reserved slots are held by callers who held none when
-    they got them; while sequences decode, no two prompt chunks that compute follow each other.
+    Invariants: `holders[i]` is the sequence in slot i; at most one sequence per caller is in prefill; a caller is known
+    exactly as long as it has sequences; only callers who held no slot get a reserved one; while sequences decode, a
+    decode step follows each prompt chunk that runs the model.
     """
 
     def __init__(self, cache: KVCache, prompt_chunk: int) -> None:
@@ -100,40 +105,40 @@ class Scheduler:
 
     @property
     def prompt_chunk(self) -> int:
-        """The most prompt tokens of a step."""
+        """The most prompt tokens in a step."""
         return self._prompt_chunk
 
     @property
     def slots(self) -> int:
-        """How many sequences can hold a slot."""
+        """The number of slots: as many sequences can run at once."""
         return self._cache.slots
 
     @property
     def holders(self) -> tuple[Sequence, ...]:
-        """The sequences that hold a slot, by slot."""
+        """The sequences that hold a slot, in the order of the slots."""
         return tuple(self._holders)
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
+        """The number of sequences that hold a slot."""
         return len(self._holders)
 
     @property
     def waiting(self) -> int:
-        """Sequences that do not hold a slot yet."""
+        """The number of sequences that hold no slot yet."""
         return self._waiting
 
     @property
     def reuse(self) -> Reuse:
-        """What the cache has saved so far."""
+        """Prompt tokens that the prefix cache has saved so far."""
         return self._cache.reuse
 
     def forget_reuse(self) -> None:
-        """Counts what the cache saves from here on."""
+        """Counts the prefix cache's savings from zero again."""
         self._cache.reuse = Reuse(0, 0)
 
     def load(self) -> Load:
-        """How busy it is."""
+        """How busy the scheduler is."""
         free = self._cache.free
         general = max(0, free - self._reserved)
         return Load(
@@ -142,7 +147,7 @@ class Scheduler:
             room=general,
             first_room=max(general, min(1, free)),
             holding=frozenset(identity for identity, caller in self._callers.items() if caller.held),
-            next_end=min((each.request.max_tokens - each.generated for each in self._holders), default=0),
+            next_end=min((holder.request.max_tokens - holder.generated for holder in self._holders), default=0),
         )
 
     def add(self, sequences: Seq[Sequence]) -> None:
@@ -157,7 +162,7 @@ class Scheduler:
         self._waiting += len(sequences)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when nothing is to be done."""
+        """The next step, or None when there is no work."""
         decoding = any(sequence.decoding for sequence in self._holders)
         if not (decoding and self._decode_next):
             chunk = self._next_chunk(decoding)
@@ -168,7 +173,7 @@ class Scheduler:
         return self._decode_batch() if decoding else None
 
     def commit_chunk(self, chunk: PromptChunk) -> None:
-        """Records that a chunk's keys and values are in its slot."""
+        """Records that a chunk's positions are in the KV cache."""
         sequence = chunk.sequence
         sequence.computed = chunk.end
         assert sequence.slot is not None
@@ -179,7 +184,7 @@ class Scheduler:
             caller.prompting = None
 
     def remove(self, sequence: Sequence) -> tuple[Copy, ...]:
-        """Ends a sequence in whatever state it is; the copies close the hole that it leaves among the slots."""
+        """Removes a sequence in any state. The copies fill its slot, so that held slots stay consecutive."""
         sequence.finished = True
         caller = self._callers.get(sequence.request.identity)
         if caller is None:
@@ -208,7 +213,7 @@ class Scheduler:
         return copies
 
     def forget(self, sequence: Sequence) -> None:
-        """Sees to it that nothing is reused of what was computed for a sequence that fails: it may be wrong."""
+        """Marks a failing sequence's slot as holding nothing reusable: what was computed there may be wrong."""
         if sequence.slot is not None:
             self._cache.record(sequence.slot, 0)
 
@@ -216,16 +221,16 @@ class Scheduler:
         return self._callers[sequence.request.identity]
 
     def _level(self, without: _Caller | None) -> int:
-        """Where a caller with nothing waiting starts: the least done for any other who waits, else for any other."""
+        """The work with which a caller starts: the least of all other waiting callers, or else of all other callers."""
         others = [caller for caller in self._callers.values() if caller is not without]
         waiting = [caller.served for caller in others if caller.backlogged]
         return min(waiting or [caller.served for caller in others], default=0)
 
     def _next_chunk(self, decoding: bool) -> PromptChunk | None:
-        able = [caller for caller in self._callers.values() if self._may_advance(caller)]
-        if not able:
+        ready = [caller for caller in self._callers.values() if self._may_advance(caller)]
+        if not ready:
             return None
-        caller = min(able, key=lambda each: each.served)
+        caller = min(ready, key=lambda candidate: candidate.served)
         copies: tuple[Copy, ...] = ()
         if caller.prompting is None:
             caller.prompting, copies = self._admit(caller.waiting.popleft())
@@ -236,14 +241,14 @@ class Scheduler:
         return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
 
     def _may_advance(self, caller: _Caller) -> bool:
-        """Whether a caller has a prompt in its slot, or one waiting and a slot that it may take."""
+        """Whether a caller has a sequence in prefill, or one waiting and a slot that it may take."""
         needed = self._reserved if caller.held else 0
         return caller.prompting is not None or (bool(caller.waiting) and self._cache.free > needed)
 
     def _chunk_length(self, sequence: Sequence, decoding: bool) -> int:
-        """How many prompt tokens to compute next, so that none is ever alone in a tile.
+        """The length of a sequence's next prompt chunk, chosen so that no tile is left with one token.
 
-        Beside running streams chunks shrink as the prompt grows, so that each takes about as long as the first.
+        While sequences decode, chunks shrink with the position, so that each takes about as long as the first.
         """
         remaining, most = sequence.prompt_length - sequence.computed, self._prompt_chunk
         if decoding:

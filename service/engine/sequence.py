@@ -1,4 +1,4 @@
-"""One choice being generated: the only mutable state that scheduler, sampler and engine share."""
+"""One choice while it is generated: the only mutable state that scheduler, committer and engine share."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.text.transcript import Transcript
+
 if TYPE_CHECKING:
     from service.engine.generation import Generation
     from service.engine.sampler import Score
-    from service.text.transcript import Transcript
     from service.types import Prompt, Request, Token
 
 
 @dataclass(eq=False, slots=True)
 class PromptGroup:
-    """The candidates of one prompt, and what computing the prompt once gives to all of them.
+    """The candidates of one prompt, and the results of its prefill, which all of them share.
 
-    `logits` (shape [vocabulary]) follow the prompt's last token; None until computed, and again once no candidate
-    waits for them. `unstarted` candidates do. `texts` and `scores` are the prompt's own tokens, where the request
-    echoes and scores them.
+    `unstarted` candidates still wait for `logits` (shape [vocabulary]), which follow the prompt's last token: None
+    before the prefill, and again once no candidate waits. `texts` and `scores` are of the prompt's tokens, if the
+    request asks for an echo with log probabilities.
     """
 
     prompt: Prompt
@@ -33,10 +34,10 @@ class PromptGroup:
 class Sequence:
     """One candidate for one prompt.
 
-    `tokens` is the prompt and what was generated. The sequence's slot holds the keys and values of the first
-    `computed` of them; `cached` of those were copied, not computed. `slot` is None while waiting and after the end.
-    `counts` are the generated tokens; `unshown` scores those that the transcript still holds back. `sampled_at` is when
-    the last token was sampled, in seconds of the engine's clock.
+    `tokens` is the prompt, then the generated tokens. The first `computed` of them are in the KV cache, in `slot`; of
+    these `cached` were copied, not computed. `slot` is None while the sequence waits and after its end. `counts` says
+    how often each token was generated. `unshown` are the scores of tokens whose text the transcript still holds back.
+    `sampled_at` is when the last token was sampled, in seconds of the engine's clock.
     """
 
     request: Request
@@ -58,22 +59,22 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens in the prompt."""
         return len(self.group.prompt.token_ids)
 
     @property
     def generated(self) -> int:
-        """Tokens generated so far, end token and stop text included."""
+        """The number of tokens generated so far, with the end token and tokens of stop text."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def decoding(self) -> bool:
-        """Whether the next step of the model is for a generated token."""
+        """Whether the prefill is over: the next call of the model is a decode step."""
         return self.generated > 0
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether prompt tokens are still to be scored, which needs the logits of all of them."""
+        """Whether the prefill has to return the logits of every prompt token: some are not scored yet."""
         wanted = self.request.echo and self.request.logprobs is not None
         return wanted and len(self.group.scores) < self.prompt_length
 
@@ -81,3 +82,15 @@ class Sequence:
     def ranked(self) -> bool:
         """Whether this candidate competes with others for a place in the answer."""
         return self.request.best_of > self.request.n
+
+
+def sequences_of(request: Request, generation: Generation) -> list[Sequence]:
+    """The sequences of a request: `best_of` candidates for each prompt, which share a group."""
+    sequences = []
+    for prompt_index, prompt in enumerate(request.prompts):
+        group = PromptGroup(prompt, unstarted=request.best_of)
+        for candidate in range(request.best_of):
+            transcript = Transcript(request.stop, len(prompt.text), prompt.tail)
+            tokens = list(prompt.token_ids)
+            sequences.append(Sequence(request, generation, group, prompt_index, candidate, transcript, tokens))
+    return sequences

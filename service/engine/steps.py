@@ -1,4 +1,4 @@
-"""The step thread's half of the engine: plans a step, runs the model, samples, and commits."""
+"""The step thread's half of the engine: schedules a step, runs the model, samples, and commits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from functools import partial
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
+from service.engine.meter import Meter
 from service.engine.ort.model import Model
 from service.engine.roster import Roster
 from service.engine.sampler import Row, whole
 from service.engine.scheduler import DecodeBatch, Load, PromptChunk, Scheduler, Step
-from service.engine.sequence import PromptGroup, Sequence
+from service.engine.sequence import Sequence, sequences_of
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
 from service.telemetry.log import get_logger
 from service.telemetry.observer import Observer
 from service.text.tokenizer import Tokenizer
-from service.text.transcript import Transcript
 from service.types import Delta, Request
 
 _log = get_logger(__name__)
@@ -28,14 +28,14 @@ Command = Callable[[], None]
 
 STOPPED = "The service is stopping. Please retry: another instance may answer."
 _GONE = "The model does not answer. Please retry: another instance may answer."
-# Requests in a row that the model may fail on, and on the probe after each, before the engine counts as dead: memory
-# that is short for a moment is no death.
+# When the model has failed on this many requests in a row, and on the probe after each, the engine counts as dead.
+# It is more than one, because memory can be short for a moment.
 _LAST_FAILURE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the step thread lets other threads know: a new record with every step."""
+    """The step thread's state for other threads to read: replaced, never changed, at every step."""
 
     load: Load
     reuse: Reuse
@@ -47,9 +47,9 @@ class Published:
 class Steps:
     """Advances all sequences together, step by step.
 
-    Only the step thread calls its methods: `run`, and whatever the event loop puts into `commands`. What the event loop
-    has to do with the results of a turn is posted in one call at the turn's end. Other threads may read `published`,
-    `turns` (how many there have been) and `in_turn`, and nothing else.
+    Only the step thread calls its methods: `run`, and the commands that the event loop puts into `commands`. At the end
+    of a turn it posts one call to the event loop with all results of the turn. Other threads may read `published`,
+    `turns` (the number of turns so far) and `in_turn`, and nothing else.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Steps:
     ) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.post: Callable[..., object] | None = None
-        self._observer = Observer()
+        self._meter = Meter(clock)
         self._model = model
         self.scheduler = scheduler
         self._committer = Committer(tokenizer)
-        self._roster = roster  # the event loop's: what concerns it goes through the outbox
+        self._roster = roster  # belongs to the event loop: changed only by calls in the outbox
         self._clock = clock
         self._log = _log.bind(model=name)
         self._sequences: dict[Generation, set[Sequence]] = {}
@@ -79,23 +79,19 @@ class Steps:
         self._failures = 0
         self._failed_steps = 0
         self._not_finite = 0
-        self._sampled = 0
-        self._gaps: list[float] = []
         self._publish()
 
-    # --- turns ---
-
     def run(self) -> None:
-        """Takes turns until `stop`, and waits for a command whenever there is nothing to do."""
+        """Takes turns until `stop`; waits for a command while there are no sequences."""
         while not self._stopping:
             if not (self.scheduler.running or self.scheduler.waiting):
                 self.commands.get()()
             self.turn()
 
     def turn(self) -> bool:
-        """Does what has been asked for, advances what is next, and sends the pieces.
+        """Runs the waiting commands, then one step, and posts the pieces to the event loop.
 
-        Returns whether anything advanced. After `stop` it only refuses what has come too late.
+        Returns whether there was a step. After `stop` a turn only refuses requests that arrived too late.
         """
         self.turns += 1
         self.in_turn = True
@@ -104,9 +100,7 @@ class Steps:
         if step is not None:
             self._publish()
             self.advance(step)
-        if self._sampled:
-            self._observer.sampled(self._sampled, self._gaps)
-            self._sampled, self._gaps = 0, []
+        self._meter.report()
         self._publish()
         self._flush()
         self.in_turn = False
@@ -120,35 +114,22 @@ class Steps:
             return
 
     def _flush(self) -> None:
-        """Sends everything of this step to the event loop in one call."""
+        """Posts everything of this step to the event loop in one call."""
         if self._outbox:
             assert self.post is not None
             outbox, self._outbox = self._outbox, []
             self.post(_run_all, outbox)
 
     def _publish(self) -> None:
-        self.published = Published(
-            self.scheduler.load(),
-            self.scheduler.reuse,
-            self._failed_steps,
-            self._not_finite,
-            self._stopping,
-        )
-
-    # --- commands ---
+        load, reuse = self.scheduler.load(), self.scheduler.reuse
+        self.published = Published(load, reuse, self._failed_steps, self._not_finite, self._stopping)
 
     def begin(self, request: Request, generation: Generation) -> None:
-        """Takes in a request."""
+        """Makes a request's sequences and queues them."""
         if self._stopping:
             self._outbox.append(partial(generation.fail, UnavailableError(STOPPED)))
             return
-        sequences = []
-        for prompt_index, prompt in enumerate(request.prompts):
-            group = PromptGroup(prompt, unstarted=request.best_of)
-            for candidate in range(request.best_of):
-                transcript = Transcript(request.stop, len(prompt.text), prompt.tail)
-                tokens = list(prompt.token_ids)
-                sequences.append(Sequence(request, generation, group, prompt_index, candidate, transcript, tokens))
+        sequences = sequences_of(request, generation)
         self._sequences[generation] = set(sequences)
         if request.max_tokens or sequences[0].scores_prompt:
             self.scheduler.add(sequences)
@@ -157,42 +138,30 @@ class Steps:
             self.send(sequence, self._committer.begin(sequence))
 
     def end(self, generation: Generation) -> None:
-        """Ends a request's sequences, highest slot first: no hole is filled by one that is to end as well."""
+        """Removes a request's sequences, highest slot first, so that none is moved before it is removed."""
         members = self._sequences.pop(generation, set())
-        for sequence in sorted(members, key=lambda each: -1 if each.slot is None else each.slot, reverse=True):
+        for sequence in sorted(members, key=lambda member: -1 if member.slot is None else member.slot, reverse=True):
             self._model.copy(self.scheduler.remove(sequence))
 
     def stop(self) -> None:
-        """Ends every request with UnavailableError, and takes in no other."""
+        """Ends every request with UnavailableError, and refuses new ones from then on."""
         self._stopping = True
         for generation in list(self._sequences):
             self.fail(generation, UnavailableError(STOPPED))
 
     def observe(self, observer: Observer) -> None:
-        """Has `observer` hear of each step from here on."""
-        self._observer = observer
-
-    def forget_reuse(self) -> None:
-        """Counts what the cache saves from here on."""
-        self.scheduler.forget_reuse()
-
-    # --- what there is ---
+        """Reports every step to `observer` from now on."""
+        self._meter.observer = observer
 
     @property
     def sequences(self) -> list[Sequence]:
         """Every sequence that has not ended."""
         return [sequence for members in self._sequences.values() for sequence in members]
 
-    def sequences_of(self, generation: Generation) -> frozenset[Sequence]:
-        """Those of one request that have not ended."""
-        return frozenset(self._sequences.get(generation, ()))
-
-    # --- one step ---
-
     def advance(self, step: Step) -> None:
-        """Runs one step. Of a batch that fails each row is tried alone: only what fails by itself ends its request.
+        """Runs one step. When a batch fails, each of its rows is run by itself, and only rows that fail again end.
 
-        Raises EngineDiedError when the model fails on everything.
+        Raises EngineDiedError when the model fails on every request.
         """
         sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
         began = self._clock()
@@ -201,23 +170,24 @@ class Steps:
                 self._advance_prompt(step)
             else:
                 self._advance_decode(step)
-            self._learn(step, len(sequences), self._clock() - began)
-            if not isinstance(step, PromptChunk) or step.start < step.end:  # else the model had no part in it
+            self._measure(step, len(sequences), self._clock() - began)
+            if not isinstance(step, PromptChunk) or step.start < step.end:  # else the model was not called
                 self._failures = 0
         except Exception as error:
             self._note(error)
             self._log.exception("a step of the model failed", rows=len(sequences))
             if len(sequences) == 1:
-                self.fail(sequences[0].generation, self.blame(sequences[0]))
+                self.fail(sequences[0].generation, self.error_for(sequences[0]))
                 return
             for sequence in sequences:
-                if sequence.slot is not None:  # else a sibling's fault has ended it, or its own last token
+                if sequence.slot is not None:  # else it has ended: by a sibling's fault, or by its last token
                     self.advance(DecodeBatch((None,) * sequence.slot + (sequence,)))
 
-    def blame(self, sequence: Sequence) -> Exception:
-        """What to tell the request that the model has just failed on: its own fault, unless the model fails without it.
+    def error_for(self, sequence: Sequence) -> Exception:
+        """The error for a request on which the model has just failed.
 
-        Raises EngineDiedError when the model has done so for some requests in a row.
+        A probe of one token decides: if the model runs it, the fault is the request's (EngineFaultError), else the
+        model's (UnavailableError). Raises EngineDiedError when the probes of several requests in a row have failed.
         """
         assert sequence.slot is not None
         try:
@@ -225,13 +195,15 @@ class Steps:
         except Exception as error:
             self._failures += 1
             if self._failures == _LAST_FAILURE:
-                raise EngineDiedError(f"the model has failed on {_LAST_FAILURE} requests, and without any") from error
+                raise EngineDiedError(
+                    f"the model has failed on {_LAST_FAILURE} requests in a row, and on a probe after each"
+                ) from error
             return UnavailableError(_GONE)
         self._failures = 0
         return EngineFaultError("the model failed")
 
     def fail(self, generation: Generation, error: Exception) -> None:
-        """Ends a request with `error`; nothing is reused of what was computed for it."""
+        """Ends a request with `error`; nothing that was computed for it stays in the prefix cache."""
         for sequence in self._sequences.get(generation, ()):
             self.scheduler.forget(sequence)
         self.end(generation)
@@ -239,7 +211,7 @@ class Steps:
         self._outbox.append(partial(generation.fail, error))
 
     def send(self, sequence: Sequence, delta: Delta | None) -> None:
-        """Notes a piece for the caller; with its last piece a sequence gives its slot back."""
+        """Puts a piece into the outbox; with its last piece a sequence gives its slot back."""
         if delta is None:
             return
         self._outbox.append(partial(sequence.generation.deliver, delta))
@@ -260,19 +232,20 @@ class Steps:
         else:
             self._failed_steps += 1
 
-    def _learn(self, step: Step, rows: int, seconds: float) -> None:
+    def _measure(self, step: Step, rows: int, seconds: float) -> None:
+        """Reports the time of a step to the observer and to admission."""
         if isinstance(step, DecodeBatch):
-            self._observer.decode_step(rows, seconds)
+            self._meter.observer.decode_step(rows, seconds)
             self._outbox.append(lambda: self._roster.admission.pace.step(rows, seconds))
         elif step.start < step.end:
-            self._observer.prompt_step(seconds)
+            self._meter.observer.prompt_step(seconds)
             self._outbox.append(lambda: self._roster.admission.pace.chunk(step.end - step.start, seconds))
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
         sequence, group = chunk.sequence, chunk.sequence.group
         if chunk.start == sequence.cached:
             self._outbox.append(partial(self._roster.started, sequence.generation))
-            self._flush()  # arrivals during the prefill are to be estimated with this slot taken
+            self._flush()  # so that admission knows during the prefill that this slot is taken
         self._model.copy(chunk.copies)
         logits: Row = group.logits
         if chunk.start < chunk.end:
@@ -287,7 +260,7 @@ class Steps:
         self.scheduler.commit_chunk(chunk)
         if chunk.end == sequence.prompt_length:
             if group.unstarted == sequence.request.best_of:
-                self._observer.prompt_read(chunk.end)
+                self._meter.observer.prompt_read(chunk.end)
             group.unstarted -= 1
             group.logits = whole(logits).copy() if group.unstarted else None
             self.send(sequence, self._committer.begin(sequence))
@@ -305,24 +278,17 @@ class Steps:
             self._commit(sequence, logits[row])
 
     def _commit(self, sequence: Sequence, logits: Row) -> None:
-        """Advances one sequence by its logits; a fault of its own ends its request alone."""
-        if sequence.finished:  # a sibling's fault, earlier in this step, ended the request
+        """Samples one sequence's next token. An error here ends this request, and no other."""
+        if sequence.finished:  # a fault of a sibling has ended the request earlier in this step
             return
         try:
             delta = self._committer.advance(sequence, logits)
-            self._time_token(sequence)
+            self._meter.sampled(sequence)
             self.send(sequence, delta)
         except Exception as error:
             self._note(error)
             self._log.exception("a sequence failed", request_id=sequence.request.id)
             self.fail(sequence.generation, EngineFaultError("the model failed"))
-
-    def _time_token(self, sequence: Sequence) -> None:
-        now = self._clock()
-        if sequence.sampled_at is not None:
-            self._gaps.append(now - sequence.sampled_at)
-        sequence.sampled_at = now
-        self._sampled += 1
 
 
 def _run_all(commands: list[Command]) -> None:

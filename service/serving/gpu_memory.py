@@ -120,7 +120,7 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
     kv_slot = context_length * manifest.kv.bytes_per_token
     for count in range(slots, 0, -1):
-        kv = kv_slots(count, few_shapes=True) * kv_slot
+        kv = kv_slots(count, is_gpu=True) * kv_slot
         positions = power_of_two(settings.prompt_chunk) + power_of_two(count)
         rows = max(power_of_two(settings.prompt_chunk), power_of_two(count))
         logits = (rows * _LOGITS_BYTES + rows // 2 * _RESULT_BYTES) * manifest.vocab_size

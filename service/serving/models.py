@@ -142,6 +142,8 @@ def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
         batch_invariant=settings.batch_invariant,
         device=device,
     )
+    if not settings.batch_invariant:
+        model.tune()
     engine = Engine(
         model,
         tokenizer,

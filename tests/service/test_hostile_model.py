@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Change, str]] = {
         graph(lambda m: m.graph.node.add(op_type="NoSuchOperator", output=["evil"]), "prompt.onnx"),
         "prompt.onnx cannot be loaded by onnxruntime ",
     ),
-    "one more input": (graph(one_more_input), "has an input 'surprise', which the manifest says nothing of"),
+    "one more input": (graph(one_more_input), "has an input 'surprise', which the manifest does not describe"),
     "input of another name": (
         graph(renamed("seqlens_k", "lens")),
         "has no input seqlens_k, which the manifest implies",

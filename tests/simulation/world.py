@@ -259,7 +259,7 @@ class World:
 
     def _state(self, visit: Visit) -> str:
         """Where the engine has got with a request."""
-        members = self.stepper.sequences_of(visit.generation)
+        members = {member for member in self.stepper.sequences if member.generation is visit.generation}
         if not members:
             return "finishing"
         slots = [each for each in members if each.slot is not None]

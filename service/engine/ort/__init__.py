@@ -1,1 +1,1 @@
-"""The model as onnxruntime runs it: all that knows onnxruntime."""
+"""Runs the model on onnxruntime. No other package of the service imports onnxruntime."""

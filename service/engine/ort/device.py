@@ -1,4 +1,4 @@
-"""What computes: the processor, or one NVIDIA GPU. All that differs between them is here, and in the driver's calls."""
+"""The device that runs the model: the processor, or one NVIDIA GPU. All differences are here and in `driver`."""
 
 from __future__ import annotations
 
@@ -22,119 +22,125 @@ Bytes = npt.NDArray[np.uint8]
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
-# For onnxruntime: flash attention, and memory-efficient attention where a GPU is too old for it. Both read lengths on
-# the GPU, as captured graphs need; cuDNN's, the default on some GPUs, makes a plan of its own for each shape.
+# onnxruntime's bits for flash attention and, on older GPUs, memory-efficient attention. Both read lengths on the GPU,
+# as captured graphs require; cuDNN's attention, the default on some GPUs, makes a plan for each shape.
 _ATTENTION = 1 | 2
-# And: this run is no part of any captured graph.
+# onnxruntime's number for a run that is not captured.
 _NOT_CAPTURED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Memory at a fixed address of a device, and the host's side of it: on the CPU the same memory."""
+    """Memory at a fixed address of a device, and its copy on the host; on the CPU both are the same memory."""
 
     address: int
     host: Bytes
 
 
 class Device(Protocol):
-    """Where a model's graphs run and its tensors are. `kind` and `index` are as onnxruntime names them."""
+    """Runs a model's graphs and holds its tensors. `kind` and `index` are onnxruntime's names.
+
+    On a GPU (`is_gpu`) each shape of a call is prepared once, so rows, tokens and logits are padded to few shapes; and
+    its memory is not the host's, so what stays there saves a copy.
+    """
 
     kind: Literal["cpu", "cuda"]
     index: int
-    # Whether calls take few shapes only, since each is prepared once: rows, tokens and logits are padded.
-    few_shapes: bool
-    # Whether its memory is not the host's, so that what stays there saves a copy.
-    apart: bool
+    is_gpu: bool
 
     def load(self, graph: Path, threads: int) -> ort.InferenceSession:
-        """The graph, ready to run here. Raises ModelDirectoryError when it is not to be loaded."""
+        """Loads a graph. Raises ModelDirectoryError when it cannot be loaded."""
         ...
 
     def reserve(self, size: int) -> Block:
-        """So many bytes, all zero, that nobody but the graphs and `copy_rows` touches."""
+        """Allocates `size` zero bytes that only the graphs and `copy_rows` use, for good."""
         ...
 
     def block(self, size: int) -> Block:
-        """So many bytes that the host writes and `send`s, or `fetch`es and reads."""
+        """Allocates `size` bytes that the host writes and then sends, or fetches and then reads."""
         ...
 
     def release(self, block: Block) -> None:
-        """Takes a `block` back."""
+        """Frees memory from `block`."""
         ...
 
-    def send(self, block: Block) -> None: ...
+    def send(self, block: Block) -> None:
+        """Copies a block from the host to the device."""
+        ...
+
     def fetch(self, block: Block, start: int, end: int) -> None:
-        """Brings bytes `start`..`end` of a block to the host."""
+        """Copies bytes `start`..`end` of a block to the host."""
         ...
 
     def copy_rows(self, block: Block, source: int, target: int, *, rows: int, pitch: int, width: int) -> None:
-        """Copies `width` bytes of each of `rows` rows, `pitch` bytes apart; `wait` ends it.
+        """Copies `width` bytes of each of `rows` rows, `pitch` bytes apart; complete after `wait`.
 
-        The offsets `source` and `target` are of whole rows.
+        `source` and `target` are offsets in bytes, at the start of a row.
         """
         ...
 
     def wait(self) -> None:
-        """Returns when all copies are done."""
+        """Waits for all copies."""
         ...
 
     def run(self, session: ort.InferenceSession, binding: Any, graph: int | None) -> None:
-        """Runs a call and waits for it. Calls of one `graph` have the same shapes and addresses, always."""
+        """Runs a call and waits for it. Calls with the same `graph` always have the same shapes and addresses."""
         ...
 
 
 class Cpu:
-    """The processor. Memory is taken page by page, when first written."""
+    """The processor. The operating system provides memory page by page, when it is first written."""
 
     kind: Literal["cpu", "cuda"] = "cpu"
     index = 0
-    few_shapes = apart = False
+    is_gpu = False
 
     def load(self, graph: Path, threads: int) -> ort.InferenceSession:
         return _session(graph, _options(threads), [CPU_PROVIDER])
 
     def reserve(self, size: int) -> Block:
-        # A huge page would take a slot's whole length at once.
+        # With huge pages a slot would take the memory of its full length at once.
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            message = f"{size >> 20} MiB of addresses for keys and values cannot be had ({error.strerror}): allow the"
+            message = f"{size >> 20} MiB of address space for the KV cache cannot be had ({error.strerror}): allow the"
             raise StartupError(f"{message} process more (ulimit -v), or lower memory_mib or context_length") from None
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-        return _host_block(np.frombuffer(memory, np.uint8))
+        host = np.frombuffer(memory, np.uint8)
+        return Block(host.ctypes.data, host)
 
     def block(self, size: int) -> Block:
-        return _host_block(np.zeros(size, np.uint8))
+        host = np.zeros(size, np.uint8)
+        return Block(host.ctypes.data, host)
 
     def release(self, block: Block) -> None:
-        """It goes with its last reference."""
+        """Nothing to do: the memory is freed with its last reference."""
 
     def send(self, block: Block) -> None:
-        """It is there."""
+        """Nothing to do: both sides are the same memory."""
 
     def fetch(self, block: Block, start: int, end: int) -> None:
-        """It is there."""
+        """Nothing to do: both sides are the same memory."""
 
     def copy_rows(self, block: Block, source: int, target: int, *, rows: int, pitch: int, width: int) -> None:
-        memory, of, to = block.host.reshape(-1, pitch), source // pitch, target // pitch
-        memory[to : to + rows, :width] = memory[of : of + rows, :width]
+        memory, first, to = block.host.reshape(-1, pitch), source // pitch, target // pitch
+        memory[to : to + rows, :width] = memory[first : first + rows, :width]
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Nothing to do: copies are complete at once."""
 
     def run(self, session: ort.InferenceSession, binding: Any, graph: int | None) -> None:
         session.run_with_iobinding(binding)
 
 
 class Cuda:
-    """One GPU. All memory is taken at once, and at most `session_bytes` by each graph for weights and activations.
+    """One GPU. Memory is allocated at once; each graph gets at most `session_bytes` for weights and activations.
 
-    onnxruntime waits for the GPU at the end of every run: copies before and after need no order of their own.
+    onnxruntime waits for the GPU at the end of every run, so copies need no synchronization with runs.
     """
 
     kind: Literal["cpu", "cuda"] = "cuda"
-    few_shapes = apart = True
+    is_gpu = True
 
     def __init__(self, driver: Driver, index: int, session_bytes: int) -> None:
         self.index = index
@@ -143,7 +149,7 @@ class Cuda:
 
     def load(self, graph: Path, threads: int) -> ort.InferenceSession:
         options = _options(threads)
-        # Without it, what CUDA lacks would run on the CPU, with copies in between and no graphs.
+        # Otherwise operators that CUDA lacks would run on the CPU, with copies, and no graph could be captured.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         return _session(graph, options, [(CUDA_PROVIDER, provider_options(self.index, self._session_bytes))])
 
@@ -180,11 +186,11 @@ class Cuda:
 
 
 def provider_options(index: int, session_bytes: int) -> dict[str, str]:
-    """What onnxruntime's CUDA provider is told."""
+    """The options of onnxruntime's CUDA provider."""
     return {
         "device_id": str(index),
         "gpu_mem_limit": str(session_bytes),
-        # Else each growth of the arena doubles it, and the limit is reached with half of the memory unused.
+        # By default the arena doubles when it grows, and reaches its limit with half of the memory unused.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
         "use_tf32": "0",
@@ -193,14 +199,14 @@ def provider_options(index: int, session_bytes: int) -> dict[str, str]:
 
 
 def run_options(graph: int | None) -> ort.RunOptions:
-    """A run that is captured when `graph` is run first, and replayed from then on; None captures nothing."""
+    """Options of a run that captures `graph` the first time and replays it later; None captures nothing."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(_NOT_CAPTURED if graph is None else graph))
     return options
 
 
 def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
-    """What computes, and on which device. Raises StartupError when it is not there."""
+    """Names the device that will run the model. Raises StartupError when the wanted one is not available."""
     available = ort.get_available_providers()
     lacking = "" if wanted == "cpu" else lacks_cuda(index)
     if wanted == "cuda" and lacking is not None:
@@ -215,12 +221,12 @@ def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
 
 
 def no_cuda(lacking: str) -> str:
-    """What to say when CUDA is asked for."""
+    """The error message when CUDA is asked for and not available."""
     return f"--device cuda cannot be had: {lacking}"
 
 
 def lacks_cuda(index: int) -> str | None:
-    """What keeps onnxruntime from computing on the GPU of that index; None when nothing does."""
+    """Why onnxruntime cannot use the GPU of that index; None if it can."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         return f"{_package()}; install the extra `gpu` instead of `cpu`: pip install 'completion-service[gpu]'"
     try:
@@ -236,7 +242,7 @@ def lacks_cuda(index: int) -> str | None:
 
 
 def _package() -> str:
-    """Which onnxruntime it is that has no CUDA provider."""
+    """Names the installed onnxruntime, which has no CUDA provider."""
     for name in ("onnxruntime-gpu", "onnxruntime"):
         try:
             version = importlib.metadata.version(name)
@@ -248,7 +254,7 @@ def _package() -> str:
 
 
 def _missing_library() -> str | None:
-    """The library that the provider needs and that is not there, if that is what it is."""
+    """The missing library that keeps the CUDA provider from loading, if one is missing."""
     try:
         ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / _CUDA_LIBRARY))
     except OSError as error:
@@ -260,7 +266,7 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that still spin after a call would take the cores from the other graph's next call.
+    # Threads that keep spinning after a call would slow down the next call of the other graph.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, value in byte_options().items():
         options.add_session_config_entry(name, value)
@@ -274,24 +280,20 @@ def _session(graph: Path, options: ort.SessionOptions, providers: list[Any]) -> 
         reason = " ".join(str(error).split())
         raise ModelDirectoryError(f"{graph} cannot be loaded by onnxruntime {ort.__version__}: {reason}") from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if session.get_providers()[0] != wanted:  # onnxruntime only logs that a provider does not start
+    if session.get_providers()[0] != wanted:  # onnxruntime only logs when a provider fails to start
         raise ModelDirectoryError(f"{graph} cannot be loaded: onnxruntime did not take its {wanted}")
     return session
 
 
-def _host_block(memory: Bytes) -> Block:
-    return Block(memory.ctypes.data, memory)
-
-
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def kv_slots(slots: int, few_shapes: bool) -> int:
-    """How many slots of keys and values a model has for so many sequences.
+def kv_slots(slots: int, is_gpu: bool) -> int:
+    """How many slots the KV cache has for `slots` sequences.
 
-    One more than is ever held: a call too narrow for its results to be independent of it is padded with an empty row.
-    Where calls take few shapes, as many as the largest.
+    One more than can be held: a call of a single row is padded with an empty one, so that its bits do not depend on the
+    batch. On a GPU, as many as the largest padded call has rows.
     """
-    return max(slots + 1, power_of_two(slots)) if few_shapes else slots + 1
+    return max(slots + 1, power_of_two(slots)) if is_gpu else slots + 1

@@ -1,4 +1,4 @@
-"""The few calls of NVIDIA's driver that the engine needs for memory of its own on a GPU; nothing else knows ctypes."""
+"""The calls of NVIDIA's driver that the engine needs for its own memory on a GPU, by ctypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY = "libcuda.so.1"
 Bytes = npt.NDArray[np.uint8]
 
 _DEVICE_MEMORY = 2
-# The host's side of a copy: only from such memory is it over when the call returns.
+# The flag for the host's side of a copy: only for such memory is a copy complete when the call returns.
 _PORTABLE = 1
 
 
@@ -66,8 +66,8 @@ SIGNATURES = {
 class Driver:
     """One GPU's memory, in the context that onnxruntime uses as well.
 
-    Copies do not wait for what onnxruntime computes: it must have returned. When a copy returns it is done, except for
-    `copy_rows`, which `wait` waits for. May be used from any thread.
+    Copies do not wait for a run of onnxruntime: it must have returned before. `send` and `fetch` are complete when they
+    return, `copy_rows` is complete after `wait`. Any thread may use it.
     """
 
     def __init__(self, index: int) -> None:
@@ -92,13 +92,13 @@ class Driver:
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
     def free(self) -> int:
-        """How many bytes of the GPU's memory nobody has."""
+        """The free memory of the GPU, in bytes."""
         free, total = c_size_t(), c_size_t()
         self._do("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
     def allocate(self, size: int) -> int:
-        """The address of so many bytes on the GPU, all zero."""
+        """Allocates `size` zero bytes on the GPU; returns their address."""
         address = c_uint64()
         self._do("cuMemAlloc_v2", byref(address), size)
         self._do("cuMemsetD8_v2", address, 0, size)
@@ -106,19 +106,19 @@ class Driver:
         return address.value
 
     def host_memory(self, size: int) -> Bytes:
-        """So many bytes of the host that copies to and from the GPU go through."""
+        """Allocates `size` bytes on the host for copies to and from the GPU."""
         pointer = c_void_p()
         self._do("cuMemHostAlloc", byref(pointer), size, _PORTABLE)
         assert pointer.value is not None
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer.value))
 
     def release(self, address: int, host: Bytes) -> None:
-        """Frees what `allocate` and `host_memory` gave."""
+        """Frees memory from `allocate` and from `host_memory`."""
         self._do("cuMemFree_v2", address)
         self.release_host(host)
 
     def release_host(self, host: Bytes) -> None:
-        """Frees what `host_memory` gave."""
+        """Frees memory from `host_memory`."""
         self._do("cuMemFreeHost", host.ctypes.data)
 
     def send(self, target: int, source: Bytes) -> None:
@@ -148,11 +148,11 @@ class Driver:
         )
 
     def wait(self) -> None:
-        """Returns when everything on the GPU is done."""
+        """Waits for everything on the GPU."""
         self._do("cuCtxSynchronize")
 
     def _do(self, name: str, *arguments: object) -> None:
-        """A call in this GPU's context, which each thread has to enter."""
+        """Calls the driver in this GPU's context, which every thread has to enter."""
         self._call("cuCtxSetCurrent", self._context)
         self._call(name, *arguments)
 
@@ -165,7 +165,7 @@ class Driver:
             raise StartupError(message) if name in _STARTING else RuntimeError(message)
 
 
-# What fails here keeps the service from starting; anything else is a fault of a step.
+# An error of these calls keeps the service from starting; an error of any other call is a fault of a step.
 _STARTING = frozenset(name for name in SIGNATURES if name.startswith(("cuInit", "cuDevice"))) | {
     "cuMemAlloc_v2",
     "cuMemHostAlloc",

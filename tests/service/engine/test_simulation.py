@@ -178,15 +178,15 @@ class FailsTheBatch(Steps):
 class ServesOn(Steps):
     """Takes a model that fails on everything for requests that are at fault."""
 
-    def blame(self, sequence):
+    def error_for(self, sequence):
         self._failures = 0
-        return super().blame(sequence)
+        return super().error_for(sequence)
 
 
 class DiesOfOne(Steps):
     """Takes a request that the model fails on for a model that is gone."""
 
-    def blame(self, sequence):
+    def error_for(self, sequence):
         raise EngineDiedError("a request failed")
 
 

@@ -238,7 +238,7 @@ def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, na
     driver = device.driver
     held = {*driver.memory, *driver.host}
     with monkeypatch.context() as patched:
-        patched.setattr(gpu, "_prompts", Unbindable(gpu._prompts, name))
+        patched.setattr(gpu, "_prefill", Unbindable(gpu._prefill, name))
         with pytest.raises(RuntimeError, match=f"no binding of {name}"):
             prompt(gpu, 0, tokens[:9])
     assert {*driver.memory, *driver.host} == held
@@ -276,7 +276,7 @@ def test_only_the_likeliest_come_to_the_host(gpu, tokens, device):
 
 def test_several_rows_of_several_tokens_are_refused(gpu):
     """Attention without lengths of rows takes one prompt at a time: anything else is an error before it runs."""
-    with pytest.raises(ValueError, match="2 rows of several tokens"):
+    with pytest.raises(ValueError, match="2 rows, some of several tokens"):
         gpu.forward(0, [[1, 2], [3]], [0, 0], [])
     with pytest.raises(ValueError, match=f"do not fit a slot of {CONTEXT}"):
         gpu.forward(0, [[1]], [CONTEXT], [])
