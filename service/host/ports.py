@@ -1,23 +1,32 @@
-"""Who listens on a port of this machine, where the system shows it."""
+"""Finds the process that listens on a port of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _LISTENING = "0A"
 
 
 def listener(port: int, proc: Path = Path("/proc")) -> int | None:
-    """The id of a process that listens on a TCP port; None where that cannot be seen, as for another user's process."""
+    """The id of a process that listens on a TCP port; None if it cannot be seen, as for another user's process."""
     sockets = {f"socket:[{inode}]" for inode in _inodes(port, proc)}
     for process in proc.glob("[0-9]*"):
-        try:
-            if any(str(descriptor.readlink()) in sockets for descriptor in (process / "fd").iterdir()):
-                return int(process.name)
-        except OSError:
-            continue
+        if sockets and not sockets.isdisjoint(_open_files(process)):
+            return int(process.name)
     return None
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """What a process has open, as the links of its descriptors name it; those that are closed meanwhile are skipped."""
+    try:
+        descriptors = list((process / "fd").iterdir())
+    except OSError:
+        return
+    for descriptor in descriptors:
+        with suppress(OSError):
+            yield str(descriptor.readlink())
 
 
 def _inodes(port: int, proc: Path) -> Iterator[str]:
