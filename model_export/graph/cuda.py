@@ -19,7 +19,7 @@ KERNELS = Path(__file__).with_name("cuda_kernels.json")
 
 
 # As many as the sampler looks at before it sorts a whole row.
-SHORTLIST = 64
+TOP_LOGITS = 64
 
 
 def add_shortlist(model: ir.Model) -> None:
@@ -32,7 +32,7 @@ def add_shortlist(model: ir.Model) -> None:
     assert logits.shape is not None
     vocabulary = logits.shape[1]
     assert isinstance(vocabulary, int)
-    count = min(SHORTLIST, vocabulary)
+    count = min(TOP_LOGITS, vocabulary)
     tape = Tape()
     top, ids = tape.op_multi_out("TopK", [logits, _constant(graph, "shortlist.size", count)], num_outputs=2)
     peak = tape.op("Gather", [top, _constant(graph, "shortlist.first", 0)], {"axis": 1})

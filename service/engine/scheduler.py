@@ -259,7 +259,7 @@ class Scheduler:
         return length
 
     def _admit(self, sequence: Sequence) -> tuple[Sequence, tuple[Copy, ...]]:
-        if sequence.scores_prompt:
+        if sequence.needs_prompt_scores:
             recompute = sequence.prompt_length
         elif sequence.group.logits is not None:
             recompute = 0

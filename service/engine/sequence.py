@@ -73,7 +73,7 @@ class Sequence:
         return self.generated > 0
 
     @property
-    def scores_prompt(self) -> bool:
+    def needs_prompt_scores(self) -> bool:
         """Whether the prefill has to return the logits of every prompt token: some are not scored yet."""
         wanted = self.request.echo and self.request.logprobs is not None
         return wanted and len(self.group.scores) < self.prompt_length

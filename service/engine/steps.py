@@ -131,7 +131,7 @@ class Steps:
             return
         sequences = sequences_of(request, generation)
         self._sequences[generation] = set(sequences)
-        if request.max_tokens or sequences[0].scores_prompt:
+        if request.max_tokens or sequences[0].needs_prompt_scores:
             self.scheduler.add(sequences)
             return
         for sequence in sequences:
@@ -250,11 +250,12 @@ class Steps:
         logits: Row = group.logits
         if chunk.start < chunk.end:
             length = chunk.end - chunk.start
-            wanted = range(length) if sequence.scores_prompt else range(length - 1, length)
+            scoring = sequence.needs_prompt_scores
+            wanted = range(length) if scoring else range(length - 1, length)
             tokens = sequence.tokens[chunk.start : chunk.end]
             assert sequence.slot is not None
             rows = self._model.forward(sequence.slot, [tokens], [chunk.start], [(0, at) for at in wanted])
-            if sequence.scores_prompt:
+            if scoring:
                 self._committer.score_prompt(sequence, rows)
             logits = rows[-1]
         self.scheduler.commit_chunk(chunk)

@@ -55,8 +55,8 @@ class Model:
         self._device = device or Cpu()
         self._kv_layout = manifest.kv
         self._kv_slots = kv_slots(slots, self._device.is_gpu)
-        self._min_rows = manifest.quantization.min_rows if batch_invariant else 1
-        self._min_logits = manifest.quantization.min_logits if batch_invariant else 1
+        self._pads_single_row = batch_invariant and manifest.quantization.min_rows > 1
+        self._pads_single_logits = batch_invariant and manifest.quantization.min_logits > 1
         self._many_rows = math.inf  # decode steps of at least as many rows run on the prefill graph
         self._decoding = self._prefill = self._load(directory / MODEL_FILE, manifest, threads)
         position = manifest.kv.head_dim * np.dtype(manifest.kv.dtype).itemsize
@@ -124,11 +124,11 @@ class Model:
         next call.
         """
         self._check(first_slot, rows, past)
-        shape = self._shape(first_slot, rows, past, len(logits_at))
+        shape = self._padded_shape(first_slot, rows, past, len(logits_at))
         call = self._call(shape)
         for index, row in enumerate(rows):
             call.input_ids[index, : len(row)] = row
-        self._fill_lengths(call, shape, rows, past)
+        self._write_lengths(call, shape, rows, past)
         call.logits_idx[: len(logits_at)] = [row * shape.width + position for row, position in logits_at]
         self._device.send(call.inputs)
         self._device.run(call.session, call.binding, call.graph)
@@ -166,13 +166,13 @@ class Model:
         if not self._ragged and len(rows) > 1 and max(len(row) for row in rows) > 1:
             raise ValueError(f"{len(rows)} rows, some of several tokens: this graph takes one such row at a time")
 
-    def _shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> Shape:
+    def _padded_shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> Shape:
         """The shape of a call, padded so that its bits do not depend on the batch and, on a GPU, that shapes recur."""
         count, width = len(rows), max(len(row) for row in rows)
-        if count * width < self._min_rows:
-            count = self._min_rows
-        if logits:
-            logits = max(logits, self._min_logits)
+        if self._pads_single_row and count * width <= 1:
+            count = 2
+        if self._pads_single_logits and logits == 1:
+            logits = 2
         if not self._device.is_gpu:
             return Shape(first_slot, count, width, logits)
         count = min(power_of_two(count), self._kv_slots - first_slot)
@@ -181,7 +181,7 @@ class Model:
         shape = Shape(first_slot, count, width, power_of_two(logits))
         return Shape(0, count, 1, count) if shape.decodes else shape
 
-    def _fill_lengths(self, call: Call, shape: Shape, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
+    def _write_lengths(self, call: Call, shape: Shape, rows: Sequence[Sequence[int]], past: Sequence[int]) -> None:
         """Fills in each slot's length, and each row's."""
         slots = slice(shape.first_slot, shape.first_slot + shape.rows)
         if call.query_seqlens is not None:

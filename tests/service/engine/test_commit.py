@@ -134,9 +134,9 @@ def test_prompt_scores(committer):
     made = request(Prompt((BEGIN, *ids("ab")), "ab", implied=1), echo=True, logprobs=1, max_tokens=0)
     one = sequence(made)
     committer.score_prompt(one, np.stack([peak(0)]))
-    assert one.scores_prompt
+    assert one.needs_prompt_scores
     committer.score_prompt(one, np.stack([peak(7), peak(9)]))
-    assert not one.scores_prompt
+    assert not one.needs_prompt_scores
     delta = committer.begin(one)
     assert delta.text == "ab"
     assert delta.finish_reason is FinishReason.LENGTH
