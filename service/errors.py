@@ -1,4 +1,21 @@
-"""Everything that can go wrong by name: what a caller did, what the service lacks, what stops it from starting."""
+"""The service's errors: expected ones that callers read, faults of the engine, and reasons not to start.
+
+ServiceError
+  InvalidRequestError
+  ModelNotFoundError
+    ForbiddenModelError
+  AuthenticationError
+  OverloadedError
+    TokensExceededError
+  UnavailableError
+  DeadlineError
+  SlowReaderError
+EngineFaultError
+  NotFiniteError
+EngineDiedError
+StartupError
+  ModelDirectoryError
+"""
 
 from __future__ import annotations
 
@@ -26,11 +43,11 @@ class AuthenticationError(ServiceError):
 
 
 class ForbiddenModelError(ModelNotFoundError):
-    """The caller's key may not use the model, of which it is told no more than of one that does not exist."""
+    """The caller's key may not use the model; the caller gets the same answer as for one that does not exist."""
 
 
 class OverloadedError(ServiceError):
-    """The queue is full, or a limit of the caller reached; after `retry_after` seconds it is worth another try."""
+    """The queue is full, or the caller has reached a limit; a retry may succeed after `retry_after` seconds."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, code="rate_limit_exceeded")
@@ -38,7 +55,7 @@ class OverloadedError(ServiceError):
 
 
 class TokensExceededError(OverloadedError):
-    """The caller has used its tokens per minute; after `retry_after` seconds there are enough again."""
+    """The caller has used its tokens per minute; enough are available again after `retry_after` seconds."""
 
 
 class UnavailableError(ServiceError):
@@ -46,11 +63,11 @@ class UnavailableError(ServiceError):
 
 
 class DeadlineError(ServiceError):
-    """The call's deadline has come, or comes before the request could begin."""
+    """The call's deadline has passed, or will pass before the request can start."""
 
 
 class SlowReaderError(ServiceError):
-    """The caller reads too slowly: what waits for it grew too large or too old."""
+    """The caller reads too slowly: its unread answer grew too large or too old."""
 
 
 class EngineFaultError(Exception):
@@ -58,11 +75,11 @@ class EngineFaultError(Exception):
 
 
 class NotFiniteError(EngineFaultError):
-    """The model's logits are not numbers: of such a row nothing can be trusted."""
+    """The model's logits are not all finite, so no result of that row can be trusted."""
 
 
 class EngineDiedError(Exception):
-    """The step thread has ended by an error: the process is of no more use."""
+    """An error ended the step thread; the process must be restarted."""
 
 
 class StartupError(Exception):

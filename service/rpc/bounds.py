@@ -10,7 +10,7 @@ from buf.validate import validate_pb2
 from completion.v1 import completion_pb2 as pb
 
 from service.errors import InvalidRequestError
-from service.rpc.checks import at_most, invalid, not_finite, out_of_range, shortest, shown
+from service.rpc.checks import at_most, invalid, model_missing, not_finite, out_of_range, shortest, shown
 
 _VALIDATOR = protovalidate.Validator()
 _REQUEST = pb.CreateCompletionRequest.DESCRIPTOR
@@ -47,7 +47,7 @@ def _refusal(path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestErro
     if rule == "repeated.min_items":
         return invalid(name, "must not be empty.", "empty_array")
     if name == "model":
-        return InvalidRequestError("you must provide a model parameter", param="model")
+        return model_missing()
     if rule == "string.min_len":
         return invalid(name, f"{name} cannot contain an empty string.", "empty_string")
     if last.subscript and last.subscript.field == "string_key":

@@ -1,4 +1,4 @@
-"""What is known of a call while it goes on, where whoever works for it finds it."""
+"""The state of the current call, available to all code that works on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.engine.generation import Generation
-from service.rpc.keys import Caller
+from service.rpc.keys import UNAUTHENTICATED, Caller
+from service.rpc.quota import Headers
 from service.telemetry.observer import Usage
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -18,12 +19,13 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call; `began` is on the monotonic clock, `identifiers` are what its answer is told apart by.
+    """A call; `began` is on the monotonic clock, `identifiers` are the metadata that identify its answer.
 
-    `trace` are the caller's traceparent and tracestate. `caller` is the name of its key, `model` the id of the served
-    model that it asks for. `notes` go into its line in the log: never content, keys, or names in clear. `usage` is what
-    a completion request came to, once the engine has taken it; `error` is what ended the call, also where gRPC cannot
-    show it any more. `hold` counts bytes of an answer that is kept whole until it is sent; it raises OverloadedError.
+    `trace` are the caller's traceparent and tracestate. `caller` may use no model until the call is authenticated;
+    `model` is the id of the requested model. `headers` are sent before the answer's first message, or with the error.
+    `notes` go into the call's line in the log: never content, keys, or names in clear. `usage` are the counts of a
+    completion request, once the engine has accepted it; `error` ended the call, even if gRPC can no longer send it.
+    `hold` counts bytes of an answer that is kept whole until it is sent; it raises OverloadedError.
     """
 
     began: float
@@ -31,7 +33,8 @@ class Call:
     trace: dict[str, str]
     identifiers: tuple[tuple[str, str], ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
-    caller: str = ""
+    caller: Caller = UNAUTHENTICATED
+    headers: Headers = ()
     model: str = ""
     usage: Usage | None = None
     error: Exception | None = None
@@ -41,7 +44,7 @@ class Call:
     _ended_by: Exception | None = None
 
     def generates(self, generation: Generation | None) -> None:
-        """From now on the call is about this generation, or about none any more."""
+        """Sets the generation that `end` ends, None once it is over."""
         self._generation = generation
         if generation is not None and self._ended_by is not None:
             generation.end(self._ended_by)
@@ -54,7 +57,3 @@ class Call:
 
 
 current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
-current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller")
-current_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("current_request_id")
-# What goes with the answer besides: sent before its first message, or with the error.
-answer_headers: contextvars.ContextVar[list[tuple[str, str]]] = contextvars.ContextVar("answer_headers")

@@ -36,6 +36,11 @@ def shortest(value: float) -> str:
     return str(np.float32(value))
 
 
+def model_missing() -> InvalidRequestError:
+    """The refusal of a request without a model."""
+    return InvalidRequestError("you must provide a model parameter", param="model")
+
+
 def at_most(name: str, what: str, count: int, limit: int, code: str) -> InvalidRequestError:
     """The refusal of more than `limit` of `what`."""
     return invalid(name, f"at most {limit} {what}, but got {count} instead.", code)

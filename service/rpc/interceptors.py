@@ -1,4 +1,4 @@
-"""What every call passes through: its request id, the caller's key, and the one place that turns errors to statuses."""
+"""Every call passes through here: it gets its request id, its key is checked, and its error becomes a status."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from grpc_health.v1 import health_pb2
 
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError, SlowReaderError
 from service.rpc import tasks, wire
-from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller, current_request_id
-from service.rpc.keys import KeyRing
-from service.rpc.outcome import outcome_of, summary
+from service.rpc.calls import Call, Context, current_call
+from service.rpc.keys import UNAUTHENTICATED, KeyRing
 from service.rpc.quota import Meter
 from service.rpc.running import Running
-from service.rpc.status import status_of, trailing_metadata
+from service.rpc.status import outcome_of, status_of, summary, trailing_metadata
 from service.rpc.workers import Workers
 from service.telemetry.log import get_logger
 from service.telemetry.observer import Ended, Method, Observer
@@ -37,16 +36,16 @@ _Error = TypeVar("_Error", bound=BaseException)
 _CLOCKS_DIFFER_SECONDS = 0.25
 _TRACE = ("traceparent", "tracestate")
 _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamCompletionEvents"})
-# Needs no key, and is no line in the log.
+# The health service needs no key, and its calls are not logged.
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates calls, reads their requests, and reports their failures and ends; every RPC passes through it.
 
-    To gRPC every method is one of streams: so no message is read, decompressed or parsed before the caller is known.
-    Large messages are parsed by `workers`. A caller that takes none of an answer for `send_timeout` seconds gets no
-    more of it, and if it does not take the reason within `last_word` seconds it is cut off.
+    Every method is registered with gRPC as a streaming one, so that no message is read, decompressed or parsed before
+    the caller is authenticated. `workers` parse large messages. A caller that reads nothing for `send_timeout` seconds
+    gets the call's error; if it does not read that within `last_word` seconds, its connection is closed.
     """
 
     def __init__(
@@ -110,8 +109,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """The request in a message; a large one is parsed off the event loop, in its caller's turn."""
         if len(data) <= wire.LARGE:
             return wire.parse(deserialize, data)
-        caller = current_caller.get(None)
-        if caller is None:
+        caller = current_call.get().caller
+        if caller is UNAUTHENTICATED:
             raise InvalidRequestError(f"The request has {len(data)} bytes, and may have {wire.LARGE}.")
         return await self._workers.run(caller.identity, lambda: wire.parse(deserialize, data))
 
@@ -119,7 +118,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Sends a message, and before the first one the answer's headers: until then Envoy may ask another replica."""
         try:
             async with asyncio.timeout(self._send_timeout):
-                await _send_headers(context)
+                await _send_headers(call, context)
                 await context.write(message)
         except TimeoutError:
             call.stalled = True
@@ -158,32 +157,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._report(method, call, finished=finished, late=_late(context))
 
     async def _refuse(self, error: Exception, call: Call, context: Context) -> None:
-        """Ends a call with its error's status, or without one where the caller takes nothing."""
+        """Ends a call with its error's status, or without one if the caller has left."""
         code, message = _explain(error)
         _without_frames(error)
-        own = (*call.identifiers, *answer_headers.get())
+        metadata = (*call.identifiers, *call.headers, *trailing_metadata(code, message, error))
         if call.stalled:
             tasks.cut_off_in(self._last_word)
         try:
-            await context.abort(code, message.message, (*own, *trailing_metadata(code, message, error)))
+            await context.abort(code, message.message, metadata)
         except grpc.aio.InternalError:  # the caller has left
             raise asyncio.CancelledError from None
 
     def _admit(self, method: Method, call: Call, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
-        """Finds out who calls, and counts the call. Raises what the caller is refused with."""
+        """Authenticates the caller, and counts the call. Raises the error that refuses the call."""
         # A header that comes twice is one with a comma, as HTTP has it.
         given = [value for key, value in metadata if key == "authorization"]
         caller = self._keys.authenticate(",".join(given) if given else None)
-        current_caller.set(caller)
-        call.caller = caller.name
+        call.caller = caller
         held.enter_context(self._running.of(caller.identity, call))
         try:
             self._meter.request(caller.identity, caller.quota)
         finally:
-            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
+            call.headers = self._meter.headers(caller.identity, caller.quota)
 
     def _report(self, method: Method, call: Call, *, finished: bool, late: bool) -> None:
-        """Tells observers and log of a call's end; `late` if its deadline had passed."""
+        """Reports a call's end to the observers and the log; `late` if its deadline had passed."""
         seconds = time.monotonic() - call.began
         code = grpc.StatusCode.OK if finished else _left(late)
         unexpected = False
@@ -191,7 +189,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = status_of(call.error, call.request_id)[0]
             unexpected = not isinstance(call.error, ServiceError | EngineFaultError)
         fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name}
-        fields |= {"caller": call.caller, "request_id": call.request_id}
+        fields |= {"caller": call.caller.name, "request_id": call.request_id}
         ended = None
         if method.name in _COMPLETIONS:
             begun = call.usage is not None
@@ -211,13 +209,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _begin(metadata: dict[str, str]) -> Call:
-    """A call that begins now, for whoever works for it to find."""
+    """A call that begins now, set as the current one."""
     request_id = _request_id(metadata.get("x-request-id"))
     call = Call(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
     call.identifiers = (("x-request-id", request_id),)
     current_call.set(call)
-    current_request_id.set(request_id)
-    answer_headers.set([])
     return call
 
 
@@ -254,12 +250,11 @@ def _method(path: str, handler: Any) -> Method:
     return Method(service, name, kinds.get((requests, responses), "bidi_stream"))
 
 
-async def _send_headers(context: Context) -> None:
+async def _send_headers(call: Call, context: Context) -> None:
     """Sends the answer's headers, once."""
-    headers = answer_headers.get()
-    if headers:
-        await context.send_initial_metadata(tuple(headers))
-        headers.clear()
+    if call.headers:
+        await context.send_initial_metadata(call.headers)
+        call.headers = ()
 
 
 def _request_id(given: str | None) -> str:
@@ -278,14 +273,14 @@ def _take_client_request_id(call: Call, given: str | None) -> None:
 
 
 def failure(error: Exception) -> pb.Error:
-    """What to tell the caller of a failure after the answer has begun, of which gRPC itself shows nothing."""
+    """The error to send inside a stream that has begun, where HTTP cannot show gRPC's status."""
     return _explain(error)[1]
 
 
 def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
-    """The status and the error to send for an exception, which ends the call; one that is not expected is logged."""
-    current_call.get().error = error
-    request_id = current_request_id.get()
+    """The status and the error to send for an exception, which ends the call; an unexpected one is logged."""
+    call = current_call.get()
+    call.error = error
     if not isinstance(error, ServiceError):
-        _log.error("call failed", exc_info=error, request_id=request_id)
-    return status_of(error, request_id)
+        _log.error("call failed", exc_info=error, request_id=call.request_id)
+    return status_of(error, call.request_id)

@@ -49,6 +49,9 @@ class Caller:
         return self.models is None or not self.models.isdisjoint(names)
 
 
+UNAUTHENTICATED = Caller("", "", models=frozenset())
+
+
 class _Stamp(NamedTuple):
     """What tells a file's contents from others: its inode, bytes, and when it was last written to, in nanoseconds."""
 

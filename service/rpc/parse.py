@@ -1,4 +1,4 @@
-"""From the wire's request to a valid one: the contract's bounds, and what no rule in the proto can say. Pure."""
+"""From the wire's request to a valid one: the contract's bounds, and those that no proto rule can state. Pure."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def parse(
 ) -> Request:
     """The request as the engine takes it; InvalidRequestError names the field, the bound and what was given.
 
-    `request` is taken over: its JSON `stop` becomes typed. `streaming` says whether the answer is to be sent in pieces,
-    which some fields depend on.
+    `streaming` says whether the answer is sent in pieces, which some fields depend on.
     """
-    _take_stop(request, limits.stops)
+    stop = _stop(request, limits.stops)
     bounds.check(request)
+    if request.HasField("json_stop"):
+        bounds.check(pb.CreateCompletionRequest(model=request.model, stop=stop))
     max_tokens = request.max_tokens if request.HasField("max_tokens") else 16
     n, best_of = _candidates(request, streaming=streaming)
     include_usage, continuous_usage = _stream_options(request, streaming=streaming)
@@ -74,7 +75,7 @@ def parse(
         continuous_usage=continuous_usage,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         echo=request.echo,
-        stop=tuple(request.stop),
+        stop=stop,
         stop_token_ids=stop_token_ids,
         min_tokens=min_tokens,
         sampling=sampling,
@@ -103,11 +104,11 @@ def _stream_options(request: pb.CreateCompletionRequest, *, streaming: bool) -> 
     return request.stream_options.include_usage, request.stream_options.continuous_usage_stats
 
 
-def _take_stop(request: pb.CreateCompletionRequest, limit: int) -> None:
-    """Moves `stop` as REST callers send it to where typed callers have it; too many are refused unread."""
-    given = request.json_stop
-    kind = given.WhichOneof("kind")
-    entries = given.list_value.values if kind == "list_value" else () if kind in {None, "null_value"} else (given,)
+def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
+    """The stop sequences, from REST callers' `json_stop` or typed callers' `stop`; at most `limit`, else refused."""
+    value = request.json_stop
+    kind = value.WhichOneof("kind")
+    entries = value.list_value.values if kind == "list_value" else () if kind in {None, "null_value"} else (value,)
     if entries and request.stop:
         raise invalid("stop", "set either stop or json_stop, not both.")
     count = len(entries) or len(request.stop)
@@ -116,7 +117,7 @@ def _take_stop(request: pb.CreateCompletionRequest, limit: int) -> None:
         raise invalid("stop", f"array too long. {expected}", "array_above_max_length")
     if any(entry.WhichOneof("kind") != "string_value" for entry in entries):
         raise invalid("stop", "expected a string or an array of strings.", "invalid_type")
-    request.stop.extend(entry.string_value for entry in entries)
+    return tuple(entry.string_value for entry in entries) or tuple(request.stop)
 
 
 def _sampling(request: pb.CreateCompletionRequest, vocabulary: int) -> SamplingParams:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from service.errors import OverloadedError, TokensExceededError
 
 _MINUTE = 60.0
-# Accounts are looked through for such that say nothing any more when there are so many, or twice as many as were left.
-_FEW = 1024
+# Sweep idle accounts at this many, then each time the count has doubled since the last sweep.
+_FIRST_SWEEP = 1024
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -28,7 +28,7 @@ class Quota:
     requests_per_minute: int | None = None
 
     def over(self, other: Quota) -> Quota:
-        """These limits, and `other`'s where these say nothing."""
+        """These limits, and `other`'s where one of these is None."""
         return Quota(
             other.tokens_per_minute if self.tokens_per_minute is None else self.tokens_per_minute,
             other.max_sequences if self.max_sequences is None else self.max_sequences,
@@ -41,19 +41,19 @@ UNLIMITED = Quota()
 
 @dataclass(slots=True)
 class _Bucket:
-    """What a caller has used of a limit per minute: so much that was not yet forgiven at time `at`."""
+    """A caller's use of a limit per minute: `spent` is the part not yet forgiven at time `at`."""
 
     at: float
     spent: float = 0.0
 
     def forgive(self, limit: int, now: float) -> None:
-        """The minute passes: as much of what was spent is forgiven as the limit allows for that time."""
+        """Forgives as much of `spent` as the limit allows for the time that has passed."""
         passed = max(0.0, now - self.at)
         self.spent = max(0.0, self.spent - passed * limit / _MINUTE)
         self.at = now
 
     def headers(self, what: str, limit: int) -> Headers:
-        """What is left, by OpenAI's names."""
+        """The limit, the rest and the time until nothing is spent, by OpenAI's names."""
         return (
             (f"x-ratelimit-limit-{what}", str(limit)),
             (f"x-ratelimit-remaining-{what}", str(max(0, int(limit - self.spent)))),
@@ -69,7 +69,7 @@ class _Account:
         self.requests = _Bucket(now)
         self.sequences = 0
 
-    def says_something(self, now: float) -> bool:
+    def in_use(self, now: float) -> bool:
         """Whether it differs from a new one: after a minute everything is forgiven, whatever the limit."""
         return bool(self.sequences) or now - max(self.tokens.at, self.requests.at) < _MINUTE
 
@@ -85,7 +85,7 @@ class Meter:
         self.default = default
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
-        self._sweep_at = _FEW
+        self._sweep_at = _FIRST_SWEEP
 
     def __len__(self) -> int:
         """How many accounts there are."""
@@ -132,14 +132,14 @@ class Meter:
             self._keep(identity, account, now)
 
     def give_back(self, identity: str, tokens: int, sequences: int) -> None:
-        """Ends a request: so many of its tokens were not used, and its sequences are gone."""
+        """Ends a request: refunds its unused `tokens` and releases its `sequences`."""
         account = self._accounts.get(identity)
         if account is not None:
             account.tokens.spent = max(0.0, account.tokens.spent - tokens)
             account.sequences = max(0, account.sequences - sequences)
 
     def headers(self, identity: str, quota: Quota) -> Headers:
-        """What is left to a caller, by OpenAI's names; nothing where there is no limit."""
+        """A caller's remaining quota, by OpenAI's names; empty if there is no limit."""
         limits, now = quota.over(self.default), self._clock()
         account = self._account(identity, now)
         found: Headers = ()
@@ -172,8 +172,8 @@ class Meter:
     def _keep(self, identity: str, account: _Account, now: float) -> None:
         self._accounts[identity] = account
         if len(self._accounts) >= self._sweep_at:
-            self._accounts = {name: each for name, each in self._accounts.items() if each.says_something(now)}
-            self._sweep_at = max(_FEW, 2 * len(self._accounts))
+            self._accounts = {name: account for name, account in self._accounts.items() if account.in_use(now)}
+            self._sweep_at = max(_FIRST_SWEEP, 2 * len(self._accounts))
 
 
 def duration(seconds: float) -> str:

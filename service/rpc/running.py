@@ -1,4 +1,4 @@
-"""The calls that are under way: how many there may be of a kind or a caller, and the end of those whose key is gone."""
+"""The running calls: limits per method and per caller, and the end of calls whose key was revoked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from service.errors import AuthenticationError, OverloadedError
 from service.rpc.calls import Call
 from service.telemetry.observer import Method
 
-# Calls that last as long as their callers like.
-_MOST_LASTING = {"Watch": 256, "ServerReflectionInfo": 16}
-# Half of what Envoy has under way at once: one caller alone never keeps the others out.
-_MOST_PER_CALLER = 2048
-# Whole answers of one caller that are being made, or wait to be read, in bytes.
-_MOST_HELD = 64 << 20
+# Methods whose calls last as long as their callers like.
+_MAX_LASTING = {"Watch": 256, "ServerReflectionInfo": 16}
+# Half of Envoy's limit of concurrent requests, so that one caller cannot lock out the others.
+_MAX_PER_CALLER = 2048
+# Bytes of one caller's unstreamed answers that are being made or are not read yet.
+_MAX_HELD = 64 << 20
 
 
 class Running:
@@ -39,7 +39,7 @@ class Running:
     @contextmanager
     def lasting(self, method: Method) -> Iterator[None]:
         """While a call of this method goes on. Raises OverloadedError when there are enough of its kind."""
-        most = _MOST_LASTING.get(method.name)
+        most = _MAX_LASTING.get(method.name)
         if most is not None and self.lasting_calls[method.name] >= most:
             message = f"Too many calls of {method.name} are open: at most {most} can be. Please retry later."
             raise OverloadedError(message, retry_after=1.0)
@@ -53,18 +53,18 @@ class Running:
     def of(self, identity: str, call: Call) -> Iterator[None]:
         """While a caller's call goes on. Raises OverloadedError when the caller has enough of them."""
         calls = self._calls[identity]
-        if len(calls) >= _MOST_PER_CALLER:
-            message = f"Too many of your requests are open: at most {_MOST_PER_CALLER} can be. Please retry later."
+        if len(calls) >= _MAX_PER_CALLER:
+            message = f"Too many of your requests are open: at most {_MAX_PER_CALLER} can be. Please retry later."
             raise OverloadedError(message, retry_after=1.0)
         calls.add(call)
         mine = 0
 
         def hold(count: int) -> None:
             nonlocal mine
-            if self._held[identity] + count > _MOST_HELD and self._held[identity]:
+            if self._held[identity] + count > _MAX_HELD and self._held[identity]:
                 raise OverloadedError(
                     f"About {self._held[identity] >> 20} MiB of your answers are being made or were not read yet, and "
-                    f"this one has about {count >> 20} MiB more: at most {_MOST_HELD >> 20} MiB may wait. Please read "
+                    f"this one has about {count >> 20} MiB more: at most {_MAX_HELD >> 20} MiB may wait. Please read "
                     "them first, or stream.",
                     retry_after=1.0,
                 )
@@ -81,7 +81,7 @@ class Running:
                 del self._calls[identity], self._held[identity]
 
     def revoke(self, identities: Iterable[str]) -> None:
-        """Ends the calls of callers whose keys open nothing any more."""
+        """Ends the calls of callers whose keys were revoked."""
         for identity in identities:
             for call in list(self._calls.get(identity, ())):
                 call.end(AuthenticationError("The API key has been revoked.", code="invalid_api_key"))

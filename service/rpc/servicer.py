@@ -19,9 +19,9 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.errors import DeadlineError, ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
-from service.rpc import bounds, render
-from service.rpc.calls import Call, Context, answer_headers, current_call, current_caller
-from service.rpc.checks import shown
+from service.rpc import render
+from service.rpc.calls import Call, Context, current_call
+from service.rpc.checks import model_missing, shown
 from service.rpc.interceptors import failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
@@ -32,11 +32,11 @@ from service.telemetry.observer import Usage
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
-# The word of the end must be on its way before the deadline: then gRPC, or Envoy, cuts the call off.
+# The error must be sent this long before the deadline, when gRPC or Envoy ends the call.
 _LAST_WORDS_SECONDS = 0.5
-# A stream of events that has nothing to say for so long says that: proxies close what is silent for a minute.
+# A stream of events without a piece for this long sends a comment: proxies close idle connections after a minute.
 _SILENCE_SECONDS = 15.0
-# What is made of fewer bytes, or of a piece of fewer scored tokens, takes the event loop no longer than others' calls.
+# Above either size, in bytes or in scored tokens of a piece, a message is built off the event loop.
 _LARGE_ANSWER = 256 << 10
 _MANY_TOKENS = 512
 
@@ -85,12 +85,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.stream:
             message = "CreateCompletion answers once: call StreamCompletion to stream."
             raise InvalidRequestError(message, param="stream", code="invalid_value")
-        return await self._whole(request, self._deadline(context))
+        return await self._whole(request, _Deadline(context, self._longest_request))
 
     async def StreamCompletion(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[pb.CreateCompletionResponse]:
-        deadline = self._deadline(context)
+        deadline = _Deadline(context, self._longest_request)
         if request.HasField("stream") and not request.stream:
             yield await self._whole(request, deadline)
             return
@@ -105,7 +105,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
-        deadline = self._deadline(context, events=True)
+        deadline = _Deadline(context, self._longest_request, events=True)
         if not request.stream:
             answer = await self._whole(request, deadline)
             large = answer.ByteSize() > _LARGE_ANSWER
@@ -121,15 +121,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        caller = current_caller.get()
+        caller = current_call.get().caller
         data = [_describe(name, model) for name, model in self._models.items() if caller.may_use(*model.names)]
         return pb.ListModelsResponse(object="list", data=data)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
-
-    def _deadline(self, context: Context, *, events: bool = False) -> _Deadline:
-        return _Deadline(context, self._longest_request, events=events)
 
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
@@ -142,8 +139,8 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         return await self._made(answer.response, size > _LARGE_ANSWER)
 
     async def _made(self, make: Callable[[], _Made], large: bool) -> _Made:
-        """What `make` makes; where that takes long, off the event loop and in its caller's turn."""
-        return await self._workers.run(current_caller.get().identity, make) if large else make()
+        """The result of `make`, which runs off the event loop in its caller's turn if it is `large`."""
+        return await self._workers.run(current_call.get().caller.identity, make) if large else make()
 
     async def _events(self, request: Request, deltas: AsyncIterator[Delta | None]) -> AsyncIterator[bytes]:
         """A stream's events, and a comment where there is no piece.
@@ -175,12 +172,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     ) -> tuple[ServedModel, Request]:
         """The model and the valid request; tokenizing happens off the event loop, and only if the request may queue."""
         if not request.model:
-            bounds.check(request)  # raises: the contract requires a model
+            raise model_missing()
         model = self._find(request.model)
+        call = current_call.get()
         if request.user:
-            current_call.get().notes["user"] = pseudonym(request.user)
-        caller = current_caller.get()
-        identity = caller.identity
+            call.notes["user"] = pseudonym(request.user)
+        identity = call.caller.identity
         model.engine.check(identity, deadline.left)
         parsed = await self._workers.run(
             identity,
@@ -192,39 +189,46 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
 
     @contextmanager
     def _submitted(self, model: ServedModel, request: Request, deadline: _Deadline) -> Iterator[Generation]:
-        """A request in the engine, charged to its caller: with all that it may use, in the end with what it used."""
-        caller = current_caller.get()
+        """Submits a request, and charges its caller the most that it may use; fills in the call's usage at the end."""
+        call = current_call.get()
         sequences = len(request.prompts) * request.best_of
         prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
-        charged = prompt_tokens + sequences * request.max_tokens
+        with (
+            self._charged(call, prompt_tokens + sequences * request.max_tokens, sequences),
+            model.engine.submit(request, deadline.left) as generation,
+            deadline.ending(generation),
+        ):
+            usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
+            call.generates(generation)
+            try:
+                yield generation
+            finally:
+                call.generates(None)
+                _fill(usage, generation, call)
+
+    @contextmanager
+    def _charged(self, call: Call, tokens: int, sequences: int) -> Iterator[None]:
+        """Charges a call's caller, and refunds at the end what the call's usage does not contain."""
+        caller = call.caller
         try:
-            self._meter.take(caller.identity, caller.quota, charged, sequences)
+            self._meter.take(caller.identity, caller.quota, tokens, sequences)
         finally:
-            answer_headers.get()[:] = self._meter.headers(caller.identity, caller.quota)
-        used = 0
+            call.headers = self._meter.headers(caller.identity, caller.quota)
         try:
-            with model.engine.submit(request, deadline.left) as generation:
-                call = current_call.get()
-                usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
-                call.generates(generation)
-                try:
-                    with deadline.ending(generation):
-                        yield generation
-                finally:
-                    call.generates(None)
-                    used = prompt_tokens + generation.completion_tokens
-                    _fill(usage, generation, call)
+            yield
         finally:
-            self._meter.give_back(caller.identity, charged - used, sequences)
+            used = 0 if call.usage is None else call.usage.prompt_tokens + call.usage.completion_tokens
+            self._meter.give_back(caller.identity, tokens - used, sequences)
 
     def _find(self, name: str) -> ServedModel:
-        """The model of this name. One that the caller's key may not use is to its caller as one that does not exist."""
+        """The model of this name. One that the caller's key may not use is refused as if it did not exist."""
         message = f"The model `{shown(name)}` does not exist or you do not have access to it."
         model = self._models.get(name)
         if model is None:
             raise ModelNotFoundError(message, code="model_not_found")
-        current_call.get().model = model.id
-        if not current_caller.get().may_use(*model.names):
+        call = current_call.get()
+        call.model = model.id
+        if not call.caller.may_use(*model.names):
             raise ForbiddenModelError(message, code="model_not_found")
         return model
 
@@ -243,7 +247,7 @@ def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> 
 
 
 def _fill(usage: Usage, generation: Generation, call: Call) -> None:
-    """Notes what a generation came to."""
+    """Copies a generation's counts and times into `usage`."""
     usage.cached_tokens = generation.cached_tokens
     usage.completion_tokens = generation.completion_tokens
     usage.longest = generation.longest
@@ -257,9 +261,9 @@ def _fill(usage: Usage, generation: Generation, call: Call) -> None:
 
 
 class _Deadline:
-    """Until when a call is to be answered, on the monotonic clock: gRPC tells it by the wall clock."""
+    """When a call must be answered, on the monotonic clock; gRPC gives its deadline on the wall clock."""
 
-    def __init__(self, context: Context, longest: float, *, events: bool) -> None:
+    def __init__(self, context: Context, longest: float, *, events: bool = False) -> None:
         """No call takes longer than `longest` seconds; of one that answers by `events` these have to say its end."""
         left = context.time_remaining()
         self._at = None if left is None else time.monotonic() + left

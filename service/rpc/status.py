@@ -1,8 +1,9 @@
-"""The one table from errors to statuses: gRPC's code, OpenAI's type, and what the caller may read."""
+"""The one table of errors: the status that a caller gets, and the outcome that observers and the log get."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import grpc
 from completion.v1 import completion_pb2 as pb
@@ -22,27 +23,45 @@ from service.errors import (
     TokensExceededError,
     UnavailableError,
 )
+from service.telemetry.observer import Ended, Outcome, Refusal
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-_TABLE: dict[type[ServiceError], tuple[grpc.StatusCode, str]] = {
-    InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
-    AuthenticationError: (grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
-    ForbiddenModelError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
-    ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
-    OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
-    TokensExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens"),
-    UnavailableError: (grpc.StatusCode.UNAVAILABLE, "server_error"),
-    DeadlineError: (grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
-    SlowReaderError: (grpc.StatusCode.ABORTED, "server_error"),
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How an error is reported: gRPC's code, OpenAI's type, and for observers why it refused or how it ended a request.
+
+    `refusal` counts if the engine had not accepted the request; `outcome` counts otherwise.
+    """
+
+    code: grpc.StatusCode
+    type: str
+    refusal: Refusal | None
+    outcome: Outcome = Outcome.FAILED
+
+
+_TABLE: dict[type[ServiceError], _Row] = {
+    InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", Refusal.INVALID),
+    # The outcome is that of a key which was revoked while the engine worked on the request.
+    AuthenticationError: _Row(
+        grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error", Refusal.UNAUTHENTICATED, Outcome.CANCELLED
+    ),
+    ForbiddenModelError: _Row(grpc.StatusCode.NOT_FOUND, "invalid_request_error", Refusal.FORBIDDEN),
+    ModelNotFoundError: _Row(grpc.StatusCode.NOT_FOUND, "invalid_request_error", Refusal.UNKNOWN_MODEL),
+    OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "requests", Refusal.OVERLOADED),
+    TokensExceededError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens", Refusal.TOKENS_PER_MINUTE),
+    UnavailableError: _Row(grpc.StatusCode.UNAVAILABLE, "server_error", Refusal.STOPPING),
+    DeadlineError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "server_error", Refusal.DEADLINE, Outcome.DEADLINE),
+    SlowReaderError: _Row(grpc.StatusCode.ABORTED, "server_error", None, Outcome.SLOW_READER),
 }
 
 
 def status_of(error: Exception, request_id: str) -> tuple[grpc.StatusCode, pb.Error]:
-    """The status and the error to send for an exception; one that is not expected says nothing of itself."""
+    """The status and the error to send for an exception; an unexpected one reveals only the request id."""
     if isinstance(error, ServiceError):
-        code, kind = _TABLE[type(error)]
-        return code, error_message(error.message, kind, error.param, error.code)
+        row = _TABLE[type(error)]
+        return row.code, error_message(error.message, row.type, error.param, error.code)
     message = f"The server had an error while processing your request. Request id: {request_id}."
     return grpc.StatusCode.INTERNAL, error_message(message, "server_error", None, None)
 
@@ -62,7 +81,7 @@ def error_message(message: str, kind: str, param: str | None, code: str | None) 
 
 
 def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) -> Metadata:
-    """The status's detail and, for an overload, when to come back."""
+    """The status's detail and, for an overload, when to retry."""
     detail = any_pb2.Any()
     detail.Pack(pb.ErrorResponse(error=error))
     status = status_pb2.Status(code=code.value[0], message=error.message, details=[detail])
@@ -74,3 +93,45 @@ def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) 
     if isinstance(cause, AuthenticationError):
         metadata += (("www-authenticate", "Bearer"),)
     return metadata
+
+
+def outcome_of(error: Exception | None, *, begun: bool, finished: bool, late: bool) -> tuple[Outcome, Refusal | None]:
+    """How a completion request ended, and why it was refused, if it was.
+
+    `begun`: the engine accepted the request. Without an error the call `finished` or was cancelled; `late`: its
+    deadline had passed.
+    """
+    if error is None:
+        if finished:
+            return Outcome.COMPLETED, None
+        return Outcome.DEADLINE if late else Outcome.CANCELLED, None
+    if not isinstance(error, ServiceError):
+        return Outcome.FAILED, None
+    row = _TABLE[type(error)]
+    if row.refusal is not None and not begun:
+        return Outcome.REFUSED, row.refusal
+    return row.outcome, None
+
+
+def summary(ended: Ended) -> dict[str, object]:
+    """The log's fields for a completion request; a time is null if the request ended before it."""
+    fields: dict[str, object] = {"outcome": ended.outcome.value}
+    if ended.model:
+        fields["model"] = ended.model
+    if ended.refusal is not None:
+        fields["reason"] = ended.refusal.value
+    usage = ended.usage
+    if usage is not None:
+        waited = None
+        if usage.queued_seconds is not None and usage.started_seconds is not None:
+            waited = round(usage.started_seconds - usage.queued_seconds, 4)
+        first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
+        fields |= {
+            "sequences": usage.sequences,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "queue_seconds": waited,
+            "first_token_seconds": first,
+        }
+    return fields

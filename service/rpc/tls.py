@@ -22,7 +22,7 @@ Stamp = tuple[tuple[int, int, int, int], ...]
 
 
 def load(settings: Settings) -> Rotation | None:
-    """What the settings say of TLS; None where they say nothing. Raises StartupError."""
+    """The certificates that the settings name; None if they name none. Raises StartupError."""
     certificate, key, client_ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
     if certificate is None and key is None and client_ca is None:
         return None
@@ -40,9 +40,9 @@ class Files:
     client_ca: Path | None
 
     def stamp(self) -> Stamp:
-        """What tells these contents from others. Raises OSError."""
-        found = (path.stat() for path in (self.certificate, self.key, self.client_ca) if path is not None)
-        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+        """Identifies the files' contents without reading them. Raises OSError."""
+        stats = (path.stat() for path in (self.certificate, self.key, self.client_ca) if path is not None)
+        return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Their contents, which belong together. Raises StartupError."""
@@ -64,14 +64,14 @@ class Files:
             chain = x509.load_pem_x509_certificates(self.certificate.read_bytes())
         except (OSError, ValueError) as error:
             raise StartupError(f"TLS file {self.certificate} cannot be read: {error}") from None
-        return min(each.not_valid_after_utc for each in chain).timestamp()
+        return min(certificate.not_valid_after_utc for certificate in chain).timestamp()
 
 
 class Rotation:
-    """Looks at the files for each new connection; what is not valid changes nothing, and is told once.
+    """Checks the files at each new connection; invalid ones change nothing, and are logged once.
 
-    Who replaces the files replaces what new connections are offered; those that there are go on. `expires` is until
-    when that will do, in Unix seconds.
+    New connections use whatever certificate is in the files now; open ones keep theirs. `expires` is when the current
+    certificate expires, in Unix seconds.
     """
 
     def __init__(self, files: Files) -> None:
@@ -82,13 +82,13 @@ class Rotation:
         self.expires = files.expires()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """What a port is opened with."""
+        """The credentials to open a port with."""
         # The stubs do not know that None means no change.
         fetch: Any = self.fetch
         return grpc.dynamic_ssl_server_credentials(self._first, fetch, self._files.client_ca is not None)
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new configuration, or None while the one there is holds. gRPC calls it on threads of its own."""
+        """The new configuration, or None if the current one stays. gRPC calls it on its own threads."""
         with self._lock:
             try:
                 stamp = self._files.stamp()

@@ -132,7 +132,7 @@ async def test_a_key_that_is_revoked_ends_what_runs(served, method):
 
 async def test_calls_of_one_caller_are_bounded(served, monkeypatch):
     """One more is refused, at once; what has ended makes room."""
-    monkeypatch.setattr(running, "_MOST_PER_CALLER", 1)
+    monkeypatch.setattr(running, "_MAX_PER_CALLER", 1)
     with await stall(served) as connection:
         await eventually_async(lambda: served.running.calls)
         error = await refused(served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY))
@@ -145,7 +145,7 @@ async def test_calls_of_one_caller_are_bounded(served, monkeypatch):
 
 async def test_whole_answers_of_one_caller_are_bounded(served, monkeypatch):
     """While much of one caller's is unread it gets no more whole answers; streams, and other answers, it does."""
-    monkeypatch.setattr(running, "_MOST_HELD", 2000)
+    monkeypatch.setattr(running, "_MAX_HELD", 2000)
     with await stall(served, METHOD, n=4, logprobs=5):
         await eventually_async(lambda: served.running.held)
         error = await refused(served.stub.CreateCompletion(asked(n=4, max_tokens=40, logprobs=5), metadata=KEY))
@@ -193,7 +193,7 @@ async def test_health(served, caplog):
 
 async def test_watches_are_bounded(served, monkeypatch):
     """So many, and a check is answered all the same; one that ends makes room for another."""
-    monkeypatch.setitem(running._MOST_LASTING, "Watch", 3)
+    monkeypatch.setitem(running._MAX_LASTING, "Watch", 3)
     served.health.say(True, "")
     health = health_pb2_grpc.HealthStub(served.channel)
     watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
