@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
 from service.errors import SlowReaderError
+from service.text.usage import TokenCounts
 from service.types import Delta, FinishReason
 
 # How many bytes per candidate may wait for a reader, and how many once it has taken no piece for some seconds.
@@ -48,8 +49,7 @@ class Generation:
         self.error: Exception | None = None
         self.given_up = False
         self._event = asyncio.Event()
-        self._completion_tokens: dict[tuple[int, int], int] = {}
-        self._cached_tokens: dict[int, int] = {}
+        self._counts = TokenCounts()
         self.finished: Counter[FinishReason] = Counter()
         self.queued_at = clock()
         self.started_at: float | None = None
@@ -58,17 +58,17 @@ class Generation:
     @property
     def completion_tokens(self) -> int:
         """The number of generated tokens in the pieces that have arrived."""
-        return sum(self._completion_tokens.values())
+        return self._counts.completion
 
     @property
     def longest(self) -> int:
         """The number of tokens of the longest candidate so far."""
-        return max(self._completion_tokens.values(), default=0)
+        return self._counts.longest
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache, counted once for each prompt."""
-        return sum(self._cached_tokens.values())
+        return self._counts.cached
 
     @property
     def unread(self) -> int:
@@ -92,9 +92,7 @@ class Generation:
             self._taken_at, self._backlog = self._clock(), 0
         self._arrived.append(delta)
         self._backlog += _size(delta)
-        self._completion_tokens[delta.prompt_index, delta.candidate] = delta.completion_tokens
-        if delta.candidate == 0:
-            self._cached_tokens[delta.prompt_index] = delta.cached_tokens
+        self._counts.add(delta)
         if delta.finish_reason is not None:
             self.finished[delta.finish_reason] += 1
         if self.first_piece_at is None and (delta.completion_tokens or delta.finish_reason is not None):

@@ -1,4 +1,4 @@
-"""What the health service says: names for who balances load, and for orchestrators' probes."""
+"""The health service: one status per name, for load balancers and for orchestrators' probes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from service.rpc.calls import Context
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
 # Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
 READINESS = (SERVICE_NAME, "", "readiness")
-# Whether the start is over, and whether the process is of use at all: both stay true while it drains.
+# Whether the start is over, and whether the process works at all: both stay true while it drains.
 STARTUP, LIVENESS = "startup", "liveness"
 
 _Answer: TypeAlias = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Implements grpc.health.v1.Health. No watcher, not even one that reads nothing, holds up what is said."""
+    """Implements grpc.health.v1.Health. No watcher delays another, not even one that reads nothing."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -62,12 +62,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return len(self._watches)
 
     def end_watches(self) -> None:
-        """Ends every watch: they would hold up a drain for as long as their callers like."""
+        """Ends every watch, which would otherwise delay the drain for as long as its caller likes."""
         self._over = True
         self._wake()
 
     def say(self, serving: bool, *names: str) -> None:
-        """From now on the names are SERVING, or NOT_SERVING."""
+        """Sets the names to SERVING, or to NOT_SERVING."""
         for name in names:
             self._statuses[name] = _Answer.SERVING if serving else _Answer.NOT_SERVING
         self._wake()

@@ -1,4 +1,4 @@
-"""Who calls: API keys, known by their SHA-256 alone, and names for the log."""
+"""Callers: API keys, stored only as SHA-256 digests, and callers' names for the log."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _EXPECTED = (
     "'<64 hex digits> <name>', and after it at most 'models=<id>,<id>', 'requests_per_minute=<number>', "
     "'tokens_per_minute=<number>' and 'max_sequences=<number>'"
 )
-# Who writes a file in place may pause for so long.
+# Seconds that a writer of the file may pause between two writes.
 _WRITING_SECONDS = 2.0
 _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: `name` is safe to log, `identity` keeps callers' caches apart.
+    """A caller: `name` is safe to log, `identity` keeps callers' caches apart.
 
     `models` are what the key may use, by id or alias, None for all; `quota` are its own limits.
     """
@@ -53,7 +53,7 @@ UNAUTHENTICATED = Caller("", "", models=frozenset())
 
 
 class _Stamp(NamedTuple):
-    """What tells a file's contents from others: its inode, bytes, and when it was last written to, in nanoseconds."""
+    """Identifies a file's contents: its inode, its size in bytes, and the time of the last write, in nanoseconds."""
 
     inode: int
     size: int
@@ -61,7 +61,7 @@ class _Stamp(NamedTuple):
 
 
 class KeyRing:
-    """The keys that open the service: `keys` maps their SHA-256 to the caller; with None no key is asked for.
+    """The accepted keys: `keys` maps their SHA-256 to the caller; with None no key is required.
 
     Keys from a file follow it as often as `follow` is called. While the new file is not valid the old keys stay.
     A key is found by its digest in one step, however many there are; what that tells is the digest's alone.
@@ -80,7 +80,7 @@ class KeyRing:
 
     @property
     def open(self) -> bool:
-        """Whether no key is asked for."""
+        """Whether no key is required."""
         return self._keys is None
 
     @classmethod
@@ -95,7 +95,7 @@ class KeyRing:
         return cls(keys, path, seen)
 
     def follow(self) -> frozenset[str]:
-        """Reads a file that has changed; the identities of the keys that open nothing from now on.
+        """Reads a file that has changed; returns the identities of the removed keys.
 
         A file that is written in place counts once it is whole: when nobody has written to it for two seconds.
         """
@@ -144,7 +144,7 @@ class KeyRing:
 
 
 def _read(path: Path) -> tuple[dict[bytes, Caller], _Stamp]:
-    """The callers of a key file by their keys' digests, and what the file was. Raises StartupError."""
+    """The callers of a key file by their keys' digests, and the file's stamp. Raises StartupError."""
     text, stamp = _text(path)
     keys = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -184,7 +184,7 @@ def _stamp_of(status: os.stat_result) -> _Stamp:
 
 
 def _stamp(path: Path) -> _Stamp | None:
-    """What changes with a file's content; None where there is no file."""
+    """The file's stamp, which changes with its content; None if there is no file."""
     try:
         return _stamp_of(path.stat())
     except OSError:
@@ -192,12 +192,12 @@ def _stamp(path: Path) -> _Stamp | None:
 
 
 def _being_written(found: _Stamp | None, before: _Stamp | None) -> bool:
-    """Whether a file is the one it was, and was written to a moment ago: its end may be still to come."""
+    """Whether a file is unchanged but was written to a moment ago: its writer may not have finished."""
     if found is None or before is None or found.inode != before.inode:
         return False
     return 0 <= time.time() - found.changed / 1e9 < _WRITING_SECONDS
 
 
 def pseudonym(user: str) -> str:
-    """What the log calls an end user: the same within one process, and nothing to look a name up by."""
+    """An end user's name for the log: stable within one process, and not traceable to the user."""
     return hashlib.blake2b(user.encode(), key=_PSEUDONYM_KEY, digest_size=8).hexdigest()

@@ -56,7 +56,7 @@ def parse_prompts(
 
 
 def check_context(length: int, max_tokens: int, context_length: int) -> None:
-    """Refuses a prompt of so many tokens that does not fit the context together with `max_tokens`."""
+    """Refuses a prompt whose number of tokens does not fit the context together with `max_tokens`."""
     if length + max_tokens > context_length:
         message = (
             f"This model's maximum context length is {context_length} tokens, however you requested "

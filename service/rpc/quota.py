@@ -75,7 +75,7 @@ class _Account:
 
 
 class Meter:
-    """Holds callers to their quotas. A request is charged at its beginning with all that it may use.
+    """Holds callers to their quotas. A request is charged at its start for the most that it may use.
 
     Invariants: nothing that is spent or held is ever negative; accounts that hold nothing are dropped in time, so
     there are about as many as callers within a minute.
@@ -166,7 +166,7 @@ class Meter:
         raise TokensExceededError(message, retry_after=wait)
 
     def _account(self, identity: str, now: float) -> _Account:
-        """A caller's account; a new one is not kept yet."""
+        """A caller's account; a new one is not stored yet."""
         return self._accounts.get(identity) or _Account(now)
 
     def _keep(self, identity: str, account: _Account, now: float) -> None:

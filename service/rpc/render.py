@@ -10,6 +10,7 @@ from typing import Any
 from completion.v1 import completion_pb2 as pb
 from google.protobuf.struct_pb2 import NULL_VALUE
 
+from service.text.usage import TokenCounts
 from service.types import Delta, FinishReason, Request, Token
 
 _FINISH_REASONS = {
@@ -20,29 +21,20 @@ _FINISH_REASONS = {
 _FINISH_NAMES = {_FINISH_REASONS[reason]: reason.value for reason in FinishReason}
 
 
-class UsageCounter:
-    """Counts a request's tokens from its pieces."""
+class _UsageCounter(TokenCounts):
+    """Counts a request's tokens, those of its prompts included."""
 
     def __init__(self, request: Request) -> None:
-        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
-        self._completions: dict[tuple[int, int], int] = {}
-        self._cached: dict[int, int] = {}
-
-    def add(self, delta: Delta) -> None:
-        """Counts a piece. What candidates of one prompt share is not cached: it was computed for this request."""
-        self._completions[delta.prompt_index, delta.candidate] = delta.completion_tokens
-        if delta.candidate == 0:
-            self._cached[delta.prompt_index] = delta.cached_tokens
+        super().__init__()
+        self._prompt = sum(len(prompt.token_ids) for prompt in request.prompts)
 
     def usage(self) -> pb.Usage:
         """The usage so far."""
-        completion = sum(self._completions.values())
+        completion = self.completion
         usage = pb.Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=completion,
-            total_tokens=self._prompt_tokens + completion,
+            prompt_tokens=self._prompt, completion_tokens=completion, total_tokens=self._prompt + completion
         )
-        if cached := sum(self._cached.values()):
+        if cached := self.cached:
             usage.prompt_tokens_details.cached_tokens = cached
         return usage
 
@@ -68,11 +60,11 @@ class Answer:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._usage = UsageCounter(request)
+        self._usage = _UsageCounter(request)
         self._candidates = [[_Candidate() for _ in range(request.best_of)] for _ in request.prompts]
 
     def add(self, delta: Delta) -> None:
-        """Takes in a piece."""
+        """Adds a piece."""
         self._usage.add(delta)
         self._candidates[delta.prompt_index][delta.candidate].add(delta)
 
@@ -94,7 +86,7 @@ class Pieces:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._usage = UsageCounter(request)
+        self._usage = _UsageCounter(request)
 
     def message(self, delta: Delta) -> pb.CreateCompletionResponse:
         """The message of one piece."""

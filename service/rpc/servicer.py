@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +15,12 @@ from google.api import httpbody_pb2
 
 from service.engine.engine import Engine
 from service.engine.generation import Generation
-from service.errors import DeadlineError, ForbiddenModelError, InvalidRequestError, ModelNotFoundError
+from service.errors import ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
 from service.rpc.calls import Call, Context, current_call
 from service.rpc.checks import model_missing, shown
+from service.rpc.deadline import Deadline
 from service.rpc.interceptors import failure
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
@@ -32,8 +31,6 @@ from service.telemetry.observer import Usage
 from service.text.tokenizer import Tokenizer
 from service.types import Delta, FinishReason, Request
 
-# The error must be sent this long before the deadline, when gRPC or Envoy ends the call.
-_LAST_WORDS_SECONDS = 0.5
 # A stream of events without a piece for this long sends a comment: proxies close idle connections after a minute.
 _SILENCE_SECONDS = 15.0
 # Above either size, in bytes or in scored tokens of a piece, a message is built off the event loop.
@@ -85,12 +82,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.stream:
             message = "CreateCompletion answers once: call StreamCompletion to stream."
             raise InvalidRequestError(message, param="stream", code="invalid_value")
-        return await self._whole(request, _Deadline(context, self._longest_request))
+        return await self._whole(request, Deadline(context, self._longest_request))
 
     async def StreamCompletion(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[pb.CreateCompletionResponse]:
-        deadline = _Deadline(context, self._longest_request)
+        deadline = Deadline(context, self._longest_request)
         if request.HasField("stream") and not request.stream:
             yield await self._whole(request, deadline)
             return
@@ -105,7 +102,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
-        deadline = _Deadline(context, self._longest_request, events=True)
+        deadline = Deadline(context, self._longest_request, events=True)
         if not request.stream:
             answer = await self._whole(request, deadline)
             large = answer.ByteSize() > _LARGE_ANSWER
@@ -128,7 +125,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
 
-    async def _whole(self, request: pb.CreateCompletionRequest, deadline: _Deadline) -> pb.CreateCompletionResponse:
+    async def _whole(self, request: pb.CreateCompletionRequest, deadline: Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
         size = answer_bytes(parsed)
         current_call.get().hold(size)
@@ -168,7 +165,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             yield render.error_event(failure(error))
 
     async def _parse(
-        self, request: pb.CreateCompletionRequest, deadline: _Deadline, *, streaming: bool
+        self, request: pb.CreateCompletionRequest, deadline: Deadline, *, streaming: bool
     ) -> tuple[ServedModel, Request]:
         """The model and the valid request; tokenizing happens off the event loop, and only if the request may queue."""
         if not request.model:
@@ -188,7 +185,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         return model, parsed
 
     @contextmanager
-    def _submitted(self, model: ServedModel, request: Request, deadline: _Deadline) -> Iterator[Generation]:
+    def _submitted(self, model: ServedModel, request: Request, deadline: Deadline) -> Iterator[Generation]:
         """Submits a request, and charges its caller the most that it may use; fills in the call's usage at the end."""
         call = current_call.get()
         sequences = len(request.prompts) * request.best_of
@@ -258,40 +255,6 @@ def _fill(usage: Usage, generation: Generation, call: Call) -> None:
         usage.started_seconds = generation.started_at - call.began
     if generation.first_piece_at is not None:
         usage.first_token_seconds = generation.first_piece_at - call.began
-
-
-class _Deadline:
-    """When a call must be answered, on the monotonic clock; gRPC gives its deadline on the wall clock."""
-
-    def __init__(self, context: Context, longest: float, *, events: bool = False) -> None:
-        """No call takes longer than `longest` seconds; of one that answers by `events` these have to say its end."""
-        left = context.time_remaining()
-        self._at = None if left is None else time.monotonic() + left
-        self._longest = longest
-        self._longest_at = current_call.get().began + longest
-        self._events = events
-
-    @property
-    def left(self) -> float | None:
-        """Seconds left of the caller's own deadline, None where there is none: the longest request refuses nothing."""
-        return None if self._at is None else self._at - time.monotonic()
-
-    @contextmanager
-    def ending(self, generation: Generation) -> Iterator[None]:
-        """Has a generation fail just before the call has taken too long; gRPC itself keeps its callers' deadlines."""
-        ends = [(self._longest_at, f"The request took longer than {self._longest:g} seconds, the longest it may.")]
-        if self._at is not None and self._events:
-            ends.append((self._at, "The request took longer than it may."))
-        at, message = min(ends)
-        if math.isinf(at):
-            yield
-            return
-        seconds = max(0.0, at - _LAST_WORDS_SECONDS - time.monotonic())
-        timer = asyncio.get_running_loop().call_later(seconds, generation.fail, DeadlineError(message))
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

@@ -1,4 +1,4 @@
-"""How large an answer may become, told from its request before anything is computed."""
+"""The largest size that an answer can have, estimated from its request before anything is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_size(request: Request) -> None:
 
 
 def _parts(request: Request) -> list[tuple[int, int]]:
-    """Of each prompt's choices the bytes of text, and those of scores."""
+    """Bytes of text, and bytes of scores, of each prompt's choices."""
     each = 0 if request.logprobs is None else _SCORED + _ALTERNATIVE * (request.logprobs + 1)
     found = []
     for prompt in request.prompts:

@@ -33,7 +33,7 @@ def _make(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], 
 
 
 def cut_off_in(seconds: float) -> None:
-    """Ends the call that the current task answers after so many seconds, unless it has ended by then."""
+    """Ends the current task's call after this many seconds, unless it has ended by then."""
     task = asyncio.current_task()
     found = _listeners.get(task) if task is not None else None
     listener = found() if found is not None else None

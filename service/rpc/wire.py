@@ -1,4 +1,4 @@
-"""Request messages as bytes: how much there is in one, told before it is parsed.
+"""Request messages as bytes: counts the parts of one before it is parsed.
 
 Parsing holds the interpreter's lock to its end, and takes as long as the message has parts: 16 MB of empty ones half a
 second. This walk takes longer for each part, but lets others go on, and ends where there are too many.
@@ -16,7 +16,7 @@ from service.errors import InvalidRequestError
 LARGE = 64 << 10
 # Parts are fields; one that holds a text or a message counts twice. JSON of 2 MiB, the most that REST callers may send,
 # has up to 3 million: with numbers of one digit.
-_MOST_PARTS = 3 << 20
+_MAX_PARTS = 3 << 20
 
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 # The bytes of a message that holds a number of 64 bits: by far the commonest in long ones.
@@ -60,8 +60,8 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
                 at += 8 if kind == _FIXED64 else 4
             else:
                 return
-            if parts > _MOST_PARTS:
-                raise InvalidRequestError(f"The request has more than {_MOST_PARTS} parts.")
+            if parts > _MAX_PARTS:
+                raise InvalidRequestError(f"The request has more than {_MAX_PARTS} parts.")
 
 
 def _messages(descriptor: Descriptor) -> dict[int, Descriptor]:

@@ -1,4 +1,4 @@
-"""Threads that callers share: what one caller asks for in a row waits behind what another asks for."""
+"""Threads that callers share in turns, so that one caller's backlog does not delay the others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Workers:
             raise
 
     def _next(self) -> None:
-        """Gives a thread that is free to the caller whose turn it is."""
+        """Gives an idle thread to the next caller."""
         while self._rows:
             identity, row = self._rows.popitem(last=False)
             turn = row.popleft()
@@ -59,11 +59,11 @@ class Workers:
         self.free += 1
 
     def shutdown(self) -> None:
-        """Waits for the work that is being done, and takes no more."""
+        """Waits for the running work, and accepts no more."""
         self._executor.shutdown()
 
 
 def _post(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    """Has the loop call back, if it still runs: work may outlast it."""
+    """Schedules a callback on the event loop, unless it is closed: work may outlast it."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(callback)

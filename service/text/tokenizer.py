@@ -18,7 +18,7 @@ from service.types import Prompt
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _SENTENCEPIECE_SPACE = "\u2581"
-# A text that joins with none that follows it.
+# A text that never merges with the text after it.
 _START = "\0"
 
 
@@ -70,7 +70,7 @@ class Tokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, without any added ones. Raises RuntimeError where the library gives up on it."""
+        """The token ids of `text`, without any added ones. Raises RuntimeError if the library fails."""
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except (Exception, KeyboardInterrupt, SystemExit):
@@ -97,7 +97,7 @@ class Tokenizer:
         return Prompt(token_ids=token_ids, text=text, tail=detokenizer.unfinished)
 
     def fill_in_the_middle(self, prompt: Prompt, suffix: str) -> Prompt:
-        """The prompt whose completion stands between `prompt` and `suffix`; the model must have tokens for that.
+        """The prompt whose completion fills the gap between `prompt` and `suffix`; the model must have tokens for that.
 
         Before all stands the beginning-of-sequence token, where the prompt has it.
         """
@@ -137,7 +137,7 @@ class Tokenizer:
 
 
 def _strips_space(decoder: dict[str, Any]) -> bool:
-    """Whether a decoder takes the first space of a text away."""
+    """Whether a decoder strips the first space of a text."""
     if decoder.get("type") == "Metaspace":
         return decoder.get("prepend_scheme") != "never"
     return decoder.get("type") == "Strip" and decoder["content"] == " " and decoder["start"] > 0

@@ -49,7 +49,7 @@ class StopMatcher:
 
 
 class Transcript:
-    """Turns tokens into pieces of text that nothing takes back.
+    """Turns tokens into pieces of text that are final.
 
     Laws: pieces hold whole tokens, but for the one that a stop text cuts; no piece holds part of a character, or text
     from where a stop text begins; the tokens' texts joined equal the text, where all are whole characters.
@@ -70,7 +70,7 @@ class Transcript:
         return self._text
 
     def push(self, token: bytes) -> Piece:
-        """Takes the next token in; its piece may be empty, and may hold earlier tokens."""
+        """Adds the next token; its piece may be empty, and may hold earlier tokens."""
         start, unfinished = len(self._text), self._detokenizer.unfinished
         new = self._detokenizer.push(token)
         self._text += new

@@ -59,7 +59,7 @@ async def test_large_message(served, monkeypatch):
     assert detail(error).code == "context_length_exceeded"
     error = await refused(served.channel.unary_unary(METHOD)(b"\xff" * (wire.LARGE + 1), metadata=KEY))
     assert "not a valid protobuf message" in error.details()
-    monkeypatch.setattr(wire, "_MOST_PARTS", 100_000)
+    monkeypatch.setattr(wire, "_MAX_PARTS", 100_000)
     prompts = pb.TokenBatch(prompts=[pb.Tokens()] * 50_001)
     call = served.channel.unary_unary(METHOD)(
         pb.CreateCompletionRequest(token_batch=prompts).SerializeToString(), metadata=KEY
