@@ -80,15 +80,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer(messages: AsyncIterator[bytes], context: Context) -> None:
             async with self._call(method, context) as call:
                 if handler.request_streaming:
-                    request: Any = self._each(messages, handler.request_deserializer)
+                    request: Any = self._parsed(messages, handler.request_deserializer)
                 else:
                     request = await self._parse(await _only(context), handler.request_deserializer)
                 if not inspect.isasyncgenfunction(inner):
                     await self._send(await inner(request, context), call, context)
                     return
                 async with aclosing(inner(request, context)) as answers:
-                    async for each in answers:
-                        await self._send(each, call, context)
+                    async for message in answers:
+                        await self._send(message, call, context)
 
         async def behaviour(messages: AsyncIterator[bytes], context: Context) -> None:
             try:
@@ -101,7 +101,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         guarded: Handler = grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         return guarded
 
-    async def _each(self, messages: AsyncIterator[bytes], deserialize: Any) -> AsyncIterator[Any]:
+    async def _parsed(self, messages: AsyncIterator[bytes], deserialize: Any) -> AsyncIterator[Any]:
         async for data in messages:
             yield await self._parse(data, deserialize)
 

@@ -142,14 +142,14 @@ class Meter:
         """A caller's remaining quota, by OpenAI's names; empty if there is no limit."""
         limits, now = quota.over(self.default), self._clock()
         account = self._account(identity, now)
-        found: Headers = ()
+        headers: Headers = ()
         if limits.requests_per_minute is not None:
             account.requests.forgive(limits.requests_per_minute, now)
-            found += account.requests.headers("requests", limits.requests_per_minute)
+            headers += account.requests.headers("requests", limits.requests_per_minute)
         if limits.tokens_per_minute is not None:
             account.tokens.forgive(limits.tokens_per_minute, now)
-            found += account.tokens.headers("tokens", limits.tokens_per_minute)
-        return found
+            headers += account.tokens.headers("tokens", limits.tokens_per_minute)
+        return headers
 
     @staticmethod
     def _charge(bucket: _Bucket, limit: int, tokens: int, now: float) -> None:
