@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client as http_client
+import itertools
 import json
 import random
 import resource
@@ -174,7 +175,11 @@ def test_a_second_signal(tiny_model: Path, tmp_path: Path, number: int, code: in
 
 
 def test_a_storm_of_cancels(tiny_model: Path, tmp_path: Path) -> None:
-    """1,000 calls cancelled in every state hold nothing afterwards, and the process grows by less than 20 MB."""
+    """Calls cancelled in every state hold nothing afterwards: some 500 of them let the process grow by less than 10 MB.
+
+    A leak would show in each storm. In one of them the memory may grow by another 10 MB, when more calls than ever
+    before are in the process at once.
+    """
     with service(tiny_model, tmp_path, step_seconds=0.002) as running:
         draw = random.Random(1)
 
@@ -192,12 +197,14 @@ def test_a_storm_of_cancels(tiny_model: Path, tmp_path: Path) -> None:
 
         storm(300)
         assert running.complete(max_tokens=3).usage.completion_tokens == 3
-        before = memory(running.process.pid, "VmRSS")
-        storm(1000)
-        assert running.complete(max_tokens=3).usage.completion_tokens == 3
-        grown = memory(running.process.pid, "VmRSS") - before
+        sizes = [memory(running.process.pid, "VmRSS")]
+        for _ in range(3):
+            storm(500)
+            assert running.complete(max_tokens=3).usage.completion_tokens == 3
+            sizes.append(memory(running.process.pid, "VmRSS"))
         running.stop()
-    assert grown < 20_000_000, f"grew by {grown / MIB:.1f} MiB"
+    grown = [after - before for before, after in itertools.pairwise(sizes)]
+    assert min(grown) < 10_000_000, [f"{each / MIB:.1f} MiB" for each in grown]
     draining = running.logged("draining")
     assert (draining["running"], draining["waiting"]) == (0, 0)
 
