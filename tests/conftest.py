@@ -22,7 +22,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The default model, exported as `make run` does it, if it is not there yet; by one process of a run alone."""
+    """The default model, exported as `make run` does it if it does not exist; only one process of a run exports it."""
     local.DEFAULT_MODEL_DIR.parent.mkdir(exist_ok=True)
     with (local.DEFAULT_MODEL_DIR.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -50,7 +50,7 @@ def token_id(model_dir: Path) -> Callable[[str], int]:
 
 @pytest.fixture(scope="session")
 def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    """The official client with nothing changed but address and key."""
+    """The official client; only its address and key are changed."""
     with openai.OpenAI(base_url=stack.base_url, api_key=KEY, max_retries=0) as made:
         yield made
 

@@ -47,7 +47,7 @@ def test_drains(service: dict[str, Any]) -> None:
 
 
 def test_published_on_loopback_only(service: dict[str, Any]) -> None:
-    """What is published is Envoy's listener, or Grafana, on this machine alone."""
+    """Only Envoy's listener and Grafana are published, and only on this machine."""
     listener = ENVOY["static_resources"]["listeners"][0]["address"]["socket_address"]["port_value"]
     for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:")
@@ -184,7 +184,7 @@ def test_image_gets_what_it_copies() -> None:
 
 
 def test_image_has_what_settings_need() -> None:
-    """Whatever it runs on, the image has the extra for traces; every extra that it installs exists."""
+    """The image has the extra for traces on every device; every extra that it installs exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
     (runtime,) = [line for line in lines if "/opt/service/bin/pip install" in line and '".[' in line]

@@ -1,4 +1,4 @@
-"""The tiers of the tests: each is told as run, skipped or failed, and none begins too late."""
+"""The tiers of the tests: each is reported as run, skipped or failed, and none starts too late."""
 
 from __future__ import annotations
 

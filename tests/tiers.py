@@ -76,7 +76,7 @@ TIERS = (
 
 
 def run(tier: Tier, deadline: float) -> tuple[str, float]:
-    """What became of a tier, and the seconds that it took."""
+    """The result of a tier, and its seconds."""
     if reason := tier.lacking():
         return f"skipped ({reason})", 0.0
     began = time.monotonic()

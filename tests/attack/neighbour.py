@@ -1,4 +1,4 @@
-"""Who behaves well while others do not: what they notice, and what is left afterwards."""
+"""A well-behaved caller beside an attack: what it notices, and what the attack leaves behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from service.host import ports
 from tests.support.stack import AUTHORIZED, MODEL, Stack
 
-# After so long a caller gives up.
+# In seconds: the neighbour's timeout for a request.
 PATIENCE_SECONDS = 15
 HEADERS = {**AUTHORIZED, "content-type": "application/json"}
 
@@ -112,7 +112,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Held:
-    """What the service and Envoy hold: MiB of memory, threads and files of each, and sequences."""
+    """Resources of the service and Envoy: MiB of memory, threads and files of each, and sequences."""
 
     memory: tuple[int, int]
     threads: tuple[int, int]
@@ -130,7 +130,7 @@ class Held:
 
 
 def held(stack: Stack) -> Held:
-    """What is held at this moment."""
+    """The resources held now."""
     pids = [ports.listener(stack.grpc), ports.listener(stack.http)]
     assert all(pids), f"a process is gone: {pids}"
     service, envoy = [Path(f"/proc/{pid}") for pid in pids]

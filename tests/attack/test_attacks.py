@@ -62,7 +62,7 @@ def under(stack: Stack, name: str, attack: Callable[[float], None]) -> None:
 
 
 def settled(stack: Stack, before: Held) -> Held:
-    """What is held once it is as before, or after a minute: connections that nobody uses end in half of that."""
+    """The resources once they are as before, or after a minute: idle connections close after half of that."""
     deadline = time.monotonic() + 60
     while True:
         after = held(stack)
@@ -98,7 +98,7 @@ def nested(field: int, payload: bytes) -> bytes:
     return bytes([field << 3 | 2]) + digits + bytes([length]) + payload
 
 
-BOMB = nested(6, nested(6, b"\n\0" * 8_000_000))  # json_prompt: a list of so many empty values
+BOMB = nested(6, nested(6, b"\n\0" * 8_000_000))  # json_prompt: a list of 8,000,000 empty values
 SMALL_BOMB = gzip.compress(BOMB)
 MESSAGE = http2.message(BOMB)
 

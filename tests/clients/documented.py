@@ -79,7 +79,7 @@ class Workplace:
         return done.stdout
 
     def bash(self, title: str) -> str:
-        """What the section's commands print; each of them must succeed."""
+        """The output of the section's commands, each of which must succeed."""
         return self.run("bash", "-c", f"set -euo pipefail\n{self.snippet(title, 'bash')}")
 
     def needs(self, program: str) -> None:

@@ -1,4 +1,4 @@
-"""The examples, built on the stubs alone and run against the running stack, say the same, and what REST says."""
+"""The examples, built from nothing but the stubs, print the same as REST answers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build(language: str) -> None:
 
 
 def expected(stack: Stack) -> str:
-    """What an example prints, as REST has it."""
+    """The output that an example should have, computed from REST's answer."""
     story = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0.8, "seed": 7}
     text = stack.complete(**story).json["choices"][0]["text"]
     assert len(text) > 20

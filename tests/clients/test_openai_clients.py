@@ -29,7 +29,7 @@ def here(stack: Stack, tmp_path: Path) -> Workplace:
 
 @pytest.fixture(scope="session")
 def greedy(stack: Stack) -> dict:
-    """What REST answers to the documented request: the first choice."""
+    """The first choice of REST's answer to the documented request."""
     fields = {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0, "logprobs": 1}
     choice = stack.complete(**fields).json["choices"][0]
     assert choice["text"].startswith(" Paris")
@@ -86,7 +86,7 @@ def test_promptfoo(here: Workplace, greedy: dict) -> None:
 
 
 def test_buf_curl(here: Workplace, greedy: dict) -> None:
-    """The greedy text streams to buf curl through Envoy, knowing the service by the contract alone."""
+    """With only the contract, buf curl streams the greedy text through Envoy."""
     output = here.bash("`buf curl`")
     pieces, decoder = [], json.JSONDecoder()
     while output.strip():

@@ -201,7 +201,7 @@ def test_haproxy(behind: Behind) -> None:
 
 
 def state(behind: Behind) -> tuple[str, str, str]:
-    """What HAProxy thinks of the server: whether it is up, how its last check went, and with which status."""
+    """HAProxy's view of the server: whether it is up, the result of the last check, and its status code."""
     with socket.socket(socket.AF_UNIX) as control:
         control.connect(str(behind.folder / "haproxy.sock"))
         control.sendall(b"show stat\n")

@@ -57,7 +57,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is asked, who answers (`by`), the status, and the error's code, param and words.
+    """One line of the table: the request, the component that answers (`by`), the status, and the error's code, param and text.
 
     `holds` checks the JSON of a good answer. `typed` is False where a typed message cannot say the same.
     """
@@ -86,12 +86,12 @@ def good(number: int, fields: dict[str, Any], holds: Holds = lambda answer: True
 
 
 def raw(text: str | bytes) -> Ask:
-    """A body as it stands; %s is the model."""
+    """A body, used without any change; %s is the model."""
     return Ask(body=text if isinstance(text, bytes) else (text.replace("%s", MODEL)).encode())
 
 
 def having(member: str) -> Ask:
-    """A good body with one more member, as it stands."""
+    """A valid body with one more member, used without any change."""
     return Ask(body=(json.dumps(GOOD)[:-1] + ", " + member + "}").encode())
 
 

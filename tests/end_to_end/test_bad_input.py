@@ -117,7 +117,7 @@ def check_envelope(answer: Answer, row: Row) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.typed and row.ask.body is None], ids=name)
 def test_grpc(watched: Watched, row: Row) -> None:
-    """What a typed message can say as well has the same answer and the same error over gRPC."""
+    """Bad input that a typed message can express gets the same answer and the same error over gRPC."""
     request, metadata = message(row.ask.merged), list(row.ask.headers.items())
     if row.by == "OK":
         answer = watched.stub.CreateCompletion(request, metadata=metadata)
@@ -176,7 +176,7 @@ def json_of(answer: pb.CreateCompletionResponse) -> dict[str, Any]:
     ],
 )
 def test_typed(watched: Watched, number, fields, param, code, says) -> None:
-    """What only typed callers can get wrong."""
+    """Mistakes that only typed callers can make."""
     with pytest.raises(grpc.RpcError) as caught:
         watched.stub.CreateCompletion(pb.CreateCompletionRequest(model=MODEL, **fields), metadata=METADATA)
     check_status(caught.value, Row(number, Ask(), "SVC", 400, code, param, says))

@@ -1,4 +1,4 @@
-"""What Envoy lets through to the service where keys are required, and where they are not."""
+"""The requests that Envoy forwards to the service when keys are required, and when they are not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def address(keyed: Keyed, request: pytest.FixtureRequest) -> str:
 )
 @pytest.mark.parametrize("line", ["POST /v1/completions", "POST //v1/completions?x=1", "GET /v1/models"])
 def test_no_bearer_no_body(keyed: Keyed, line: str, header: str) -> None:
-    """Who brings no bearer is refused on the headers: nobody waits for a body, and the envelope says how to ask."""
+    """A request without a bearer token is refused before its body; the error says how to authenticate."""
     with socket.create_connection(("127.0.0.1", keyed.stack.http), timeout=8) as connection:
         lines = [f"{line} HTTP/1.1", "Host: a", "Content-Length: 2000000", *filter(None, [header]), "", ""]
         connection.sendall("\r\n".join(lines).encode())

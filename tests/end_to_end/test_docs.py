@@ -1,4 +1,4 @@
-"""What the documents say holds: their snippets run against the running stack, and their tables are complete."""
+"""The documents are true: their snippets run against the running stack, and their tables are complete."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_buf_curl_answers_by_reflection(stack: Stack) -> None:
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_documented(name: str) -> None:
-    """Each setting stands in the table with its flag, variable, default and description."""
+    """Each setting is in the table with its flag, variable, default and description."""
     field = Settings.model_fields[name]
     (row,) = [line for line in SETTINGS.splitlines() if line.startswith(f"| `{name}` |")]
     assert f"`--{name.replace('_', '-')}` | `{ENV_PREFIX}{name.upper()}`" in row

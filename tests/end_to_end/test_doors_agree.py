@@ -1,4 +1,4 @@
-"""gRPC and REST, unary and stream, alone and in company: the same request and seed give the same text."""
+"""gRPC and REST, unary and stream, idle and under load: the same request and seed give the same text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_grpc_and_rest_give_the_same_text(stack: Stack, stub: completion_pb2_grp
 
 
 def test_seeded_text_is_the_same_alone_and_among_others(stack: Stack) -> None:
-    """A seeded request gives the same text and scores alone as among 16 others that come and go."""
+    """A seeded request gives the same text and scores by itself and among 16 others that come and go."""
     request = {"prompt": "Once upon a time", "max_tokens": 24, "seed": 42, "temperature": 1, "logprobs": 1}
     alone = stack.complete(**request).json["choices"]
     pick = random.Random(0)

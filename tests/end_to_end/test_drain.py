@@ -1,4 +1,4 @@
-"""SIGTERM under load: what can finish does, what cannot hears why, and the process ends with 0."""
+"""SIGTERM under load: requests that can finish do, the others get an error, and the process exits with 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Envoy keeps away from the service: slow, many, and hostile connections, and storms of retries."""
+"""Envoy protects the service from slow, numerous and hostile connections, and from storms of retries."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple
 
 
 def test_connections_are_bounded(stack: Stack, tmp_path: Path) -> None:
-    """Two thousand open connections cost Envoy little and keep nobody out; beyond the bound each further one is closed.
+    """Two thousand open connections use little memory and keep no caller out; connections above the limit are closed.
 
     Each of Envoy's threads takes its connections in its own time, so that it may be any of them.
     """
@@ -162,7 +162,7 @@ class Refusing:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         """Its port."""
-        # As the service has it: else gRPC itself refuses some of so many at once.
+        # The service's own setting: with the default, gRPC refuses some of this many calls at once.
         pending = ("grpc.server.max_pending_requests", "grpc.server.max_pending_requests_hard_limit")
         server = grpc.aio.server(options=[(name, 8192) for name in pending])
         methods = {"CreateCompletion": grpc.unary_unary_rpc_method_handler(self._refuse)}
@@ -177,7 +177,7 @@ class Refusing:
             await server.stop(0)
 
     async def statuses(self, port: int, count: int) -> list[bytes]:
-        """The statuses of so many requests at once to an Envoy on this port."""
+        """The statuses of `count` concurrent requests to an Envoy on this port."""
 
         async def ask() -> bytes:
             body = b'{"model": "%s", "prompt": "a"}' % MODEL.encode()
@@ -200,7 +200,7 @@ class Refusing:
 async def test_retries_do_not_multiply_the_load(
     tmp_path: Path, code: grpc.StatusCode, status: bytes, most: float
 ) -> None:
-    """What is overloaded is not asked again; what is unavailable gets at most a fifth more attempts."""
+    """An overloaded service gets no retries; an unavailable one gets at most a fifth more attempts."""
     count, refusing = 1600, Refusing(code)
     async with refusing.serving() as port:
         with envoy_with(tmp_path, port, 10_000) as (retrying, _):
@@ -250,7 +250,7 @@ class NameServer:
 
 
 def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the cluster is one of names, what they were last is what holds once nobody can be asked any more."""
+    """A cluster of DNS names keeps the last addresses when no DNS server answers any more."""
     names = NameServer()
     http_port, admin_port = free_ports(2)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}

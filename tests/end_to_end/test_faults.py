@@ -1,4 +1,4 @@
-"""What a fault of one process does: its callers hear of it, health says so, others go on, and nothing is left."""
+"""The effects of a fault: the affected callers get an error, health reports it, others go on, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_event_loop_that_hangs(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_gone(tiny_model: Path, tmp_path: Path) -> None:
-    """A model that fails on everything blames no request, and is given up on the third: exit code 1."""
+    """A model that fails on everything is not the requests' fault: after the third the process exits with code 1."""
     with service(tiny_model, tmp_path, fault="gone") as running:
         assert running.complete(max_tokens=3).usage.completion_tokens == 3
         watch = running.watch()
@@ -137,7 +137,7 @@ def test_a_step_that_fails_for_one(tiny_model: Path, tmp_path: Path, fault: str,
         running.stop()
     assert running.logged("draining")["running"] == 0
     counts = running.logged("stopped")
-    assert counts[counter] == (2 if fault == "fail" else 1)  # the batch, then the row alone
+    assert counts[counter] == (2 if fault == "fail" else 1)  # the batch, then the row by itself
     assert counts["failed_steps"] + counts["not_finite"] == counts[counter]
 
 
@@ -210,7 +210,7 @@ def test_a_storm_of_cancels(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_slow_readers(tiny_model: Path, tmp_path: Path) -> None:
-    """50 streams that nobody reads take little memory, and no slot for long; who reads is answered beside them.
+    """50 streams without a reader use little memory and keep no slot for long; other callers are answered meanwhile.
 
     Envoy takes in the whole of those over REST; the others, which nobody does, are given up.
     """

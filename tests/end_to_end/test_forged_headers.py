@@ -1,4 +1,4 @@
-"""What callers' headers become on the way through the real Envoy: seen by a server that records what reaches it."""
+"""Callers' headers after the real Envoy, as a recording server receives them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_envoy_answers_pings_as_they_come(stack: Stack) -> None:
 
 
 def test_the_service_wants_five_seconds_between_them(stack: Stack) -> None:
-    """Pings every five seconds are answered; who sends them faster is told so, and has to connect anew."""
+    """Pings every five seconds are answered; a client that pings faster gets GOAWAY and has to connect again."""
     assert "| one every 5 s at most" in (ROOT / "docs" / "envoy.md").read_text()
     with connected(stack.grpc) as connection:
         for _ in range(4):

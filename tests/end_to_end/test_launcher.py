@@ -71,7 +71,7 @@ def test_taken_port_is_a_clear_error() -> None:
 
 @pytest.mark.parametrize("limit", ["0", "many", "-1", "1.5"])
 def test_wrong_limit_is_a_clear_error(tiny_model: Path, limit: str) -> None:
-    """What is no limit is named, with what is one."""
+    """The error names the wrong limit, and the allowed range."""
     http_port, grpc_port = free_ports(2)
     process = launch(
         HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model), REQUESTS_PER_MINUTE=limit
@@ -91,7 +91,7 @@ def test_wrong_limit_is_a_clear_error(tiny_model: Path, limit: str) -> None:
     ],
 )
 def test_wrong_replicas_are_a_clear_error(tiny_model: Path, variable: str, given: str, message: str) -> None:
-    """What cannot be started is named, with what can."""
+    """The error names the wrong value, and the allowed ones."""
     http_port, grpc_port = free_ports(2)
     process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model), **{variable: given})
     output, _ = process.communicate(timeout=PATIENCE)
@@ -100,7 +100,7 @@ def test_wrong_replicas_are_a_clear_error(tiny_model: Path, variable: str, given
 
 
 def status(port: int) -> int:
-    """What the service on this port says of its health; of one that still warms up that it does not serve."""
+    """The health status of the service on this port; NOT_SERVING while it warms up."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         found: int = check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE).status
@@ -132,7 +132,7 @@ def test_one_request_a_minute_is_enough_to_start(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("by", ["flag", "variable", "file"])
 def test_envoy_goes_by_the_services_setting(tiny_model: Path, tmp_path: Path, by: str) -> None:
-    """However the service is told of its key file, Envoy knows that keys are required."""
+    """Whichever way the key file is set, Envoy requires keys too."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} me\n")
     settings = tmp_path / "settings.toml"
@@ -149,7 +149,7 @@ def test_envoy_goes_by_the_services_setting(tiny_model: Path, tmp_path: Path, by
 
 
 def test_what_it_has_started_ends_with_it(tiny_model: Path) -> None:
-    """Also where it is killed, and cannot say so."""
+    """Service and Envoy end with the launcher, even if it is killed."""
     http_port, grpc_port = free_ports(2)
     process = launch(HTTP_PORT=str(http_port), GRPC_PORT=str(grpc_port), MODEL_DIR=str(tiny_model))
     wait_until_ready(process)

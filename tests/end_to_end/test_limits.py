@@ -132,7 +132,7 @@ def test_tokens_per_minute(limited: Limited) -> None:
 
 
 def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
-    """Who would wait longer than allowed is told how long, at once; the queue does not grow, and others get in."""
+    """A request that would wait too long is refused at once with the estimate; other callers still get in."""
     request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=600, n=32, ignore_eos=True)
     metadata = [("authorization", "Bearer full")]
     with grpc.insecure_channel(limited.stack.grpc_address) as channel:
@@ -159,7 +159,7 @@ def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
         assert answer.json["error"]["code"] == "rate_limit_exceeded"
         assert int(answer.headers["retry-after"]) > 2
         assert 0 <= int(answer.headers["retry-after"]) - int(answer.headers["retry-after-ms"]) / 1000 < 1
-    assert meanwhile == Stats(running=15, waiting=17)  # nobody has got a slot in the meantime
+    assert meanwhile == Stats(running=15, waiting=17)  # no request has got a slot in the meantime
     assert other.status == 200
 
 
@@ -201,7 +201,7 @@ def test_a_flood_does_not_keep_others_waiting(model_dir: Path, tmp_path: Path) -
 
 
 def test_keys_change_without_a_restart(tiny_model: Path, tmp_path: Path) -> None:
-    """SIGHUP, or the file's change alone, brings new keys in and old ones out; a file that is gone changes nothing."""
+    """SIGHUP, or just the changed file, replaces the keys; a missing file changes nothing."""
     keys = tmp_path / "keys"
 
     def write(key: str) -> None:

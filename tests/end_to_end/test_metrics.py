@@ -1,4 +1,4 @@
-"""What a Prometheus and a reader of the log see of requests through Envoy."""
+"""Metrics and log lines of requests through Envoy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_scrape_counts_what_was_asked(stack: Stack, client: openai.OpenAI) -> 
 
 
 def test_the_log_has_one_line_for_a_request(stack: Stack) -> None:
-    """It says what the request came to, under the id that the caller was told, and no word of it."""
+    """The log line has the request's numbers, under the id that the caller got, and none of its text."""
     assert stack.logs is not None
     body = json.dumps({"model": MODEL, "prompt": "A secret zebra", "max_tokens": 3, "ignore_eos": True})
     answer = stack.request("POST", "/v1/completions", body, AUTHORIZED | {"content-type": "application/json"})

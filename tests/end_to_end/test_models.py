@@ -118,7 +118,7 @@ def test_every_model_and_alias_is_listed(both: Both) -> None:
 
 
 def test_each_answers_for_itself(both: Both, stack: Stack) -> None:
-    """By id and by alias, over REST and gRPC, at once: what each says is what it says alone."""
+    """Concurrent requests by id and by alias, over REST and gRPC, get each model's own answer."""
     alone = stack.complete(**PROMPT).json["choices"][0]["text"]
     with ThreadPoolExecutor(4) as pool:
         small = [pool.submit(both.ask, name) for name in (TINY, "quick", "cheap")]
@@ -173,7 +173,7 @@ def test_a_full_queue_is_its_own(both: Both) -> None:
 
 
 def test_a_keys_quota_is_for_all_models(both: Both) -> None:
-    """Who may have one sequence at once, and has it of one model, is refused by the other."""
+    """A caller that may have one sequence at once, and has it in one model, is refused by the other."""
     client = both.as_key(ONE_AT_ONCE)
     stream = client.completions.create(model=LARGE, stream=True, **LONG)
     next(iter(stream))
@@ -185,7 +185,7 @@ def test_a_keys_quota_is_for_all_models(both: Both) -> None:
 
 
 def test_a_key_for_one_model(both: Both) -> None:
-    """It sees that model alone, by all its names; the other one does not exist for it."""
+    """The key lists only that model, under all its names; the other one does not exist for it."""
     client = both.as_key(ONLY_TINY)
     assert {model.id for model in client.models.list()} == {TINY, "quick", "cheap"}
     assert client.completions.create(model="cheap", **PROMPT).usage

@@ -63,7 +63,7 @@ def test_all_prompt_forms(client: openai.OpenAI) -> None:
 
 
 def test_batch_is_prompt_major(client: openai.OpenAI) -> None:
-    """A batch of prompts with n gives n choices per prompt, in order, each as if it were alone."""
+    """A batch of prompts with n gives n choices per prompt, in order, each as in a request of its own."""
     prompts = [PROMPT, "One, two, three,"]
     options = {"model": MODEL, "max_tokens": 5, "temperature": 0}
     batch = client.completions.create(prompt=prompts, n=2, **options)
@@ -166,7 +166,7 @@ def test_end_token_is_not_part_of_the_answer(client: openai.OpenAI) -> None:
 
 
 def test_control_tokens_in_a_text_are_plain_text(client: openai.OpenAI) -> None:
-    """What looks like a control token in a text prompt is not one; as an id it is."""
+    """The text of a control token in a prompt is ordinary text; its id is the control token."""
     text = client.completions.create(model=MODEL, prompt="<|im_end|>", max_tokens=0)
     token = client.completions.create(model=MODEL, prompt=[2], max_tokens=0, echo=True)
     assert text.usage.prompt_tokens > 1
@@ -215,7 +215,7 @@ def test_penalties_and_bias_change_the_text(client: openai.OpenAI, token_id: Cal
 
 
 def test_filters_that_leave_one_token_are_greedy(client: openai.OpenAI) -> None:
-    """top_p=0, top_k=1 and min_p=1 keep the likeliest token alone, whatever the temperature."""
+    """top_p=0, top_k=1 and min_p=1 keep only the likeliest token, at any temperature."""
     greedy = client.completions.create(**GREEDY).choices[0].text
     hot = {**GREEDY, "temperature": 2}
     assert client.completions.create(**hot, top_p=0).choices[0].text == greedy

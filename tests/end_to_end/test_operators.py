@@ -1,4 +1,4 @@
-"""What operators see of Envoy, its log and its numbers, and what it does to replicas that fail or are only slow."""
+"""Envoy for operators: its log, its statistics, and how it treats failing and slow replicas."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_short_deadlines_eject_nobody(watched: Watched) -> None:
 
 
 def test_who_cannot_be_reached_is_ejected(watched: Watched) -> None:
-    """A replica to which there is no connection gets no requests for a while, at once; nobody loses one."""
+    """A replica without a connection is skipped at once for a while; no request is lost."""
     gone, _ = watched.stubs
     gone.stop()
     with grpc.insecure_channel(watched.stack.envoy_address) as channel:

@@ -94,7 +94,7 @@ def test_every_answer_can_be_read(stack: Stack, name: str) -> None:
 
 
 def test_a_request_that_is_late_can_be_read(stack: Stack) -> None:
-    """A body that does not come in time is told to the page too, with the time that there is."""
+    """A page of another origin can read the error for a body that is too late, with the time limit."""
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nOrigin: {PAGE}\r\nContent-Length: 9\r\n\r\n"
     with socket.create_connection(("127.0.0.1", stack.http), timeout=PATIENCE) as connection:
         connection.sendall(head.encode())

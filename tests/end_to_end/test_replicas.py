@@ -49,7 +49,7 @@ class Load:
         return self.statuses.total()
 
     def wait_for(self, count: int) -> None:
-        """Returns once so many requests have been answered."""
+        """Returns once `count` requests have been answered."""
         eventually(lambda: self.done >= count, lambda: self.statuses)
 
     def _run(self) -> None:
@@ -87,7 +87,7 @@ def test_a_killed_replica_costs_no_unary_request(pair: Pair) -> None:
 
 
 def outcome(response: http.client.HTTPResponse) -> str:
-    """How a stream ends: "done", "error" when the client is told so, or "cut" when it looks whole and is not."""
+    """How a stream ends: "done", "error" if the client can see it, or "cut" if it looks complete and is not."""
     try:
         rest = response.read()
     except (http.client.IncompleteRead, ConnectionError):

@@ -244,7 +244,7 @@ def test_streams_are_not_held_back(stack: Stack) -> None:
 
 @pytest.mark.parametrize("protocol", ["websocket", "TLS/1.2", "h3", "h2c"])
 def test_upgrades_are_ignored(stack: Stack, protocol: str) -> None:
-    """Who offers another protocol is answered as if it had not, whole and refused."""
+    """A client that offers another protocol is answered over HTTP/1.1, whether its request is valid or refused."""
     offer = {"connection": "upgrade", "upgrade": protocol}
     assert post(stack, MINIMAL, {**JSON, **offer}).status == 200
     assert stack.request("GET", "/v1/models", headers={**AUTHORIZED, **offer}).status == 200
@@ -293,7 +293,7 @@ def test_http_1_0(stack: Stack, host: str) -> None:
     ],
 )
 def test_no_refusal_is_without_words(stack: Stack, data: str) -> None:
-    """What is no request of this service is a caller's mistake, and says so in the envelope."""
+    """A request for something that this service does not have gets a 4xx status and an OpenAI error."""
     received = raw(stack, data)
     assert received.startswith(b"HTTP/1.1 4")
     error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]

@@ -1,4 +1,4 @@
-"""What the processes tell the world: nothing. Seen by their system calls, in a home that is empty."""
+"""The processes connect to no other host and write no other files: checked by their system calls."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_silent(folder: Path, *allowed: Path) -> None:
     assert all(map(is_own, addresses)), addresses
     made = [line for line in lines if _MADE.search(line) and " = -1 " not in line]
     paths = {match[1] for line in made for match in _PATH.finditer(line)}
-    # A semaphore is no file, although it has such a name.
+    # A semaphore has the name of a file, and is none.
     inside = tuple(str(each) for each in (*allowed, "/dev/null", "/dev/shm/sem.", "/proc/self"))
     assert not [path for path in paths if not path.startswith(inside)], made
     assert not list((folder / "home").iterdir())

@@ -1,4 +1,4 @@
-"""What keeps the service from starting: said before the port opens, with what to change, and the exit code for it."""
+"""Reasons not to start: reported before the port opens, with what to change, and with an exit code."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def lead_outside(path: Path) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", [manifest.MODEL_FILE, DATA, manifest.TOKENIZER_FILE])
 @pytest.mark.parametrize("harm", [truncate, flip, remove, link, lead_outside])
 def test_a_harmed_file(model: Path, name: str, harm: Callable[[Path], tuple[str, ...]]) -> None:
-    """File, what was found, what was expected, and what to do."""
+    """The error names the file, what it contains, what was expected, and what to do."""
     said = harm(model / name)
     with pytest.raises(StartupError) as caught:
         models.load(Settings(model_dir=model))
@@ -125,7 +125,7 @@ def test_a_graph_that_takes_tensors_from_elsewhere(model: Path, location: str) -
 
 
 def test_a_graph_that_is_none(model: Path) -> None:
-    """What cannot be read as a graph is not handed to the runtime."""
+    """A file that is not a graph is never passed to onnxruntime."""
     (model / manifest.MODEL_FILE).write_bytes(b"weights")
     vouch(model, manifest.MODEL_FILE)
     assert "is not an ONNX graph" in refused(model)
@@ -148,7 +148,7 @@ def begun(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("files", [0, 1, 2, 3, 4])
 def test_an_export_that_is_killed(tmp_path: Path, files: int) -> None:
-    """Killed with so many files begun it leaves a whole model or none there, and the next export is not in its way."""
+    """An export that is killed leaves a complete model or none, and the next export succeeds."""
     source, target = tiny.hugging_face(tmp_path / "source"), tmp_path / "model"
     command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", TINY, "--max-kl", "1"]
     command += ["--quantization", "float32", "--prompts", "none"]

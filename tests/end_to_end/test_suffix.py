@@ -25,7 +25,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": 2}
 
 @dataclass(frozen=True)
 class Filling:
-    """A served model and how it wants "the", a gap and "thth" to be told."""
+    """A served model, and its prompt for "the", a gap, and "thth"."""
 
     stack: Stack
     ids: Sequence[int]
@@ -99,7 +99,7 @@ def test_suffix_of_the_official_client(filling: Filling) -> None:
 
 
 def test_end_of_the_middle(filling: Filling) -> None:
-    """The token that such models end a middle with ends the completion, and is no part of it."""
+    """The end-of-middle token ends the completion and is not in its text."""
     answer = filling.stack.complete(prompt="the", suffix="th", logit_bias={str(END): 100}, temperature=0).json
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")

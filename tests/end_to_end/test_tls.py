@@ -238,7 +238,7 @@ def replace(folder: Path, name: str, made: Path) -> None:
         new.rename(folder / f"{name}.{end}")
 
 
-# Where it is told that what was put in the place of a certificate will not do, and in what words.
+# The log and the message in which each process rejects a bad certificate.
 COMPLAINTS = {
     "door": ("envoy.log", "Failed to reload certificates"),
     "service": ("service.log", "the TLS files are not valid"),

@@ -75,7 +75,7 @@ def held(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @contextmanager
 def closed(held: Held, after: int = 0) -> Iterator[None]:
-    """The model stands still after so many steps more; at the end it goes on."""
+    """The model pauses after `steps` more steps, until the block ends."""
     held.gate.allowed = after
     held.gate.open.clear()
     try:
@@ -98,7 +98,7 @@ def asked(held: Held, **fields: object) -> Iterator[http.client.HTTPResponse]:
 
 
 def blocks(answer: http.client.HTTPResponse, count: int) -> list[str]:
-    """The next so many blocks of an event stream: each a line and an empty one."""
+    """The next `count` blocks of an event stream: a line and an empty line each."""
     read = []
     for _ in range(count):
         read.append(answer.readline().decode())
@@ -126,7 +126,7 @@ def test_a_stream_that_waits_says_so(held: Held) -> None:
 
 
 def test_between_tokens_too(held: Held) -> None:
-    """A stream that has begun and then stands still says so as well."""
+    """A stream that pauses after its first pieces sends comments too."""
     with closed(held, after=2), asked(held) as answer:
         first = blocks(answer, 1)[0]
         assert first.startswith("data: {")
@@ -155,7 +155,7 @@ def test_a_failure_after_the_comment_is_an_event(held: Held) -> None:
 
 
 def test_a_refusal_still_has_its_status(held: Held) -> None:
-    """What can be refused at once is."""
+    """Requests that can be refused at once are."""
     with asked(held, n=0) as answer:
         assert answer.status == 400
 

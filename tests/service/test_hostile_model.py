@@ -197,7 +197,7 @@ CASES: dict[str, tuple[Change, str]] = {
         "has no input seqlens_k, which the manifest implies",
     ),
     "more layers": (described(kv__layers=3), "model.onnx has no input past_key.2, which the manifest implies"),
-    "fewer layers": (described(kv__layers=1), "model.onnx has an input 'past_key.1', which the manifest says"),
+    "fewer layers": (described(kv__layers=1), "has an input 'past_key.1', which the manifest does not describe"),
     "more layers than memory has maps": (described(kv__layers=10**6), NO_MEMORY),
     "other heads": (
         described(kv__kv_heads=4),

@@ -1,4 +1,4 @@
-"""Callers of the simulated world: what they ask, what they must get, and how they read and leave."""
+"""Callers of the simulated world: their requests, the answers they must get, and how they read and leave."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _prompt(draw: random.Random) -> Prompt:
 
 
 def expected(made: Request, tokenizer: Tokenizer) -> list[Expected]:
-    """What each candidate must give: by hand where the likeliest token is taken, else computed alone."""
+    """The answer of each candidate: computed by hand for greedy requests, else by the committer."""
     found = []
     for at, prompt in enumerate(made.prompts):
         for candidate in range(made.best_of):
@@ -149,7 +149,7 @@ def by_hand(made: Request, prompt: Prompt) -> Expected:
 
 
 def _alone(made: Request, prompt: Prompt, at: int, candidate: int, tokenizer: Tokenizer) -> Expected:
-    """What the committer alone makes of the same logits: no scheduler, no slots, no company."""
+    """The committer's answer for the same logits, without scheduler, slots or other requests."""
     committer = Committer(tokenizer)
     transcript = Transcript(made.stop, len(prompt.text), prompt.tail)
     nobody: Any = None

@@ -21,7 +21,7 @@ EPISODE = 5_000
 
 
 def episode(seed: int, tokenizer: Tokenizer, steps: int = EPISODE, **parts: Any) -> World:
-    """Runs one episode; whatever does not hold is told with how to see it again."""
+    """Runs one episode; a failure says how to repeat it."""
     logging.getLogger("service").setLevel(logging.CRITICAL + 1)  # faults are what this is about
     try:
         world = World(seed, tokenizer, **parts)

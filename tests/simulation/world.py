@@ -34,7 +34,7 @@ PROMPT_PATIENCE = 200
 
 
 class WorldModel(FakeModel):
-    """The alphabet, which knows who holds a slot: rows must stand behind their own tokens, of their own caller."""
+    """The alphabet model, which checks that each row continues its own slot's tokens, of its own caller."""
 
     def __init__(self, slots: int, world: World) -> None:
         super().__init__(slots, CONTEXT)
@@ -185,7 +185,7 @@ class World:
             self.clock = max(self.clock, self.next_arrival // 1)  # nothing happens until then
 
     def _deliver(self, until: float) -> None:
-        """What the event loop gets to do up to that time."""
+        """Runs the event loop's calls up to that time."""
         while self.posted and self.posted[0][0] <= until:
             _, call, arguments = self.posted.popleft()
             call(*arguments)
@@ -295,7 +295,7 @@ class World:
     # --- faults ---
 
     def before_step(self, holders: Sequence[Candidate], rows: Sequence[Sequence[int]]) -> None:
-        """What goes wrong with this call: nothing, the curse of one who is in it, or a fault of nobody's making."""
+        """The fault of this call: none, that of a cursed request in it, or a random one."""
         self.poisoned.clear()
         if not self.faults:
             return

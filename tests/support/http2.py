@@ -1,4 +1,4 @@
-"""HTTP/2 as somebody speaks it who wants no good: frames by hand, on sockets that nobody else reads."""
+"""A hostile HTTP/2 client: frames made by hand, on plain sockets."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 T = TypeVar("T")
 
-# A bound against hanging alone, in seconds: what a test waits for takes less than a tenth of it on an ordinary machine.
+# In seconds: only a bound against hanging. What a test waits for takes less than a tenth of it on an ordinary machine.
 PATIENCE = 600
 # Settings of the service that a slow machine would exceed as they are by default, as the environment gives them.
 PATIENT_SERVICE = {
@@ -43,7 +43,7 @@ async def _awaited(result: T | Awaitable[T]) -> T:
 
 
 def ended_by_deadline(stream: Callable[[float], Iterable[object]]) -> None:
-    """Streams with a deadline in so many seconds end by it: tries longer ones until one begins before."""
+    """The end of a stream by its deadline: tries longer deadlines until the stream begins before one."""
     for seconds in (0.5, 5, 50):
         pieces = []
         with pytest.raises(grpc.RpcError) as caught:

@@ -1,4 +1,4 @@
-"""Ports for the servers of tests, such that tests side by side never get the same ones."""
+"""Ports for the servers of tests; tests that run at the same time never get the same ones."""
 
 from __future__ import annotations
 

@@ -50,12 +50,12 @@ class Service:
 
     @property
     def output(self) -> str:
-        """What it has logged so far, as it stands there."""
+        """The text of its log so far."""
         return (self.folder / "out").read_text()
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """What it has logged, once no line is half written."""
+        """The events of its log; call it when no line is half written."""
         return [json.loads(line) for line in self.output.splitlines()]
 
     @property
@@ -80,7 +80,7 @@ class Service:
         return self.stub.CreateCompletion(self._request(fields), metadata=METADATA, timeout=timeout)
 
     def outcome(self, **fields: Any) -> grpc.StatusCode:
-        """What a request for a whole answer ends with."""
+        """The status of a unary request."""
         code: grpc.StatusCode = self.stub.CreateCompletion.future(self._request(fields), metadata=METADATA).code()
         return code
 
@@ -94,7 +94,7 @@ class Service:
         return pb.CreateCompletionRequest(**values)
 
     def arm(self) -> None:
-        """Returns once the fault is due."""
+        """Makes the fault happen in the next step; returns once that is certain."""
         self.process.send_signal(signal.SIGUSR1)
         eventually(lambda: "armed" in self.errors)
 
@@ -116,12 +116,14 @@ def service(
     around: Sequence[str] = (),
     **popen: Any,
 ) -> Iterator[Service]:
-    """A service that serves, by `tests.support.faulty` where it is to have a fault; killed at the end if it still runs.
+    """A running service, with `fault` and `step_seconds` by `faulty_service`; killed at the end if it still runs.
 
-    Without `model_dir` the arguments name its models. `around` is a command that runs another in its place.
+    Without `model_dir` the arguments name its models. `around` is a command, such as strace, that runs the service.
     """
     (port,) = free_ports(1)
-    module = ["tests.support.faulty", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
+    module = (
+        ["tests.support.faulty_service", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
+    )
     flags = ["--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
     if model_dir is not None:
         flags += ["--model-dir", str(model_dir)]

@@ -104,7 +104,7 @@ class Stack:
     def begin(self, **fields: Any) -> http.client.HTTPResponse:
         """A stream of events of which the first has come; reading gives the others, closing hangs up."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
-        # With this header the connection is the answer's alone.
+        # With this header closing the response closes the connection.
         headers = {**AUTHORIZED, "content-type": "application/json", "connection": "close"}
         body = {"model": MODEL, "prompt": "Once", "ignore_eos": True, "stream": True, **fields}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -224,7 +224,7 @@ def envoy(
 
 
 def envoy_counts(admin_port: int, name: str) -> int:
-    """What Envoy counts under this name, 0 as long as it does not answer."""
+    """The value of an Envoy counter; 0 while Envoy does not answer."""
     try:
         page = Stack(admin_port, 0).request("GET", f"/stats?filter=^{name}$", headers={}).body
     except ConnectionError:
@@ -233,7 +233,7 @@ def envoy_counts(admin_port: int, name: str) -> int:
 
 
 def wait_until_healthy(channel: grpc.Channel) -> None:
-    """Returns once a service says SERVING of itself."""
+    """Returns once a service reports SERVING."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(
         health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE
     )
@@ -256,7 +256,7 @@ class Replica:
         self._command = [
             sys.executable,
             "-m",
-            "tests.support.faulty",
+            "tests.support.faulty_service",
             "none",
             str(step_seconds),
             "--model-dir",
@@ -268,19 +268,19 @@ class Replica:
         self.process: subprocess.Popen[bytes]
 
     def start(self) -> None:
-        """Starts the process; `wait_until_serving` tells when it answers."""
+        """Starts the process; `wait_until_serving` waits for its answer."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, cwd=ROOT, env=os.environ | PATIENT_SERVICE, stdout=log, stderr=subprocess.STDOUT
             )
 
     def wait_until_serving(self) -> None:
-        """Returns once the service says of itself that it is healthy."""
+        """Returns once the service reports SERVING."""
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             wait_until_healthy(channel)
 
     def kill(self) -> None:
-        """SIGKILL: no drain, no word."""
+        """Kills the process, without a drain."""
         self.process.kill()
         self.process.wait()
 

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.rpc import running, wire
 from service.rpc.quota import Quota
 from tests.support import http2
-from tests.support.logged import logged
+from tests.support.log_events import logged
 from tests.support.patience import eventually_async
 from tests.support.served import KEY, METHOD, SEND_TIMEOUT_SECONDS, asked, detail, refused
 

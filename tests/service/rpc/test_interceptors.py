@@ -14,7 +14,7 @@ from completion.v1 import completion_pb2 as pb
 from service.rpc.quota import Quota
 from tests.support.engines import busy
 from tests.support.fakes import END, VOCABULARY
-from tests.support.logged import logged
+from tests.support.log_events import logged
 from tests.support.patience import PATIENCE, eventually_async
 from tests.support.served import KEY, METHOD, asked, detail, refused
 

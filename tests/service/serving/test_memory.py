@@ -163,7 +163,12 @@ def test_process_stays_within_its_budget(model_dir):
     total = plan(model=manifest.load(model_dir), max_running=slots, **fixed).total
     flags = {"model-dir": model_dir, "memory-mib": memory.mib(total), "max-running": 64}
     flags |= {name.replace("_", "-"): value for name, value in fixed.items()}
-    command = [sys.executable, "-m", "tests.support.fill", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.fill_all_slots",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     logged, found = (json.loads(line) for line in done.stdout.splitlines())

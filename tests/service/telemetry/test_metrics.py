@@ -27,7 +27,7 @@ from service.serving import models
 from service.settings import Settings
 from tests.support.engines import GatedModel
 from tests.support.fakes import FakeModel, manifest
-from tests.support.logged import logged
+from tests.support.log_events import logged
 from tests.support.patience import PATIENCE, eventually_async
 from tests.support.ports import free_ports
 

@@ -14,8 +14,8 @@ from service.engine.scheduler import Scheduler
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, SamplingParams
 from tests.support.engines import collect
+from tests.support.fake_gpu import StandIn
 from tests.support.fakes import request
-from tests.support.gpus import StandIn
 
 TEXT = "the other thing is that these are there, and then the rest of them go with the others to the north"
 

@@ -12,7 +12,7 @@ from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole
 from service.errors import StartupError
 from tests.model_export import tiny
-from tests.support.gpus import StandIn
+from tests.support.fake_gpu import StandIn
 
 CONTEXT, SLOTS = 64, 6
 # Calls of other widths sum in another order, in float16.

@@ -1,4 +1,4 @@
-"""What our own loggers have been told, as pytest's caplog keeps it."""
+"""The log events of our own loggers, from pytest's caplog."""
 
 from __future__ import annotations
 

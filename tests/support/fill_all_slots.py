@@ -1,4 +1,4 @@
-"""`python -m tests.support.fill`, with the service's flags: fills all slots of all engines, and prints what it took."""
+"""Fills all slots of all engines, and prints the memory that this takes. Takes the service's flags."""
 
 from __future__ import annotations
 

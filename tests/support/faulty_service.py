@@ -1,7 +1,7 @@
-"""The service with a fault in it: `python -m tests.support.faulty FAULT STEP_SECONDS [arguments of the service]`.
+"""The service with a fault: `python -m tests.support.faulty_service FAULT STEP_SECONDS [the service's flags]`.
 
-The fault happens once, in the next step after SIGUSR1, or from then on (`gone`); every step takes STEP_SECONDS longer
-than it would, so that there is a time to do it in. Everything else is the service as it is.
+The fault happens once, in the next step after SIGUSR1, or in all steps from then on (`gone`). Every step takes
+STEP_SECONDS longer, so that tests can act during one. Everything else is the real service.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hang(model, first_slot, rows, past, logits_at):
 
 
 def fail(model, first_slot, rows, past, logits_at):
-    """Fails as long as the sequence of slot 0 is in the batch, up to where it is alone."""
+    """Fails while the sequence in slot 0 is in the batch, including the step in which it runs by itself."""
     if armed and first_slot == 0 and rows[0]:
         if sum(map(bool, rows)) == 1:
             fired()
@@ -69,14 +69,14 @@ def die(scheduler):
 
 
 def forbid_children(event: str, _: object) -> None:
-    """Ends the process when it is to become two: nothing may be forked from a process with threads of gRPC."""
+    """Ends the process when it forks or starts another: a process with gRPC's threads must not fork."""
     if event in {"os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"}:
         os.write(2, f"{event} was called\n".encode())
         os._exit(99)
 
 
 def hang_the_loop(keys, authorization):
-    """Finds nobody, for good: on the event loop."""
+    """Blocks the event loop for good while it looks up a key."""
     if fired():
         time.sleep(1000)
     return authenticate(keys, authorization)
