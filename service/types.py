@@ -1,4 +1,4 @@
-"""What the parts of the service hand to each other: requests, valid by construction, and pieces of the answer."""
+"""The types that packages of the service share: requests, valid by construction, and pieces of the answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class FinishReason(enum.Enum):
 class Prompt:
     """One prompt as the model sees it.
 
-    `token_ids` is never empty. The first `implied` of them (an added beginning-of-sequence token, or the stand-in for
-    an empty prompt) have no text. `text` is what `echo` gives back; `tail` are the bytes of a character that the
-    prompt's last tokens leave unfinished, and that the completion may finish.
+    `token_ids` is never empty. The first `implied` tokens have no text: an added beginning-of-sequence token, or the
+    token that replaces an empty prompt. `echo` returns `text`. `tail` are the bytes of an unfinished character at the
+    prompt's end, which the completion may finish.
     """
 
     token_ids: tuple[int, ...]
@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen; ranges as in the contract. `top_k` 0 is off."""
+    """How the next token is chosen. The contract has the ranges; `top_k` 0 means no limit."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -45,7 +45,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken: below 1e-5 a temperature leaves it no rival."""
+        """Whether the likeliest token is always chosen: with a temperature below 1e-5 no other has a chance."""
         return self.temperature < 1e-5
 
 
@@ -53,9 +53,9 @@ class SamplingParams:
 class Request:
     """A parsed request: every field is within its range, and every prompt fits the context with `max_tokens`.
 
-    `best_of` candidates are generated per prompt, of which `n` are answered. `stop_token_ids` holds the model's end
-    tokens too, unless the caller ignores them. `identity` is the caller's, derived by the service: cached prompts are
-    never shared across identities. What has a default is as if the caller had not asked for it.
+    `best_of` candidates are generated per prompt, of which `n` are returned. `stop_token_ids` includes the model's end
+    tokens, unless the caller ignores them. `identity` is the caller's, derived by the service: callers with different
+    identities never share cached prompts. A default stands for a parameter that the caller did not set.
     """
 
     id: str
@@ -81,8 +81,8 @@ class Request:
 class Token:
     """One scored token of an answer.
 
-    `offset` is in code points from the start of the prompt. `logprob` is None, and `top` too, where nothing precedes
-    the token; else `top` holds the likeliest tokens and this one by falling log probability.
+    `offset` is in code points from the start of the prompt. `logprob` and `top` are None for the first token of a
+    prompt; otherwise `top` holds the likeliest tokens and this one, in descending order of log probability.
     """
 
     text: str
@@ -95,9 +95,9 @@ class Token:
 class Delta:
     """A piece of one candidate's answer.
 
-    `text` is final: no later piece takes it back. `tokens` are the scores of its tokens, empty unless asked for.
-    `completion_tokens` and `cached_tokens` count from the candidate's start. `mean_logprob` is set with the last piece
-    where candidates are ranked.
+    `text` is final. `tokens` are the scores of its tokens, empty unless the request asks for them. `completion_tokens`
+    and `cached_tokens` count from the candidate's start. `mean_logprob` is set in the last piece if candidates are
+    ranked.
     """
 
     prompt_index: int

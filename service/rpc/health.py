@@ -13,16 +13,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.rpc.calls import Context
 
 SERVICE_NAME = completion_pb2.DESCRIPTOR.services_by_name["CompletionService"].full_name
-# Whether to send requests: the service's own name, the empty one for the whole server, and what orchestrators call it.
+# These names say whether to send requests: the service's name, the empty name of the whole server, and "readiness".
 READINESS = (SERVICE_NAME, "", "readiness")
-# Whether the start is over, and whether the process works at all: both stay true while it drains.
+# These names say whether the start is complete, and whether the process works; both stay SERVING during a drain.
 STARTUP, LIVENESS = "startup", "liveness"
 
 _Answer: TypeAlias = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Implements grpc.health.v1.Health. No watcher delays another, not even one that reads nothing."""
+    """Implements grpc.health.v1.Health. A watcher that does not read delays no other."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -51,18 +51,18 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 if status != last:
                     last = status
                     yield _Answer(status=status)
-                    continue  # it may have changed meanwhile
+                    continue  # the status may have changed in the meantime
                 await changed.wait()
         finally:
             self._watches.discard(changed)
 
     @property
     def watches(self) -> int:
-        """How many watches are open."""
+        """The number of open watches."""
         return len(self._watches)
 
     def end_watches(self) -> None:
-        """Ends every watch, which would otherwise delay the drain for as long as its caller likes."""
+        """Ends every watch; otherwise callers could delay the drain without limit."""
         self._over = True
         self._wake()
 

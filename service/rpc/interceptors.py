@@ -174,7 +174,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         given = [value for key, value in metadata if key == "authorization"]
         caller = self._keys.authenticate(",".join(given) if given else None)
         call.caller = caller
-        held.enter_context(self._running.of(caller.identity, call))
+        held.enter_context(self._running.admitted(caller.identity, call))
         try:
             self._meter.request(caller.identity, caller.quota)
         finally:

@@ -34,9 +34,9 @@ _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A caller: `name` is safe to log, `identity` keeps callers' caches apart.
+    """A caller: `name` is safe to log, `identity` keeps the prefix caches of callers separate.
 
-    `models` are what the key may use, by id or alias, None for all; `quota` are its own limits.
+    The key may use `models`, by id or alias; None means all. `quota` holds its own limits.
     """
 
     name: str
@@ -63,14 +63,14 @@ class _Stamp(NamedTuple):
 class KeyRing:
     """The accepted keys: `keys` maps their SHA-256 to the caller; with None no key is required.
 
-    Keys from a file follow it as often as `follow` is called. While the new file is not valid the old keys stay.
-    A key is found by its digest in one step, however many there are; what that tells is the digest's alone.
+    `follow` reads a key file again after it has changed. While the new file is not valid, the old keys stay. A key is
+    found by its digest in one lookup, however many keys there are; its time can reveal only the digest.
     """
 
     def __init__(
         self, keys: Mapping[bytes, Caller] | None, file: Path | None = None, seen: _Stamp | None = None
     ) -> None:
-        """`seen` is what `file` was when the keys were read from it."""
+        """`seen` identifies the contents of `file` that the keys were read from."""
         self._keys = keys
         self._file = file
         self._seen = seen
@@ -97,17 +97,17 @@ class KeyRing:
     def follow(self) -> frozenset[str]:
         """Reads a file that has changed; returns the identities of the removed keys.
 
-        A file that is written in place counts once it is whole: when nobody has written to it for two seconds.
+        A file that is being written in place is read once nothing has been written to it for two seconds.
         """
         if self._file is None:
             return frozenset()
-        found = _stamp(self._file)
-        if found == self._seen or _being_written(found, self._seen):
+        stamp = _stamp(self._file)
+        if stamp == self._seen or _being_written(stamp, self._seen):
             return frozenset()
         return self.reload()
 
     def reload(self) -> frozenset[str]:
-        """Reads the file, if there is one, changed or not; of one that is not valid the log says why.
+        """Reads the file, if there is one, whether it has changed or not; the log says why a file is not valid.
 
         Returns what `follow` does.
         """
@@ -125,13 +125,13 @@ class KeyRing:
         return gone
 
     def authenticate(self, authorization: str | None) -> Caller:
-        """The caller that an `authorization` header names; AuthenticationError when it names none."""
+        """The caller whose key is in this `authorization` header. Raises AuthenticationError without a valid key."""
         scheme, _, key = (authorization or "").partition(" ")
-        given = key.strip(" ") if scheme.lower() == "bearer" else ""
-        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        token = key.strip(" ") if scheme.lower() == "bearer" else ""
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         if self._keys is None:
             return Caller("anonymous", digest.hex())
-        if not given:
+        if not token:
             message = (
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using "
                 "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
@@ -161,7 +161,7 @@ def _read(path: Path) -> tuple[dict[bytes, Caller], _Stamp]:
 
 
 def _text(path: Path) -> tuple[str, _Stamp]:
-    """The text of a regular file, and its stamp. Raises StartupError: reading another kind might never end."""
+    """The text of a regular file, and its stamp. Raises StartupError, also for other files: reading might never end."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123, of a descriptor
             status = os.fstat(file.fileno())
@@ -173,9 +173,9 @@ def _text(path: Path) -> tuple[str, _Stamp]:
 
 
 def _caller(name: str, identity: str, options: str) -> Caller:
-    given = dict(option.split("=", 1) for option in options.split())
-    models = given.pop("models", None)
-    quota = Quota(**{limit: int(number) for limit, number in given.items()})
+    values = dict(option.split("=", 1) for option in options.split())
+    models = values.pop("models", None)
+    quota = Quota(**{limit: int(number) for limit, number in values.items()})
     return Caller(name, identity, None if models is None else frozenset(models.split(",")), quota)
 
 
@@ -191,11 +191,11 @@ def _stamp(path: Path) -> _Stamp | None:
         return None
 
 
-def _being_written(found: _Stamp | None, before: _Stamp | None) -> bool:
-    """Whether a file is unchanged but was written to a moment ago: its writer may not have finished."""
-    if found is None or before is None or found.inode != before.inode:
+def _being_written(stamp: _Stamp | None, before: _Stamp | None) -> bool:
+    """Whether a file was written to in place a moment ago: its writer may not have finished."""
+    if stamp is None or before is None or stamp.inode != before.inode:
         return False
-    return 0 <= time.time() - found.changed / 1e9 < _WRITING_SECONDS
+    return 0 <= time.time() - stamp.changed / 1e9 < _WRITING_SECONDS
 
 
 def pseudonym(user: str) -> str:

@@ -1,4 +1,4 @@
-"""The prompt's many forms, typed and JSON, made into prompts that fit the model."""
+"""Reads the prompts of a request, typed or JSON, and checks that they fit the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from service.rpc.checks import at_most, invalid, shown
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt
 
-# JSON prompts have the bounds of typed ones.
+# JSON prompts have the same bounds as typed ones.
 MAX_PROMPTS = rules(pb.TextBatch, "texts").repeated.max_items
 MAX_SEQUENCES = rules(pb.CreateCompletionRequest, "n").int32.lte
-# No text has more characters than this per token of context that could still fit; checked before tokenizing, which
-# takes seconds for megabytes without a space.
+# A text with more characters per token of context than this cannot fit. It is refused before tokenizing, which takes
+# seconds for megabytes without a space.
 MAX_CHARACTERS_PER_TOKEN = 8
 
 _Items = TypeVar("_Items", bound=Sized)
@@ -29,22 +29,22 @@ _FORMS = "a string, an array of strings, an array of tokens or array of token ar
 def parse_prompts(
     request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, best_of: int, max_tokens: int
 ) -> tuple[Prompt, ...]:
-    """The request's prompts, none empty, each for `best_of` candidates; InvalidRequestError names what is wrong.
+    """The request's prompts, none of them empty; `best_of` counts each of them as that many sequences.
 
-    Each fits the context together with `max_tokens`: one that does not is refused before any other is looked at.
+    Raises InvalidRequestError, also for the first prompt that does not fit the context together with `max_tokens`.
     """
     typed = request.WhichOneof("prompt")
     json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
     if typed and json_set:
         raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
-    given = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
-    if len(given) > MAX_PROMPTS:
-        raise at_most("prompt", "prompts", len(given), MAX_PROMPTS, "array_above_max_length")
-    if len(given) * best_of > MAX_SEQUENCES:
-        problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(given)} prompts and {best_of} for each."
+    items = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
+    if len(items) > MAX_PROMPTS:
+        raise at_most("prompt", "prompts", len(items), MAX_PROMPTS, "array_above_max_length")
+    if len(items) * best_of > MAX_SEQUENCES:
+        problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(items)} prompts and {best_of} for each."
         raise invalid("n", problem, "invalid_value")
     prompts = []
-    for item in given:
+    for item in items:
         if isinstance(item, str):
             prompt = _text(item, tokenizer, context_length)
         else:
@@ -56,7 +56,7 @@ def parse_prompts(
 
 
 def check_context(length: int, max_tokens: int, context_length: int) -> None:
-    """Refuses a prompt whose number of tokens does not fit the context together with `max_tokens`."""
+    """Raises InvalidRequestError if a prompt of `length` tokens does not fit the context with `max_tokens`."""
     if length + max_tokens > context_length:
         message = (
             f"This model's maximum context length is {context_length} tokens, however you requested "
@@ -94,7 +94,7 @@ def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[int]]:
 
 
 class _JsonTokens(Sequence[int]):
-    """Token ids as JSON has them: each is looked at when it is taken, so that too many are refused unseen."""
+    """The token ids of a JSON array. Each is checked only when it is read, so that too many are refused unread."""
 
     def __init__(self, values: Sequence[struct_pb2.Value]) -> None:
         self._values = values
@@ -121,7 +121,7 @@ def _text(text: str, tokenizer: Tokenizer, context_length: int) -> Prompt:
 
 
 def check_characters(name: str, text: str, context_length: int) -> None:
-    """Refuses a text that is too long to be worth tokenizing."""
+    """Raises InvalidRequestError if a text has more characters than could fit the context."""
     limit = MAX_CHARACTERS_PER_TOKEN * context_length
     if len(text) > limit:
         message = (

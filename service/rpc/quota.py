@@ -1,4 +1,4 @@
-"""What one key may use: requests and tokens per minute, sequences at once. Times are of the monotonic clock."""
+"""The limits of a key: requests and tokens per minute, sequences at once. Times are of the monotonic clock."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ UNLIMITED = Quota()
 
 @dataclass(slots=True)
 class _Bucket:
-    """A caller's use of a limit per minute: `spent` is the part not yet forgiven at time `at`."""
+    """A caller's use of a limit per minute: at time `at`, `spent` still counted against the limit."""
 
     at: float
     spent: float = 0.0
 
     def forgive(self, limit: int, now: float) -> None:
-        """Forgives as much of `spent` as the limit allows for the time that has passed."""
+        """Reduces `spent` by as much as the limit allows for the time since `at`."""
         passed = max(0.0, now - self.at)
         self.spent = max(0.0, self.spent - passed * limit / _MINUTE)
         self.at = now
 
     def headers(self, what: str, limit: int) -> Headers:
-        """The limit, the rest and the time until nothing is spent, by OpenAI's names."""
+        """The limit, the rest, and the time until `spent` is 0, under OpenAI's names."""
         return (
             (f"x-ratelimit-limit-{what}", str(limit)),
             (f"x-ratelimit-remaining-{what}", str(max(0, int(limit - self.spent)))),
@@ -62,7 +62,7 @@ class _Bucket:
 
 
 class _Account:
-    """What a caller uses: of the limits per minute, and sequences in the engine."""
+    """A caller's use of the limits per minute, and its sequences in the engine."""
 
     def __init__(self, now: float) -> None:
         self.tokens = _Bucket(now)
@@ -70,15 +70,15 @@ class _Account:
         self.sequences = 0
 
     def in_use(self, now: float) -> bool:
-        """Whether it differs from a new one: after a minute everything is forgiven, whatever the limit."""
+        """Whether it differs from a new account. After a minute without use it does not, whatever the limit."""
         return bool(self.sequences) or now - max(self.tokens.at, self.requests.at) < _MINUTE
 
 
 class Meter:
-    """Holds callers to their quotas. A request is charged at its start for the most that it may use.
+    """Enforces the callers' quotas. A request is charged at its start for the most that it may use.
 
-    Invariants: nothing that is spent or held is ever negative; accounts that hold nothing are dropped in time, so
-    there are about as many as callers within a minute.
+    Invariants: no balance is ever negative; idle accounts are dropped in time, so that there are about as many accounts
+    as callers within a minute.
     """
 
     def __init__(self, default: Quota, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,16 +88,16 @@ class Meter:
         self._sweep_at = _FIRST_SWEEP
 
     def __len__(self) -> int:
-        """How many accounts there are."""
+        """The number of accounts."""
         return len(self._accounts)
 
     def sequences(self, identity: str) -> int:
-        """How many sequences a caller has in the engine."""
+        """The number of sequences that a caller has in the engine."""
         account = self._accounts.get(identity)
         return 0 if account is None else account.sequences
 
     def request(self, identity: str, quota: Quota) -> None:
-        """Counts a request. Raises OverloadedError, and counts nothing, when it is one too many for this minute."""
+        """Counts a request. Raises OverloadedError, and counts nothing, if the limit per minute is reached."""
         limits, now = quota.over(self.default), self._clock()
         limit = limits.requests_per_minute
         if limit is None:
@@ -115,7 +115,7 @@ class Meter:
     def take(self, identity: str, quota: Quota, tokens: int, sequences: int) -> None:
         """Charges a request.
 
-        Raises TokensExceededError or OverloadedError, and charges nothing, when it is more than the quota leaves.
+        Raises TokensExceededError or OverloadedError, and charges nothing, if the rest of the quota is too small.
         """
         limits, now = quota.over(self.default), self._clock()
         account = self._account(identity, now)
@@ -177,7 +177,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """A duration as OpenAI's headers have it: `0s`, `120ms`, `1.5s`, `6m0s`; rounded up to milliseconds."""
+    """A duration in the format of OpenAI's headers, rounded up to milliseconds: `0s`, `120ms`, `1.5s`, `6m0s`."""
     milliseconds = -int(-seconds * 1000 // 1)
     minutes, rest = divmod(milliseconds, 60_000)
     if minutes:

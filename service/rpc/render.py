@@ -1,4 +1,4 @@
-"""From the engine's pieces to messages, and from messages to OpenAI's JSON for event streams."""
+"""Renders the engine's pieces as messages, and messages as OpenAI's JSON for event streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _UsageCounter(TokenCounts):
 
 @dataclass(slots=True)
 class _Candidate:
-    """One candidate's answer, put together."""
+    """One candidate's answer, joined from its pieces."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Candidate:
 
 
 class Answer:
-    """A whole answer, put together from its pieces."""
+    """A complete answer, joined from its pieces."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -69,7 +69,7 @@ class Answer:
         self._candidates[delta.prompt_index][delta.candidate].add(delta)
 
     def response(self) -> pb.CreateCompletionResponse:
-        """The answer; of ranked candidates the `n` likeliest per token, equal ones in order."""
+        """The answer, with the `n` candidates of the highest mean log probability; equal ones stay in order."""
         response = _response(self._request)
         for candidates in self._candidates:
             ranked = sorted(candidates, key=lambda candidate: -candidate.mean_logprob)[: self._request.n]
@@ -82,7 +82,7 @@ class Answer:
 
 
 class Pieces:
-    """A streamed answer's messages."""
+    """Makes the messages of a streamed answer."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -136,7 +136,7 @@ def _logprobs(tokens: Iterable[Token]) -> pb.Logprobs:
 
 
 def event(message: pb.CreateCompletionResponse, *, usage_key: bool) -> bytes:
-    """A streamed message as a server-sent event; `usage_key` prints `usage` also where it is null."""
+    """A streamed message as a server-sent event; `usage_key` includes `usage` even if it is null."""
     return _event(response_json(message, usage_key=usage_key))
 
 
@@ -155,7 +155,7 @@ def error_event(error: pb.Error) -> bytes:
 
 
 DONE_EVENT = b"data: [DONE]\n\n"
-# Readers skip it; proxies see that the connection is alive.
+# Clients ignore a comment; it shows proxies that the connection is in use.
 WAITING_COMMENT = b": waiting\n\n"
 
 
@@ -169,7 +169,7 @@ def to_bytes(body: dict[str, Any]) -> bytes:
 
 
 def response_json(message: pb.CreateCompletionResponse, *, usage_key: bool) -> dict[str, Any]:
-    """The answer as OpenAI's JSON, the same as Envoy's transcoding of it."""
+    """The answer as OpenAI's JSON, equal to Envoy's transcoding of it."""
     body: dict[str, Any] = {
         "id": message.id,
         "object": message.object,

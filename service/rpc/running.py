@@ -19,7 +19,10 @@ _MAX_HELD = 64 << 20
 
 
 class Running:
-    """Invariant: every count is that of the calls within `lasting` or `of`, and of what they hold."""
+    """Counts calls and the bytes of their answers.
+
+    Invariant: the counts are those of the calls inside `lasting` and `admitted`, and of the bytes that these hold.
+    """
 
     def __init__(self) -> None:
         self.lasting_calls: Counter[str] = Counter()
@@ -28,17 +31,17 @@ class Running:
 
     @property
     def calls(self) -> int:
-        """How many calls are under way."""
+        """The number of running calls."""
         return sum(map(len, self._calls.values()))
 
     @property
     def held(self) -> int:
-        """Bytes of all answers that are being made, or wait to be read."""
+        """Bytes of all unstreamed answers that are being made or are not read yet."""
         return self._held.total()
 
     @contextmanager
     def lasting(self, method: Method) -> Iterator[None]:
-        """While a call of this method goes on. Raises OverloadedError when there are enough of its kind."""
+        """Surrounds a call of this method. Raises OverloadedError if too many calls of the method are open."""
         most = _MAX_LASTING.get(method.name)
         if most is not None and self.lasting_calls[method.name] >= most:
             message = f"Too many calls of {method.name} are open: at most {most} can be. Please retry later."
@@ -50,8 +53,8 @@ class Running:
             self.lasting_calls[method.name] -= 1
 
     @contextmanager
-    def of(self, identity: str, call: Call) -> Iterator[None]:
-        """While a caller's call goes on. Raises OverloadedError when the caller has enough of them."""
+    def admitted(self, identity: str, call: Call) -> Iterator[None]:
+        """Surrounds a caller's call. Raises OverloadedError if the caller has too many open."""
         calls = self._calls[identity]
         if len(calls) >= _MAX_PER_CALLER:
             message = f"Too many of your requests are open: at most {_MAX_PER_CALLER} can be. Please retry later."

@@ -1,8 +1,8 @@
-"""Calls that end although their caller takes nothing, not even the end.
+"""Ends calls whose callers read nothing, not even the status.
 
-A status waits behind the message that the caller does not read. gRPC resets a call whose last reference goes, and two
-tasks refer to it: the one that answers, in which handlers run, and the one that began it and listens for the caller's
-leaving.
+The status waits behind the message that the caller does not read. gRPC resets a call when its last reference is gone.
+Two tasks hold one: the task that answers, which runs the handler, and the task that started it and waits for the
+caller to leave.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 _listeners: weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[Any]]] = weakref.WeakKeyDictionary()
-# gRPC's name for what answers a call.
+# gRPC's name for the coroutine that answers a call.
 _ANSWERING = "_handle_exceptions"
 
 
 def remember(loop: asyncio.AbstractEventLoop) -> None:
-    """Has the loop remember which task listens for which answering one; else `cut_off_in` does nothing."""
-    make: Any = _make  # the stubs want a protocol of their own
+    """Makes the loop record which task started each answering task. Without this `cut_off_in` does nothing."""
+    make: Any = _make  # the type stubs expect a protocol of their own
     loop.set_task_factory(make)
 
 
@@ -33,9 +33,9 @@ def _make(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], 
 
 
 def cut_off_in(seconds: float) -> None:
-    """Ends the current task's call after this many seconds, unless it has ended by then."""
+    """Ends the current task's call after `seconds`, unless it has ended by then."""
     task = asyncio.current_task()
-    found = _listeners.get(task) if task is not None else None
-    listener = found() if found is not None else None
+    reference = _listeners.get(task) if task is not None else None
+    listener = reference() if reference is not None else None
     if listener is not None:
         asyncio.get_running_loop().call_later(seconds, listener.cancel)

@@ -33,7 +33,7 @@ def load(settings: Settings) -> Rotation | None:
 
 @dataclass(frozen=True)
 class Files:
-    """Where the certificate, its key and the callers' authority are."""
+    """The files of the certificate, its key, and the authority of callers' certificates."""
 
     certificate: Path
     key: Path
@@ -45,7 +45,7 @@ class Files:
         return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Their contents, which belong together. Raises StartupError."""
+        """Reads the files and checks that they belong together. Raises StartupError."""
         pair = (_pem(self.key, "PRIVATE KEY"), _pem(self.certificate, "CERTIFICATE"))
         authority = None if self.client_ca is None else _pem(self.client_ca, "CERTIFICATE")
         try:
@@ -55,7 +55,7 @@ class Files:
             if authority is not None:
                 context.load_verify_locations(cadata=authority.decode())
         except (OSError, ValueError) as error:
-            raise StartupError(f"TLS files {self.certificate} and {self.key} do not do: {error}") from None
+            raise StartupError(f"TLS files {self.certificate} and {self.key} cannot be used: {error}") from None
         return grpc.ssl_server_certificate_configuration([pair], authority)
 
     def expires(self) -> float:
@@ -112,12 +112,12 @@ class Rotation:
         self._stamp = stamp
 
 
-def _pem(path: Path, kind: str) -> bytes:
-    """The content of a PEM file that holds at least one block of a kind."""
+def _pem(path: Path, label: str) -> bytes:
+    """The content of a PEM file that has at least one block with this label."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise StartupError(f"TLS file {path} cannot be read: {error.strerror}") from None
-    if f"{kind}-----".encode() not in content:
-        raise StartupError(f"TLS file {path} holds no {kind.lower()} in PEM format")
+    if f"{label}-----".encode() not in content:
+        raise StartupError(f"TLS file {path} holds no {label.lower()} in PEM format")
     return content

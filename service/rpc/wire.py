@@ -1,7 +1,7 @@
-"""Request messages as bytes: counts the parts of one before it is parsed.
+"""Parses request messages, after counting the parts of large ones.
 
-Parsing holds the interpreter's lock to its end, and takes as long as the message has parts: 16 MB of empty ones half a
-second. This walk takes longer for each part, but lets others go on, and ends where there are too many.
+The parser holds the interpreter's lock until it is done, and its time grows with the number of parts: half a second for
+16 MB of empty ones. Counting takes longer for each part, but lets other threads run, and it stops at the limit.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from google.protobuf.descriptor import Descriptor
 
 from service.errors import InvalidRequestError
 
-# Messages up to this size are parsed as they are, on the event loop.
+# In bytes. Smaller messages are parsed on the event loop, without counting.
 LARGE = 64 << 10
-# Parts are fields; one that holds a text or a message counts twice. JSON of 2 MiB, the most that REST callers may send,
-# has up to 3 million: with numbers of one digit.
+# Parts are fields; a field that holds a text or a message counts twice. JSON of 2 MiB, the limit of the REST API, has
+# up to 3 million parts, if its numbers have one digit.
 _MAX_PARTS = 3 << 20
 
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
-# The bytes of a message that holds a number of 64 bits: by far the commonest in long ones.
+# The size of a message that holds one 64-bit number: by far the most frequent in long messages.
 _NUMBER = 9
 
 
 def parse(deserialize: Any, data: bytes) -> Any:
-    """The message. Raises InvalidRequestError for one that has too many parts, or is none of the method's type."""
+    """The message. Raises InvalidRequestError if it has too many parts or is not of the method's type."""
     if len(data) > LARGE:
         _weigh(data, deserialize.__self__.DESCRIPTOR)
     try:
@@ -34,7 +34,7 @@ def parse(deserialize: Any, data: bytes) -> Any:
 
 
 def _weigh(data: bytes, descriptor: Descriptor) -> None:
-    """Counts a message's fields at all depths; what is not well-formed is left to the parser."""
+    """Raises InvalidRequestError if a message has too many fields at all depths; the parser checks their form."""
     parts, size = 0, len(data)
     within: list[tuple[int, int, Descriptor]] = [(0, size, descriptor)]
     known: dict[Descriptor, dict[int, Descriptor]] = {}
@@ -43,21 +43,21 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
         inner = known.get(message) or known.setdefault(message, _messages(message))
         while at < end:
             tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
-            kind = tag & 7
-            if kind == _DELIMITED:
+            wire_type = tag & 7
+            if wire_type == _DELIMITED:
                 parts += 2
                 length, at = (data[at], at + 1) if at < size and data[at] < 0x80 else _varint(data, at)
                 if length == _NUMBER and at < size and data[at] & 7 == _FIXED64:
-                    parts += 1  # nothing else is in it
+                    parts += 1  # the message holds nothing else
                 elif length and tag >> 3 in inner:
                     within.append((at, min(end, at + length), inner[tag >> 3]))
                 at += length
-            elif kind == _VARINT:
+            elif wire_type == _VARINT:
                 parts += 1
                 at = at + 1 if at < size and data[at] < 0x80 else _varint(data, at)[1]
-            elif kind in {_FIXED64, _FIXED32}:
+            elif wire_type in {_FIXED64, _FIXED32}:
                 parts += 1
-                at += 8 if kind == _FIXED64 else 4
+                at += 8 if wire_type == _FIXED64 else 4
             else:
                 return
             if parts > _MAX_PARTS:
@@ -65,12 +65,12 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
 
 
 def _messages(descriptor: Descriptor) -> dict[int, Descriptor]:
-    """The message types of those of a message's fields that are messages, by number."""
+    """The types of a message's fields that are messages, by field number."""
     return {field.number: field.message_type for field in descriptor.fields if field.message_type is not None}
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number and what follows it; past the end of the data all is zero."""
+    """A number and the position after it; bytes beyond the end count as zero."""
     value = shift = 0
     while at < len(data):
         byte = data[at]

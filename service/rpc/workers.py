@@ -12,33 +12,33 @@ _Result = TypeVar("_Result")
 
 
 class Workers:
-    """Some threads, and callers who take turns at them.
+    """A pool of threads on which callers take turns.
 
-    `free` threads have nothing to do. Invariant: no more work is handed to the threads than there are threads, so that
-    nothing waits but in its caller's row. Work whose caller has left before its turn is not done. All but the work
-    happens on the event loop's thread.
+    `free` threads are idle. Invariant: the pool never gets more work than it has threads, so that work waits only in
+    its own caller's queue. Work whose caller leaves before its turn is dropped. Everything except the work itself runs
+    on the event loop's thread.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self.free = threads
-        self._rows: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, identity: str, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`, done on a thread when it is this caller's turn."""
+        """Runs `work` on a thread when it is this caller's turn, and returns its result."""
         loop = asyncio.get_running_loop()
         if self.free:
             self.free -= 1
         else:
             await self._turn(identity, loop)
         done = self._executor.submit(work)
-        # Also when its caller has left meanwhile: the thread is busy until then.
+        # Even if the caller leaves, the thread is busy until the work is done.
         done.add_done_callback(lambda _: _post(loop, self._next))
         return await asyncio.wrap_future(done)
 
     async def _turn(self, identity: str, loop: asyncio.AbstractEventLoop) -> None:
         turn: asyncio.Future[None] = loop.create_future()
-        self._rows.setdefault(identity, deque()).append(turn)
+        self._queues.setdefault(identity, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:
@@ -48,11 +48,11 @@ class Workers:
 
     def _next(self) -> None:
         """Gives an idle thread to the next caller."""
-        while self._rows:
-            identity, row = self._rows.popitem(last=False)
-            turn = row.popleft()
-            if row:
-                self._rows[identity] = row
+        while self._queues:
+            identity, waiting = self._queues.popitem(last=False)
+            turn = waiting.popleft()
+            if waiting:
+                self._queues[identity] = waiting
             if not turn.done():
                 turn.set_result(None)
                 return

@@ -1,1 +1,1 @@
-"""Text and tokens: encoding prompts, decoding tokens as they come, and finding stop texts."""
+"""Text and tokens: encoding prompts, incremental decoding, stop texts, and counting tokens."""

@@ -1,4 +1,4 @@
-"""Prompts to token ids and token ids to the bytes that they stand for."""
+"""Encodes text as token ids, and decodes token ids to bytes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from service.types import Prompt
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _SENTENCEPIECE_SPACE = "\u2581"
-# A text that never merges with the text after it.
+# A text that no tokenizer merges with the text after it.
 _START = "\0"
 
 
 class Tokenizer:
     """A model's vocabulary, both ways.
 
-    Encoding treats the text of control tokens as plain text. Decoding is exact: every token id stands for fixed bytes,
-    and a text is the UTF-8 reading of its tokens' bytes joined.
+    Encoding treats the text of control tokens as plain text. Decoding is exact: every token id has fixed bytes, and a
+    text is the joined bytes of its tokens, decoded as UTF-8.
     """
 
     def __init__(self, path: Path, special: SpecialTokens, vocab_size: int) -> None:
@@ -46,7 +46,7 @@ class Tokenizer:
         self._bytes = self._table(any(part.get("type") == "ByteLevel" for part in decoders))
 
     def _check_ids(self, path: Path) -> None:
-        """Text must not become tokens that the model has no embedding for; special tokens it never becomes."""
+        """Raises ModelDirectoryError if text could become a token id beyond the vocabulary of the model."""
         special = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if index >= self.vocab_size and index not in special:
@@ -70,17 +70,17 @@ class Tokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, without any added ones. Raises RuntimeError if the library fails."""
+        """The token ids of `text`, without added tokens. Raises RuntimeError if the library fails."""
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except (Exception, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # its panics are no Exceptions, and would end more than one call
+        except BaseException as error:  # the library's panics are not Exceptions; unchanged, one would end the worker
             raise RuntimeError(f"the tokenizer gave up on a text of {len(text)} characters: {error}") from error
         return ids
 
     def prompt(self, text: str) -> Prompt:
-        """The prompt that `text` makes; InvalidRequestError when it is empty and the model has no token for that."""
+        """The prompt of `text`. Raises InvalidRequestError if it is empty and the model has no token for that."""
         start = [self._special.bos] if self._special.add_bos and self._special.bos is not None else []
         ids = start + self.encode(text)
         if not ids:
@@ -90,16 +90,17 @@ class Tokenizer:
         return Prompt(token_ids=tuple(ids), text=text, implied=len(start))
 
     def prompt_of_tokens(self, ids: Iterable[int]) -> Prompt:
-        """The prompt made of `ids`, each within the vocabulary."""
+        """The prompt of these token ids, each within the vocabulary."""
         token_ids = tuple(ids)
         detokenizer = Detokenizer()
         text = "".join(map(detokenizer.push, self.text_bytes(token_ids)))
         return Prompt(token_ids=token_ids, text=text, tail=detokenizer.unfinished)
 
     def fill_in_the_middle(self, prompt: Prompt, suffix: str) -> Prompt:
-        """The prompt whose completion fills the gap between `prompt` and `suffix`; the model must have tokens for that.
+        """The prompt whose completion fills the gap between `prompt` and `suffix`.
 
-        Before all stands the beginning-of-sequence token, where the prompt has it.
+        If `prompt` starts with the beginning-of-sequence token, so does the result. Raises ValueError if the model has
+        no fill-in-the-middle tokens.
         """
         marks = self._special.fill_in_the_middle
         if marks is None:
@@ -113,14 +114,14 @@ class Tokenizer:
         return dataclasses.replace(prompt, token_ids=(*start, *parts, *middle), implied=len(start), tail=b"")
 
     def _encode_further(self, text: str) -> list[int]:
-        """The token ids of a text that does not begin one: without the space that some tokenizers put before it."""
+        """The token ids of a text in the middle of another: without the space that some tokenizers add at the start."""
         if not self._strips_space:
             return self.encode(text)
-        start, whole = self.encode(_START), self.encode(_START + text)
-        return whole[len(start) :] if whole[: len(start)] == start else self.encode(text)
+        start, both = self.encode(_START), self.encode(_START + text)
+        return both[len(start) :] if both[: len(start)] == start else self.encode(text)
 
     def text_bytes(self, ids: Iterable[int], implied: int = 0) -> Iterator[bytes]:
-        """The bytes that each token of a whole text adds to it, none for the first `implied`."""
+        """The bytes that each token adds to a text from its start; none for the first `implied` tokens."""
         first = True
         for position, index in enumerate(ids):
             token = self._bytes[index] if position >= implied else b""
@@ -128,11 +129,11 @@ class Tokenizer:
             first = first and not token
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         return self._bytes[index]
 
     def token_text(self, index: int) -> str:
-        r"""A token by itself: its text, or `bytes:\xNN...` when it is not whole UTF-8."""
+        r"""The text of a token, or `bytes:\xNN...` if it is not complete UTF-8."""
         return readable(self._bytes[index])
 
 
@@ -144,7 +145,7 @@ def _strips_space(decoder: dict[str, Any]) -> bool:
 
 
 def readable(token: bytes) -> str:
-    r"""Bytes as text, or as `bytes:\xNN...` when they are not whole UTF-8."""
+    r"""Bytes as text, or as `bytes:\xNN...` if they are not complete UTF-8."""
     try:
         return token.decode("utf-8")
     except UnicodeDecodeError:
@@ -152,7 +153,7 @@ def readable(token: bytes) -> str:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The printable characters that byte-level vocabularies write bytes with (GPT-2's table)."""
+    """The printable characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
@@ -164,7 +165,7 @@ _BYTE_OF_CHARACTER = _byte_characters()
 class Detokenizer:
     """Decodes one sequence token by token, in constant time each.
 
-    Law: the pieces joined equal the decoding of all bytes joined, less an unfinished character at the end.
+    Law: the joined pieces equal the decoding of the joined bytes, without an unfinished character at the end.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The text of one choice as it grows: what may be shown already, and where a stop text ends it."""
+"""The growing text of one choice: which part is final, and where a stop text ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.text.tokenizer import Detokenizer, readable
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that became final, and its tokens as (text, offset in code points); `stopped` when a stop text ended it."""
+    """Text that became final, and its tokens as (text, offset in code points); `stopped` if a stop text ended it."""
 
     text: str
     tokens: tuple[tuple[str, int], ...]
@@ -20,7 +20,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Held:
-    """A token not shown yet; `start` and `end` in code points of the held text, `end` None while mid-character."""
+    """A token that is held back; `start` and `end` in code points of the held text, `end` None inside a character."""
 
     token: bytes
     start: int
@@ -35,12 +35,15 @@ class StopMatcher:
         self._longest = max(map(len, self._stops), default=0)
 
     def find(self, text: str) -> int | None:
-        """Where the stop text begins that is complete first, the longest of those; so tokens' bounds do not matter."""
-        found = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
-        return min(found)[1] if found else None
+        """The start of the stop text that ends first, the longest if several end there; None if there is none.
+
+        The result does not depend on how tokens divide the text.
+        """
+        matches = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
+        return min(matches)[1] if matches else None
 
     def held(self, text: str) -> int:
-        """How many characters at the end of `text` could still begin a stop text."""
+        """The number of characters at the end of `text` that could begin a stop text."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
@@ -49,14 +52,14 @@ class StopMatcher:
 
 
 class Transcript:
-    """Turns tokens into pieces of text that are final.
+    """Turns tokens into final pieces of text.
 
-    Laws: pieces hold whole tokens, but for the one that a stop text cuts; no piece holds part of a character, or text
-    from where a stop text begins; the tokens' texts joined equal the text, where all are whole characters.
+    Laws: a piece holds whole tokens, except one that a stop text cuts; no piece holds part of a character, or text from
+    the start of a stop text on; the joined texts of the tokens equal the text, if all are complete characters.
     """
 
     def __init__(self, stops: Sequence[str] = (), start: int = 0, tail: bytes = b"") -> None:
-        """Follows a text of `start` code points, and then `tail`, the bytes of an unfinished character."""
+        """Continues a text of `start` code points and `tail`, the bytes of an unfinished character after them."""
         self._detokenizer = Detokenizer()
         self._detokenizer.push(tail)
         self._stops = StopMatcher(stops)
@@ -66,7 +69,7 @@ class Transcript:
 
     @property
     def held_back(self) -> str:
-        """Text that is not shown yet: a stop text may begin in it, or a character be unfinished."""
+        """Text that is held back, because a stop text may begin in it or its last character is unfinished."""
         return self._text
 
     def push(self, token: bytes) -> Piece:
@@ -77,7 +80,7 @@ class Transcript:
         if new:
             for held in self._tokens:
                 held.end = start + 1 if held.end is None else held.end
-            start += not new.encode().startswith(unfinished)  # else this token goes on with the character
+            start += not new.encode().startswith(unfinished)  # else this token continues the character
         end = None if self._detokenizer.unfinished else len(self._text)
         self._tokens.append(_Held(token, start, end))
         stop = self._stops.find(self._text)
@@ -86,7 +89,7 @@ class Transcript:
         return self._release(len(self._text) - self._stops.held(self._text))
 
     def finish(self) -> Piece:
-        """Everything still held, but for an unfinished character."""
+        """Everything that is held back, without an unfinished character."""
         tokens = [held.token for held in self._tokens]
         offsets = [self._start + held.start for held in self._tokens]
         text, self._text = self._text, ""
@@ -94,7 +97,7 @@ class Transcript:
         return Piece(text, tuple(zip(map(readable, tokens), offsets, strict=True)))
 
     def _release(self, safe: int) -> Piece:
-        """Shows the tokens that end within the first `safe` characters."""
+        """Releases the tokens that end within the first `safe` characters."""
         shown: list[tuple[str, int]] = []
         length = 0
         while self._tokens and (end := self._tokens[0].end) is not None and end <= safe:
@@ -109,7 +112,7 @@ class Transcript:
         return Piece(text, tuple(shown))
 
     def _cut(self, stop: int) -> Piece:
-        """Shows what precedes a stop text at `stop`, and ends."""
+        """Releases the text before the stop text at `stop`, and ends."""
         kept = [held for held in self._tokens if held.start < stop]
         tokens = [(readable(held.token), self._start + held.start) for held in kept]
         last = kept[-1] if kept else None

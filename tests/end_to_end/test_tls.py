@@ -312,7 +312,10 @@ def test_documented_certificates(tmp_path: Path) -> None:
         ({"tls_certificate": "none.pem", "tls_key": "service.key"}, "none.pem cannot be read"),
         ({"tls_certificate": "service.key", "tls_key": "service.key"}, "service.key holds no certificate"),
         ({"tls_certificate": "service.pem", "tls_key": "ca.pem"}, "ca.pem holds no private key"),
-        ({"tls_certificate": "service.pem", "tls_key": "door.key"}, "service.pem and .*door.key do not do: .*mismatch"),
+        (
+            {"tls_certificate": "service.pem", "tls_key": "door.key"},
+            "service.pem and .*door.key cannot be used: .*mismatch",
+        ),
     ],
 )
 def test_incomplete_settings(certificates: Path, given: dict[str, str], problem: str) -> None:

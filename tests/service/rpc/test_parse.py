@@ -284,7 +284,7 @@ def test_a_prompt_that_is_too_long_is_the_last_that_is_tokenized(parsed, letters
 
 def test_answers_that_are_too_large(parsed, monkeypatch):
     """By what is asked, before anything is computed; without scores, or fewer times, the same prompt is answered."""
-    monkeypatch.setattr("service.rpc.sizes.MOST_BYTES", 20_000)
+    monkeypatch.setattr("service.rpc.sizes.MAX_BYTES", 20_000)
     asked = {"text": "a" * 40, "echo": True, "max_tokens": 0, "logprobs": 5}
     error = refused_by(parsed, **asked, n=4)
     assert (error.param, error.code) == ("n", "answer_too_large")
