@@ -28,7 +28,7 @@ def test_nothing_is_known_at_first():
 
 
 def test_pace_is_learnt_from_steps():
-    """Seconds over tokens, of prompts and of steps, and by rows for what a token costs in company."""
+    """The pace is seconds per prompt token, per decode step, and per token of a batch."""
     assert pace().prompts(50) == pytest.approx(0.5)
     assert pace().generation(100) == pytest.approx(5.0)
     assert pace().steps(100) == pytest.approx(20.0)
@@ -50,9 +50,9 @@ def test_old_steps_are_forgotten():
     ("ahead", "room", "next_end", "seconds"),
     [
         (Work(), 4, 0, 0.0),
-        # A slot for everyone: the prompts ahead alone.
+        # A slot is free: only the prefills ahead count.
         (Work(3, 300, 900), 4, 0, 3.0),
-        # No slot, nobody ahead: until the next sequence ends, 10 steps of 0.2 s.
+        # No slot, no queue: until the next sequence ends, 10 steps of 0.2 s.
         (Work(), 0, 10, 2.0),
         # No slot, 3 ahead: the same, their prompts, and their 60 tokens at 0.05 s.
         (Work(3, 300, 60), 0, 10, 2.0 + 3.0 + 3.0),
@@ -93,7 +93,7 @@ def test_refused_by_estimated_wait():
 
 
 def test_a_full_queue_of_one_is_open_to_others():
-    """Whoever floods is refused alone."""
+    """Only the flooding caller is refused."""
     queue = admission()
     queue.enter("flood", [Work(1, 0, 10**6)])
     with pytest.raises(OverloadedError):
@@ -128,7 +128,7 @@ def test_deadline_shorter_than_the_wait():
 
 
 def test_queue_holds_what_waits_and_no_more():
-    """Whatever starts and leaves in whatever order, waiting work is the sum of what waits, and none at the end."""
+    """In any order of starts and ends, the queued work is the sum of the waiting requests, and zero at the end."""
     draw = random.Random(7)
     queue, tickets = admission(), []
     for _ in range(2000):

@@ -56,7 +56,7 @@ def release(cache, slots, slot):
 
 @given(st.integers(0, 10**9), st.integers(1, 5))
 def test_every_holder_keeps_its_positions(seed, count):
-    """Whatever is allocated, extended and released: slots stay dense, and copies never mix up what is in them."""
+    """For any allocations and releases, held slots stay consecutive, and copies never mix up their contents."""
     draw = random.Random(seed)
     cache, slots = KVCache(count), Slots(count)
     for _ in range(60):
@@ -95,7 +95,7 @@ def test_identities_never_share():
 
 
 def test_generated_positions_are_never_reused():
-    """A prompt that continues another's completion shares that one's prompt alone."""
+    """A prompt that continues another's completion reuses only that one's prompt."""
     cache, slots = KVCache(2), Slots(2)
     allocate(cache, slots, LONG, "x")
     slots.held[0].append(("x", 77))
@@ -112,7 +112,7 @@ def test_positions_not_computed_yet_are_not_shared():
 
 
 def test_kept_prompt_moves_out_of_the_way():
-    """A prompt worth keeping goes to a slot that nobody uses before its own is given away."""
+    """A prompt worth keeping moves to a free slot before its own slot is allocated."""
     cache = KVCache(3)
     cache.allocate(LONG, "x", 1)
     cache.record(0, len(LONG))

@@ -174,7 +174,7 @@ def test_equal_prompts_of_a_batch_draw_their_own(committer):
 
 
 def test_seeded_choice_does_not_depend_on_history(committer):
-    """A position's random number follows from seed, choice and position alone."""
+    """A position's random number depends only on seed, choice and position."""
     made = request("a", max_tokens=50, sampling=SamplingParams(seed=-5))
     one, other = sequence(made), sequence(made)
     committer.advance(one, peak(1))

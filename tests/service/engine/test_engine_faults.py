@@ -1,4 +1,4 @@
-"""Engine: callers who leave, steps that fail, and the end; nothing is left behind and nobody is left waiting."""
+"""The engine with leaving callers, failing steps and its stop: nothing leaks, and every caller gets an end."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_cancel_storm(letters, plan):
 
 
 async def test_failing_step_ends_only_its_requests(letters):
-    """A prompt that the model fails on ends alone; what decodes beside it goes on."""
+    """If the model fails on a prompt, only that request ends; decoding requests go on."""
     model = FakeModel()
     model.fault = END
     async with running(letters, model) as engine:
@@ -97,7 +97,7 @@ async def test_failing_step_ends_only_its_requests(letters):
 
 
 async def test_failing_decode_step_ends_the_requests_in_it(letters):
-    """What was in the batch fails as a whole, candidates that still wait included; the engine goes on."""
+    """All requests of a failing batch fail, with their waiting candidates; the engine goes on."""
     model = FakeModel(slots=2)
     model.fault = ids("e")[0]
     async with running(letters, model) as engine:
@@ -136,13 +136,13 @@ async def test_pieces_before_a_fault_arrive(letters):
 
 
 async def test_stop_ends_everything(letters):
-    """What runs and what waits ends with UnavailableError, and so does what comes later."""
+    """Running, waiting and later requests end with UnavailableError."""
     model = GatedModel(slots=1)
     async with running(letters, model) as engine:
         tasks = [asyncio.create_task(texts(engine, request("a", max_tokens=50))) for _ in range(3)]
         await model.reached()
         engine.request_stop()
-        model.gate.release(1000)  # the step goes on once it has been told
+        model.gate.release(1000)  # the step continues once the stop is requested
         engine.stop()
         for task in tasks:
             with pytest.raises(UnavailableError):
@@ -244,7 +244,7 @@ async def test_slow_reader_holds_nobody_up(letters):
 
 
 def test_fake_model_notices_misuse():
-    """The stand-in is worth something: positions that were never computed are refused."""
+    """The fake model refuses positions that were never computed."""
     model = FakeModel(slots=1)
     with pytest.raises(AssertionError, match="never computed"):
         model.forward(0, [[1]], [1], [(0, 0)])
@@ -265,7 +265,7 @@ class FailsOn(FakeModel):
 
 
 async def test_one_row_that_fails_takes_no_neighbour_along(letters):
-    """The batch fails as a whole; tried alone, only the row at fault fails again."""
+    """The batch fails; run by themselves, only the row at fault fails again."""
     model = FailsOn(lambda rows: ids("m") in rows and len(rows) >= 1)
     async with running(letters, model) as engine:
         results = await asyncio.gather(
@@ -279,7 +279,7 @@ async def test_one_row_that_fails_takes_no_neighbour_along(letters):
 
 
 async def test_a_batch_that_is_too_large_is_done_row_by_row(letters):
-    """Where memory does not suffice for all at once everyone still gets the whole text."""
+    """If memory is too short for the batch, every request still gets its full text."""
     model = FailsOn(lambda rows: len(rows) > 1)
     async with running(letters, model) as engine:
         results = await asyncio.gather(*(texts(engine, request(prompt, max_tokens=8)) for prompt in "abc"))
@@ -325,7 +325,7 @@ async def test_a_caller_that_leaves_the_queue_costs_nothing(letters):
 
 
 async def test_a_request_behind_the_stop_hears_of_it(letters):
-    """What is asked for between the stop and the end of the thread is not left waiting."""
+    """A request between the stop and the end of the thread gets an error."""
     async with running(letters) as engine:
         engine.request_stop()
         generation = engine.submit(request("a"))
@@ -396,7 +396,7 @@ def test_a_long_echo_is_no_backlog():
 
 
 async def test_queue_is_bounded_by_estimated_work(letters):
-    """Once the pace is known, what would wait longer than allowed is refused, and nothing of it is kept."""
+    """Once the pace is known, a request that would wait too long is refused and leaves nothing."""
     model = GatedModel(slots=1)
     async with running(letters, model, max_queue_seconds=1.0) as engine:
         engine.admission.pace.step(1, 0.1)

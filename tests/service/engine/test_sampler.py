@@ -76,7 +76,7 @@ def test_impossible_tokens_are_never_chosen():
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
 def test_top_p_beyond_the_shortlist(top_p):
-    """Where a thousand tokens are about equally likely, top_p keeps hundreds, and exactly those."""
+    """If a thousand tokens are about equally likely, top_p keeps exactly the right hundreds."""
     weights = np.arange(1000, 2000, dtype=np.float64)
     falling = np.cumsum(weights[::-1]) / weights.sum()
     kept = int(np.searchsorted(falling, top_p)) + 1
@@ -107,7 +107,7 @@ def test_top_p_of_what_top_k_left_beyond_the_shortlist():
     st.sampled_from([0.0, 0.01, 0.5]),
 )
 def test_filters_equal_their_definition(values, top_k, top_p, min_p):
-    """What the shortlist and its shortcuts keep is what sorting the whole vocabulary would."""
+    """The shortlist keeps the same tokens as sorting the whole vocabulary."""
     logits = np.array(values, np.float32) / 8
     params = SamplingParams(top_k=min(top_k, len(values)), top_p=top_p, min_p=min_p)
     order = sorted(range(len(values)), key=lambda index: (-logits[index], index))[: params.top_k or None]

@@ -120,7 +120,7 @@ class Simulation:
 
 @given(st.integers(0, 10**9), st.integers(1, 5), st.sampled_from([16, 17, 24]))
 def test_random_requests_and_aborts(seed, slots, prompt_chunk):
-    """Whatever comes and is aborted in whatever state: every sequence ends once, and none meets another's positions."""
+    """For any arrivals and aborts, every sequence ends once and never reads another's positions."""
     draw = random.Random(seed)
     simulation = Simulation(slots, prompt_chunk)
     added = []
@@ -144,7 +144,7 @@ def test_random_requests_and_aborts(seed, slots, prompt_chunk):
 
 
 def test_prompt_comes_in_chunks_between_decode_steps():
-    """Who streams waits for one chunk at a time."""
+    """A running stream waits for at most one prompt chunk at a time."""
     simulation = Simulation(2, 16)
     scheduler = simulation.scheduler
     simulation.add(sequences((1, 2, 3), max_tokens=9))
@@ -194,7 +194,7 @@ def test_first_come_first_served():
 
 
 def serve(simulation, scheduler_steps=10**6):
-    """Runs until nothing is left, or so many steps."""
+    """Runs until there is no work, or for this many steps."""
     for _ in range(scheduler_steps):
         if not simulation.step():
             return
@@ -226,7 +226,7 @@ def test_callers_share_by_work():
 
 
 def test_time_away_earns_nothing():
-    """A caller who comes after another had the model alone for long takes turns with it from then on."""
+    """A new caller takes turns with one that had the model to itself for long."""
     simulation = Simulation(1, 16)
     simulation.add([sequences((1, index), "first", max_tokens=9)[0] for index in range(60)])
     while len(simulation.ended) < 40:
@@ -315,7 +315,7 @@ def test_slot_of_a_prompt_in_progress_sits_decoding_out():
 
 
 def test_all_but_one_token_in_the_cache_is_still_no_chunk_of_one():
-    """A candidate that comes when another prompt's slot alone has nearly all of its prompt computes two tokens."""
+    """A candidate whose prompt is almost complete in another prompt's slot computes two tokens."""
     simulation = Simulation(2, 32)
     first, second = sequences(SHARED, n=2, max_tokens=3)
     similar = sequences((*SHARED[:-1], 99), max_tokens=9)
@@ -346,7 +346,7 @@ def test_no_token_is_alone_in_a_tile(prompt_chunk, length):
 
 
 def test_chunks_beside_streams_shrink_as_the_prompt_grows():
-    """Beside a running stream later chunks are shorter, as attention takes its share; alone they stay as long."""
+    """While a stream runs, later chunks are shorter, as attention takes longer; otherwise they keep their length."""
     for beside, last in ((False, 128), (True, 128 * 1280 // (1280 + 1900))):
         scheduler = Scheduler(KVCache(2), 128)
         if beside:

@@ -21,7 +21,7 @@ def refuse():
 
 
 def shortlist(logits, count=COUNT, whole=refuse):
-    """What a GPU gives of a row."""
+    """A row as a GPU returns it."""
     ids = np.argsort(-logits, kind="stable")[:count]
     return Shortlist.of(ids, logits[ids], float(np.float32(sampler.log_normalizer(logits))), whole)
 
@@ -46,7 +46,7 @@ COVERED = [
 
 @pytest.mark.parametrize("params", COVERED, ids=str)
 def test_covered(params):
-    """Where the filters keep no more than the shortlist, it gives the token that the whole row gives."""
+    """If the filters keep only tokens of the shortlist, it gives the same token as the whole row."""
     chosen = SamplingParams(**{"temperature": 1.0, **params})
     for seed in range(30):
         logits = row(seed, sharpness=4.0)
@@ -66,7 +66,7 @@ NOT_COVERED = [
 
 @pytest.mark.parametrize("params", NOT_COVERED, ids=str)
 def test_not_covered(params):
-    """Where the filters may keep more, or the whole row's weight is not known, the whole row decides."""
+    """If the filters may keep more, or the row's total weight is unknown, the whole row is used."""
     chosen = SamplingParams(**{"temperature": 1.0, **params})
     logits = row(3)
     with pytest.raises(WantedError):

@@ -27,7 +27,7 @@ from tests.simulation.episodes import episode, simulate
     ],
 )
 def test_many_steps(steps, seed):
-    """Whatever callers do and whatever fails: everyone gets what is theirs, once, and nothing is left behind."""
+    """For all callers' actions and all faults, every caller gets its answer once, and nothing leaks."""
     seed = int(os.environ.get("SIMULATION_SEED", seed or random.SystemRandom().randrange(10**6)))
     print(f"python -m tests.simulation --seed {seed} --steps {steps}")
     totals = simulate(seed, steps)
@@ -96,7 +96,7 @@ class LastFirst(Scheduler):
 
 
 class DecodesForever(Scheduler):
-    """Takes in nobody while anybody is served."""
+    """Admits no request while any is running."""
 
     def schedule(self):
         self._decode_next = True

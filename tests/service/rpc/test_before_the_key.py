@@ -1,4 +1,4 @@
-"""What nobody without a key costs, and what one caller cannot do to the others, at the service's own port."""
+"""At the service's own port: calls without a key cost little, and one caller cannot harm the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STREAM = METHOD.replace("Create", "Stream")
 
 @pytest.mark.parametrize("given", [{}, {"authorization": "Bearer sk-wrong"}])
 async def test_no_message_is_waited_for(served, given):
-    """Who has no key, or a wrong one, is refused on the headers alone."""
+    """A call without a valid key is refused after its headers."""
 
     def ask():
         with http2.Connection(served.port) as connection:
@@ -77,7 +77,7 @@ async def stall(served, method=STREAM, **fields):
 
 @pytest.mark.parametrize("method", [STREAM, METHOD])
 async def test_a_reader_that_takes_nothing_is_cut_off(served, method, caplog):
-    """By the time alone: also one whose whole answer is there. What it held is free, and its stream is over."""
+    """A call ends at its deadline even if its answer is complete; its memory is freed and its stream is closed."""
     caplog.set_level(logging.INFO)
     with await stall(served, method) as connection:
         ended = asyncio.ensure_future(asyncio.to_thread(connection.wait_for_end, 1))
@@ -92,7 +92,7 @@ async def test_a_reader_that_takes_nothing_is_cut_off(served, method, caplog):
 
 
 async def test_a_caller_who_leaves_is_no_error(served, caplog):
-    """Whoever closes the connection in the middle of a message leaves neither work nor an error in the log."""
+    """A connection that is closed in the middle of a message leaves no work and no error in the log."""
     caplog.set_level(logging.DEBUG)
     with await stall(served):
         await eventually_async(lambda: served.running.calls)
@@ -144,7 +144,7 @@ async def test_calls_of_one_caller_are_bounded(served, monkeypatch):
 
 
 async def test_whole_answers_of_one_caller_are_bounded(served, monkeypatch):
-    """While much of one caller's is unread it gets no more whole answers; streams, and other answers, it does."""
+    """A caller with many unread bytes gets no further unary answers, but streams and other answers."""
     monkeypatch.setattr(running, "_MAX_HELD", 2000)
     with await stall(served, METHOD, n=4, logprobs=5):
         await eventually_async(lambda: served.running.held)
@@ -157,7 +157,7 @@ async def test_whole_answers_of_one_caller_are_bounded(served, monkeypatch):
 
 
 async def test_requests_per_minute_are_counted_by_key(served):
-    """Refused before a message is read; who has no key counts for nobody."""
+    """Calls above the limit are refused before a message is read; calls without a key count for no caller."""
     served.limit(Quota(requests_per_minute=2))
     for _ in range(2):
         await served.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
@@ -208,7 +208,7 @@ async def test_watches_are_bounded(served, monkeypatch):
 
 
 async def test_a_watch_that_reads_nothing_holds_nobody_up(served):
-    """What is said reaches the others at once."""
+    """A change of status reaches the other watchers at once."""
     served.health.say(True, "")
     watch = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == 1

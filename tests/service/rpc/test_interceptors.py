@@ -86,7 +86,7 @@ async def test_refusal_names_the_field(served, fields):
 
 
 async def test_bias_against_the_whole_vocabulary(served):
-    """Where every token is equally unwanted the answer is what it would be without, up to `max_tokens`."""
+    """If every token has the same bias, the answer is the same as without, up to `max_tokens`."""
     bias = {str(token): -100.0 for token in range(VOCABULARY)}
     response = await served.stub.CreateCompletion(asked(max_tokens=3, logit_bias=bias, logprobs=0), metadata=KEY)
     (choice,) = response.choices
@@ -183,7 +183,7 @@ async def test_log_line_per_call(served, caplog):
 
 
 async def test_users_are_logged_by_pseudonym(served, caplog):
-    """The same user has the same name in the log, another one another, and neither stands there in clear."""
+    """Each user has its own stable name in the log, and never its clear text."""
     caplog.set_level(logging.INFO)
     for user in ("alice", "bob", "alice"):
         await served.stub.CreateCompletion(asked(max_tokens=1, user=user), metadata=KEY)
@@ -215,7 +215,7 @@ async def test_tokens_per_minute(served):
 
 
 async def test_sequences_at_once(served):
-    """A key may have only so many; what has ended, or was refused, makes room."""
+    """A key has a limit of sequences; ended and refused ones no longer count."""
     served.limit(Quota(max_sequences=3))
     error = await refused(served.stub.CreateCompletion(asked(n=4), metadata=KEY))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

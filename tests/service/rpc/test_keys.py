@@ -45,7 +45,7 @@ def test_models_of_a_key(load):
 
 @pytest.mark.parametrize("header", [None, "", "sk-right", "Bearer", "Bearer ", "Basic sk-right"])
 def test_missing_key(load, header):
-    """Where there are keys one must be given, as a bearer; without a key file none is asked for."""
+    """With a key file a bearer token is required; without one it is not."""
     with pytest.raises(AuthenticationError, match="didn't provide") as caught:
         load(f"{DIGEST} me\n").authenticate(header)
     assert caught.value.code == "invalid_api_key"
@@ -71,7 +71,7 @@ def test_without_a_file_any_key_will_do():
 
 
 def test_no_key_is_compared_with_another():
-    """One step finds a key among any number: nobody walks over the others."""
+    """One lookup finds a key among any number, without a walk over the others."""
 
     class Closed(dict):
         def __iter__(self):
@@ -123,7 +123,7 @@ def move_over(path, text):
 
 
 def age(path, seconds):
-    """Has a file be last written to so many seconds ago."""
+    """Sets the time of a file's last write to this many seconds ago."""
     os.utime(path, ns=(time.time_ns(), time.time_ns() - int(seconds * 1e9)))
 
 
@@ -164,7 +164,7 @@ def test_keys_follow_a_link_that_is_switched(tmp_path):
 
 
 def test_a_file_that_is_being_written_is_waited_for(tmp_path):
-    """Half of a file, written in place, takes nobody's key away; two seconds after the last write all of it counts."""
+    """A half-written key file removes no key; two seconds after the last write the whole file counts."""
     path = tmp_path / "keys"
     path.write_text(f"{NEW} new\n{DIGEST} old\n")
     keys = KeyRing.load(path)

@@ -157,7 +157,7 @@ def test_streams_cannot_rank(parsed):
 
 
 def test_defaults(parsed):
-    """What OpenAI documents; the seed is drawn."""
+    """The defaults are those that OpenAI documents; the seed is random."""
     request, other = parsed(), parsed()
     assert request.prompts == (Prompt((BEGIN,), "", implied=1),)
     assert (request.max_tokens, request.n, request.best_of, request.logprobs, request.echo) == (16, 1, 1, None, False)
@@ -214,7 +214,7 @@ def test_any_seed(parsed, seed):
 
 @pytest.mark.parametrize(("top_k", "expected"), [(-1, 0), (0, 0), (5, 5), (1000, VOCABULARY)])
 def test_top_k(parsed, top_k, expected):
-    """Two spellings of off, and no more than there are."""
+    """0 and -1 mean no limit, and the limit is at most the vocabulary."""
     assert parsed(top_k=top_k).sampling.top_k == expected
 
 
@@ -237,7 +237,7 @@ def test_stream_options(parsed):
 
 
 def test_suffix_where_the_model_can(tmp_path):
-    """Prompt and suffix stand between the model's marks, and count against the context."""
+    """Prompt and suffix are placed between the model's marks, and count against the context."""
     special = NO_SPECIAL.model_copy(update={"fill_in_the_middle": FILL})
     tokenizer, described = letters_tokenizer(tmp_path, special), manifest(special_tokens=special)
 

@@ -31,7 +31,7 @@ INTEGERS = st.integers(-(2**31), 2**31 - 1)
     st.booleans(),
 )
 def test_anything_is_parsed_or_refused(letters, fields, streaming):
-    """Whatever comes, the outcome is a request within its bounds or a refusal that names a field."""
+    """Any message becomes a request within its bounds or an error that names a field."""
     message = pb.CreateCompletionRequest(model="alphabet", **fields)
     try:
         request = parse(message, manifest(), letters, LIMITS, identity="", streaming=streaming)

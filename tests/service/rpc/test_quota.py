@@ -1,4 +1,4 @@
-"""Quotas: tokens per minute and sequences at once, by a clock that stands still until told to go on."""
+"""Quotas of tokens per minute and sequences at once, by a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_tokens_come_back_evenly(clock):
 
 
 def test_refused_until_enough_came_back(clock):
-    """Who asks for too much hears how long to wait, is charged nothing, and is served then."""
+    """A caller above its quota is told how long to wait, is charged nothing, and is served after that."""
     meter = Meter(Quota(600), clock)
     meter.take("me", UNLIMITED, 500, 1)
     with pytest.raises(TokensExceededError, match=r"Limit 600, Used 500, Requested 130.*in 3s") as caught:
@@ -61,7 +61,7 @@ def test_refused_until_enough_came_back(clock):
 
 
 def test_unused_tokens_are_given_back(clock):
-    """What a request did not use is there at once."""
+    """Unused tokens are available at once."""
     meter = Meter(Quota(600, 2), clock)
     meter.take("me", UNLIMITED, 500, 1)
     meter.give_back("me", 450, 1)
@@ -69,7 +69,7 @@ def test_unused_tokens_are_given_back(clock):
 
 
 def test_sequences_at_once(clock):
-    """Running and waiting ones together; what ends makes room, for this caller alone."""
+    """Running and waiting sequences count together; an ended one makes room for its own caller only."""
     meter = Meter(Quota(None, 3), clock)
     meter.take("me", UNLIMITED, 1, 2)
     with pytest.raises(OverloadedError, match="Limit 3, Used 2, Requested 2"):
@@ -101,7 +101,7 @@ def test_a_clock_that_goes_back_takes_nothing(clock):
 
 
 def test_nothing_is_ever_negative(clock):
-    """Whatever is taken and given back at whatever time."""
+    """For any charges and refunds at any times."""
     draw = random.Random(3)
     meter, held = Meter(Quota(1000, 8), clock), []
     for _ in range(3000):
@@ -139,7 +139,7 @@ def test_durations(seconds, text):
 
 
 def test_requests_per_minute(clock):
-    """A bucket of so many requests, filled evenly; junk callers, however many, give nobody a new one."""
+    """A bucket of `limit` requests, refilled evenly; any number of other callers gives no caller a new bucket."""
     meter = Meter(Quota(requests_per_minute=3), clock)
     for _ in range(3):
         meter.request("me", UNLIMITED)

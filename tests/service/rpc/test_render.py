@@ -58,7 +58,7 @@ def test_best_of_answers_the_likeliest():
 
 
 def test_cached_tokens():
-    """What candidates share within a request is not cached; without any the detail is absent."""
+    """Tokens that candidates of one request share are not cached; without cached tokens the field is absent."""
     made = request("a" * 20, n=2)
     last = FinishReason.STOP
     response = answer(made, delta(0, 0, "", last, cached_tokens=18), delta(0, 1, "", last, cached_tokens=20))

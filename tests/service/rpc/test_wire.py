@@ -57,7 +57,7 @@ def test_too_many_parts(message):
 
 @given(st.binary(max_size=300))
 def test_bytes_that_are_no_message(noise):
-    """Whatever the bytes are, they are parsed, or refused in words of the service's own."""
+    """Any bytes are parsed, or refused with the service's own message."""
     data = noise + b"\x12\x83\x80\x04" + b"a" * (wire.LARGE + 3)
     with suppress(InvalidRequestError):
         wire.parse(pb.CreateCompletionRequest.FromString, data)

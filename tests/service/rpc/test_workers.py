@@ -19,7 +19,7 @@ def workers():
 
 
 async def test_callers_take_turns(workers):
-    """What one caller asks for in a row waits behind the next one's first."""
+    """A caller's second piece of work waits behind the next caller's first."""
     gate, done = threading.Event(), []
     tasks = [asyncio.ensure_future(workers.run("busy", gate.wait))]
     await asyncio.sleep(0)

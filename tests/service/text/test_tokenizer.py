@@ -97,7 +97,7 @@ def test_merges_apply(byte_level):
 
 
 def test_byte_tokens_and_pieces(sentencepiece):
-    """Bytes stand for themselves, and the space mark for a space."""
+    """Byte tokens decode to their bytes, and the space mark to a space."""
     assert sentencepiece.token_bytes(3 + 0xE2) == b"\xe2"
     assert sentencepiece.token_text(3 + 0xE2) == "bytes:\\xe2"
     assert sentencepiece.token_text(262) == " a"
@@ -110,7 +110,7 @@ def test_first_space_of_a_text_alone_is_taken_away(sentencepiece):
 
 
 def test_metaspace_that_prepends_nothing_strips_nothing(directory):
-    """Where encoding adds no space, decoding takes none away."""
+    """If encoding adds no space, decoding removes none."""
     path = directory / "metaspace.json"
     made = tokenizers.Tokenizer(models.BPE({"▁": 0, "a": 1, "▁a": 2}, [("▁", "a")]))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -135,7 +135,7 @@ def test_truncation_and_padding_of_the_file_are_off(directory):
 
 
 def test_text_that_the_library_gives_up_on(directory):
-    """A split that would take exponential time is an error of that text alone, not one that ends the process."""
+    """A split that would take exponential time is an error of that text only; the process goes on."""
     path = _byte_level(directory / "explodes.json")
     made = json.loads(path.read_text())
     made["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -207,7 +207,7 @@ def _fills(path, order="psm", middle=12, add_bos=True):
 
 @pytest.mark.parametrize("case", FILLED)
 def test_fill_in_the_middle(directory, case):
-    """Each mark stands before its part, all behind the beginning of the sequence; no space goes before a suffix."""
+    """Each mark precedes its part, after the beginning-of-sequence token; the suffix gets no extra space."""
     order, middle, ids = FILLED[case]
     tokenizer = _fills(directory / "fill.json", order, middle)
     filled = tokenizer.fill_in_the_middle(tokenizer.prompt("a"), "b")
@@ -234,7 +234,7 @@ def test_fill_in_the_middle_of_byte_level_text(directory):
 
 
 def test_fill_behind_nothing(directory):
-    """An empty prompt leaves the prefix empty; its stand-in stays only where it begins every sequence."""
+    """An empty prompt leaves the prefix empty; its replacement stays only if it begins every sequence."""
     tokenizer = _fills(directory / "empty.json")
     assert tokenizer.fill_in_the_middle(tokenizer.prompt(""), "b").token_ids == (1, 10, 11, B, 12)
     tokenizer = _fills(directory / "empty.json", add_bos=False)
@@ -262,7 +262,7 @@ def test_ids_without_a_token_stand_for_nothing(directory):
 
 
 def test_vocabulary_entry_outside_the_byte_alphabet(directory):
-    """A token not written in the byte alphabet stands for its own text."""
+    """A token outside the byte alphabet decodes to its own text."""
     path = _byte_level(directory / "foreign.json")
     content = json.loads(path.read_text())
     content["model"]["vocab"]["a b€"] = 258
@@ -271,7 +271,7 @@ def test_vocabulary_entry_outside_the_byte_alphabet(directory):
 
 
 def test_damaged_file_is_named(directory):
-    """What is not a tokenizer file keeps the service from starting, by name."""
+    """A file that is not a tokenizer keeps the service from starting; the error names it."""
     path = directory / "damaged.json"
     path.write_text("{}")
     with pytest.raises(ModelDirectoryError, match=r"damaged\.json"):

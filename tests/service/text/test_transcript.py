@@ -41,7 +41,7 @@ def cut(data: bytes, bounds: list[int]) -> list[bytes]:
 
 
 def before_stop(text: str, stops: list[str]) -> str:
-    """What precedes the stop text that a reader who goes character by character sees completed first."""
+    """The text before the stop text that is complete first, read character by character."""
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -123,7 +123,7 @@ def test_of_overlapping_stops_the_first_completed_counts(parts):
 
 
 def test_of_stops_completed_together_the_longest_counts():
-    """Where one stop text ends another, the earlier beginning counts."""
+    """If two stop texts end at the same character, the longer one counts."""
     assert text_of(run([b"x", b"abc"], ["c", "abc"])) == "x"
 
 
@@ -182,5 +182,5 @@ def test_tail_that_is_never_finished():
 
 
 def test_token_without_bytes():
-    """A token that stands for no bytes is reported with empty text."""
+    """A token without bytes is reported with empty text."""
     assert tokens_of(run([b"a", b"", b"b"])) == [("a", 0), ("", 1), ("b", 1)]

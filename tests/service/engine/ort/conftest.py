@@ -1,4 +1,4 @@
-"""The model that the stand-in for a GPU runs."""
+"""The model for the fake GPU."""
 
 from __future__ import annotations
 

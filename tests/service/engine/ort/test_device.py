@@ -1,4 +1,4 @@
-"""What onnxruntime and NVIDIA's driver are told, and what is said where there is no CUDA to be had."""
+"""Options for onnxruntime and calls of NVIDIA's driver, and the messages on a machine without CUDA."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_the_driver_is_missing(build, monkeypatch):
 
 
 def test_cuda_libraries_are_missing(build, monkeypatch):
-    """What the provider cannot load is named by the loader, not by the log alone."""
+    """The error names the library that the provider cannot load."""
 
     def probe(*_):
         raise RuntimeError("CUDA Provider not available")

@@ -27,7 +27,7 @@ def prompts(tokenizer):
 
 
 def requests(tokenizer):
-    """What callers ask for, in every way of sampling."""
+    """Requests with every kind of sampling."""
     few = {"max_tokens": 9, "stop_token_ids": frozenset()}
     ways = [
         {},

@@ -28,13 +28,13 @@ def load(directory, device, slots=SLOTS):
 
 @pytest.fixture
 def device():
-    """The stand-in for a GPU."""
+    """The fake GPU."""
     return StandIn()
 
 
 @pytest.fixture
 def gpu(directory, device):
-    """The model on the stand-in."""
+    """The model on the fake GPU."""
     return load(directory, device)
 
 
@@ -83,7 +83,7 @@ def test_a_ragged_batch(gpu, plain, tokens):
 
 
 def test_padding_leaves_other_slots_as_they_are(gpu, plain, tokens):
-    """What is kept in slots beyond a batch, or in one that sits out, is the same after many padded steps."""
+    """Padded steps leave the slots beyond the batch, and those of empty rows, unchanged."""
     for model in (gpu, plain):
         for slot in range(SLOTS):
             prompt(model, slot, tokens[: 10 + slot])
@@ -105,7 +105,7 @@ def test_a_full_slot(gpu, plain, tokens):
 
 
 def test_copies_between_slots(gpu, plain, tokens, device):
-    """A prompt goes on in another slot, and in a third by way of it, after copies of no more than it has."""
+    """A prompt continues in another slot, and in a third from there, after copies of its own positions only."""
     expected = prompt(plain, 0, tokens[:30])
     prompt(gpu, 0, tokens[:28])
     gpu.copy([Copy(0, 4, 28), Copy(4, 2, 28)])
@@ -183,7 +183,7 @@ def without_room_once(driver):
 
 
 def test_results_that_cannot_grow_stay_as_they_are(gpu, plain, tokens, device):
-    """Where there is no room for a long prompt's scores that call fails alone: steps before and after are right."""
+    """If there is no memory for a long prompt's logits, only that call fails; steps before and after are right."""
     driver = device.driver
     for model in (gpu, plain):
         prompt(model, 0, tokens[:9])
@@ -233,7 +233,7 @@ class Unbindable:
 
 @pytest.mark.parametrize("name", ["input_ids", "logits_idx", "total_sequence_length", "past_key.0"])
 def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, name, device):
-    """What a call has taken for its inputs goes back when binding fails, whichever input it fails at."""
+    """The memory for a call's inputs is freed if binding fails at any input."""
     prompt(gpu, 0, tokens[:2])
     driver = device.driver
     held = {*driver.memory, *driver.host}

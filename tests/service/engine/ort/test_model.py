@@ -52,7 +52,7 @@ def test_prompt_in_chunks_gives_the_same_bits(model, tokens, cuts):
 
 
 def test_decoding_gives_the_same_bits_in_any_company(model, tokens):
-    """A row's logits are the same alone, among others, and beside rows that sit out."""
+    """A row's logits are the same by itself, among others, and beside empty rows."""
     lengths = [40, 41, 60, 25]
 
     def fresh():
@@ -137,6 +137,6 @@ def test_unused_positions_take_no_memory(model_dir, tokens):
 
 
 def resident_bytes():
-    """What the process holds in memory."""
+    """The memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
