@@ -1,10 +1,10 @@
-"""The table of what callers get wrong, and of what only looks wrong: data for test_bad_input.py.
+"""A table of bad input, and of valid input that looks bad: data for test_bad_input.py.
 
-Rows have a number per kind of input; a number may have many rows. `by` says who answers:
+`by` is the component that answers:
 
     EDGE   Envoy refuses, with the service's envelope. REST only.
-    SVC    the service refuses: asked by REST, and by gRPC where a typed message can say the same.
-    OK     a good answer, over both doors.
+    SVC    the service refuses, over REST, and over gRPC if a typed message can express the request.
+    OK     the service answers, over REST and gRPC.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAN = "NaN"
 
 
 class Absent(enum.Enum):
-    """Marks what a row leaves out; its name is the same in every process that collects the tests."""
+    """Marks a field that a row leaves out; its name is the same in every process that collects the tests."""
 
     LEFT_OUT = enum.auto()
 
@@ -38,7 +38,7 @@ Holds = Callable[[dict[str, Any]], bool]
 
 @dataclass(frozen=True)
 class Ask:
-    """A REST request: a good one but for what is given. `fields` replace those of GOOD; `body` replaces all of it."""
+    """A REST request: GOOD with other `fields`, or with another `body`."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     body: bytes | None = None
@@ -59,10 +59,9 @@ class Ask:
 class Row:
     """One line of the table: the request, the component that answers (`by`), the status, and the error's code, param and text.
 
-    `holds` checks the JSON of a good answer. `typed` is False where a typed message cannot say the same.
+    `holds` checks the JSON of a good answer. `typed` is False if a typed message cannot express the request.
     """
 
-    number: int
     ask: Ask
     by: str
     status: int = 200
@@ -73,16 +72,16 @@ class Row:
     typed: bool = True
 
 
-def edge(number: int, ask: Ask, status: int, says: str = "") -> Row:
-    return Row(number, ask, "EDGE", status, says=says, typed=False)
+def edge(ask: Ask, status: int, says: str = "") -> Row:
+    return Row(ask, "EDGE", status, says=says, typed=False)
 
 
-def svc(number: int, fields: dict[str, Any], status: int, code: str | None, param: str | None, says: str) -> Row:
-    return Row(number, Ask(fields), "SVC", status, code, param, says)
+def svc(fields: dict[str, Any], status: int, code: str | None, param: str | None, says: str) -> Row:
+    return Row(Ask(fields), "SVC", status, code, param, says)
 
 
-def good(number: int, fields: dict[str, Any], holds: Holds = lambda answer: True, *, typed: bool = True) -> Row:
-    return Row(number, Ask(fields), "OK", holds=holds, typed=typed)
+def good(fields: dict[str, Any], holds: Holds = lambda answer: True, *, typed: bool = True) -> Row:
+    return Row(Ask(fields), "OK", holds=holds, typed=typed)
 
 
 def raw(text: str | bytes) -> Ask:
@@ -136,172 +135,164 @@ DECIMAL_LOW, DECIMAL_HIGH = "decimal_below_min_value", "decimal_above_max_value"
 FINITE = "must be a finite number, but got"
 
 BODIES = [
-    *(Row(number, raw(body), "SVC", *MODEL_MISSING, typed=False) for number, body in ((1, ""), (2, "{}"))),
-    *(edge(3, raw(body), 400, ROOT) for body in ("[]", '"x"', "null", "5")),
-    *(edge(4, raw(body), 400, "Unexpected end of string") for body in ('{"model":', '{"model":"%s"', '{"a":[1,')),
-    edge(4, raw('{"model":"%s'), 400, "Closing quote expected"),
-    *(edge(5, raw(json.dumps(GOOD) + more), 400, "Parsing terminated before end of input") for more in (" x", "{}")),
-    Row(6, raw('{"model":"%s","prompt":"a","max_tokens":1,}'), "OK", holds=tokens(1)),
-    Row(6, raw("{'model':'%s','prompt':'a','max_tokens':1}"), "OK", holds=tokens(1)),
-    Row(6, raw('{model:"%s",prompt:"a",max_tokens:1}'), "OK", holds=tokens(1)),
-    *(edge(7, raw(comment + json.dumps(GOOD)), 400) for comment in ("// a\n", "/* a */")),
-    edge(8, raw(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()), 400),
-    edge(8, raw(json.dumps(GOOD).encode("utf-16")), 400),
-    *(edge(9, raw(b'{"model":"' + bad + b'"}'), 400, "non UTF-8") for bad in (b"\xff", b"\xc3", b"\xed\xa0\x80")),
-    *(edge(10, having(f'"user":"{lone}"'), 400) for lone in ("\\ud800", "\\udc00", "a\\ud83d b")),
-    *(good(11, {"prompt": prompt, "max_tokens": 8, "stream": stream}, typed=not stream) for prompt in ("\U0001f600", "שלום עולם", "👩‍👩‍👧 family", "\U0001f600" * 20) for stream in (False, True)),
-    Row(12, having('"suffix":"", "prompt":"a\\u0000b"'), "OK"),
-    Row(12, having('"prompt":"a\0b"'), "OK"),
-    svc(13, {"model": "gpt\0"}, 404, "model_not_found", None, "The model `gpt\\x00` does not exist"),
-    svc(13, {"user": "me\0"}, 400, "invalid_value", "user", "must not contain control characters"),
-    Row(14, raw('{"model":"x","model":"%s","prompt":"b","prompt":"a","max_tokens":9,"max_tokens":1}'), "OK", holds=tokens(1)),
-    Row(15, having('"foo": 1, "bar": {"model": "x"}'), "OK", holds=paris),
-    Row(16, raw('{"model":"%s","prompt":"a","maxTokens":1}'), "OK", holds=tokens(1)),
-    edge(17, having('"maxTokens": 2'), 400, "'max_tokens' is given twice"),
-    edge(17, raw('{"maxTokens" : 2, "model":"%s","prompt":"a","max_tokens":1}'), 400, "'max_tokens' is given twice"),
-    *(edge(18, having(f'"prompt": {"[" * depth}1{"]" * depth}'), 400, "Message too deep") for depth in (101, 100_000)),
-    edge(19, raw(b" " * (2 << 20) + json.dumps(GOOD).encode()), 413, "up to 2 MiB"),
-    edge(22, sent(x_large="x" * (40 << 10)), 431, "up to 64 with up to 32 KiB together"),
-    edge(22, Ask(headers={**JSON, **{f"x-{index}": "1" for index in range(70)}}), 431, "up to 64 with up to 32 KiB together"),
-    edge(22, Ask(headers={**JSON, "x-client-request-id": "x" * 513}), 400, "at most 512 characters, all of them ASCII"),
-    edge(22, Ask(headers={**JSON, "x-client-request-id": "é"}), 400, "at most 512 characters, all of them ASCII"),
-    edge(23, Ask(headers={**JSON, "x_y": "1"}), 400, "underscore in its name"),
-    edge(24, sent("/v1%2Fcompletions"), 400),
-    *(Row(25, sent(path), "OK", holds=paris, typed=False) for path in ("//v1/completions", "/v1/../v1/completions")),
-    Row(25, sent("/v1/completions/"), "OK", holds=paris, typed=False),
-    *(edge(26, sent(path), 404, f"Unknown URL (POST {path}). There are POST /v1/completions, GET /v1/models, ") for path in ("/v1/chat/completions", "/completions", "/v1/v1/completions", "/v1/embeddings", "/v1/engines/X/completions", "/v1/completions:stream")),
-    edge(26, sent("/v2/models?a=b", "GET"), 404, "Unknown URL (GET /v2/models). There are"),
-    edge(26, sent(f"/v2/{'x' * 2000}", "GET"), 404, f"Unknown URL (GET /v2/{'x' * 252}). There are"),
-    edge(26, sent('/v2/"<', "GET"), 404, "Unknown URL (GET /v2/%22%3C)"),
-    Row(26, sent("/v1/models/nobody%2Fnothing", "GET"), "SVC", 404, "model_not_found", None, "`nobody/nothing`", typed=False),
-    edge(26, sent("/v1/models/%00", "GET"), 400, "valid path"),
-    *(edge(27, sent(method=method), 405, "POST") for method in ("GET", "PUT", "DELETE")),
-    *(edge(27, sent(path, method), 405, "GET, HEAD") for path in ("/v1/models", "/v1/models/x", "/health", "/playground", "/") for method in ("DELETE", "PUT", "POST")),
-    *(Row(28, sent(path), "OK", holds=paris, typed=False) for path in ("/v1/completions?", "/v1/completions/?")),
-    *(edge(28, sent(path, method), 400, "Query") for path, method in (("/v1/completions?x=1", "POST"), ("/v1/models?x=1", "GET"))),
-    edge(29, sent("/v1/completions?max_tokens=5"), 400, "Query"),
-    *(edge(30, sent(content_type=kind), 415, "application/json") for kind in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "Multipart/Mixed")),
-    edge(31, Ask(body=gzip.compress(json.dumps(GOOD).encode()), headers={**JSON, "content-encoding": "gzip"}), 415),
-    edge(31, Ask(body=gzip.compress(bytes(2 << 20)), headers={**JSON, "content-encoding": "gzip"}), 415),
-    *(Row(32, Ask(headers=headers), "OK", holds=paris) for headers in (AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"})),
-    edge(33, sent("/completion.v1.CompletionService/CreateCompletion"), 404, "Unknown URL"),
+    *(Row(raw(body), "SVC", *MODEL_MISSING, typed=False) for body in ("", "{}")),
+    *(edge(raw(body), 400, ROOT) for body in ("[]", '"x"', "null", "5")),
+    *(edge(raw(body), 400, "Unexpected end of string") for body in ('{"model":', '{"model":"%s"', '{"a":[1,')),
+    edge(raw('{"model":"%s'), 400, "Closing quote expected"),
+    *(edge(raw(json.dumps(GOOD) + more), 400, "Parsing terminated before end of input") for more in (" x", "{}")),
+    Row(raw('{"model":"%s","prompt":"a","max_tokens":1,}'), "OK", holds=tokens(1)),
+    Row(raw("{'model':'%s','prompt':'a','max_tokens':1}"), "OK", holds=tokens(1)),
+    Row(raw('{model:"%s",prompt:"a",max_tokens:1}'), "OK", holds=tokens(1)),
+    *(edge(raw(comment + json.dumps(GOOD)), 400) for comment in ("// a\n", "/* a */")),
+    edge(raw(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()), 400),
+    edge(raw(json.dumps(GOOD).encode("utf-16")), 400),
+    *(edge(raw(b'{"model":"' + bad + b'"}'), 400, "non UTF-8") for bad in (b"\xff", b"\xc3", b"\xed\xa0\x80")),
+    *(edge(having(f'"user":"{lone}"'), 400) for lone in ("\\ud800", "\\udc00", "a\\ud83d b")),
+    *(good({"prompt": prompt, "max_tokens": 8, "stream": stream}, typed=not stream) for prompt in ("\U0001f600", "שלום עולם", "👩‍👩‍👧 family", "\U0001f600" * 20) for stream in (False, True)),
+    Row(having('"suffix":"", "prompt":"a\\u0000b"'), "OK"),
+    Row(having('"prompt":"a\0b"'), "OK"),
+    svc({"model": "gpt\0"}, 404, "model_not_found", None, "The model `gpt\\x00` does not exist"),
+    svc({"user": "me\0"}, 400, "invalid_value", "user", "must not contain control characters"),
+    Row(raw('{"model":"x","model":"%s","prompt":"b","prompt":"a","max_tokens":9,"max_tokens":1}'), "OK", holds=tokens(1)),
+    Row(having('"foo": 1, "bar": {"model": "x"}'), "OK", holds=paris),
+    Row(raw('{"model":"%s","prompt":"a","maxTokens":1}'), "OK", holds=tokens(1)),
+    edge(having('"maxTokens": 2'), 400, "'max_tokens' is given twice"),
+    edge(raw('{"maxTokens" : 2, "model":"%s","prompt":"a","max_tokens":1}'), 400, "'max_tokens' is given twice"),
+    *(edge(having(f'"prompt": {"[" * depth}1{"]" * depth}'), 400, "Message too deep") for depth in (101, 100_000)),
+    edge(raw(b" " * (2 << 20) + json.dumps(GOOD).encode()), 413, "up to 2 MiB"),
+    edge(sent(x_large="x" * (40 << 10)), 431, "up to 64 with up to 32 KiB together"),
+    edge(Ask(headers={**JSON, **{f"x-{index}": "1" for index in range(70)}}), 431, "up to 64 with up to 32 KiB together"),
+    edge(Ask(headers={**JSON, "x-client-request-id": "x" * 513}), 400, "at most 512 characters, all of them ASCII"),
+    edge(Ask(headers={**JSON, "x-client-request-id": "é"}), 400, "at most 512 characters, all of them ASCII"),
+    edge(Ask(headers={**JSON, "x_y": "1"}), 400, "underscore in its name"),
+    edge(sent("/v1%2Fcompletions"), 400),
+    *(Row(sent(path), "OK", holds=paris, typed=False) for path in ("//v1/completions", "/v1/../v1/completions")),
+    Row(sent("/v1/completions/"), "OK", holds=paris, typed=False),
+    *(edge(sent(path), 404, f"Unknown URL (POST {path}). There are POST /v1/completions, GET /v1/models, ") for path in ("/v1/chat/completions", "/completions", "/v1/v1/completions", "/v1/embeddings", "/v1/engines/X/completions", "/v1/completions:stream")),
+    edge(sent("/v2/models?a=b", "GET"), 404, "Unknown URL (GET /v2/models). There are"),
+    edge(sent(f"/v2/{'x' * 2000}", "GET"), 404, f"Unknown URL (GET /v2/{'x' * 252}). There are"),
+    edge(sent('/v2/"<', "GET"), 404, "Unknown URL (GET /v2/%22%3C)"),
+    Row(sent("/v1/models/nobody%2Fnothing", "GET"), "SVC", 404, "model_not_found", None, "`nobody/nothing`", typed=False),
+    edge(sent("/v1/models/%00", "GET"), 400, "valid path"),
+    *(edge(sent(method=method), 405, "POST") for method in ("GET", "PUT", "DELETE")),
+    *(edge(sent(path, method), 405, "GET, HEAD") for path in ("/v1/models", "/v1/models/x", "/health", "/playground", "/") for method in ("DELETE", "PUT", "POST")),
+    *(Row(sent(path), "OK", holds=paris, typed=False) for path in ("/v1/completions?", "/v1/completions/?")),
+    *(edge(sent(path, method), 400, "Query") for path, method in (("/v1/completions?x=1", "POST"), ("/v1/models?x=1", "GET"))),
+    edge(sent("/v1/completions?max_tokens=5"), 400, "Query"),
+    *(edge(sent(content_type=kind), 415, "application/json") for kind in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "Multipart/Mixed")),
+    edge(Ask(body=gzip.compress(json.dumps(GOOD).encode()), headers={**JSON, "content-encoding": "gzip"}), 415),
+    edge(Ask(body=gzip.compress(bytes(2 << 20)), headers={**JSON, "content-encoding": "gzip"}), 415),
+    *(Row(Ask(headers=headers), "OK", holds=paris) for headers in (AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"})),
+    edge(sent("/completion.v1.CompletionService/CreateCompletion"), 404, "Unknown URL"),
 ]
 
 KEYS = [
-    *(Row(34, Ask(headers=headers), "EDGE", 401, "invalid_api_key", None, "provide", typed=False) for headers in ({}, {"authorization": "test-key"}, {"authorization": "Basic test-key"}, {"authorization": "Bearer"})),
-    *(Row(35, Ask(headers={"authorization": f"Bearer {key}"}), "SVC", 401, "invalid_api_key", None, "Incorrect", typed=False) for key in ("test-kez", "test-key1", "test-ke", "x" * 100, "test-key,Bearer test-key", "a b", "\xd0\xba\xd0\xbb\xd1\x8e\xd1\x87")),
-    Row(36, Ask(headers={"authorization": "Bearer limited-key"}), "SVC", 404, "model_not_found", None, f"The model `{MODEL}` does not exist or you do not have access to it."),
-    *(svc(38, {"model": model}, *MODEL_MISSING) for model in (LEFT_OUT, "", None)),
-    *(edge(39, having(f'"model": {value}'), 400) for value in ("5", "true", "{}", "[]")),
-    svc(40, {"model": "x"}, 404, "model_not_found", None, "The model `x` does not exist or you do not have access to it."),
-    svc(41, {"model": "../../etc/passwd"}, 404, "model_not_found", None, "`../../etc/passwd`"),
-    svc(41, {"model": "m" * 10_000}, 404, "model_not_found", None, "`" + "m" * 64 + "...`"),
-    svc(41, {"model": "\U0001f600\n"}, 404, "model_not_found", None, "`\U0001f600\\n`"),
+    *(Row(Ask(headers=headers), "EDGE", 401, "invalid_api_key", None, "provide", typed=False) for headers in ({}, {"authorization": "test-key"}, {"authorization": "Basic test-key"}, {"authorization": "Bearer"})),
+    *(Row(Ask(headers={"authorization": f"Bearer {key}"}), "SVC", 401, "invalid_api_key", None, "Incorrect", typed=False) for key in ("test-kez", "test-key1", "test-ke", "x" * 100, "test-key,Bearer test-key", "a b", "\xd0\xba\xd0\xbb\xd1\x8e\xd1\x87")),
+    Row(Ask(headers={"authorization": "Bearer limited-key"}), "SVC", 404, "model_not_found", None, f"The model `{MODEL}` does not exist or you do not have access to it."),
+    *(svc({"model": model}, *MODEL_MISSING) for model in (LEFT_OUT, "", None)),
+    *(edge(having(f'"model": {value}'), 400) for value in ("5", "true", "{}", "[]")),
+    svc({"model": "x"}, 404, "model_not_found", None, "The model `x` does not exist or you do not have access to it."),
+    svc({"model": "../../etc/passwd"}, 404, "model_not_found", None, "`../../etc/passwd`"),
+    svc({"model": "m" * 10_000}, 404, "model_not_found", None, "`" + "m" * 64 + "...`"),
+    svc({"model": "\U0001f600\n"}, 404, "model_not_found", None, "`\U0001f600\\n`"),
 ]
 
 PROMPTS = [
-    *(good(42, {"prompt": prompt}, from_the_end_token) for prompt in (LEFT_OUT, None)),
-    good(43, {"prompt": ""}, from_the_end_token),
-    svc(44, {"prompt": []}, *EMPTY),
-    *(svc(45, {"prompt": prompt}, *EMPTY) for prompt in ([[]], [[1], []])),
-    good(45, {"prompt": ["a", ""]}, lambda answer: len(answer["choices"]) == 2),
-    *(svc(46, {"prompt": prompt}, *PROMPT_TYPE, FORMS) for prompt in ([1, "a", [2]], ["a", None], ["a", 1])),
-    *(svc(47, {"prompt": prompt}, *PROMPT_TYPE, FORMS) for prompt in (True, {}, {"a": 1}, 5)),
-    *(svc(48, {"prompt": prompt}, *PROMPT_TYPE, "must be integers") for prompt in ([1.5], [True], [[1, "a"]])),
-    svc(48, {"prompt": [1e300]}, *UNKNOWN_ID, f"is out of vocabulary (0..{VOCABULARY - 1})"),
+    *(good({"prompt": prompt}, from_the_end_token) for prompt in (LEFT_OUT, None)),
+    good({"prompt": ""}, from_the_end_token),
+    svc({"prompt": []}, *EMPTY),
+    *(svc({"prompt": prompt}, *EMPTY) for prompt in ([[]], [[1], []])),
+    good({"prompt": ["a", ""]}, lambda answer: len(answer["choices"]) == 2),
+    *(svc({"prompt": prompt}, *PROMPT_TYPE, FORMS) for prompt in ([1, "a", [2]], ["a", None], ["a", 1])),
+    *(svc({"prompt": prompt}, *PROMPT_TYPE, FORMS) for prompt in (True, {}, {"a": 1}, 5)),
+    *(svc({"prompt": prompt}, *PROMPT_TYPE, "must be integers") for prompt in ([1.5], [True], [[1, "a"]])),
+    svc({"prompt": [1e300]}, *UNKNOWN_ID, f"is out of vocabulary (0..{VOCABULARY - 1})"),
     *(
-        svc(49, {"prompt": [token]}, *UNKNOWN_ID, f"Token id {shown} is out of vocabulary (0..{VOCABULARY - 1})")
+        svc({"prompt": [token]}, *UNKNOWN_ID, f"Token id {shown} is out of vocabulary (0..{VOCABULARY - 1})")
         for token, shown in ((-1, "-1"), (VOCABULARY, str(VOCABULARY)), (5279552648203111001, "5279552648203111424"))  # a JSON number
     ),
-    svc(50, {"prompt": ["a"] * 129}, 400, "array_above_max_length", "prompt", "at most 128 prompts, but got 129"),
-    svc(51, {"prompt": ["a"] * 64, "n": 4}, 400, "invalid_value", "n", "prompts*best_of must be <= 128"),
-    svc(52, {"prompt": [5] * 10, "max_tokens": CONTEXT}, *TOO_LONG, "8192 tokens, however you requested 8202 tokens (10 in"),
-    svc(52, {"max_tokens": 2**31 - 1}, *TOO_LONG, "however you requested 2147483652 tokens"),
-    svc(53, {"prompt": [5] * CONTEXT, "max_tokens": LEFT_OUT}, *TOO_LONG, "however you requested 8208 tokens (8192 in"),
-    svc(54, {"prompt": "a" * 2_000_000}, *TOO_LONG, "2000000 characters, more than the 65536 that could fit"),
-    good(55, {"prompt": "<|im_end|>"}, lambda answer: answer["usage"]["prompt_tokens"] > 1),
+    svc({"prompt": ["a"] * 129}, 400, "array_above_max_length", "prompt", "at most 128 prompts, but got 129"),
+    svc({"prompt": ["a"] * 64, "n": 4}, 400, "invalid_value", "n", "prompts*best_of must be <= 128"),
+    svc({"prompt": [5] * 10, "max_tokens": CONTEXT}, *TOO_LONG, "8192 tokens, however you requested 8202 tokens (10 in"),
+    svc({"max_tokens": 2**31 - 1}, *TOO_LONG, "however you requested 2147483652 tokens"),
+    svc({"prompt": [5] * CONTEXT, "max_tokens": LEFT_OUT}, *TOO_LONG, "however you requested 8208 tokens (8192 in"),
+    svc({"prompt": "a" * 2_000_000}, *TOO_LONG, "2000000 characters, more than the 65536 that could fit"),
+    good({"prompt": "<|im_end|>"}, lambda answer: answer["usage"]["prompt_tokens"] > 1),
 ]
 
 NUMBERS = [
-    good(56, {"max_tokens": 0}, lambda a: (text(a), a["choices"][0]["finish_reason"]) == ("", "length") and a["usage"]["completion_tokens"] == 0),
-    good(57, {"max_tokens": 0, "echo": True, "logprobs": 1}, lambda a: a["choices"][0]["logprobs"]["token_logprobs"][0] is None and text(a) == GOOD["prompt"]),
-    svc(58, {"max_tokens": -1}, 400, LOW, "max_tokens", "integer below minimum value. Expected a value >= 0, but got -1 instead."),
-    *(edge(59, having(f'"max_tokens": {value}'), 400) for value in ("1.5", "true", "[]", "{}", '""', "2147483648", "1e10")),
-    *(Row(60, raw('{"model":"%s","prompt":"a","ignore_eos":true,"max_tokens":' + value + "}"), "OK", holds=tokens(int(float(value.strip('"'))))) for value in ('"16"', "16.0", "1e1")),
-    good(61, {"max_tokens": None, "ignore_eos": True}, tokens(16)),
-    *(edge(62, raw('{"model":"%s","prompt":"a","temperature":' + value + "}"), 400) for value in ("NaN", "1e400", "1e39", "true")),
-    *(svc(63, {"temperature": value}, 400, "invalid_value", "temperature", f"{FINITE} {value}") for value in (NAN, "Infinity", "-Infinity")),
-    svc(64, {"temperature": -0.1}, 400, DECIMAL_LOW, "temperature", "Expected a value >= 0, but got -0.1 instead."),
-    svc(64, {"temperature": 2.1}, 400, DECIMAL_HIGH, "temperature", "Expected a value <= 2, but got 2.1 instead."),
-    *(good(65, {"temperature": value}, paris) for value in (0, -0.0)),
-    good(66, {"temperature": 1e-8}, paris),
-    *(good(67, {"top_p": value}) for value in (0, 1.0)),
-    good(67, {"top_p": 0, "temperature": 2}, paris),
-    svc(67, {"top_p": 1.01}, 400, DECIMAL_HIGH, "top_p", "<= 1, but got 1.01"),
-    svc(67, {"top_p": -0.1}, 400, DECIMAL_LOW, "top_p", ">= 0, but got -0.1"),
-    svc(67, {"top_p": NAN}, 400, "invalid_value", "top_p", FINITE),
-    *(svc(68, {"n": value}, 400, LOW, "n", f">= 1, but got {value}") for value in (0, -1)),
-    *(svc(68, {"n": value}, 400, HIGH, "n", f"<= 128, but got {value}") for value in (129, 10**9)),
-    svc(69, {"n": 3, "best_of": 2}, 400, "invalid_value", "best_of", "best_of must be greater than or equal to n"),
-    svc(70, {"best_of": 21}, 400, HIGH, "best_of", "<= 20, but got 21"),
-    svc(70, {"best_of": 0}, 400, LOW, "best_of", ">= 1, but got 0"),
-    svc(71, {"best_of": 2, "stream": True}, 400, "invalid_value", "best_of", "Results cannot be streamed"),
-    good(72, {"n": 3}, lambda answer: [choice["text"] for choice in answer["choices"]] == [" Paris"] * 3),
-    svc(73, {"logprobs": -1}, 400, LOW, "logprobs", ">= 0, but got -1"),
-    *(svc(73, {"logprobs": value}, 400, HIGH, "logprobs", f"<= 5, but got {value}") for value in (6, 10**6)),
-    edge(73, having('"logprobs": true'), 400, "logprobs"),
-    good(74, {"logprobs": 0}, lambda answer: list(answer["choices"][0]["logprobs"]["top_logprobs"][0]) == [" Paris"]),
-    *(svc(75, {"logit_bias": {key: 1}}, *BIAS_KEY, f"key '{key}' is not a token id within 0..49151") for key in ("abc", "-5", "1.5", "00005", "49152", "")),
-    edge(76, having('"logit_bias": {"5": "x"}'), 400),
-    svc(76, {"logit_bias": {"5": NAN}}, 400, "invalid_value", "logit_bias.5", FINITE),
-    svc(76, {"logit_bias": {"5": 101}}, 400, DECIMAL_HIGH, "logit_bias.5", "<= 100, but got 101"),
-    svc(76, {"logit_bias": {"x" * 10_000: 101}}, 400, DECIMAL_HIGH, f"logit_bias.{'x' * 64}...", "<= 100, but got 101"),
-    svc(76, {"logit_bias": {"5": -101}}, 400, DECIMAL_LOW, "logit_bias.5", ">= -100, but got -101"),
-    good(77, {"logit_bias": {"5": None}}, paris, typed=False),
-    *(edge(78, having(f'"logit_bias": {value}'), 400) for value in ('{"5": 1, "5": 2}', "[1]", "5")),
-    svc(79, {"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, 400, "object_above_max_properties", "logit_bias", "at most 1024 entries, but got 1025"),
-    *(svc(81, {"stop": stop}, 400, "empty_string", "stop", "stop cannot contain an empty string") for stop in ("", ["a", ""])),
-    *(svc(82, {"stop": ["a"] * count}, 400, "array_above_max_length", "stop", f"{STOPS} with length {count} instead.") for count in (5, 14, 100_000)),
-    svc(83, {"stop": ["a", "é" * 257]}, 400, "string_above_max_length", "stop", "at most 256 characters per entry, but got 257"),
-    *(Row(83, having(f'"stop": {stop}'), "SVC", 400, "invalid_type", "stop", "expected a string or an array of strings", typed=False) for stop in ("5", '{"a": 1}', '[["a"]]', '["a", null]', "[5]", "true")),
-    *(good(84, {"stop": stop}, paris) for stop in (None, [])),
-    *(good(85, {"stop": stop, "max_tokens": 4}, lambda answer: text(answer) == " Pa") for stop in ("ris", ["is", "ri"], ["ri", "is"], ["zzz", "ris.", "ri"])),
-    good(86, {"stop": " Paris", "logprobs": 2, "max_tokens": 4}, lambda a: text(a) == "" and a["choices"][0]["logprobs"]["tokens"] == []),
-    *(good(87, {"seed": seed, "temperature": 1}) for seed in (-1, 2**63 - 1, -(2**63))),
-    *(edge(88, having(f'"seed": {seed}'), 400, "seed") for seed in (str(2**63), "1.5")),
-    *(svc(89, {name: value}, 400, code, name, says) for name in ("frequency_penalty", "presence_penalty") for value, code, says in ((2.01, DECIMAL_HIGH, "<= 2, but got 2.01"), (-2.01, DECIMAL_LOW, ">= -2, but got -2.01"), (NAN, "invalid_value", FINITE))),
+    good({"max_tokens": 0}, lambda a: (text(a), a["choices"][0]["finish_reason"]) == ("", "length") and a["usage"]["completion_tokens"] == 0),
+    good({"max_tokens": 0, "echo": True, "logprobs": 1}, lambda a: a["choices"][0]["logprobs"]["token_logprobs"][0] is None and text(a) == GOOD["prompt"]),
+    svc({"max_tokens": -1}, 400, LOW, "max_tokens", "integer below minimum value. Expected a value >= 0, but got -1 instead."),
+    *(edge(having(f'"max_tokens": {value}'), 400) for value in ("1.5", "true", "[]", "{}", '""', "2147483648", "1e10")),
+    *(Row(raw('{"model":"%s","prompt":"a","ignore_eos":true,"max_tokens":' + value + "}"), "OK", holds=tokens(int(float(value.strip('"'))))) for value in ('"16"', "16.0", "1e1")),
+    good({"max_tokens": None, "ignore_eos": True}, tokens(16)),
+    *(edge(raw('{"model":"%s","prompt":"a","temperature":' + value + "}"), 400) for value in ("NaN", "1e400", "1e39", "true")),
+    *(svc({"temperature": value}, 400, "invalid_value", "temperature", f"{FINITE} {value}") for value in (NAN, "Infinity", "-Infinity")),
+    svc({"temperature": -0.1}, 400, DECIMAL_LOW, "temperature", "Expected a value >= 0, but got -0.1 instead."),
+    svc({"temperature": 2.1}, 400, DECIMAL_HIGH, "temperature", "Expected a value <= 2, but got 2.1 instead."),
+    *(good({"temperature": value}, paris) for value in (0, -0.0)),
+    good({"temperature": 1e-8}, paris),
+    *(good({"top_p": value}) for value in (0, 1.0)),
+    good({"top_p": 0, "temperature": 2}, paris),
+    svc({"top_p": 1.01}, 400, DECIMAL_HIGH, "top_p", "<= 1, but got 1.01"),
+    svc({"top_p": -0.1}, 400, DECIMAL_LOW, "top_p", ">= 0, but got -0.1"),
+    svc({"top_p": NAN}, 400, "invalid_value", "top_p", FINITE),
+    *(svc({"n": value}, 400, LOW, "n", f">= 1, but got {value}") for value in (0, -1)),
+    *(svc({"n": value}, 400, HIGH, "n", f"<= 128, but got {value}") for value in (129, 10**9)),
+    svc({"n": 3, "best_of": 2}, 400, "invalid_value", "best_of", "best_of must be greater than or equal to n"),
+    svc({"best_of": 21}, 400, HIGH, "best_of", "<= 20, but got 21"),
+    svc({"best_of": 0}, 400, LOW, "best_of", ">= 1, but got 0"),
+    svc({"best_of": 2, "stream": True}, 400, "invalid_value", "best_of", "Results cannot be streamed"),
+    good({"n": 3}, lambda answer: [choice["text"] for choice in answer["choices"]] == [" Paris"] * 3),
+    svc({"logprobs": -1}, 400, LOW, "logprobs", ">= 0, but got -1"),
+    *(svc({"logprobs": value}, 400, HIGH, "logprobs", f"<= 5, but got {value}") for value in (6, 10**6)),
+    edge(having('"logprobs": true'), 400, "logprobs"),
+    good({"logprobs": 0}, lambda answer: list(answer["choices"][0]["logprobs"]["top_logprobs"][0]) == [" Paris"]),
+    *(svc({"logit_bias": {key: 1}}, *BIAS_KEY, f"key '{key}' is not a token id within 0..49151") for key in ("abc", "-5", "1.5", "00005", "49152", "")),
+    edge(having('"logit_bias": {"5": "x"}'), 400),
+    svc({"logit_bias": {"5": NAN}}, 400, "invalid_value", "logit_bias.5", FINITE),
+    svc({"logit_bias": {"5": 101}}, 400, DECIMAL_HIGH, "logit_bias.5", "<= 100, but got 101"),
+    svc({"logit_bias": {"x" * 10_000: 101}}, 400, DECIMAL_HIGH, f"logit_bias.{'x' * 64}...", "<= 100, but got 101"),
+    svc({"logit_bias": {"5": -101}}, 400, DECIMAL_LOW, "logit_bias.5", ">= -100, but got -101"),
+    good({"logit_bias": {"5": None}}, paris, typed=False),
+    *(edge(having(f'"logit_bias": {value}'), 400) for value in ('{"5": 1, "5": 2}', "[1]", "5")),
+    svc({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, 400, "object_above_max_properties", "logit_bias", "at most 1024 entries, but got 1025"),
+    *(svc({"stop": stop}, 400, "empty_string", "stop", "stop cannot contain an empty string") for stop in ("", ["a", ""])),
+    *(svc({"stop": ["a"] * count}, 400, "array_above_max_length", "stop", f"{STOPS} with length {count} instead.") for count in (5, 14, 100_000)),
+    svc({"stop": ["a", "é" * 257]}, 400, "string_above_max_length", "stop", "at most 256 characters per entry, but got 257"),
+    *(Row(having(f'"stop": {stop}'), "SVC", 400, "invalid_type", "stop", "expected a string or an array of strings", typed=False) for stop in ("5", '{"a": 1}', '[["a"]]', '["a", null]', "[5]", "true")),
+    *(good({"stop": stop}, paris) for stop in (None, [])),
+    *(good({"stop": stop, "max_tokens": 4}, lambda answer: text(answer) == " Pa") for stop in ("ris", ["is", "ri"], ["ri", "is"], ["zzz", "ris.", "ri"])),
+    good({"stop": " Paris", "logprobs": 2, "max_tokens": 4}, lambda a: text(a) == "" and a["choices"][0]["logprobs"]["tokens"] == []),
+    *(good({"seed": seed, "temperature": 1}) for seed in (-1, 2**63 - 1, -(2**63))),
+    *(edge(having(f'"seed": {seed}'), 400, "seed") for seed in (str(2**63), "1.5")),
+    *(svc({name: value}, 400, code, name, says) for name in ("frequency_penalty", "presence_penalty") for value, code, says in ((2.01, DECIMAL_HIGH, "<= 2, but got 2.01"), (-2.01, DECIMAL_LOW, ">= -2, but got -2.01"), (NAN, "invalid_value", FINITE))),
 ]
 
 COMBINATIONS = [
-    svc(90, {"echo": True, "suffix": "b"}, 400, "invalid_value", "suffix", "cannot be combined"),
-    svc(91, {"suffix": "b"}, 400, "unsupported_parameter", "suffix", "not supported with this model"),
-    svc(92, {"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options", "only allowed when 'stream' is true"),
-    Row(93, having('"stream": true, "stream_options": {"include_usage":true,"continuous_usage_stats":true,"foo":1}'), "OK"),
-    edge(94, having('"stream": 1'), 400, "stream"),
-    Row(94, having('"stream": "true"'), "OK"),
-    svc(95, {"user": "u" * 10_000}, 400, "string_above_max_length", "user", "at most 256 characters, but got 10000"),
-    svc(96, {"top_k": -2}, 400, LOW, "top_k", ">= -1, but got -2"),
-    good(96, {"top_k": 10**9, "temperature": 1}),
-    svc(96, {"min_p": 1.5}, 400, DECIMAL_HIGH, "min_p", "<= 1, but got 1.5"),
-    svc(96, {"min_p": -0.5}, 400, DECIMAL_LOW, "min_p", ">= 0, but got -0.5"),
-    svc(96, {"min_p": NAN}, 400, "invalid_value", "min_p", FINITE),
-    svc(96, {"repetition_penalty": 0}, 400, DECIMAL_LOW, "repetition_penalty", "Expected a value > 0, but got 0"),
-    svc(96, {"repetition_penalty": 2.5}, 400, DECIMAL_HIGH, "repetition_penalty", "<= 2, but got 2.5"),
-    svc(96, {"repetition_penalty": NAN}, 400, "invalid_value", "repetition_penalty", FINITE),
-    svc(96, {"min_tokens": 2}, 400, HIGH, "min_tokens", "<= 1, but got 2"),
-    svc(96, {"min_tokens": -1}, 400, LOW, "min_tokens", ">= 0, but got -1"),
-    edge(96, having('"ignore_eos": 5'), 400, "ignore_eos"),
-    svc(96, {"stop_token_ids": [VOCABULARY]}, 400, HIGH, "stop_token_ids", f"<= {VOCABULARY - 1}"),
-    svc(96, {"stop_token_ids": [1] * 129}, 400, "array_above_max_length", "stop_token_ids", "at most 128 entries, but got 129"),
-    *(Row(97, sent(grpc_timeout=value), "OK", holds=paris, typed=False) for value in ("junk", "1n", "99999999999999H")),
+    svc({"echo": True, "suffix": "b"}, 400, "invalid_value", "suffix", "cannot be combined"),
+    svc({"suffix": "b"}, 400, "unsupported_parameter", "suffix", "not supported with this model"),
+    svc({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options", "only allowed when 'stream' is true"),
+    Row(having('"stream": true, "stream_options": {"include_usage":true,"continuous_usage_stats":true,"foo":1}'), "OK"),
+    edge(having('"stream": 1'), 400, "stream"),
+    Row(having('"stream": "true"'), "OK"),
+    svc({"user": "u" * 10_000}, 400, "string_above_max_length", "user", "at most 256 characters, but got 10000"),
+    svc({"top_k": -2}, 400, LOW, "top_k", ">= -1, but got -2"),
+    good({"top_k": 10**9, "temperature": 1}),
+    svc({"min_p": 1.5}, 400, DECIMAL_HIGH, "min_p", "<= 1, but got 1.5"),
+    svc({"min_p": -0.5}, 400, DECIMAL_LOW, "min_p", ">= 0, but got -0.5"),
+    svc({"min_p": NAN}, 400, "invalid_value", "min_p", FINITE),
+    svc({"repetition_penalty": 0}, 400, DECIMAL_LOW, "repetition_penalty", "Expected a value > 0, but got 0"),
+    svc({"repetition_penalty": 2.5}, 400, DECIMAL_HIGH, "repetition_penalty", "<= 2, but got 2.5"),
+    svc({"repetition_penalty": NAN}, 400, "invalid_value", "repetition_penalty", FINITE),
+    svc({"min_tokens": 2}, 400, HIGH, "min_tokens", "<= 1, but got 2"),
+    svc({"min_tokens": -1}, 400, LOW, "min_tokens", ">= 0, but got -1"),
+    edge(having('"ignore_eos": 5'), 400, "ignore_eos"),
+    svc({"stop_token_ids": [VOCABULARY]}, 400, HIGH, "stop_token_ids", f"<= {VOCABULARY - 1}"),
+    svc({"stop_token_ids": [1] * 129}, 400, "array_above_max_length", "stop_token_ids", "at most 128 entries, but got 129"),
+    *(Row(sent(grpc_timeout=value), "OK", holds=paris, typed=False) for value in ("junk", "1n", "99999999999999H")),
 ]
 
-# What no row of this table can say, and where it is tested.
-ELSEWHERE = {
-    **dict.fromkeys((20, 21, *range(99, 105)), "test_bad_input.py"),
-    37: "limits per key",
-    80: "tests/service/rpc/test_interceptors.py",
-    98: "test_forged_headers.py",
-    105: "test_generated_input.py",
-}
 ROWS = [*BODIES, *KEYS, *PROMPTS, *NUMBERS, *COMBINATIONS]

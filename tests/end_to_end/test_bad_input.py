@@ -25,7 +25,7 @@ from grpc_status import rpc_status
 from service.engine.engine import Stats
 from service.rpc import render
 from service.settings import Settings
-from tests.end_to_end.bad_input import ELSEWHERE, GOOD, ROWS, Ask, Row, paris
+from tests.end_to_end.bad_input import GOOD, ROWS, Ask, Row, paris
 from tests.support.patience import PATIENCE, eventually
 from tests.support.stack import AUTHORIZED, KEY, MODEL, Answer, ServiceThread, Stack, envoy, free_ports
 
@@ -78,12 +78,7 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def name(row: Row) -> str:
     shown = row.ask.fields or (row.ask.body or b"")[-40:] or row.ask.path
-    return f"{row.number}-{row.by}-{str(shown)[:60]}"
-
-
-def test_no_kind_of_input_is_missing() -> None:
-    """Every number from 1 to 105 is in the table, or has a test of its own."""
-    assert sorted({row.number for row in ROWS} | set(ELSEWHERE)) == list(range(1, 106))
+    return f"{row.by}-{str(shown)[:60]}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
@@ -159,27 +154,27 @@ def json_of(answer: pb.CreateCompletionResponse) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("number", "fields", "param", "code", "says"),
+    ("fields", "param", "code", "says"),
     [
-        (44, {"tokens": pb.Tokens()}, "prompt", "empty_array", "must not be empty"),
-        (44, {"texts": pb.TextBatch()}, "prompt", "empty_array", "must not be empty"),
-        (44, {"token_batch": pb.TokenBatch()}, "prompt", "empty_array", "must not be empty"),
-        (45, {"token_batch": pb.TokenBatch(prompts=[pb.Tokens()])}, "prompt", "empty_array", "must not be empty"),
-        (49, {"tokens": pb.Tokens(ids=[-1])}, "prompt", "invalid_value", "Token id -1 is out of vocabulary (0..49151)"),
-        (49, {"tokens": pb.Tokens(ids=[49152])}, "prompt", "invalid_value", "Token id 49152 is out of vocabulary"),
-        (50, {"texts": pb.TextBatch(texts=["a"] * 129)}, "prompt", "array_above_max_length", "at most 128 prompts"),
-        (51, {"texts": pb.TextBatch(texts=["a"] * 64), "n": 4}, "n", "invalid_value", "prompts*best_of must be <= 128"),
-        (54, {"text": "a" * 2_000_000}, "prompt", "context_length_exceeded", "2000000 characters"),
-        (104, {"text": "a", "json_prompt": struct_pb2.Value(string_value="b")}, "prompt", None, "not both"),
-        (104, {"stop": ["a"], "json_stop": struct_pb2.Value(string_value="b")}, "stop", None, "not both"),
-        (104, {"stream": True}, "stream", "invalid_value", "call StreamCompletion to stream"),
+        ({"tokens": pb.Tokens()}, "prompt", "empty_array", "must not be empty"),
+        ({"texts": pb.TextBatch()}, "prompt", "empty_array", "must not be empty"),
+        ({"token_batch": pb.TokenBatch()}, "prompt", "empty_array", "must not be empty"),
+        ({"token_batch": pb.TokenBatch(prompts=[pb.Tokens()])}, "prompt", "empty_array", "must not be empty"),
+        ({"tokens": pb.Tokens(ids=[-1])}, "prompt", "invalid_value", "Token id -1 is out of vocabulary (0..49151)"),
+        ({"tokens": pb.Tokens(ids=[49152])}, "prompt", "invalid_value", "Token id 49152 is out of vocabulary"),
+        ({"texts": pb.TextBatch(texts=["a"] * 129)}, "prompt", "array_above_max_length", "at most 128 prompts"),
+        ({"texts": pb.TextBatch(texts=["a"] * 64), "n": 4}, "n", "invalid_value", "prompts*best_of must be <= 128"),
+        ({"text": "a" * 2_000_000}, "prompt", "context_length_exceeded", "2000000 characters"),
+        ({"text": "a", "json_prompt": struct_pb2.Value(string_value="b")}, "prompt", None, "not both"),
+        ({"stop": ["a"], "json_stop": struct_pb2.Value(string_value="b")}, "stop", None, "not both"),
+        ({"stream": True}, "stream", "invalid_value", "call StreamCompletion to stream"),
     ],
 )
-def test_typed(watched: Watched, number, fields, param, code, says) -> None:
+def test_typed(watched: Watched, fields, param, code, says) -> None:
     """Mistakes that only typed callers can make."""
     with pytest.raises(grpc.RpcError) as caught:
         watched.stub.CreateCompletion(pb.CreateCompletionRequest(model=MODEL, **fields), metadata=METADATA)
-    check_status(caught.value, Row(number, Ask(), "SVC", 400, code, param, says))
+    check_status(caught.value, Row(Ask(), "SVC", 400, code, param, says))
     watched.check_nothing_left()
 
 
@@ -201,41 +196,41 @@ def encoded_length(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("number", "data"),
+    "data",
     [
-        (9, b"\x0a\x01\xff"),
-        (9, b"\x12\x03\xed\xa0\x80"),
-        (18, nested(101)),
-        (18, nested(10_000)),
-        (99, b"\xff\xff\xff"),
-        (99, b"\x0a\xff"),
-        (99, b"\x0a\x05ab"),
+        b"\x0a\x01\xff",
+        b"\x12\x03\xed\xa0\x80",
+        nested(101),
+        nested(10_000),
+        b"\xff\xff\xff",
+        b"\x0a\xff",
+        b"\x0a\x05ab",
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bytes_that_are_no_message(watched: Watched, number: int, data: bytes) -> None:
-    """INVALID_ARGUMENT, in words of the service's own."""
+def test_bytes_that_are_no_message(watched: Watched, data: bytes) -> None:
+    """The answer is INVALID_ARGUMENT, with the service's own message."""
     with grpc.insecure_channel(watched.stack.grpc_address) as channel:
         unary = channel.unary_unary("/completion.v1.CompletionService/CreateCompletion")
         stream = channel.unary_stream("/completion.v1.CompletionService/StreamCompletion")
         for call in (unary, lambda *given, **more: list(stream(*given, **more))):
             with pytest.raises(grpc.RpcError) as caught:
                 call(data, metadata=METADATA)
-            check_status(caught.value, Row(number, Ask(), "SVC", 400, says="not a valid protobuf message"))
+            check_status(caught.value, Row(Ask(), "SVC", 400, says="not a valid protobuf message"))
     watched.check_nothing_left()
 
 
 @pytest.mark.parametrize(
-    ("number", "method", "metadata", "size", "status"),
+    ("method", "metadata", "size", "status"),
     [
-        (100, "completion.v1.CompletionService/Nope", (), 0, grpc.StatusCode.UNIMPLEMENTED),
-        (100, "nothing.v1.Nothing/Nope", (), 0, grpc.StatusCode.UNIMPLEMENTED),
-        (101, "completion.v1.CompletionService/CreateCompletion", 12_000, 0, grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (101, "completion.v1.CompletionService/CreateCompletion", 20_000, 0, grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (102, "completion.v1.CompletionService/CreateCompletion", (), 17 << 20, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("completion.v1.CompletionService/Nope", (), 0, grpc.StatusCode.UNIMPLEMENTED),
+        ("nothing.v1.Nothing/Nope", (), 0, grpc.StatusCode.UNIMPLEMENTED),
+        ("completion.v1.CompletionService/CreateCompletion", 12_000, 0, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("completion.v1.CompletionService/CreateCompletion", 20_000, 0, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("completion.v1.CompletionService/CreateCompletion", (), 17 << 20, grpc.StatusCode.RESOURCE_EXHAUSTED),
     ],
 )
-def test_refused_by_grpc(watched: Watched, number, method, metadata, size, status) -> None:
+def test_refused_by_grpc(watched: Watched, method, metadata, size, status) -> None:
     """Unknown methods, large metadata and large messages, which gRPC itself refuses, every time."""
     extra = [("x-large", "x" * metadata)] if metadata else []
     with grpc.insecure_channel(watched.stack.grpc_address) as channel:
@@ -247,7 +242,7 @@ def test_refused_by_grpc(watched: Watched, number, method, metadata, size, statu
 
 
 def test_deadline_that_has_passed(watched: Watched) -> None:
-    """Row 103: DEADLINE_EXCEEDED, and the engine never hears of the request."""
+    """A call whose deadline has passed gets DEADLINE_EXCEEDED, and never reaches the engine."""
     before = watched.service.server.models[0].engine.reuse
     for _ in range(5):
         with pytest.raises(grpc.RpcError) as caught:
@@ -258,7 +253,7 @@ def test_deadline_that_has_passed(watched: Watched) -> None:
 
 
 def test_zero_is_not_unset(watched: Watched) -> None:
-    """Row 104: temperature 0 is greedy and max_tokens 0 generates nothing, while unset ones take their defaults."""
+    """Temperature 0 is greedy and max_tokens 0 generates nothing, while unset fields take their defaults."""
     ask = watched.stub.CreateCompletion
     request = pb.CreateCompletionRequest(model=MODEL, text="a", ignore_eos=True)
     assert ask(request, metadata=METADATA).usage.completion_tokens == 16
@@ -287,7 +282,7 @@ BODY = json.dumps(GOOD)
     ids=["both lengths", "two lengths", "no host", "HTTP/1.0", "HTTP/1.0 without host", "NUL in a header", "TLS"],
 )
 def test_broken_http(watched: Watched, data: str, status: int) -> None:
-    """Row 21: what is not proper HTTP is refused before anything else happens; HTTP/1.0 is proper."""
+    """Malformed HTTP is refused before anything else happens; HTTP/1.0 is well-formed."""
     with socket.create_connection(("127.0.0.1", watched.stack.http), timeout=PATIENCE) as connection:
         connection.sendall(data.encode("latin-1"))
         received = connection.recv(65536)
@@ -297,7 +292,7 @@ def test_broken_http(watched: Watched, data: str, status: int) -> None:
 
 @pytest.mark.parametrize(("padding", "status"), [((2 << 20) - 1024, 200), (2 << 20, 413)])
 def test_many_small_chunks(watched: Watched, padding: int, status: int) -> None:
-    """Row 20: two megabytes in chunks of six bytes are a body like another, and cost Envoy no more memory."""
+    """Two megabytes in chunks of six bytes are a normal body, and take no more of Envoy's memory."""
     body = (" " * (padding - padding % 6) + BODY).encode()
     pieces = (body[start : start + 6] for start in range(0, len(body), 6))
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
