@@ -61,19 +61,19 @@ def _leaf(path: Any) -> Any:
     for element in path[:-1]:
         message = message.fields_by_name[element.field_name].message_type
     last = path[-1]
-    found = message.fields_by_name[last.field_name].GetOptions().Extensions[validate_pb2.field]
+    field_rules = message.fields_by_name[last.field_name].GetOptions().Extensions[validate_pb2.field]
     if not last.subscript:
-        return found
-    return found.repeated.items if last.subscript.field == "index" else found.map.values
+        return field_rules
+    return field_rules.repeated.items if last.subscript.field == "index" else field_rules.map.values
 
 
 def _number(name: str, value: float, limits: Any) -> InvalidRequestError:
     """The error for a number outside limits: Int32Rules or FloatRules."""
     if not math.isfinite(value):
         return not_finite(name, value)
-    kind, given = ("integer", str(value)) if isinstance(value, int) else ("decimal", shortest(value))
+    number_type, text = ("integer", str(value)) if isinstance(value, int) else ("decimal", shortest(value))
     low, high = limits.WhichOneof("greater_than"), limits.WhichOneof("less_than")
     if high and value > getattr(limits, high):
-        return out_of_range(name, kind, "above maximum", f"<= {getattr(limits, high):g}", given)
+        return out_of_range(name, number_type, "above maximum", f"<= {getattr(limits, high):g}", text)
     sign = ">" if low == "gt" else ">="
-    return out_of_range(name, kind, "below minimum", f"{sign} {getattr(limits, low):g}", given)
+    return out_of_range(name, number_type, "below minimum", f"{sign} {getattr(limits, low):g}", text)

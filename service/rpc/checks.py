@@ -18,17 +18,17 @@ def integer(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def out_of_range(name: str, kind: str, problem: str, expected: str, given: str) -> InvalidRequestError:
-    """The refusal of a number: `kind` is integer or decimal, `problem` "below minimum" or "above maximum"."""
-    message = f"Invalid '{name}': {kind} {problem} value. Expected a value {expected}, but got {given} instead."
-    code = f"{kind}_{'below_min' if problem == 'below minimum' else 'above_max'}_value"
+def out_of_range(name: str, number_type: str, problem: str, expected: str, value: str) -> InvalidRequestError:
+    """The refusal of a number: `number_type` is integer or decimal, `problem` "below minimum" or "above maximum"."""
+    message = f"Invalid '{name}': {number_type} {problem} value. Expected a value {expected}, but got {value} instead."
+    code = f"{number_type}_{'below_min' if problem == 'below minimum' else 'above_max'}_value"
     return InvalidRequestError(message, param=name, code=code)
 
 
 def not_finite(name: str, value: float) -> InvalidRequestError:
     """The refusal of NaN and infinities."""
-    given = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return invalid(name, f"must be a finite number, but got {given} instead.", "invalid_value")
+    shown_value = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return invalid(name, f"must be a finite number, but got {shown_value} instead.", "invalid_value")
 
 
 def shortest(value: float) -> str:

@@ -171,8 +171,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _admit(self, method: Method, call: Call, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
         """Authenticates the caller, and counts the call. Raises the error that refuses the call."""
         # A header that comes twice is one with a comma, as HTTP has it.
-        given = [value for key, value in metadata if key == "authorization"]
-        caller = self._keys.authenticate(",".join(given) if given else None)
+        values = [value for key, value in metadata if key == "authorization"]
+        caller = self._keys.authenticate(",".join(values) if values else None)
         call.caller = caller
         held.enter_context(self._running.admitted(caller.identity, call))
         try:
@@ -257,19 +257,20 @@ async def _send_headers(call: Call, context: Context) -> None:
         call.headers = ()
 
 
-def _request_id(given: str | None) -> str:
-    return given if given and _REQUEST_ID.match(given) else str(uuid.uuid4())
+def _request_id(proposed: str | None) -> str:
+    """The caller's request id if it is valid, else a new one."""
+    return proposed if proposed and _REQUEST_ID.match(proposed) else str(uuid.uuid4())
 
 
-def _take_client_request_id(call: Call, given: str | None) -> None:
+def _take_client_request_id(call: Call, client_id: str | None) -> None:
     """Notes the caller's own name for its request, which comes back; InvalidRequestError where it could not."""
-    if not given:
+    if not client_id:
         return
-    if not _CLIENT_REQUEST_ID.fullmatch(given):
+    if not _CLIENT_REQUEST_ID.fullmatch(client_id):
         message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
         raise InvalidRequestError(message)
-    call.identifiers += (("x-client-request-id", given),)
-    call.notes["client_request_id"] = given
+    call.identifiers += (("x-client-request-id", client_id),)
+    call.notes["client_request_id"] = client_id
 
 
 def failure(error: Exception) -> pb.Error:

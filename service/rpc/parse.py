@@ -107,8 +107,10 @@ def _stream_options(request: pb.CreateCompletionRequest, *, streaming: bool) -> 
 def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
     """The stop sequences, from REST callers' `json_stop` or typed callers' `stop`; at most `limit`, else refused."""
     value = request.json_stop
-    kind = value.WhichOneof("kind")
-    entries = value.list_value.values if kind == "list_value" else () if kind in {None, "null_value"} else (value,)
+    json_type = value.WhichOneof("kind")
+    entries = [] if json_type in {None, "null_value"} else [value]
+    if json_type == "list_value":
+        entries = list(value.list_value.values)
     if entries and request.stop:
         raise invalid("stop", "set either stop or json_stop, not both.")
     count = len(entries) or len(request.stop)

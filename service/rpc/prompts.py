@@ -77,18 +77,18 @@ def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Seq
 
 
 def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[int]]:
-    kind = value.WhichOneof("kind")
-    if kind == "string_value":
+    json_type = value.WhichOneof("kind")
+    if json_type == "string_value":
         return [value.string_value]
-    if kind != "list_value":
+    if json_type != "list_value":
         raise invalid("prompt", f"expected {_FORMS}.", "invalid_type")
     items = _not_empty(value.list_value.values)
-    kinds = {item.WhichOneof("kind") for item in items}
-    if kinds == {"string_value"}:
+    json_types = {item.WhichOneof("kind") for item in items}
+    if json_types == {"string_value"}:
         return [item.string_value for item in items]
-    if kinds == {"list_value"}:
+    if json_types == {"list_value"}:
         return [_JsonTokens(item.list_value.values) for item in items]
-    if kinds <= {"number_value", "bool_value"}:
+    if json_types <= {"number_value", "bool_value"}:
         return [_JsonTokens(items)]
     raise invalid("prompt", f"expected {_FORMS}, but got a mixture.", "invalid_type")
 

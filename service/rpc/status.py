@@ -66,9 +66,9 @@ def status_of(error: Exception, request_id: str) -> tuple[grpc.StatusCode, pb.Er
     return grpc.StatusCode.INTERNAL, error_message(message, "server_error", None, None)
 
 
-def error_message(message: str, kind: str, param: str | None, code: str | None) -> pb.Error:
+def error_message(message: str, openai_type: str, param: str | None, code: str | None) -> pb.Error:
     """An error with its four fields, null where None."""
-    error = pb.Error(message=message, type=kind)
+    error = pb.Error(message=message, type=openai_type)
     if param is None:
         error.no_param = NULL_VALUE
     else:

@@ -63,7 +63,7 @@ class HostDriver:
 class StandIn(Cuda):
     """All of Cuda but the provider."""
 
-    kind = "cpu"
+    type = "cpu"
 
     def __init__(self):
         super().__init__(HostDriver(), 0, 1 << 30)

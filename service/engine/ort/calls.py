@@ -65,7 +65,7 @@ def bind_inputs(device: Device, binding: Any, sizes: dict[str, Any]) -> tuple[Bl
     block, views = device.block(end), {}
     try:
         for name, (shape, dtype) in sizes.items():
-            binding.bind_input(name, device.kind, device.index, dtype, shape, block.address + places[name].start)
+            binding.bind_input(name, device.type, device.index, dtype, shape, block.address + places[name].start)
             views[name] = block.host[places[name]].view(dtype).reshape(shape)
     except BaseException:
         device.release(block)

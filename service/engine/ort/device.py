@@ -38,13 +38,13 @@ class Block:
 
 
 class Device(Protocol):
-    """Runs a model's graphs and holds its tensors. `kind` and `index` are onnxruntime's names.
+    """Runs a model's graphs and holds its tensors. `type` and `index` are onnxruntime's names.
 
     On a GPU (`is_gpu`) each shape of a call is prepared once, so rows, tokens and logits are padded to few shapes; and
     its memory is not the host's, so what stays there saves a copy.
     """
 
-    kind: Literal["cpu", "cuda"]
+    type: Literal["cpu", "cuda"]
     index: int
     is_gpu: bool
 
@@ -91,7 +91,7 @@ class Device(Protocol):
 class Cpu:
     """The processor. The operating system provides memory page by page, when it is first written."""
 
-    kind: Literal["cpu", "cuda"] = "cpu"
+    type: Literal["cpu", "cuda"] = "cpu"
     index = 0
     is_gpu = False
 
@@ -139,7 +139,7 @@ class Cuda:
     onnxruntime waits for the GPU at the end of every run, so copies need no synchronization with runs.
     """
 
-    kind: Literal["cpu", "cuda"] = "cuda"
+    type: Literal["cpu", "cuda"] = "cuda"
     is_gpu = True
 
     def __init__(self, driver: Driver, index: int, session_bytes: int) -> None:

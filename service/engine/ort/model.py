@@ -251,7 +251,7 @@ class Model:
         kv_shape = (shape.rows, self._kv_layout.kv_heads, self.context_length, self._kv_layout.head_dim)
         for name, block in self._kv.items():
             address = block.address + shape.first_slot * self._slot_bytes
-            place = (self._device.kind, self._device.index, np.dtype(self._kv_layout.dtype), kv_shape, address)
+            place = (self._device.type, self._device.index, np.dtype(self._kv_layout.dtype), kv_shape, address)
             binding.bind_input(f"past_{name}", *place)
             binding.bind_output(f"present_{name}", *place)
         self._results.bind(binding, shape.logits)

@@ -41,7 +41,7 @@ class Results:
         """Binds the outputs of a call to the first `rows` rows."""
         for name, (start, columns, dtype) in self._outputs.items():
             address = self._block.address + start
-            binding.bind_output(name, self._device.kind, self._device.index, dtype, (rows, columns), address)
+            binding.bind_output(name, self._device.type, self._device.index, dtype, (rows, columns), address)
 
     def read(self, rows: int) -> Rows:
         """The first `rows` rows; a GPU's are shortlists, each of which fetches its whole row only on demand."""
