@@ -106,8 +106,8 @@ def test_one_command_makes_all_stubs() -> None:
     """The documented command runs the generator for all languages, or for those named."""
     assert "\n    make client-stubs\n" in DOCUMENT
     for languages in ("", "go java"):
-        told = run("make", "-n", "client-stubs", f"LANGUAGES={languages}").stdout.splitlines()
-        assert f".venv/bin/python proto/clients.py {languages}" in told
+        output = run("make", "-n", "client-stubs", f"LANGUAGES={languages}").stdout.splitlines()
+        assert f".venv/bin/python proto/clients.py {languages}" in output
 
 
 def test_a_missing_generator_is_named() -> None:

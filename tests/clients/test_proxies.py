@@ -220,8 +220,8 @@ def test_ab(behind: Behind, options: list[str]) -> None:
     body.write_text('{"model": "m", "prompt": "a"}')
     address = f"http://{behind.stack.envoy_address}/v1/completions"
     command = [program("ab"), "-q", *options, "-n", "40", "-c", "4", "-p", str(body), "-T", "application/json", address]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"Complete requests: +40\n", told)
-    assert re.search(r"Failed requests: +0\n", told)
-    assert "Non-2xx" not in told
-    assert bool(options) == ("Keep-Alive requests:    40" in told)
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"Complete requests: +40\n", output)
+    assert re.search(r"Failed requests: +0\n", output)
+    assert "Non-2xx" not in output
+    assert bool(options) == ("Keep-Alive requests:    40" in output)

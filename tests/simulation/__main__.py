@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--steps", type=int, help=f"in all (1000000), or of the one episode ({EPISODE})")
-    parser.add_argument("--episode", type=int, help="run this one alone, and print what its callers do")
+    parser.add_argument("--episode", type=int, help="run only this one, and print the actions of its callers")
     options = parser.parse_args()
     if options.episode is not None:
         print(episode(options.episode, letters(), options.steps or EPISODE, trace=True).outcomes)

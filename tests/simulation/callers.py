@@ -152,8 +152,8 @@ def _alone(made: Request, prompt: Prompt, at: int, candidate: int, tokenizer: To
     """The committer's answer for the same logits, without scheduler, slots or other requests."""
     committer = Committer(tokenizer)
     transcript = Transcript(made.stop, len(prompt.text), prompt.tail)
-    nobody: Any = None
-    one = Candidate(made, nobody, PromptGroup(prompt, 1), at, candidate, transcript, list(prompt.token_ids))
+    no_generation: Any = None
+    one = Candidate(made, no_generation, PromptGroup(prompt, 1), at, candidate, transcript, list(prompt.token_ids))
     text, finish = "", None if made.max_tokens else FinishReason.LENGTH
     while finish is None:
         delta = committer.advance(one, ALPHABET[one.tokens[-1]])

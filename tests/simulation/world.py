@@ -57,7 +57,9 @@ class WorldModel(FakeModel):
                 self.owners[slot] = holder.request.identity
             check(self.owners[slot] == holder.request.identity, "another caller's prompt was reused")
             length = past[index] + len(row)
-            check(self.slots[slot][:length] == holder.tokens[:length], "a row stands behind tokens not its own", slot)
+            check(
+                self.slots[slot][:length] == holder.tokens[:length], "a row follows tokens that are not its own", slot
+            )
         poisoned = self.world.poisoned
         if poisoned:
             for at, (row, _) in enumerate(logits_at):
@@ -352,7 +354,7 @@ class World:
             self._check_waits()
 
     def _check_waits(self) -> None:
-        """Nobody waits for longer than what was there before it can take, for each of the callers who share."""
+        """No caller waits longer than the work before it can take, times the number of callers who share."""
         for sequence, (_, bound) in list(self.arrived.items()):
             if sequence.finished:
                 del self.arrived[sequence]

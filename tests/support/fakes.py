@@ -50,7 +50,7 @@ class FakeModel:
     """The alphabet: after a token comes the next one, around the vocabulary of letters ("z" is followed by "a").
 
     Slots hold the tokens themselves, and the next token is read from the slot, so a wrong slot, length or copy shows.
-    `histories` are the tokens that each computed row stands after; `computed` counts the rows' tokens, `copied`
+    `histories` are the tokens before each computed row; `computed` counts the rows' tokens, `copied`
     the positions copied. The likeliest token has a logit of 4, the second next 2, all others 0. Steps that meet the
     token `fault` fail; after `broken` tokens logits are not numbers; once it is `gone` every step fails.
     """
@@ -77,7 +77,7 @@ class FakeModel:
             assert length <= len(slot), "the positions before the row were never computed"
             assert length + len(row) <= self.context_length
             if self.fault in row:
-                raise RuntimeError("the fake model was told to fail")
+                raise RuntimeError("the fake model failed as requested")
             if row:
                 slot[length:] = row
                 self.histories.append(tuple(slot))

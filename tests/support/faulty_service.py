@@ -44,7 +44,7 @@ def fail(model, first_slot, rows, past, logits_at):
     if armed and first_slot == 0 and rows[0]:
         if sum(map(bool, rows)) == 1:
             fired()
-        raise RuntimeError("secret: told to fail")
+        raise RuntimeError("secret: failed as requested")
     return forward(model, first_slot, rows, past, logits_at)
 
 
@@ -64,7 +64,7 @@ def nan(model, first_slot, rows, past, logits_at):
 
 def die(scheduler):
     if fired():
-        raise RuntimeError("told to die")
+        raise RuntimeError("died as requested")
     return schedule(scheduler)
 
 
