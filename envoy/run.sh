@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs Envoy so that its end cuts nobody off: envoy/run.sh ENVOY [its arguments], with its admin port in ADMIN_PORT (9901).
+# Runs Envoy and drains it before it ends: envoy/run.sh ENVOY [its arguments], with its admin port in ADMIN_PORT (9901).
 #
-# After SIGTERM `GET /health` says 503, and every answer asks its caller to connect anew, for DRAIN_DELAY seconds (5): the
-# time in which who balances the load turns elsewhere. Then it takes no connection any more, and what runs has
+# After SIGTERM, for DRAIN_DELAY seconds (5), `GET /health` answers 503 and every answer asks its caller to reconnect:
+# time for load balancers to choose another Envoy. Then Envoy accepts no more connections, and running requests have
 # DRAIN_SECONDS (30) to finish. A second signal ends it within a second.
 #
-# The file of `-c` is read with what the environment says of it: COMPLETION_LONGEST_REQUEST_SECONDS, the service's setting,
-# and METRICS_HOST, the address at which Envoy's numbers can be had.
+# Two environment variables change the configuration of `-c`: COMPLETION_LONGEST_REQUEST_SECONDS, the service's setting,
+# and METRICS_HOST, the address of Envoy's metrics port.
 set -u
 
 configuration() {
@@ -49,6 +49,6 @@ done
 trap drain TERM INT
 "${command[@]}" &
 envoy=$!
-# A signal interrupts `wait`; only the end of Envoy ends this.
+# A signal interrupts `wait`; only the end of Envoy ends this loop.
 while wait "$envoy"; code=$?; kill -0 "$envoy" 2> /dev/null; do :; done
 exit "$code"
