@@ -75,7 +75,7 @@ class EngineFaultError(Exception):
 
 
 class NotFiniteError(EngineFaultError):
-    """The model's logits are not all finite, so no result of that row can be trusted."""
+    """The model's logits are unusable: NaN, or plus infinity, so no result of that row can be trusted."""
 
 
 class EngineDiedError(Exception):

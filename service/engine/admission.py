@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from service.errors import DeadlineError, OverloadedError
 
-# The weight of a step when the next one is observed: the last 34 steps are half of the sum.
-_MEMORY = 0.98
+# Each observation multiplies the weight of all earlier ones by this: the last 34 make up half of a mean.
+_DECAY = 0.98
 # In seconds: the shortest time after which a refused caller is asked to retry.
 _LEAST_RETRY = 1.0
 
@@ -39,16 +39,16 @@ class _Mean:
     """A ratio of two exponentially weighted sums; `start` until there is something to divide by."""
 
     start: float
-    above: float = 0.0
-    below: float = 0.0
+    numerator: float = 0.0
+    denominator: float = 0.0
 
-    def add(self, above: float, below: float) -> None:
-        self.above = self.above * _MEMORY + above
-        self.below = self.below * _MEMORY + below
+    def add(self, numerator: float, denominator: float) -> None:
+        self.numerator = self.numerator * _DECAY + numerator
+        self.denominator = self.denominator * _DECAY + denominator
 
     @property
     def value(self) -> float:
-        return self.above / self.below if self.below else self.start
+        return self.numerator / self.denominator if self.denominator else self.start
 
 
 class Pace:
@@ -82,7 +82,7 @@ class Pace:
         return allowed * self._used.value * self._token.value
 
     def steps(self, allowed: float) -> float:
-        """Seconds until a running sequence ends that may generate `allowed` more tokens."""
+        """Seconds until a running sequence with `allowed` more tokens ends."""
         return allowed * self._used.value * self._step.value
 
     def total(self, work: Work) -> float:
@@ -163,7 +163,7 @@ class Admission:
         mine = self._queued.get(identity, Work()).sequences
         every = sum(work.sequences for work in self._queued.values())
         if mine + every >= self.max_sequences:
-            message = f"The service is overloaded: too many requests are waiting, {mine} of them yours."
+            message = f"The service is overloaded: too many sequences are waiting, {mine} of them yours."
             raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
         if deadline is not None and deadline < seconds:
             raise DeadlineError(f"The deadline is in {deadline:.3g} s, and the wait alone is about {seconds:.3g} s.")

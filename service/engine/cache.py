@@ -118,7 +118,7 @@ class KVCache:
         return (best, longest) if best >= 0 else (-1, 0)
 
     def _keep(self, slot: int, spare: int) -> list[Copy]:
-        """Moves a slot's prompt to the free slot that was used least recently, if that one was used earlier than it."""
+        """Moves a slot's prompt to the least recently used free slot, unless that one was used more recently."""
         kept = self._slots[slot]
         if kept.valid < _WORTH_KEEPING or self._kept_elsewhere(slot):
             return []

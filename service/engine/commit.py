@@ -90,7 +90,7 @@ class Committer:
         return self._delta(sequence, piece.text, tokens, finish)
 
     def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
-        """A scored token, shown as `text`. Of alternatives with equal text it is kept, or else the likeliest."""
+        """A scored token, shown as `text`. Of alternatives with equal text one stays: the token, or the likeliest."""
         top = {text: score.logprob}
         for other, logprob in score.top:
             if other != index:
@@ -115,6 +115,6 @@ class Committer:
 
 
 def _check_finite(logits: Row) -> None:
-    """Raises NotFiniteError. One number that is not finite makes its whole row unusable."""
+    """Raises NotFiniteError if a logit is NaN or plus infinity, or all are minus infinity: the row is unusable."""
     if not sampler.is_finite(logits):
         raise NotFiniteError("the model's logits are not finite")

@@ -13,7 +13,7 @@ from service.errors import SlowReaderError
 from service.text.usage import TokenCounts
 from service.types import Delta, FinishReason
 
-# How many bytes per candidate may wait for a reader, and how many once it has taken no piece for some seconds.
+# Limits of the bytes per candidate that wait for the reader: always, and when it has read nothing for _IDLE_SECONDS.
 _MAX_BACKLOG = 2 << 20
 _MAX_BACKLOG_IDLE = 256 << 10
 _IDLE_SECONDS = 5.0
@@ -26,7 +26,7 @@ class Generation:
 
     Everything but construction happens on the event loop's thread. If too many bytes wait for the reader, or pieces
     wait longer than `send_timeout` seconds of `clock`, the reader gets SlowReaderError in place of the pieces, and the
-    request ends. `given_up` is true when the request was ended early, `error` is the reason.
+    request ends. `given_up` is true once `end` has ended the request. `error` is the error of `end` or `fail`.
     `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (the
     first piece beyond an echo) are times of `clock`.
     """
@@ -126,7 +126,10 @@ class Generation:
                 yield delta
 
     async def pieces(self, silence: float = math.inf, since: float = math.inf) -> AsyncIterator[Delta | None]:
-        """The pieces, and None after every `silence` seconds without one, first counted from `since` (monotonic)."""
+        """The pieces, and None after every `silence` seconds without one.
+
+        The first silence begins at `since`, a time of the monotonic clock, or now if that is earlier.
+        """
         speak_at = min(since, time.monotonic()) + silence
         while self._unfinished:
             while self._arrived:

@@ -1,4 +1,7 @@
-"""Chooses tokens. Pure functions over one row of logits, exact: nothing is approximated by a shortlist."""
+"""Chooses tokens. Pure functions over one row of logits.
+
+The results are exact: a shortlist of the likeliest tokens is used only where it gives the same token as the whole row.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Ids = npt.NDArray[np.int64]
 
 # Most distributions reach top_p within this many tokens; only for the others is the whole row sorted.
 _CANDIDATES = 64
-# Dividing by a smaller penalty would overflow; at this one the favoured token is already certain.
+# Dividing a logit by a smaller penalty would overflow; the divided logit already outweighs all others at this one.
 _LEAST_PENALTY = 1e-6
 
 
@@ -157,7 +160,7 @@ def _choose_among(row: Shortlist, params: SamplingParams, u: float) -> int | Non
         if params.top_p < 1 and params.temperature != 1:
             return None  # the normalizer holds only for temperature 1
         total = math.exp(row.normalizer - float(row.logits[0]))
-    if count > len(weights) or (total is not None and not _covers(weights, total, params, whole_vocabulary=True)):
+    if count > len(weights) or (total is not None and not _covers(weights, total, params, top_k_cuts_nothing=True)):
         return None
     ids, kept = _cut(row.ids[:count], weights[:count], total, params)
     return int(ids[_quantile(kept, u)])
@@ -175,7 +178,7 @@ def _filter(weights: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
     limit = min(params.top_k or vocabulary, vocabulary)
     total = float(weights.sum(dtype=np.float64))
     ids = _likeliest(weights, min(limit, _CANDIDATES))
-    if len(ids) < limit and not _covers(weights[ids], total, params, whole_vocabulary=limit == vocabulary):
+    if len(ids) < limit and not _covers(weights[ids], total, params, top_k_cuts_nothing=limit == vocabulary):
         ids = _likeliest(weights, limit)
     return _cut(ids, weights[ids], total if limit == vocabulary else None, params)
 
@@ -196,11 +199,11 @@ def _cut(ids: Ids, kept: Floats, total: float | None, params: SamplingParams) ->
     return ids, kept
 
 
-def _covers(kept: Floats, total: float, params: SamplingParams, *, whole_vocabulary: bool) -> bool:
+def _covers(kept: Floats, total: float, params: SamplingParams, *, top_k_cuts_nothing: bool) -> bool:
     """Whether the filters keep no token outside these candidates, whose weights are `kept`."""
-    if params.min_p > 0 and kept[-1] < params.min_p * kept[0] and (whole_vocabulary or params.top_p >= 1):
+    if params.min_p > 0 and kept[-1] < params.min_p * kept[0] and (top_k_cuts_nothing or params.top_p >= 1):
         return True
-    return whole_vocabulary and float(kept.sum(dtype=np.float64)) >= params.top_p * total and params.top_p < 1
+    return top_k_cuts_nothing and float(kept.sum(dtype=np.float64)) >= params.top_p * total and params.top_p < 1
 
 
 def _likeliest(values: Floats, count: int) -> Ids:

@@ -31,7 +31,7 @@ class DecodeBatch:
 
 
 # The kernels compute in tiles of this many tokens. A prompt gives the same bits however it is cut into chunks, unless a
-# tile is left with one token.
+# tile is left with one token. The end of a prompt is therefore recomputed with at least _RECOMPUTE tokens.
 _TILE = 128
 _RECOMPUTE = 2
 # In tokens. A call has a fixed cost, so smaller chunks would hardly be faster; the setting allows none smaller either.
@@ -86,7 +86,7 @@ class Scheduler:
     """Shares the model fairly between callers, and puts prompt chunks between decode steps.
 
     The next prompt chunk, and a free slot if it needs one, goes to the caller for whom the least work was done. A
-    caller with nothing waiting that sends a request starts level with the waiting callers: time away earns nothing.
+    caller with nothing waiting that sends a request starts level with the waiting callers: idle time earns no credit.
     The requests of one caller are served in their order.
 
     Invariants: `holders[i]` is the sequence in slot i; at most one sequence per caller is in prefill; a caller is known
@@ -267,6 +267,7 @@ class Scheduler:
             recompute = min(_RECOMPUTE, sequence.prompt_length)
         allocation = self._cache.allocate(sequence.group.prompt.token_ids, sequence.request.identity, recompute)
         sequence.slot = allocation.slot
+        # A single token would have a tile to itself: compute the one before it again.
         cached, rest = allocation.cached, sequence.prompt_length - allocation.cached
         sequence.computed = sequence.cached = max(0, cached - 1) if rest == 1 else cached
         self._holders.append(sequence)

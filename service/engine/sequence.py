@@ -1,4 +1,4 @@
-"""One choice while it is generated: the only mutable state that scheduler, committer and engine share."""
+"""A candidate while it is generated: the mutable state that scheduler, committer and engine share."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ STOPPED = "The service is stopping. Please retry: another instance may answer."
 _GONE = "The model does not answer. Please retry: another instance may answer."
 # When the model has failed on this many requests in a row, and on the probe after each, the engine counts as dead.
 # It is more than one, because memory can be short for a moment.
-_LAST_FAILURE = 3
+_MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,10 @@ class Published:
 class Steps:
     """Advances all sequences together, step by step.
 
-    Only the step thread calls its methods: `run`, and the commands that the event loop puts into `commands`. At the end
-    of a turn it posts one call to the event loop with all results of the turn. Other threads may read `published`,
-    `turns` (the number of turns so far) and `in_turn`, and nothing else.
+    Only the step thread calls its methods: `run`, and the commands that the event loop puts into `commands`; after the
+    thread has ended, `Engine.stop` calls `turn` once. At the end of a turn it posts one call to the event loop with the
+    results of the turn, and before the first chunk of a prompt one more. Other threads may read `published`, `turns`
+    (the number of turns so far) and `in_turn`, and nothing else.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Steps:
         self._model = model
         self.scheduler = scheduler
         self._committer = Committer(tokenizer)
-        self._roster = roster  # belongs to the event loop: changed only by calls in the outbox
+        self._roster = roster  # used only on the event loop, here by calls in the outbox
         self._clock = clock
         self._log = _log.bind(model=name)
         self._sequences: dict[Generation, set[Sequence]] = {}
@@ -194,9 +195,9 @@ class Steps:
             self._model.probe(sequence.slot)
         except Exception as error:
             self._failures += 1
-            if self._failures == _LAST_FAILURE:
+            if self._failures == _MAX_FAILURES:
                 raise EngineDiedError(
-                    f"the model has failed on {_LAST_FAILURE} requests in a row, and on a probe after each"
+                    f"the model has failed on {_MAX_FAILURES} requests in a row, and on a probe after each"
                 ) from error
             return UnavailableError(_GONE)
         self._failures = 0

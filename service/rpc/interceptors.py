@@ -218,7 +218,7 @@ def _begin(metadata: dict[str, str]) -> Call:
 
 
 def _without_frames(error: _Error) -> _Error:
-    """An error that holds no frames: they hold the call, and the call the error, until the next collection."""
+    """Removes an error's frames, which hold the call, which holds the error: a cycle for the garbage collector."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
 
@@ -237,7 +237,7 @@ def _left(late: bool) -> grpc.StatusCode:
 
 
 def _late(context: Context) -> bool:
-    """Whether the deadline has passed: by the caller's clock, on which it cancels, that is a little earlier."""
+    """Whether the deadline has passed. The caller cancels by its own clock, which may be slightly ahead of ours."""
     left = context.time_remaining()
     return left is not None and left <= _CLOCKS_DIFFER_SECONDS
 
@@ -263,7 +263,7 @@ def _request_id(proposed: str | None) -> str:
 
 
 def _take_client_request_id(call: Call, client_id: str | None) -> None:
-    """Notes the caller's own name for its request, which comes back; InvalidRequestError where it could not."""
+    """Records the caller's own id of its request, which the answer returns. Raises InvalidRequestError if invalid."""
     if not client_id:
         return
     if not _CLIENT_REQUEST_ID.fullmatch(client_id):

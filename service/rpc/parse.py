@@ -45,7 +45,7 @@ def parse(
     """
     stop = _stop(request, limits.stops)
     bounds.check(request)
-    if request.HasField("json_stop"):
+    if request.HasField("json_stop"):  # which has no rules in the proto: its texts are checked as `stop`
         bounds.check(pb.CreateCompletionRequest(model=request.model, stop=stop))
     max_tokens = request.max_tokens if request.HasField("max_tokens") else 16
     n, best_of = _candidates(request, streaming=streaming)

@@ -30,9 +30,9 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How an error is reported: gRPC's code, OpenAI's type, and for observers why it refused or how it ended a request.
+    """How an error is reported: gRPC's code, OpenAI's type, and how metrics count the request.
 
-    `refusal` counts if the engine had not accepted the request; `outcome` counts otherwise.
+    They count `refusal` if the engine had not accepted the request, else `outcome`.
     """
 
     code: grpc.StatusCode
@@ -41,6 +41,7 @@ class _Row:
     outcome: Outcome = Outcome.FAILED
 
 
+# By exact type: a subclass needs a row of its own.
 _TABLE: dict[type[ServiceError], _Row] = {
     InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", Refusal.INVALID),
     # The outcome is that of a key which was revoked while the engine worked on the request.

@@ -18,7 +18,7 @@ from service.types import Prompt
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _SENTENCEPIECE_SPACE = "\u2581"
-# A text that no tokenizer merges with the text after it.
+# A text that tokenizers do not merge with the text after it; `_encode_further` checks this.
 _START = "\0"
 
 
@@ -50,7 +50,7 @@ class Tokenizer:
         special = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if index >= self.vocab_size and index not in special:
-                message = f"{path}: token {token[:80]!r} is {index}, expected by the manifest one of"
+                message = f"{path}: token {token[:80]!r} is {index}, but the manifest allows only"
                 raise ModelDirectoryError(f"{message} 0..{self.vocab_size - 1}")
 
     def _table(self, byte_level: bool) -> list[bytes]:

@@ -20,7 +20,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Held:
-    """A token that is held back; `start` and `end` in code points of the held text, `end` None inside a character."""
+    """A token that is held back, from `start` to `end` of the held text; `end` is None inside a character."""
 
     token: bytes
     start: int

@@ -13,7 +13,7 @@ class TokenCounts:
         self._cached: dict[int, int] = {}
 
     def add(self, delta: Delta) -> None:
-        """Counts a delta. What candidates of one prompt share is not cached: it was computed for this request."""
+        """Counts a delta. Tokens that candidates share were computed for this request: they do not count as cached."""
         self._completions[delta.prompt_index, delta.candidate] = delta.completion_tokens
         if delta.candidate == 0:
             self._cached[delta.prompt_index] = delta.cached_tokens

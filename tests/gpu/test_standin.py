@@ -118,4 +118,4 @@ def test_without_a_gpu(tmp_path):
     command, environment = service(made(tmp_path, device="cuda"), STANDIN_NO_GPU="1")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "--device cuda cannot be had: NVIDIA's driver: cuInit failed: no CUDA-capable device" in done.stderr
+    assert "--device cuda is not available: NVIDIA's driver: cuInit failed: no CUDA-capable device" in done.stderr

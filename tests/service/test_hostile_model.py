@@ -201,16 +201,16 @@ CASES: dict[str, tuple[Change, str]] = {
     "more layers than memory has maps": (described(kv__layers=10**6), NO_MEMORY),
     "other heads": (
         described(kv__kv_heads=4),
-        "model.onnx: input past_key.0 is tensor(float) of shape [?, 2, ?, 32], expected by the manifest "
+        "model.onnx: input past_key.0 is tensor(float) of shape [?, 2, ?, 32], but the manifest implies "
         "tensor(float) of shape [?, 4, ?, 32]",
     ),
-    "other head size": (described(kv__head_dim=16), "expected by the manifest tensor(float) of shape [?, 2, ?, 16]"),
-    "other type": (described(kv__dtype="float16"), "expected by the manifest tensor(float16) of shape [?, 2, ?, 32]"),
+    "other head size": (described(kv__head_dim=16), "but the manifest implies tensor(float) of shape [?, 2, ?, 16]"),
+    "other type": (described(kv__dtype="float16"), "but the manifest implies tensor(float16) of shape [?, 2, ?, 32]"),
     "larger vocabulary": (
         described(vocab_size=tiny.VOCAB + 1),
-        "output logits is tensor(float) of shape [?, 260], expected by the manifest tensor(float) of shape [?, 261]",
+        "output logits is tensor(float) of shape [?, 260], but the manifest implies tensor(float) of shape [?, 261]",
     ),
-    "smaller vocabulary": (described(vocab_size=200), "expected by the manifest one of 0..199"),
+    "smaller vocabulary": (described(vocab_size=200), "but the manifest allows only 0..199"),
     "vocabulary beyond memory": (described(vocab_size=1 << 60), NO_MEMORY),
     "context beyond memory": (described(context_length=1 << 60), NO_MEMORY),
     "head size beyond memory": (described(kv__head_dim=1 << 60), NO_MEMORY),
@@ -218,7 +218,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "tokenizer is nested": (file("tokenizer.json", b'{"a":' * 10**5), "tokenizer.json is not a tokenizer file: "),
     "token beyond the vocabulary": (
         tokenizer(lambda t: t["model"]["vocab"].update(extra=tiny.VOCAB)),
-        "tokenizer.json: token 'extra' is 260, expected by the manifest one of 0..259",
+        "tokenizer.json: token 'extra' is 260, but the manifest allows only 0..259",
     ),
     "prompts' graph for another model": (
         graph(resized("past_value.1", 3, 64), "prompt.onnx"),

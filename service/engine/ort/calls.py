@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def decodes(self) -> bool:
-        """Whether this is a decode step: its shapes and addresses recur."""
+        """Whether this has the shape of a decode step, which recurs: one token for each slot from 0 on."""
         return self.first_slot == 0 and self.width == 1
 
 

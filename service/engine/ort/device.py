@@ -31,7 +31,10 @@ _NOT_CAPTURED = -1
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Memory at a fixed address of a device, and its copy on the host; on the CPU both are the same memory."""
+    """Memory at a fixed address of a device, and the host's side of it.
+
+    On the CPU both are the same memory; memory that the host never touches has an empty `host` on a GPU.
+    """
 
     address: int
     host: Bytes
@@ -103,7 +106,9 @@ class Cpu:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            message = f"{size >> 20} MiB of address space for the KV cache cannot be had ({error.strerror}): allow the"
+            message = (
+                f"{size >> 20} MiB of address space for the KV cache is not available ({error.strerror}): allow the"
+            )
             raise StartupError(f"{message} process more (ulimit -v), or lower memory_mib or context_length") from None
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         host = np.frombuffer(memory, np.uint8)
@@ -206,7 +211,7 @@ def run_options(graph: int | None) -> ort.RunOptions:
 
 
 def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
-    """Names the device that will run the model. Raises StartupError when the wanted one is not available."""
+    """Describes the device that will run the model. Raises StartupError when the wanted one is not available."""
     available = ort.get_available_providers()
     lacking = "" if wanted == "cpu" else lacks_cuda(index)
     if wanted == "cuda" and lacking is not None:
@@ -222,7 +227,7 @@ def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
 
 def no_cuda(lacking: str) -> str:
     """The error message when CUDA is asked for and not available."""
-    return f"--device cuda cannot be had: {lacking}"
+    return f"--device cuda is not available: {lacking}"
 
 
 def lacks_cuda(index: int) -> str | None:

@@ -15,7 +15,7 @@ LIBRARY = "libcuda.so.1"
 Bytes = npt.NDArray[np.uint8]
 
 _DEVICE_MEMORY = 2
-# The flag for the host's side of a copy: only for such memory is a copy complete when the call returns.
+# Flag for pinned memory on the host: only with pinned memory is a copy complete when the call returns.
 _PORTABLE = 1
 
 

@@ -32,9 +32,10 @@ _TIMED_STEPS = 5
 class Model:
     """Runs the graphs of a model directory over the slots of a KV cache.
 
-    Prompt chunks run on the prefill graph, if the directory has one, and decode steps on the decode graph; after
-    `tune`, decode steps of many rows may use the prefill graph as well. The KV cache is two buffers per layer, keys and
-    values, each [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and extends them in place.
+    Calls with more than one token in a row run on the prefill graph, if the directory has one, and the others on the
+    decode graph; after `tune`, decode steps of many rows may use the prefill graph as well. The KV cache is two buffers
+    per layer, keys and values, each [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and
+    extends them in place.
     Not thread-safe: only one thread at a time may use it.
     """
 
@@ -188,7 +189,7 @@ class Model:
             call.query_seqlens[:] = call.seqlens_k[:] = 0
             call.query_seqlens[: len(rows)] = [len(row) for row in rows]
         else:
-            # An idle row writes behind the positions that may still be read; in a full slot it overwrites the last.
+            # An idle row writes behind the positions that may be read; a full slot's last position is never read again.
             call.seqlens_k[:] = np.minimum(self._lengths[slots], self.context_length - 1)
         for index, (row, length) in enumerate(zip(rows, past, strict=True)):
             if row:

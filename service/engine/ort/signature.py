@@ -38,7 +38,7 @@ def check_signature(graph: Path, inputs: Iterable[Declared], outputs: Iterable[D
         "logits_idx": ("tensor(int64)", (None,)),
     }
     declared = {value.name: value for value in inputs}
-    if kv.dtype == "float32" or "query_seqlens" in declared:  # onnxruntime has no kernel for GPUs that takes it
+    if kv.dtype == "float32" or "query_seqlens" in declared:  # onnxruntime's attention for GPUs has no such input
         wanted["query_seqlens"] = ("tensor(int32)", (None,))
     _check(graph, "input", declared, wanted | dict.fromkeys([f"past_{name}" for name in names], part))
     if unknown := sorted(declared.keys() - wanted.keys() - {f"past_{name}" for name in names}):
@@ -60,7 +60,7 @@ def _check(graph: Path, what: str, values: Mapping[str, Declared], wanted: Mappi
         if declared.type != dtype or not fits:
             is_this = f"{declared.type} of shape {_shown(declared.shape)}"
             raise ModelDirectoryError(
-                f"{graph}: {what} {name} is {is_this}, expected by the manifest {dtype} of shape {_shown(shape)}"
+                f"{graph}: {what} {name} is {is_this}, but the manifest implies {dtype} of shape {_shown(shape)}"
             )
 
 

@@ -100,7 +100,7 @@ def test_the_device(monkeypatch, wanted, lacking, devices, found):
 def test_asking_for_cuda_in_vain(monkeypatch):
     """Without a GPU, or with a model that is not for one, the start ends with what to do."""
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: f"GPU {index} is not there")
-    with pytest.raises(StartupError, match="--device cuda cannot be had: GPU 3 is not there"):
+    with pytest.raises(StartupError, match="--device cuda is not available: GPU 3 is not there"):
         gpu_memory.settled(described(), settings(device="cuda", device_id=3), MODEL)
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: None)
     said = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"

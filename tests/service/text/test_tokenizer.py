@@ -154,7 +154,7 @@ def test_special_token_beyond_the_vocabulary(directory):
     made.add_special_tokens(["<image>"])
     made.save(str(path))
     assert Tokenizer(path, NONE, size).encode("<image>")[0] < size
-    with pytest.raises(ModelDirectoryError, match=f"expected by the manifest one of 0..{size - 2}"):
+    with pytest.raises(ModelDirectoryError, match=f"but the manifest allows only 0..{size - 2}"):
         Tokenizer(path, NONE, size - 1)
 
 

@@ -218,7 +218,7 @@ def test_what_computes(build):
     assert "CUDAExecutionProvider on Two, 3072 MiB free" in device.provider("cuda", 0)
     assert "CUDAExecutionProvider on Two" in device.provider("auto", 1)
     assert device.provider("cpu", 0).endswith("CPUExecutionProvider")
-    with pytest.raises(StartupError, match=r"--device cuda cannot be had: there is no GPU 5"):
+    with pytest.raises(StartupError, match=r"--device cuda is not available: there is no GPU 5"):
         device.provider("cuda", 5)
     assert "not CUDA: there is no GPU 5 (--device-id)" in device.provider("auto", 5)
     build(["CPUExecutionProvider"])
