@@ -1,4 +1,4 @@
-"""The manifest: what a model directory says about itself, and where exporter and service meet."""
+"""The manifest describes a model directory: the exporter writes it, and the service reads and checks it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ FORMAT_VERSION: Final = 1
 LARGEST_MANIFEST = 1 << 20
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class FileEntry(_Part):
+class FileEntry(_Record):
     """One file of the model directory: its size in bytes and its SHA-256 in lower-case hex."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class FillInTheMiddle(_Part):
+class FillInTheMiddle(_Record):
     """Token ids that mark a prompt's parts for a model trained to fill in the middle.
 
-    Each stands before its part, in the order of `order`: prefix, suffix, middle (`psm`) or suffix, prefix, middle
-    (`spm`). `middle` is None where nothing stands between the prefix and the middle, which only `spm` allows.
+    Each token precedes its part. `order` is the order of the parts: prefix, suffix, middle (`psm`) or suffix, prefix,
+    middle (`spm`). `middle` is None when no token separates the prefix from the middle, which only `spm` allows.
     """
 
     prefix: int = Field(ge=0)
@@ -52,12 +52,11 @@ class FillInTheMiddle(_Part):
         return self
 
 
-class SpecialTokens(_Part):
-    """Token ids with a meaning of their own.
+class SpecialTokens(_Record):
+    """Token ids with a special meaning.
 
-    `default_prompt` stands in for an empty prompt; None when the model has neither a beginning-of-sequence nor an
-    end-of-text token. `end` are the tokens that end a completion. `add_bos` says whether `bos` goes before every text
-    prompt.
+    `default_prompt` replaces an empty prompt; it is None when the model has neither a beginning-of-sequence nor an
+    end-of-text token. The tokens of `end` end a completion. With `add_bos` every text prompt is preceded by `bos`.
     """
 
     bos: int | None = Field(ge=0)
@@ -67,8 +66,8 @@ class SpecialTokens(_Part):
     fill_in_the_middle: FillInTheMiddle | None = None
 
 
-class KVLayout(_Part):
-    """Shape of the keys and of the values of one token: `layers` x `kv_heads` x `head_dim` numbers of `dtype`."""
+class KVLayout(_Record):
+    """Shape of one token in the KV cache: `layers` x `kv_heads` x `head_dim` keys and as many values, in `dtype`."""
 
     layers: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
@@ -77,34 +76,37 @@ class KVLayout(_Part):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that keys and values of one token take over all layers."""
+        """Bytes that one token takes in the KV cache, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
-class Quantization(_Part):
+class Quantization(_Record):
     """How the weights are stored.
 
-    `weights` is the form of the exported matrices, `source` the form they had. `activations` is the type in which the
-    graph computes: in float16 it is made of operators that GPUs have as well. `prompts` is the form of the matrices of
-    a second graph, which reads prompts faster; None when there is none. `min_rows` is the fewest rows of a call from
-    which results no longer depend on the number of rows: one row may take another kernel than several.
-    `min_logits` is the same for the positions that get logits. Kernels tell one from several, no more: a call of one is
-    padded by one, for which there is a slot more than sequences run.
+    `weights` is the form of the exported matrices, `source` their form in the source model. `activations` is the type
+    in which the graph computes; a float16 graph uses only operators that GPUs also have kernels for. `prompts` is the
+    form of the matrices in the prefill graph, a second and faster graph for prompts; None when there is none.
+
+    A kernel may compute a single row in another way than several, so the bits of a row can depend on the number of
+    rows. From `min_rows` rows of a call on they no longer do; `min_logits` is the same for the positions that get
+    logits. Either is 1 or 2. Where it is 2, the service pads a single row to two, using one slot more than
+    `max_running`.
     """
 
     weights: Literal["float32", "float16", "int8", "int4", "int4z"]
-    activations: Literal["float32", "float16"] = "float32"
+    activations: Literal["float32", "float16"]
     prompts: Literal["float32", "int8"] | None = None
     source: str
     min_rows: int = Field(ge=1, le=2)
-    min_logits: int = Field(default=1, ge=1, le=2)
+    min_logits: int = Field(ge=1, le=2)
 
 
-class Measures(_Part):
-    """One model on the exporter's text and machine: its size, its perplexity, and its tokens a second.
+class Measures(_Record):
+    """Size, perplexity and speed of one model, measured on the exporter's text and machine.
 
-    `bytes` are those of the files; `read_per_second` is reading a prompt, `generated_per_second` one token after the
-    other, None where that was not measured. The source's are those of plain float32 arithmetic over its weights.
+    `bytes` is the size of the files. Speeds are in tokens per second: `read_per_second` for prefill,
+    `generated_per_second` for decode, None where it was not measured. The source model is measured with plain float32
+    arithmetic over its weights.
     """
 
     bytes: int = Field(ge=0)
@@ -113,28 +115,27 @@ class Measures(_Part):
     generated_per_second: float | None
 
 
-class Quality(_Part):
+class Quality(_Record):
     """What the exporter measured against the source weights, over `tokens` tokens of text.
 
-    Divergences are in nats per token: `kl` of the graph that generates, `prompt_kl` of the one that reads prompts,
-    `decode_kl` of tokens generated one by one. Errors are in logits, of the graph that generates. Directories of before
-    there was a report have `kl`, `max_logit_error` and `tokens` alone.
+    Kullback-Leibler divergences are in nats per token: `kl` of the decode graph, `prompt_kl` of the prefill graph, and
+    `decode_kl` of tokens decoded one by one. Errors are differences of logits, of the decode graph.
     """
 
     kl: float
     max_logit_error: float
     tokens: int = Field(ge=1)
-    prompt_kl: float | None = None
-    decode_kl: float | None = None
-    mean_logit_error: float | None = None
-    source: Measures | None = None
-    export: Measures | None = None
+    prompt_kl: float
+    decode_kl: float
+    mean_logit_error: float
+    source: Measures
+    export: Measures
 
 
-class Manifest(_Part):
-    """A model directory's description; see docs/model-directory.md for the file as JSON.
+class Manifest(_Record):
+    """The description of a model directory; docs/model-directory.md shows it as JSON.
 
-    `devices` are those that have a kernel for every operator of the graphs.
+    `devices` are the devices that have a kernel for every operator of the graphs.
     """
 
     format_version: Literal[1]
@@ -170,14 +171,14 @@ class Manifest(_Part):
 
 
 def load(directory: Path) -> Manifest:
-    """Reads and checks the manifest of `directory` and the size and hash of every file that it names.
+    """Reads the manifest of `directory` and checks the size and hash of every file that it lists.
 
-    Raises ModelDirectoryError with the file, what was expected and what was found.
+    Raises ModelDirectoryError, which names the file, what was expected and what was found.
     """
     path = directory / FILE_NAME
     hint = "export the model again: python -m model_export SOURCE DIRECTORY"
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        if path.exists() and not path.is_file():  # opening a pipe would block until it has a writer
             raise ModelDirectoryError(f"{path} is not a plain file; {hint}")
         if (size := path.stat().st_size) > LARGEST_MANIFEST:
             raise ModelDirectoryError(f"{path} has {size} bytes, expected at most {LARGEST_MANIFEST}; {hint}")
@@ -194,7 +195,7 @@ def load(directory: Path) -> Manifest:
     if manifest.quantization.prompts:
         needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE}
     if missing := needed - set(manifest.files):
-        raise ModelDirectoryError(f"{path} vouches for no {' and no '.join(sorted(missing))}; {hint}")
+        raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {hint}")
     for name, entry in manifest.files.items():
         _check_file(directory, name, entry, hint)
     return manifest
@@ -207,7 +208,7 @@ def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None
     if not path.is_file():
         raise ModelDirectoryError(f"{path} does not exist; {hint}")
     if path.stat().st_nlink > 1:
-        raise ModelDirectoryError(f"{path} has other names (hard links), by which it may change; copy it instead")
+        raise ModelDirectoryError(f"{path} has other names (hard links) that could change it; copy it instead")
     size = path.stat().st_size
     if size != entry.bytes:
         raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {hint}")
@@ -217,7 +218,7 @@ def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None
 
 
 def check_external_data(directory: Path, manifest: Manifest) -> None:
-    """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not vouch for."""
+    """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not list."""
     for name in [MODEL_FILE, *([PROMPT_MODEL_FILE] if manifest.quantization.prompts else [])]:
         path = directory / name
         try:
@@ -225,7 +226,7 @@ def check_external_data(directory: Path, manifest: Manifest) -> None:
         except ValueError as error:
             raise ModelDirectoryError(f"{path} is not an ONNX graph: {error}") from None
         if outside:
-            message = f"{path} takes tensors from {min(outside)!r}, which {FILE_NAME} does not vouch for"
+            message = f"{path} takes tensors from {min(outside)!r}, which {FILE_NAME} does not list"
             raise ModelDirectoryError(f"{message}; refusing to load it")
 
 

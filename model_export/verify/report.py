@@ -64,8 +64,6 @@ class Report:
 def table(described: Manifest) -> str:
     """The form of an export and how far it is from its source, and under that size, perplexity and speed of both."""
     quality, quantization = described.quality, described.quantization
-    if quality.source is None or quality.export is None:
-        raise ValueError("the manifest holds no report")
     lines = [
         f"{quantization.weights} matrices, {quantization.activations} activations, "
         f"{quantization.prompts or 'no'} graph for prompts; over {quality.tokens} tokens:"

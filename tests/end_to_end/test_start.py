@@ -94,7 +94,7 @@ def test_a_harmed_file(model: Path, name: str, harm: Callable[[Path], tuple[str,
         assert part in str(caught.value)
 
 
-def vouch(model_dir: Path, name: str) -> None:
+def list_file(model_dir: Path, name: str) -> None:
     """Makes the manifest name a file as it is."""
     path = model_dir / name
     entry = FileEntry(bytes=path.stat().st_size, sha256=manifest.file_sha256(path))
@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_a_real_process(model: Path) -> None:
 
 @pytest.mark.parametrize("location", [f"../{DATA}", "/etc/passwd", "other.onnx.data"])
 def test_a_graph_that_takes_tensors_from_elsewhere(model: Path, location: str) -> None:
-    """A graph is refused whose tensors lie in a file that the manifest does not vouch for, wherever that is."""
+    """A graph is refused whose tensors lie in a file that the manifest does not list, wherever that is."""
     onnx_ir = pytest.importorskip("onnx_ir")
     path = model / manifest.MODEL_FILE
     proto = onnx_ir.serde.serialize_model(onnx_ir.load(path))
@@ -120,14 +120,14 @@ def test_a_graph_that_takes_tensors_from_elsewhere(model: Path, location: str) -
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
     path.write_bytes(proto.SerializeToString())
     (model.parent / DATA).write_bytes((model / DATA).read_bytes())
-    vouch(model, manifest.MODEL_FILE)
+    list_file(model, manifest.MODEL_FILE)
     assert f"{path} takes tensors from {location!r}" in refused(model)
 
 
 def test_a_graph_that_is_none(model: Path) -> None:
     """A file that is not a graph is never passed to onnxruntime."""
     (model / manifest.MODEL_FILE).write_bytes(b"weights")
-    vouch(model, manifest.MODEL_FILE)
+    list_file(model, manifest.MODEL_FILE)
     assert "is not an ONNX graph" in refused(model)
 
 

@@ -1,4 +1,4 @@
-"""Model directories whose hashes are right and whose contents are not: refused in one sentence before anything runs."""
+"""Model directories with right hashes and wrong contents are refused in one sentence before anything runs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Nodes = Callable[[onnx.ModelProto], object]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a graph for prompts."""
+    """A tiny model with a prefill graph."""
     folder = tmp_path_factory.mktemp("exported")
     source = tiny.hugging_face(folder / "Tiny")
     export(source, folder / "model", Options(max_kl=1.0, prompts="float32"), lambda label, total: lambda: None)
     return folder / "model"
 
 
-def vouch(directory: Path) -> None:
-    """Makes the manifest's sizes and hashes those of the files, as whoever made the directory would."""
+def list_files(directory: Path) -> None:
+    """Writes the files' real sizes and hashes into the manifest, as the author of the directory would."""
     path = directory / "manifest.json"
     described = json.loads(path.read_text())
     for name in described["files"]:
@@ -45,7 +45,7 @@ def vouch(directory: Path) -> None:
 
 
 def described(**changes: Any) -> Change:
-    """The manifest with other numbers; a dotted name reaches into its parts."""
+    """The manifest with other values; `kv__layers` names the entry `layers` of `kv`."""
 
     def change(directory: Path) -> None:
         path = directory / "manifest.json"
@@ -59,7 +59,7 @@ def described(**changes: Any) -> Change:
 
 
 def graph(change: Nodes, name: str = "model.onnx") -> Change:
-    """A graph after `change` of its protobuf."""
+    """A graph whose protobuf `change` has edited."""
 
     def edit(directory: Path) -> None:
         model = onnx.load(directory / name, load_external_data=False)
@@ -70,12 +70,12 @@ def graph(change: Nodes, name: str = "model.onnx") -> Change:
 
 
 def first_external(model: onnx.ModelProto) -> onnx.TensorProto:
-    """The first tensor that lies in the data file."""
-    return next(each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL)
+    """The first tensor that is stored in the data file."""
+    return next(tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def external(**entries: str) -> Change:
-    """A graph whose first external tensor has other entries."""
+    """A graph whose first external tensor has other `external_data` entries."""
 
     def change(model: onnx.ModelProto) -> None:
         for entry in first_external(model).external_data:
@@ -84,25 +84,25 @@ def external(**entries: str) -> Change:
     return graph(change)
 
 
-def operator(kind: str, domain: str = "") -> Change:
-    """A graph with one more node, of an operator that is not there."""
+def operator(op_type: str, domain: str = "") -> Change:
+    """A graph with one more node, of an operator that does not exist."""
 
     def change(model: onnx.ModelProto) -> None:
-        model.graph.node.append(onnx.helper.make_node(kind, ["input_ids"], ["evil"], domain=domain))
-        if domain and domain not in {each.domain for each in model.opset_import}:
+        model.graph.node.append(onnx.helper.make_node(op_type, ["input_ids"], ["evil"], domain=domain))
+        if domain and domain not in {opset.domain for opset in model.opset_import}:
             model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 
     return graph(change)
 
 
 def cycle(model: onnx.ModelProto) -> None:
-    """Two nodes that wait for each other."""
+    """Two nodes, each of which needs the output of the other."""
     model.graph.node.append(onnx.helper.make_node("Identity", ["one"], ["other"]))
     model.graph.node.append(onnx.helper.make_node("Identity", ["other"], ["one"]))
 
 
 def resized(name: str, axis: int, size: int, values: str = "input") -> Nodes:
-    """Another declared size of an input or output."""
+    """A graph that declares another size for one axis of an input or output."""
 
     def change(model: onnx.ModelProto) -> None:
         value = next(each for each in getattr(model.graph, values) if each.name == name)
@@ -112,12 +112,12 @@ def resized(name: str, axis: int, size: int, values: str = "input") -> Nodes:
 
 
 def renamed(old: str, new: str) -> Nodes:
-    """An input under another name."""
+    """A graph with an input renamed."""
 
     def change(model: onnx.ModelProto) -> None:
         next(each for each in model.graph.input if each.name == old).name = new
         for node in model.graph.node:
-            node.input[:] = [new if each == old else each for each in node.input]
+            node.input[:] = [new if name == old else name for name in node.input]
 
     return change
 
@@ -127,12 +127,12 @@ def one_more_input(model: onnx.ModelProto) -> None:
 
 
 def file(name: str, content: bytes) -> Change:
-    """A file of other bytes."""
+    """A file with other contents."""
     return lambda directory: (directory / name).write_bytes(content)
 
 
 def nested(levels: int) -> bytes:
-    """A graph in a node's attribute in a graph, and so on."""
+    """A graph inside a node's attribute inside a graph, `levels` deep."""
     inner = b""
     for _ in range(levels):
         for field in (6, 5, 1):  # Attribute.g, Node.attribute, Graph.node
@@ -147,7 +147,7 @@ def onnx_varint(number: int) -> bytes:
 
 
 def tokenizer(change: Callable[[dict[str, Any]], object]) -> Change:
-    """The tokenizer after `change` of its JSON."""
+    """A tokenizer whose JSON `change` has edited."""
 
     def edit(directory: Path) -> None:
         path = directory / "tokenizer.json"
@@ -158,7 +158,7 @@ def tokenizer(change: Callable[[dict[str, Any]], object]) -> Change:
     return edit
 
 
-UNVOUCHED = "which manifest.json does not vouch for; refusing to load it"
+UNLISTED = "which manifest.json does not list; refusing to load it"
 NO_MEMORY = "the memory does not hold one sequence of "
 NOT_LOADED = "model.onnx cannot be loaded by onnxruntime "
 
@@ -166,9 +166,9 @@ CASES: dict[str, tuple[Change, str]] = {
     "unknown operator": (operator("NoSuchOperator"), NOT_LOADED),
     "operator of another's domain": (operator("Run", "evil.operators"), NOT_LOADED),
     "operator of a compiled context": (operator("EPContext", "com.microsoft"), NOT_LOADED),
-    "path upwards": (external(location="../../secret"), f"takes tensors from '../../secret', {UNVOUCHED}"),
-    "absolute path": (external(location="/etc/passwd"), f"takes tensors from '/etc/passwd', {UNVOUCHED}"),
-    "address in memory": (external(location="*/_ORT_MEM_ADDR_/*", offset="4096"), UNVOUCHED),
+    "path upwards": (external(location="../../secret"), f"takes tensors from '../../secret', {UNLISTED}"),
+    "absolute path": (external(location="/etc/passwd"), f"takes tensors from '/etc/passwd', {UNLISTED}"),
+    "address in memory": (external(location="*/_ORT_MEM_ADDR_/*", offset="4096"), UNLISTED),
     "offset beyond the file": (external(offset=str(1 << 40)), NOT_LOADED),
     "offset below zero": (external(offset="-4096"), NOT_LOADED),
     "offset that is no number": (external(offset="0x"), NOT_LOADED),
@@ -186,8 +186,8 @@ CASES: dict[str, tuple[Change, str]] = {
         "model.onnx is not an ONNX graph: ",
     ),
     "nested graphs": (file("model.onnx", nested(3000)), "model.onnx is not an ONNX graph: messages are nested deeper"),
-    "empty graph for prompts": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded by onnxruntime "),
-    "unknown operator for prompts": (
+    "empty prefill graph": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded by onnxruntime "),
+    "unknown operator in the prefill graph": (
         graph(lambda m: m.graph.node.add(op_type="NoSuchOperator", output=["evil"]), "prompt.onnx"),
         "prompt.onnx cannot be loaded by onnxruntime ",
     ),
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Change, str]] = {
         tokenizer(lambda t: t["model"]["vocab"].update(extra=tiny.VOCAB)),
         "tokenizer.json: token 'extra' is 260, but the manifest allows only 0..259",
     ),
-    "prompts' graph for another model": (
+    "prefill graph of another model": (
         graph(resized("past_value.1", 3, 64), "prompt.onnx"),
         "prompt.onnx",
     ),
@@ -229,30 +229,30 @@ CASES: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_at_start(case: str, exported: Path, tmp_path: Path) -> None:
-    """What cannot run, or is not what the manifest says, is refused before any request, whoever vouches for it."""
+    """A model that cannot run, or contradicts its manifest, is refused before any request, although its hashes fit."""
     change, message = CASES[case]
     directory = shutil.copytree(exported, tmp_path / "model")
     change(directory)
-    vouch(directory)
+    list_files(directory)
     with pytest.raises(StartupError) as caught:
         models.load(Settings(model_dir=directory, threads=1))
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 
 
-def test_what_they_are_made_from(exported: Path, tmp_path: Path) -> None:
-    """The same directory without a change is loaded."""
+def test_the_unchanged_directory_loads(exported: Path, tmp_path: Path) -> None:
+    """The same directory without a change loads."""
     directory = shutil.copytree(exported, tmp_path / "model")
-    vouch(directory)
+    list_files(directory)
     assert models.load(Settings(model_dir=directory, threads=1))[0].manifest.vocab_size == tiny.VOCAB
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "other heads", "token beyond the vocabulary"])
 def test_command(case: str, exported: Path, tmp_path: Path) -> None:
-    """The service itself ends with 78, which tells supervisors not to try again, and one line."""
+    """The service exits with 78, which tells supervisors not to restart it, and writes one line."""
     directory = shutil.copytree(exported, tmp_path / "model")
     CASES[case][0](directory)
-    vouch(directory)
+    list_files(directory)
     arguments = [sys.executable, "-m", "service", "--model-dir", str(directory)]
     run = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.returncode == 78
@@ -263,8 +263,8 @@ def test_command(case: str, exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "loop"])
-def test_names_that_lead_nowhere(name: str, exported: Path, tmp_path: Path) -> None:
-    """A name that no file can have, or a link to itself, is refused like one that leads out."""
+def test_names_of_no_file(name: str, exported: Path, tmp_path: Path) -> None:
+    """A name that no file can have, or a link to itself, is refused like a path out of the directory."""
     directory = shutil.copytree(exported, tmp_path / "model")
     (directory / "loop").symlink_to("loop")
     content = json.loads((directory / "manifest.json").read_text())

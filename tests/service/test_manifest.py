@@ -1,4 +1,4 @@
-"""The manifest and the files that it vouches for."""
+"""The manifest, and the checks of the files that it lists."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def directory(tmp_path):
 
 
 def edit(directory, **changes):
-    """Changes the manifest's JSON."""
+    """Changes entries of the manifest's JSON."""
     path = directory / manifest.FILE_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def refused(directory):
-    """The message with which the directory is refused."""
+    """The message of the error that refuses the directory."""
     with pytest.raises(ModelDirectoryError) as caught:
         manifest.load(directory)
     return str(caught.value)
 
 
 def test_written_manifest_is_read_back(directory):
-    """Nothing is lost on the way."""
+    """A manifest that is written and read again is equal to the original."""
     loaded = manifest.load(directory)
     assert loaded == fakes.manifest(files=loaded.files)
     assert loaded.files["model.onnx"].bytes == 7
 
 
 def test_missing_manifest(tmp_path):
-    """The message says what to run."""
+    """The message names the file and the command that makes it."""
     message = refused(tmp_path)
     assert str(tmp_path / "manifest.json") in message
     assert "python -m model_export" in message
@@ -56,7 +56,7 @@ def test_missing_manifest(tmp_path):
 
 @pytest.mark.parametrize("field", ["min_rows", "min_logits"])
 def test_a_call_is_padded_by_one_at_most(directory, field):
-    """A graph that needs more rows, or more positions with logits, than there is room for is refused by its field."""
+    """`min_rows` and `min_logits` above 2 are refused, since the service pads by one row only."""
     quantization = fakes.manifest().quantization.model_dump()
     edit(directory, quantization=quantization | {field: 2})
     assert getattr(manifest.load(directory).quantization, field) == 2
@@ -66,25 +66,25 @@ def test_a_call_is_padded_by_one_at_most(directory, field):
     assert "less than or equal to 2" in message
 
 
-def test_path_that_is_no_directory(directory):
-    """A file in its place is named like a missing one."""
+def test_path_that_is_not_a_directory(directory):
+    """A path to a file instead of a directory is refused like a missing manifest."""
     assert "manifest.json" in refused(directory / "model.onnx")
 
 
 def test_missing_file(directory):
-    """It is named."""
+    """The message names the file."""
     (directory / "model.onnx").unlink()
     assert f"{directory / 'model.onnx'} does not exist" in refused(directory)
 
 
 def test_truncated_file(directory):
-    """Both sizes are named."""
+    """The message names both sizes."""
     (directory / "model.onnx").write_bytes(b"weigh")
     assert f"{directory / 'model.onnx'} has 5 bytes, expected 7" in refused(directory)
 
 
 def test_flipped_byte(directory):
-    """Both hashes are named."""
+    """The message names both hashes."""
     expected = manifest.file_sha256(directory / "model.onnx")
     (directory / "model.onnx").write_bytes(b"weightz")
     found = manifest.file_sha256(directory / "model.onnx")
@@ -94,7 +94,7 @@ def test_flipped_byte(directory):
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "link", ".."])
 def test_path_outside_the_directory(directory, name):
-    """Nothing but files that lie in the directory itself is looked at, not even through a link."""
+    """Only files directly in the directory are read, and no link leads out of it."""
     (directory.parent / "secret").write_bytes(b"weights")
     (directory / "link").symlink_to(directory.parent / "secret")
     listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
@@ -110,6 +110,7 @@ def test_path_outside_the_directory(directory, name):
         ({"surprise": 1}, "surprise"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"special_tokens": {"bos": None, "add_bos": False, "end": [28], "default_prompt": None}}, "the file"),
+        ({"quality": {"kl": 0.0, "max_logit_error": 0.0, "tokens": 1}}, "quality.prompt_kl"),
         ({"kv": {"layers": 1, "kv_heads": 1, "head_dim": 1, "dtype": "int8"}}, "kv.dtype"),
         ({"files": {"model.onnx": {"bytes": 7, "sha256": "abc"}}}, "files.model.onnx.sha256"),
     ],
@@ -123,12 +124,12 @@ def test_field_that_does_not_fit(directory, changes, where):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
-def test_file_that_nothing_vouches_for(directory, name):
-    """A manifest has to name every file that is loaded, so that none goes unchecked."""
+def test_file_that_the_manifest_does_not_list(directory, name):
+    """A manifest must list every file that is loaded, so that every one is checked."""
     listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
     del listed[name]
     edit(directory, files=listed)
-    assert f"vouches for no {name};" in refused(directory)
+    assert f"does not list {name};" in refused(directory)
 
 
 def test_manifest_that_is_not_json(directory):
@@ -138,7 +139,7 @@ def test_manifest_that_is_not_json(directory):
 
 
 def test_bytes_per_token():
-    """Keys and values of every layer and head."""
+    """Keys and values count, in every layer and head."""
     layout = manifest.KVLayout(layers=2, kv_heads=3, head_dim=5, dtype="float32")
     assert layout.bytes_per_token == 2 * 2 * 3 * 5 * 4
     assert layout.model_copy(update={"dtype": "float16"}).bytes_per_token == 2 * 2 * 3 * 5 * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from service.engine.cache import Copy
-from service.manifest import FillInTheMiddle, KVLayout, Manifest, Quality, Quantization, SpecialTokens
+from service.manifest import FillInTheMiddle, KVLayout, Manifest, Measures, Quality, Quantization, SpecialTokens
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
@@ -121,6 +121,19 @@ def request(*prompts: str | Prompt, **changes: object) -> Request:
     return Request(**{**values, **changes})  # type: ignore[arg-type]
 
 
+MEASURES = Measures(bytes=0, perplexity=1.0, read_per_second=1.0, generated_per_second=1.0)
+QUALITY = Quality(
+    kl=0.0,
+    max_logit_error=0.0,
+    tokens=1,
+    prompt_kl=0.0,
+    decode_kl=0.0,
+    mean_logit_error=0.0,
+    source=MEASURES,
+    export=MEASURES,
+)
+
+
 def manifest(**changes: object) -> Manifest:
     """The description of the alphabet model, with `changes`."""
     values: dict[str, object] = {
@@ -134,8 +147,10 @@ def manifest(**changes: object) -> Manifest:
         "vocab_size": VOCABULARY,
         "special_tokens": NO_SPECIAL,
         "kv": KVLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32"),
-        "quantization": Quantization(weights="float32", source="float32", min_rows=2),
-        "quality": Quality(kl=0.0, max_logit_error=0.0, tokens=1),
+        "quantization": Quantization(
+            weights="float32", activations="float32", source="float32", min_rows=2, min_logits=1
+        ),
+        "quality": QUALITY,
         "files": {},
     }
     return Manifest.model_validate({**values, **changes})

@@ -27,7 +27,7 @@ def described(**sizes):
         context_length=8192,
         vocab_size=49152,
         kv=KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="float32"),
-        quantization=Quantization(weights="int4z", source="Q4_1", min_rows=2),
+        quantization=Quantization(weights="int4z", activations="float32", source="Q4_1", min_rows=2, min_logits=1),
         files={name.replace("_", "."): FileEntry(bytes=size, sha256="0" * 64) for name, size in sizes.items()},
     )
 
@@ -56,7 +56,8 @@ def test_weights_are_the_data_of_every_graph():
 
 def test_matrices_in_float16_are_kept_in_float32_too():
     """They take twice the room that others do."""
-    halves = described().model_copy(update={"quantization": Quantization(weights="float16", source="", min_rows=1)})
+    stored = described().quantization.model_copy(update={"weights": "float16"})
+    halves = described().model_copy(update={"quantization": stored})
     assert plan(model=halves).weights == 2 * plan().weights
 
 
