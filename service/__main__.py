@@ -1,7 +1,7 @@
-"""`python -m service --model-dir DIR`: serves a model directory.
+"""`python -m service --model-dir DIR` serves a model directory.
 
-`config show` before the flags says instead what each setting is and where that comes from; `doctor` what would keep the
-service from starting.
+With `config show` before the flags it prints each setting's value and source instead; with `doctor` it checks whether
+the service could start.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from service.telemetry import log
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
-# From sysexits.h, as supervisors know it: starting again will not help.
+# EX_CONFIG of sysexits.h, which supervisors know: starting again will not help.
 EXIT_CONFIG = 78
 
 
 def main() -> int:
-    command, arguments = chosen(sys.argv[1:])
+    command, arguments = parse_command(sys.argv[1:])
     try:
         return command(arguments)
     except (StartupError, EngineDiedError) as error:
@@ -32,13 +32,13 @@ def main() -> int:
         return EXIT_INTERRUPTED
 
 
-def chosen(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], Sequence[str]]:
-    """What is to be done, and with which flags."""
+def parse_command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], int], Sequence[str]]:
+    """The function of the command that the arguments name, and the flags for it."""
     match list(arguments):
         case ["config", "show", *flags]:
-            return _show, flags
+            return _show_settings, flags
         case ["doctor", *flags]:
-            return _examine, flags
+            return _run_doctor, flags
     return run_service, arguments
 
 
@@ -49,36 +49,35 @@ def run_service(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _show(arguments: Sequence[str]) -> int:
+def _show_settings(arguments: Sequence[str]) -> int:
     loaded, origins = settings.load(arguments), settings.origins(arguments)
-    rows = [(name, _shown(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
-    rows += [row for model in loaded.each_model() if model.table for row in _of_table(model, loaded, origins)]
+    rows = [(name, _one_line(getattr(loaded, name)), origins[name]) for name in settings.Settings.model_fields]
+    for name, table in loaded.models.items():
+        rows += _table_rows(name, table, loaded, origins)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = (f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
     print("\n".join(lines))
     return 0
 
 
-def _of_table(
-    model: settings.ModelSettings, loaded: settings.Settings, origins: Mapping[str, str]
+def _table_rows(
+    table_name: str, table: settings.ModelTable, loaded: settings.Settings, origins: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
-    """The rows of a model with a table: what it has of its own, and what it has as all models do."""
-    assert model.table is not None
-    table = loaded.models[model.table]
+    """The rows of a model's table: the entries that it has, and the settings that it shares with all models."""
     for name in settings.ModelTable.model_fields:
-        own = getattr(table, name)
-        if name in table.model_fields_set and own is not None:
-            yield f"models.{model.table}.{name}", _shown(own), origins[f"models.{model.table}.{name}"]
+        row, value = f"models.{table_name}.{name}", getattr(table, name)
+        if name in table.model_fields_set and value is not None:
+            yield row, _one_line(value), origins[row]
         elif name != "memory_mib" and name in settings.Settings.model_fields:
-            yield f"models.{model.table}.{name}", _shown(getattr(loaded, name)), f"as {name}"
+            yield row, _one_line(getattr(loaded, name)), f"as {name}"
 
 
-def _shown(value: object) -> str:
-    """A setting's value on one line; of tables their names."""
+def _one_line(value: object) -> str:
+    """A setting's value on one line; tables of models appear by their names."""
     match value:
         case dict():
             pairs = (
-                name if isinstance(each, settings.ModelTable) else f"{name}={each}" for name, each in value.items()
+                name if isinstance(entry, settings.ModelTable) else f"{name}={entry}" for name, entry in value.items()
             )
             return ", ".join(pairs) or "None"
         case tuple():
@@ -86,13 +85,13 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _examine(arguments: Sequence[str]) -> int:
-    log.configure("error")  # what is found is told in the findings' own words
-    good = True
+def _run_doctor(arguments: Sequence[str]) -> int:
+    log.configure("error")  # the findings say what lower levels would log
+    passed = True
     for finding in doctor.examine(settings.load(arguments)):
         print(finding, flush=True)
-        good &= finding.good
-    return 0 if good else EXIT_FAILURE
+        passed &= finding.passed
+    return 0 if passed else EXIT_FAILURE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What keeps a service with these settings from starting, found without starting it: one line per thing looked at."""
+"""Checks whether the service could start with the given settings, without starting it. Each check gives one line."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from service.rpc import tls
 from service.rpc.keys import KeyRing
 from service.server import check_host, check_tracing
 from service.serving import gpu_memory, memory, models
-from service.serving.models import Checked
+from service.serving.models import CheckedModel
 from service.settings import ModelSettings, Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, whether it will do, and what was found."""
+    """The result of one check; `text` says what was found, or what is wrong and how to change it."""
 
     name: str
-    good: bool
+    passed: bool
     text: str
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.good else 'FAIL'}  {self.name:<14}{self.text}"
+        return f"{'ok  ' if self.passed else 'FAIL'}  {self.name:<14}{self.text}"
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Looks at everything that a start needs, whatever the others show."""
+    """Checks everything that a start needs. A check that fails does not end the others, unless they depend on it."""
     checks: dict[str, Callable[[Settings], str]] = {
         "port": _port,
         "metrics port": _metrics_port,
@@ -44,14 +44,14 @@ def examine(settings: Settings) -> Iterator[Finding]:
     }
     for name, check in checks.items():
         yield _finding(name, check, settings)
-    devices = ((each.settings.device, each.settings.device_id) for each in settings.each_model())
-    for device, index in dict.fromkeys(devices):
+    configured = settings.configured_models()
+    for device, index in dict.fromkeys((model.settings.device, model.settings.device_id) for model in configured):
         yield _finding("provider", provider, device, index)
-    checked: list[Checked] = []
-    for given in settings.each_model():
-        yield _finding("model", _model, given, checked)
-    if len(checked) < len(settings.each_model()):
-        yield from (Finding(name, False, "not known before all models are sound") for name in ("names", "memory"))
+    checked: list[CheckedModel] = []
+    for model in configured:
+        yield _finding("model", _model, model, checked)
+    if len(checked) < len(configured):
+        yield from (Finding(name, False, "not checked, because a model failed") for name in ("names", "memory"))
         return
     yield _finding("names", _names, checked, settings)
     yield from _memory(checked, settings)
@@ -70,7 +70,7 @@ def _port(settings: Settings) -> str:
 
 def _metrics_port(settings: Settings) -> str:
     if not settings.metrics_port:
-        return "0: there are no metrics"
+        return "0: metrics are off"
     try:
         return _free(str(settings.metrics_host), settings.metrics_port, "--metrics-port")
     except StartupError as error:
@@ -80,7 +80,7 @@ def _metrics_port(settings: Settings) -> str:
 
 
 def _free(host: str, port: int, flag: str) -> str:
-    """Raises StartupError when nobody can listen there."""
+    """Raises StartupError when the service could not listen on this host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
@@ -95,7 +95,7 @@ def _keys(settings: Settings) -> str:
     keys = KeyRing.load(settings.api_keys_file)
     check_host(settings, keys)
     if keys.open:
-        return "no key file: no key is asked for, on loopback alone"
+        return "no key file: callers need no key, and the service listens on loopback only"
     return f"{settings.api_keys_file}: {len(keys)} keys"
 
 
@@ -103,13 +103,17 @@ def _tls(settings: Settings) -> str:
     loaded = tls.load(settings)
     if loaded is None:
         return "off"
-    assert settings.tls_certificate is not None  # else `load` has raised
+    assert settings.tls_certificate is not None  # tls.load raises without it
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
     except ssl.SSLError as error:
         message = f"{settings.tls_certificate} and {settings.tls_key} do not belong together or are damaged"
         raise StartupError(f"{message}: {error.reason}") from None
-    callers = "callers need none" if settings.tls_client_ca is None else f"callers' from {settings.tls_client_ca}"
+    callers = (
+        "callers need none"
+        if settings.tls_client_ca is None
+        else f"callers need one issued by {settings.tls_client_ca}"
+    )
     until = datetime.fromtimestamp(loaded.expires, UTC)
     return f"{settings.tls_certificate}, which expires {until:%Y-%m-%d %H:%M} UTC; {callers}"
 
@@ -119,33 +123,32 @@ def _traces(settings: Settings) -> str:
     return f"sent to {settings.otlp_endpoint}" if settings.otlp_endpoint else "off"
 
 
-def _model(given: ModelSettings, checked: list[Checked]) -> str:
-    """Adds a sound model to `checked`."""
-    model = models.check(given)
+def _model(configured: ModelSettings, checked: list[CheckedModel]) -> str:
+    """Appends a model that passes to `checked`."""
+    model = models.check(configured)
     checked.append(model)
-    files = len(model.manifest.files)
-    return f"{model.manifest.id} in {given.directory}: the hashes of {files} files are right"
+    return f"{model.manifest.id} in {model.directory}: the hashes of {len(model.manifest.files)} files match"
 
 
-def _names(checked: list[Checked], settings: Settings) -> str:
-    found = zip(checked, models.aliases(checked, settings.alias), strict=True)
-    return "; ".join(" = ".join((model.manifest.id, *names)) for model, names in found)
+def _names(checked: list[CheckedModel], settings: Settings) -> str:
+    return "; ".join(" = ".join((name, *names)) for name, names in models.aliases(checked, settings.alias).items())
 
 
-def _memory(checked: list[Checked], settings: Settings) -> Iterator[Finding]:
-    """A finding for each model, or one for all when the budget cannot be divided."""
+def _memory(checked: list[CheckedModel], settings: Settings) -> Iterator[Finding]:
+    """One finding per model, or a single one when the memory cannot be divided."""
     try:
-        settled = models.settle(checked)
-        plans = models.plans(settled, settings)
-        placed = [
-            gpu_memory.place(model.manifest, model.given.settings, model.context_length, plan.slots)
-            for model, (_, plan) in zip(settled, plans, strict=True)
-        ]
+        planned = models.plan(models.choose_devices(checked), settings)
+        texts = [_slots(model) for model in planned]
     except StartupError as error:
         yield Finding("memory", False, str(error))
         return
-    for model, (part, plan), (_, slots) in zip(settled, plans, placed, strict=True):
-        most = model.given.settings.max_running
-        found = f"{slots} of {most} slots, {memory.mib(plan.total)} of {part // memory.MIB} MiB"
-        found += "" if slots == most else ": fewer run at once than max_running"
-        yield Finding("memory", True, found if len(checked) == 1 else f"{model.manifest.id}: {found}")
+    for model, text in zip(checked, texts, strict=True):
+        yield Finding("memory", True, text if len(checked) == 1 else f"{model.manifest.id}: {text}")
+
+
+def _slots(planned: models.PlannedModel) -> str:
+    model, max_running = planned.model, planned.model.settings.max_running
+    _, slots = gpu_memory.place(model.manifest, model.settings, model.context_length, planned.plan.slots)
+    sizes = f"{memory.mib(planned.plan.total)} of {planned.budget // memory.MIB} MiB"
+    fewer = "" if slots == max_running else ": fewer run at once than max_running"
+    return f"{slots} of {max_running} slots, {sizes}{fewer}"

@@ -1,1 +1,1 @@
-"""What the machine has: its processor, memory and ports."""
+"""Asks the machine about its processor, memory and ports."""

@@ -1,4 +1,4 @@
-"""How much memory this machine or container has, and giving back what is no longer needed. All sizes in bytes."""
+"""Reads how much memory this machine or container has, and returns freed memory to the system. All sizes in bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 
 def available(root: Path = Path("/")) -> int:
-    """The machine's memory, or less where a control group allows less."""
+    """The memory of the machine, or the limit of a control group if that is lower."""
     return min([_physical(), *_group_limits(root)])
 
 
@@ -18,9 +18,9 @@ def _physical() -> int:
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    """The limits of the process's control groups, versions 1 and 2, and of the groups around them.
+    """The limits of the process's control groups, versions 1 and 2, and of their parent groups.
 
-    In a container the path is often the host's and leads nowhere; then the limit is that of the mounted root.
+    In a container the path is often the host's and does not exist; then the limit of the mounted root applies.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -40,12 +40,12 @@ def _group_limits(root: Path) -> Iterator[int]:
                 limit = (mount / folder.relative_to("/") / name).read_text(encoding="utf-8").strip()
             except OSError:
                 continue
-            if limit.isdecimal():  # version 2 says `max` for none
+            if limit.isdecimal():  # version 2 writes `max` for no limit
                 yield int(limit)
 
 
-def give_back() -> None:
-    """Returns to the system what the C library keeps of memory that was freed: what a burst has needed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+def trim() -> None:
+    """Returns freed memory that the C library still holds, such as after a burst of requests, to the system."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

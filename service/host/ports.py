@@ -10,7 +10,7 @@ _LISTENING = "0A"
 
 
 def listener(port: int, proc: Path = Path("/proc")) -> int | None:
-    """The id of a process that listens on a TCP port; None if it cannot be seen, as for another user's process."""
+    """The id of the process that listens on a TCP port; None if it is not visible, such as another user's process."""
     sockets = {f"socket:[{inode}]" for inode in _inodes(port, proc)}
     for process in proc.glob("[0-9]*"):
         if sockets and not sockets.isdisjoint(_open_files(process)):
@@ -19,7 +19,7 @@ def listener(port: int, proc: Path = Path("/proc")) -> int | None:
 
 
 def _open_files(process: Path) -> Iterator[str]:
-    """What a process has open, as the links of its descriptors name it; those that are closed meanwhile are skipped."""
+    """The link targets of a process's open descriptors, without those that are closed in the meantime."""
     try:
         descriptors = list((process / "fd").iterdir())
     except OSError:

@@ -1,6 +1,6 @@
-"""What this machine's processor can do, asked of the processor itself: CPUID on x86-64, HWCAP on arm64.
+"""Reads the processor's features from the processor itself: CPUID on x86-64, HWCAP on arm64.
 
-So an emulated processor is seen as what it is emulated as, where /proc/cpuinfo would show the machine around it.
+For an emulated processor this gives the emulated features, while /proc/cpuinfo would give those of the host.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Literal
 
 import numpy as np
 
-# With it, onnxruntime multiplies unsigned by unsigned bytes where signed ones could overflow their 16-bit sums.
+# With this option onnxruntime multiplies unsigned by unsigned bytes where signed bytes could overflow 16-bit sums.
 EXACT_BYTES_OPTION = "session.x64quantprecision"
 
 # cpuid(leaf, subleaf, uint32[4]): the registers EAX, EBX, ECX and EDX, in this order.
 _CPUID = bytes.fromhex("53 89f8 89f1 4989d0 0fa2 418900 41895804 41894808 4189500c 5b c3")
-# xgetbv(): the low half of XCR0, the registers that the operating system saves.
+# xgetbv(): the low half of XCR0, a bit for each set of registers that the operating system saves.
 _XGETBV = bytes.fromhex("31c9 0f01d0 c3")
-# Of XCR0: the registers that AVX, AVX-512 and AMX need.
+# Bits of XCR0 that AVX, AVX-512 and AMX need.
 _AVX_STATE, _AVX512_STATE, _AMX_STATE = 0x6, 0xE6, 0x60000
-# Names of the vector of values that Linux gives each process, and bits of the first of them.
+# Key of the hardware capabilities in the auxiliary vector that Linux gives each process, and one of their bits.
 _AT_HWCAP = 16
 _HWCAP_DOT_PRODUCTS = 1 << 20
 
@@ -38,7 +38,7 @@ class Processor:
 
     name: str
     instructions: Instructions
-    # Whether one instruction sums products of 8-bit numbers in 32 bits (VNNI on x86-64): exact, and quick as well.
+    # Whether one instruction sums products of 8-bit numbers in 32 bits (VNNI on x86-64), which is exact and fast.
     byte_dot_products: bool
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Processor:
 def processor() -> Processor:
     """The processor that this process runs on.
 
-    Where the operating system lets nobody ask it, it counts as one that can do nothing beyond its architecture.
+    When the operating system forbids the query, the answer is a processor with only the baseline of its architecture.
     """
     machine = platform.machine()
     try:
@@ -64,15 +64,15 @@ def processor() -> Processor:
 
 
 def byte_options() -> dict[str, str]:
-    """The session options under which products of bytes are exact on this processor."""
+    """The onnxruntime session options that make 8-bit products exact on this processor."""
     return {} if processor().byte_dot_products else {EXACT_BYTES_OPTION: "1"}
 
 
 class _Cpuid:
-    """The two instructions by which an x86-64 processor describes itself. Raises OSError where they may not be run."""
+    """Runs the two instructions that describe an x86-64 processor. Raises OSError when the system forbids that."""
 
     def __init__(self) -> None:
-        # A file's pages may be mapped for execution where no page may be both written and executed.
+        # Systems that forbid pages which are both writable and executable still allow executable pages of a file.
         file = os.memfd_create("cpuid", os.MFD_CLOEXEC)
         try:
             os.write(file, _CPUID + _XGETBV)
@@ -85,12 +85,12 @@ class _Cpuid:
         self._xgetbv: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_uint32)(address + len(_CPUID))
 
     def leaf(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-        """EAX, EBX, ECX and EDX of a leaf, all zero where the processor has it not."""
-        most = self._registers(leaf & 0x80000000, 0)[0]
-        return self._registers(leaf, subleaf) if leaf <= most else (0, 0, 0, 0)
+        """EAX, EBX, ECX and EDX of a leaf; all zero when the processor does not have that leaf."""
+        highest = self._registers(leaf & 0x80000000, 0)[0]
+        return self._registers(leaf, subleaf) if leaf <= highest else (0, 0, 0, 0)
 
     def saved_registers(self) -> int:
-        """XCR0: which registers the operating system saves."""
+        """XCR0: the sets of registers that the operating system saves."""
         return self._xgetbv() if self.leaf(1)[2] >> 27 & 1 else 0
 
     def _registers(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
@@ -101,7 +101,7 @@ class _Cpuid:
 
 
 def _x86(cpuid: _Cpuid) -> Processor:
-    """What onnxruntime's choice of kernels rests on (onnxruntime/core/mlas/lib/platform.cpp)."""
+    """Applies the rules by which onnxruntime chooses kernels (onnxruntime/core/mlas/lib/platform.cpp)."""
     saved = cpuid.saved_registers()
     ebx, ecx, edx = cpuid.leaf(7)[1:]
     instructions: Instructions = "baseline"

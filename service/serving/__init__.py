@@ -1,1 +1,1 @@
-"""What is served, and in how much memory: models, their plans for host and GPU."""
+"""Loads the models to serve, and plans their memory on host and GPU."""

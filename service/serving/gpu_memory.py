@@ -1,4 +1,4 @@
-"""Where a model runs, and how much of a GPU's memory it takes there. All sizes in bytes."""
+"""Chooses the device of a model, and plans the GPU memory that it takes. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from service.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
-# Of the memory that is free at the start, where nothing else is asked for.
+# The share of the memory free at the start that a model may take, unless the settings name a size.
 DEFAULT_SHARE = 0.9
 
 # The sizes below are estimates: none has been measured on a GPU.
-# The driver's context, and what onnxruntime and its libraries load into it.
+# The CUDA context, and what onnxruntime and its libraries load into it.
 _CONTEXT = 768 * MIB
-# A GPU's weights are those of the file, and what alignment adds.
+# Weights on the GPU take the size of the file plus what alignment adds.
 _WEIGHTS_FACTOR = 1.1
-# Copies of a row of logits in float32: the result, two while its shortlist is made, and one in float16 before. While
-# results grow, the old ones are there as well, of half as many rows at most.
+# Copies of a row of logits: the result in float32, two more while its shortlist is made, and the float16 original.
+# While the result buffer grows, the old buffer, of at most half as many rows, exists as well.
 _RESULT_BYTES = 4
 _LOGITS_BYTES = _RESULT_BYTES + 4 + 4 + 2
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
-    """What a model takes of a GPU while `slots` sequences run; keys and values are reserved whole at the start.
+    """GPU memory of a model while `slots` sequences run. The whole KV cache is allocated at the start.
 
-    `session` is what the graphs may take for weights and activations: all that the rest leaves of the budget.
+    `session` is the memory for weights and activations of the graphs: the budget minus everything else.
     """
 
     slots: int
@@ -44,21 +44,22 @@ class GpuPlan:
     session: int
 
 
-def settled(manifest: Manifest, settings: Settings, directory: Path) -> Settings:
-    """The settings with `device` as it is to be, `cpu` or `cuda`: the GPU, where there is one and the model is for it.
+def with_device(manifest: Manifest, settings: Settings, directory: Path) -> Settings:
+    """The settings with `device` resolved to `cpu` or `cuda`; `auto` is the GPU if there is one and the model fits it.
 
-    Raises StartupError when CUDA is asked for and cannot be had, ModelDirectoryError when the model is not for it.
+    Raises StartupError when the settings ask for CUDA and it is not available, and ModelDirectoryError when they do and
+    the model was not exported for CUDA.
     """
-    return settings.model_copy(update={"device": _settle(manifest, settings, directory)})
+    return settings.model_copy(update={"device": _choose_device(manifest, settings, directory)})
 
 
-def _settle(manifest: Manifest, settings: Settings, directory: Path) -> str:
+def _choose_device(manifest: Manifest, settings: Settings, directory: Path) -> str:
     if settings.device == "cpu":
         return "cpu"
-    lacking = lacks_cuda(settings.device_id)
-    if lacking is not None:
+    obstacle = lacks_cuda(settings.device_id)
+    if obstacle is not None:
         if settings.device == "cuda":
-            raise StartupError(no_cuda(lacking))
+            raise StartupError(no_cuda(obstacle))
         return "cpu"
     if "cuda" in manifest.devices:
         return "cuda"
@@ -74,11 +75,11 @@ def _not_for_cuda(directory: Path) -> str:
     return f"{directory} has operators that CUDA has no kernel for; {hint}"
 
 
-def check_apart(models: Mapping[str, Settings]) -> None:
-    """Raises StartupError when more than one of a process's models, by their directories, are to be on a GPU.
+def check_one_on_gpu(models: Mapping[str, Settings]) -> None:
+    """Raises StartupError when more than one model of the process, by directory, would run on a GPU.
 
-    onnxruntime captures what one computes for later replay in CUDA's global mode: while it does, no thread of the
-    process may take memory of any GPU.
+    onnxruntime captures CUDA graphs in CUDA's global mode. During a capture no thread of the process may allocate
+    memory on any GPU.
     """
     names = [name for name, settings in models.items() if settings.device == "cuda"]
     if len(names) > 1:
@@ -90,33 +91,36 @@ def check_apart(models: Mapping[str, Settings]) -> None:
 
 
 def place(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> tuple[Device, int]:
-    """The device that settled settings name, and how many of the slots fit there; StartupError when none does."""
+    """The device named by `settings`, and how many of `slots` fit there. `device` must be resolved, not `auto`.
+
+    Raises StartupError when not even one slot fits.
+    """
     if settings.device != "cuda":
         return Cpu(), slots
     driver = Driver(settings.device_id)
     allowed = budget(settings, driver.free())
-    made = plan(manifest, settings, context_length, slots, allowed)
-    fields = {"model": manifest.id, "gpu": driver.name, "slots": made.slots, "max_running": settings.max_running}
-    fields |= {f"{name}_mib": mib(getattr(made, name)) for name in ("kv", "logits", "session")}
-    if made.slots < slots:
+    planned = plan(manifest, settings, context_length, slots, allowed)
+    fields = {"model": manifest.id, "gpu": driver.name, "slots": planned.slots, "max_running": settings.max_running}
+    fields |= {f"{name}_mib": mib(getattr(planned, name)) for name in ("kv", "logits", "session")}
+    if planned.slots < slots:
         _log.warning("the GPU's memory holds fewer slots than the process", budget_mib=allowed // MIB, **fields)
     else:
         _log.info("the GPU's memory holds all slots", budget_mib=allowed // MIB, **fields)
-    return Cuda(driver, settings.device_id, made.session), made.slots
+    return Cuda(driver, settings.device_id, planned.session), planned.slots
 
 
 def budget(settings: Settings, free: int) -> int:
-    """What the model may take of a GPU with so much memory free."""
+    """Bytes that the model may take of `free` bytes. Raises StartupError when the setting exceeds `free`."""
     if settings.gpu_memory_mib is None:
         return int(DEFAULT_SHARE * free)
     if settings.gpu_memory_mib * MIB > free:
         message = f"gpu_memory_mib {settings.gpu_memory_mib} is more than the GPU has free, which is {free // MIB}"
-        raise StartupError(f"{message}; allow less (--gpu-memory-mib), or end what else uses it")
+        raise StartupError(f"{message}; allow less (--gpu-memory-mib), or end the other processes on the GPU")
     return settings.gpu_memory_mib * MIB
 
 
 def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int, allowed: int) -> GpuPlan:
-    """The plan of the most slots, up to `slots`, that stays within `allowed`. Raises StartupError when none does."""
+    """The plan with the most slots, up to `slots`, that fits `allowed` bytes. Raises StartupError when none fits."""
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
     kv_slot = context_length * manifest.kv.bytes_per_token
     for count in range(slots, 0, -1):
@@ -130,7 +134,7 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int
             return GpuPlan(count, kv, logits, session)
     raise StartupError(
         f"the GPU's memory does not hold one sequence of {context_length} tokens: that takes"
-        f" {mib(_CONTEXT + kv + logits + needed)} MiB ({mib(needed)} weights and activations, {mib(kv)} keys and"
-        f" values, {mib(logits)} logits, {mib(_CONTEXT)} CUDA itself), and {allowed // MIB} MiB are allowed; lower"
+        f" {mib(_CONTEXT + kv + logits + needed)} MiB ({mib(needed)} weights and activations, {mib(kv)} KV"
+        f" cache, {mib(logits)} logits, {mib(_CONTEXT)} CUDA itself), and {allowed // MIB} MiB are allowed; lower"
         " context_length (--context-length) or prompt_chunk (--prompt-chunk), or allow more (--gpu-memory-mib)"
     )

@@ -1,4 +1,4 @@
-"""How much memory the process takes at most, and how many slots of keys and values that leaves. All sizes in bytes."""
+"""Computes the most memory that the process can take, and how many KV cache slots fit. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from service.settings import Settings
 
 MIB = 1 << 20
 
-# Where nothing else is asked for: the rest is for the system, its page cache and what else runs.
+# The share of the machine's memory for the models, unless the settings name a size. The system, its page cache and
+# other processes need the rest.
 DEFAULT_SHARE = 0.75
 
-# The factors below are upper bounds of what was measured with onnxruntime 1.32 on x86-64.
-# Interpreter, libraries, and messages on their way in and out.
+# The factors below are upper bounds of measurements with onnxruntime 1.32 on x86-64.
+# Interpreter, libraries, and messages being received and sent.
 _PROCESS = 256 * MIB
-# Vocabulary and merges as objects, and the parsed file while they are made, per byte of tokenizer.json.
+# Per byte of tokenizer.json: vocabulary and merges as objects, and the parsed file while they are planned.
 _TOKENIZER_FACTOR = 20
-# onnxruntime packs the matrices anew; of the mapped file the token embeddings stay as well.
+# onnxruntime packs the matrices into memory of its own, and keeps the token embeddings of the mapped file as well.
 _WEIGHTS_FACTOR = 1.5
-# A processor multiplies matrices of float16 as float32, and keeps them both ways.
+# A CPU multiplies float16 matrices in float32, and keeps both copies.
 _HALVES_FACTOR = 3.0
-# A position's activations in the arena, which grows by doubling, per square root of the weights of a layer.
+# Activations of one position, per square root of the weights of a layer. The arena grows by doubling.
 _ACTIVATIONS_FACTOR = 64
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4z": 0.5}
-# Rows of float64 that choosing a token works on, in rows of logits.
+# The float64 rows that the sampler works on, counted in float32 rows of logits.
 _SAMPLER_ROWS = 8
-# A token of a waiting sequence: its id as an object, in the prompt and in the sequence, and its text.
+# A token of a waiting sequence: its id as an object, once in the prompt and once in the sequence, and its text.
 _WAITING_TOKEN = 64
-# A token of a running sequence: its score and alternatives as objects, and again in the answer.
+# A token of a running sequence: its log probability and alternatives as objects, and again in the answer.
 _RUNNING_TOKEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the process takes at most while `slots` sequences run, each as long as the context.
+    """The most memory that the process takes while `slots` sequences run, each as long as the context.
 
-    `kv_slot` are the keys and values of one slot; the model has one slot more than sequences run. `other` is everything
-    that has no name here: the process itself, tokenizer, activations, and the tokens of running and waiting sequences.
+    `kv_slot` is the KV cache of one slot; the model has one slot more than `slots`. `other` is everything else: the
+    process itself, tokenizer, activations, and the tokens of running and waiting sequences.
     """
 
     slots: int
@@ -53,78 +54,78 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all parts."""
         return self.weights + (self.slots + 1) * self.kv_slot + self.logits + self.other
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a model claims of the budget: `least` for one sequence, `most` for all; or just its `own`, if it has one."""
+    """Memory that one model claims: `least` for one sequence, `most` for `max_running`, or exactly `reserved`."""
 
     name: str
     least: int
     most: int
-    own: int | None = None
+    reserved: int | None = None
 
 
 def claim(
-    name: str, manifest: Manifest, settings: Settings, context_length: int, *, own: int | None, models: int
+    name: str, manifest: Manifest, settings: Settings, context_length: int, *, reserved: int | None, models: int
 ) -> Claim:
-    """A model's claim, where so many models share the process."""
+    """The claim of one of `models` models that share the process."""
     least, most = (
         _plan(manifest, settings, context_length, slots, models).total for slots in (1, settings.max_running)
     )
-    return Claim(name, least, most, own)
+    return Claim(name, least, most, reserved)
 
 
 def divide(claims: Sequence[Claim], allowed: int) -> list[int]:
-    """Each model's part, together never more than `allowed`.
+    """Each model's part of `allowed`, in the order of the claims; the sum never exceeds `allowed`.
 
-    Models with a budget of their own get that. Of the rest each gets its least, and what is left then in proportion to
-    what more the models could use. Raises StartupError when that does not fit.
+    A model with a reserved size gets exactly that. Each of the others gets its `least`, and the remainder is divided in
+    proportion to `most - least`. Raises StartupError when that does not fit.
     """
-    own = [each for each in claims if each.own is not None]
-    shared = [each for each in claims if each.own is None]
-    left = allowed - sum(each.own or 0 for each in own)
-    if left < 0:
-        named = ", ".join(f"{each.name} {mib(each.own or 0)} MiB" for each in own)
+    reserving = [claim for claim in claims if claim.reserved is not None]
+    sharing = [claim for claim in claims if claim.reserved is None]
+    shared = allowed - sum(claim.reserved or 0 for claim in reserving)
+    if shared < 0:
+        sizes = ", ".join(f"{claim.name} {mib(claim.reserved or 0)} MiB" for claim in reserving)
         raise StartupError(
-            f"the models' own memory_mib come to more than all may take: {named}, together {mib(allowed - left)} MiB,"
+            f"the memory_mib of the models' tables exceed the memory: {sizes}, together {mib(allowed - shared)} MiB,"
             f" and {allowed // MIB} MiB are allowed; lower them, or allow more (--memory-mib)"
         )
-    spare = left - sum(each.least for each in shared)
+    spare = shared - sum(claim.least for claim in sharing)
     if spare < 0 and len(claims) > 1:
-        named = ", ".join(f"{each.name} {mib(each.least)} MiB" for each in shared)
+        sizes = ", ".join(f"{claim.name} {mib(claim.least)} MiB" for claim in sharing)
         raise StartupError(
-            f"the memory does not hold one sequence of each model: that takes {named}, and {left // MIB} MiB are"
-            f" {'left beside what others have of their own' if own else 'allowed'}; lower context_length,"
+            f"the memory does not hold one sequence of each model: that takes {sizes}, and {shared // MIB} MiB are"
+            f" {'left by models with a memory_mib in their table' if reserving else 'allowed'}; lower context_length,"
             f" prompt_chunk or max_waiting, serve fewer models, or allow more (--memory-mib)"
         )
-    wanted = sum(each.most - each.least for each in shared)
+    wanted = sum(claim.most - claim.least for claim in sharing)
 
-    def part(each: Claim) -> int:
-        if each.own is not None:
-            return each.own
-        more = spare * (each.most - each.least) // wanted if wanted else spare // len(shared)
-        return each.least + more
+    def part(claim: Claim) -> int:
+        if claim.reserved is not None:
+            return claim.reserved
+        extra = spare * (claim.most - claim.least) // wanted if wanted else spare // len(sharing)
+        return claim.least + extra
 
-    return [part(each) for each in claims]
+    return [part(claim) for claim in claims]
 
 
 def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: int, models: int = 1) -> Plan:
-    """The plan of the most slots, up to `max_running`, that stays within `allowed`.
+    """The plan with the most slots, up to `max_running`, that fits into `allowed` bytes.
 
-    Where several `models` share the process, each bears its part of what that takes by itself. Raises StartupError when
-    not even one slot fits.
+    When several `models` share the process, the memory of the process itself is split evenly between them. Raises
+    StartupError when not even one slot fits.
     """
     for slots in range(settings.max_running, 0, -1):
-        made = _plan(manifest, settings, context_length, slots, models)
-        if made.total <= allowed:
-            return made
+        planned = _plan(manifest, settings, context_length, slots, models)
+        if planned.total <= allowed:
+            return planned
     raise StartupError(
-        f"the memory does not hold one sequence of {context_length} tokens: that takes {mib(made.total)} MiB"
-        f" ({mib(made.weights)} weights, 2 x {mib(made.kv_slot)} keys and values, {mib(made.logits)} logits,"
-        f" {mib(made.other)} other), and {allowed // MIB} MiB are allowed; lower context_length (--context-length),"
+        f"the memory does not hold one sequence of {context_length} tokens: that takes {mib(planned.total)} MiB"
+        f" ({mib(planned.weights)} weights, 2 x {mib(planned.kv_slot)} KV cache, {mib(planned.logits)} logits,"
+        f" {mib(planned.other)} other), and {allowed // MIB} MiB are allowed; lower context_length (--context-length),"
         f" prompt_chunk (--prompt-chunk) or max_waiting (--max-waiting), or allow more (--memory-mib)"
     )
 
@@ -144,7 +145,7 @@ def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: in
 
 
 def activations(manifest: Manifest) -> int:
-    """What the intermediate results of one position take."""
+    """Bytes of the intermediate results of one position."""
     parameters = manifest.files[WEIGHTS_FILE].bytes / _BYTES_PER_WEIGHT[manifest.quantization.weights]
     return _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
 
@@ -155,7 +156,7 @@ def mib(size: int) -> int:
 
 
 def budget(settings: Settings, root: Path = Path("/")) -> int:
-    """What the process may take: `memory_mib`, else its default share of the machine or container."""
+    """Bytes that the process may take: `memory_mib`, or else the default share of the available memory."""
     if settings.memory_mib is not None:
         return settings.memory_mib * MIB
     return int(DEFAULT_SHARE * available(root))

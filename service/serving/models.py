@@ -1,9 +1,10 @@
-"""The models that are served: all are checked, named, given their parts of the memory, and loaded at the start."""
+"""The models to serve. At the start each is checked, named, given a device and a part of the memory, and loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from service import manifest as manifests
 from service.engine.cache import KVCache
@@ -23,113 +24,130 @@ from service.types import Prompt, Request, SamplingParams
 
 _log = get_logger(__name__)
 
-# What is generated to warm up: the prompt's step, and steps of the other graph.
+# Tokens that the warm-up generates, so that prefill and decode have both run.
 _WARM_UP_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A model directory whose files are what they should be, and what it is to be served with."""
+class CheckedModel:
+    """A model directory whose files have passed all checks, and the settings to serve it with."""
 
-    given: ModelSettings
+    directory: Path
+    settings: Settings
     manifest: Manifest
+    aliases: tuple[str, ...] = ()
+    memory_mib: int | None = None
 
     @property
     def context_length(self) -> int:
-        """The most tokens of a sequence. Raises StartupError when it is set to more than the model can."""
-        own = self.manifest.context_length
-        length = self.given.settings.context_length or own
-        if length > own:
-            raise StartupError(f"context_length {length} is above the {own} of {self.given.directory}")
+        """The most tokens of a sequence. Raises StartupError when the setting exceeds what the model supports."""
+        supported = self.manifest.context_length
+        length = self.settings.context_length or supported
+        if length > supported:
+            raise StartupError(f"context_length {length} is above the {supported} of {self.directory}")
         return length
 
 
-def check(given: ModelSettings) -> Checked:
-    """Reads all of a model directory. Raises StartupError when it is not sound."""
-    manifest = manifests.load(given.directory)
-    manifests.check_external_data(given.directory, manifest)
-    return Checked(given, manifest)
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A checked model, its part of the memory in bytes, and the plan that fits into that part."""
+
+    model: CheckedModel
+    budget: int
+    plan: memory.Plan
 
 
-def settle(models: Sequence[Checked]) -> list[Checked]:
-    """The models, each on the device that it is to have. Raises StartupError where one cannot be had."""
-    settled = []
-    for model in models:
-        own = gpu_memory.settled(model.manifest, model.given.settings, model.given.directory)
-        settled.append(replace(model, given=replace(model.given, settings=own)))
-    gpu_memory.check_apart({str(model.given.directory): model.given.settings for model in settled})
-    return settled
+def check(model: ModelSettings) -> CheckedModel:
+    """Reads and checks every file of a model directory. Raises ModelDirectoryError when one is missing or damaged."""
+    manifest = manifests.load(model.directory)
+    manifests.check_external_data(model.directory, manifest)
+    return CheckedModel(model.directory, model.settings, manifest, model.aliases, model.memory_mib)
 
 
-def aliases(models: Sequence[Checked], more: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """The names besides its id of each model: its manifest's, its settings', and of `more` those that lead to its id.
+def choose_devices(models: Sequence[CheckedModel]) -> list[CheckedModel]:
+    """The models with `device` resolved to `cpu` or `cuda`. Raises StartupError when a device is not available."""
+    chosen = [
+        replace(model, settings=gpu_memory.with_device(model.manifest, model.settings, model.directory))
+        for model in models
+    ]
+    gpu_memory.check_one_on_gpu({str(model.directory): model.settings for model in chosen})
+    return chosen
 
-    Raises StartupError when a name would stand for two models, or for none.
+
+def aliases(models: Sequence[CheckedModel], extra_aliases: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Each model's aliases, by its id: from its manifest, its settings, and the `extra_aliases` that name its id.
+
+    Raises StartupError when two models claim a name, or when an extra alias names an unknown id.
     """
     known = {model.manifest.id for model in models}
-    for alias, target in more.items():
+    for alias, target in extra_aliases.items():
         if target not in known:
             raise StartupError(
                 f"alias {alias}={target}: no model has this id (--alias); there are {', '.join(sorted(known))}"
             )
-    claimed: dict[str, Checked] = {}
-    found = []
+    claimed: dict[str, CheckedModel] = {}
+    by_id = {}
     for model in models:
-        further = (alias for alias, target in more.items() if target == model.manifest.id)
-        names = dict.fromkeys((model.manifest.id, *model.manifest.aliases, *model.given.aliases, *further))
+        extra = (alias for alias, target in extra_aliases.items() if target == model.manifest.id)
+        names = dict.fromkeys((model.manifest.id, *model.manifest.aliases, *model.aliases, *extra))
         for name in names:
             other = claimed.setdefault(name, model)
             if other is not model:
                 raise StartupError(
-                    f"{other.given.directory} and {model.given.directory} both claim the name {name}; change its"
-                    f" alias in the settings, export one of them by another (--id, --alias), or serve one alone"
+                    f"{other.directory} and {model.directory} both claim the name {name}; change its alias in the"
+                    f" settings, export one of them under another name (--id, --alias), or serve only one of them"
                 )
-        found.append(tuple(names)[1:])
-    return found
+        by_id[model.manifest.id] = tuple(names)[1:]
+    return by_id
 
 
-def plans(models: Sequence[Checked], settings: Settings) -> list[tuple[int, memory.Plan]]:
-    """Each settled model's part of the memory, in bytes, and what it takes. Raises StartupError if one is too small."""
-    count = len(models)
-    claims = []
-    for model in models:
-        own = None if model.given.memory_mib is None else model.given.memory_mib * memory.MIB
-        of, name = model.given.settings, str(model.given.directory)
-        claims.append(memory.claim(name, model.manifest, of, model.context_length, own=own, models=count))
-    made = []
-    for model, part in zip(models, memory.divide(claims, memory.budget(settings)), strict=True):
+def plan(models: Sequence[CheckedModel], settings: Settings) -> list[PlannedModel]:
+    """Divides the memory between models whose devices are chosen. Raises StartupError when a part is too small."""
+    claims = [
+        memory.claim(
+            str(model.directory),
+            model.manifest,
+            model.settings,
+            model.context_length,
+            reserved=None if model.memory_mib is None else model.memory_mib * memory.MIB,
+            models=len(models),
+        )
+        for model in models
+    ]
+    planned = []
+    for model, budget in zip(models, memory.divide(claims, memory.budget(settings)), strict=True):
         try:
-            plan = memory.plan(model.manifest, model.given.settings, model.context_length, part, count)
+            fitting = memory.plan(model.manifest, model.settings, model.context_length, budget, len(models))
         except StartupError as error:
-            raise StartupError(f"{model.given.directory}: {error}") from None
-        made.append((part, plan))
-    return made
+            raise StartupError(f"{model.directory}: {error}") from None
+        planned.append(PlannedModel(model, budget, fitting))
+    return planned
 
 
 def load(settings: Settings) -> tuple[ServedModel, ...]:
-    """The models that the settings name, checked and ready to start. Raises StartupError."""
-    models = [check(given) for given in settings.each_model()]
-    names = aliases(models, settings.alias)
-    models = settle(models)
-    parts = plans(models, settings)
-    for model, (part, plan) in zip(models, parts, strict=True):
-        _log_plan(model, part, plan)
-    return tuple(_load(model, plan.slots, also) for model, (_, plan), also in zip(models, parts, names, strict=True))
+    """Checks and loads the models that the settings name; their engines are not started. Raises StartupError."""
+    checked = [check(model) for model in settings.configured_models()]
+    names = aliases(checked, settings.alias)
+    planned = plan(choose_devices(checked), settings)
+    for model in planned:
+        _log_plan(model)
+    return tuple(_load(model.model, model.plan.slots, names[model.model.manifest.id]) for model in planned)
 
 
-def _log_plan(model: Checked, part: int, plan: memory.Plan) -> None:
-    most = model.given.settings.max_running
-    fields = {"model": model.manifest.id, "slots": plan.slots, "max_running": most, "budget_mib": part // memory.MIB}
+def _log_plan(planned: PlannedModel) -> None:
+    slots, max_running = planned.plan.slots, planned.model.settings.max_running
+    fields = {"model": planned.model.manifest.id, "slots": slots, "max_running": max_running}
+    fields["budget_mib"] = planned.budget // memory.MIB
     sizes = ("total", "weights", "kv_slot", "logits", "other")
-    fields |= {f"{name}_mib": memory.mib(getattr(plan, name)) for name in sizes}
-    if plan.slots < most:
+    fields |= {f"{name}_mib": memory.mib(getattr(planned.plan, name)) for name in sizes}
+    if slots < max_running:
         _log.warning("the memory budget holds fewer slots than max_running", **fields)
     else:
         _log.info("the memory budget holds all slots", **fields)
 
 
-def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
-    directory, manifest, settings = checked.given.directory, checked.manifest, checked.given.settings
+def _load(checked: CheckedModel, slots: int, names: tuple[str, ...]) -> ServedModel:
+    directory, manifest, settings = checked.directory, checked.manifest, checked.settings
     length = checked.context_length
     device, slots = gpu_memory.place(manifest, settings, length, slots)
     tokenizer = Tokenizer(directory / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
@@ -153,13 +171,13 @@ def _load(checked: Checked, slots: int, also: tuple[str, ...]) -> ServedModel:
         max_queue_seconds=settings.max_queue_seconds,
         name=manifest.id,
     )
-    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), also)
+    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), names)
 
 
 def warm_up_request(model: ServedModel) -> Request:
-    """A whole chunk of a prompt and a few tokens after it, for nobody."""
+    """The service's own request that warms up a model: one full prompt chunk and a few decode steps."""
     length = min(model.engine.prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
-    token = model.manifest.special_tokens.default_prompt or 0  # any will do
+    token = model.manifest.special_tokens.default_prompt or 0  # any token will do
     prompt = Prompt((token,) * length, "", implied=length)
     return Request(
         id="warm-up",
@@ -173,7 +191,7 @@ def warm_up_request(model: ServedModel) -> Request:
 
 
 def reading(model: ServedModel) -> Reading:
-    """The numbers of a model's engine at this moment."""
+    """What metrics read from a model's engine at each scrape."""
     engine = model.engine
     stats, reuse, faults = engine.stats, engine.reuse, engine.faults
     return Reading(

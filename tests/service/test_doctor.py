@@ -1,4 +1,4 @@
-"""What would keep the service from starting, and where settings come from, said without starting it."""
+"""The commands `doctor` and `config show`, neither of which starts the service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor", "prov
 
 
 def examined(model_dir, **settings):
-    """The findings by name; ports are free ones unless they are given."""
+    """The findings by name. The ports are free ones, unless `settings` names them."""
     port, metrics_port = free_ports(2)
     values = {"port": port, "metrics_port": metrics_port, **settings}
     found = {each.name: each for each in doctor.examine(Settings(model_dir=model_dir, **values))}
@@ -34,11 +34,11 @@ def examined(model_dir, **settings):
 
 
 def failing(found):
-    return [name for name, each in found.items() if not each.good]
+    return [name for name, each in found.items() if not each.passed]
 
 
-def test_all_is_well(model_dir):
-    """Each line says what was found."""
+def test_all_checks_pass(model_dir):
+    """Each finding describes what was checked."""
     found = examined(model_dir)
     assert failing(found) == []
     assert "CPUExecutionProvider" in found["provider"].text
@@ -48,7 +48,7 @@ def test_all_is_well(model_dir):
 
 
 def test_ports_in_use(model_dir):
-    """The process that has the port is named; the metrics' default port is no reason not to start."""
+    """A port in use fails, and its process is named; the default metrics port in use does not fail."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         found = examined(model_dir, port=port, metrics_port=port)
@@ -56,23 +56,23 @@ def test_ports_in_use(model_dir):
         assert f"port {port}: in use (pid {os.getpid()})" in found["port"].text
         unasked = Settings(model_dir=model_dir, port=port, metrics_port=port)
         unasked.model_fields_set.discard("metrics_port")
-        assert [each.name for each in doctor.examine(unasked) if not each.good] == ["port"]
+        assert [each.name for each in doctor.examine(unasked) if not each.passed] == ["port"]
 
 
 def test_a_damaged_model(model_dir, tmp_path):
-    """A file whose hash is wrong is named."""
-    harmed = shutil.copytree(model_dir, tmp_path / "model")
-    path = harmed / "tokenizer.json"
+    """The finding names the file whose hash is wrong."""
+    damaged = shutil.copytree(model_dir, tmp_path / "model")
+    path = damaged / "tokenizer.json"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    found = examined(harmed)
+    found = examined(damaged)
     assert failing(found) == ["model", "names", "memory"]
     assert "tokenizer.json has SHA-256" in found["model"].text
 
 
 def test_memory(model_dir):
-    """Too little for one sequence fails; too little for all is said."""
+    """Memory for less than one sequence fails; memory for fewer slots than max_running is mentioned."""
     found = examined(model_dir, memory_mib=100)
     assert failing(found) == ["memory"]
     assert "100 MiB are allowed" in found["memory"].text
@@ -83,7 +83,7 @@ def test_memory(model_dir):
 
 
 def test_keys(model_dir, tmp_path):
-    """A key file is read; without one only loopback will do."""
+    """A valid key file passes; without a key file only a loopback host passes."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(b'k').hexdigest()} team\n")
     assert "1 keys" in examined(model_dir, api_keys_file=keys)["API keys"].text
@@ -93,7 +93,7 @@ def test_keys(model_dir, tmp_path):
 
 
 def test_tls(model_dir, tmp_path):
-    """Certificate and key must be there, and belong together."""
+    """Certificate and key must exist and belong together."""
     authority = trustme.CA()
     certificate, key, other = (tmp_path / name for name in ("certificate.pem", "key.pem", "other.pem"))
     issued = authority.issue_cert("127.0.0.1", not_after=datetime(2099, 1, 2, 3, 4, tzinfo=UTC))
@@ -109,26 +109,26 @@ def test_tls(model_dir, tmp_path):
 
 
 def test_no_provider(model_dir, monkeypatch):
-    """A build of onnxruntime that cannot compute here is named, with what it has."""
+    """Without the CPU provider of onnxruntime the check fails, and names the providers that exist."""
     monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["OtherProvider"])
     found = examined(model_dir)
     assert failing(found) == ["provider"]
     assert "OtherProvider" in found["provider"].text
 
 
-def test_each_device_is_looked_at(model_dir):
-    """Those of the models, not what a setting says that no model follows."""
+def test_each_device_is_checked(model_dir):
+    """The devices of the models are checked, and a `device` setting that no model uses is not."""
     tables = {"small": {"dir": model_dir, "device": "cpu"}}
     port, metrics_port = free_ports(2)
-    alone = Settings(device="cuda", models=tables, port=port, metrics_port=metrics_port)
-    assert [each for each in doctor.examine(alone) if not each.good] == []
+    unused = Settings(device="cuda", models=tables, port=port, metrics_port=metrics_port)
+    assert [each for each in doctor.examine(unused) if not each.passed] == []
     tables["large"] = {"dir": model_dir, "device": "cuda", "device_id": 3}
     found = list(doctor.examine(Settings(models=tables, port=port, metrics_port=metrics_port)))
-    assert [each.good for each in found if each.name == "provider"] == [True, False]
+    assert [each.passed for each in found if each.name == "provider"] == [True, False]
 
 
 def test_traces_without_their_package(model_dir, monkeypatch):
-    """Where traces are to be sent and OpenTelemetry is not there, the start would end: so it is said."""
+    """With `otlp_endpoint` set and OpenTelemetry not installed, the check of traces fails."""
     monkeypatch.setitem(sys.modules, "service.telemetry.tracing", None)
     assert failing(examined(model_dir)) == []
     found = examined(model_dir, otlp_endpoint="http://collector:4317")
@@ -137,7 +137,7 @@ def test_traces_without_their_package(model_dir, monkeypatch):
 
 
 def test_cuda_without_a_gpu(model_dir):
-    """Asked for, it is missing by name; left to itself the service takes the CPU."""
+    """`device` cuda fails without a GPU, and `auto` takes the CPU."""
     found = examined(model_dir, device="cuda")
     assert failing(found) == ["provider", "memory"]
     assert "--device cuda cannot be had: onnxruntime-gpu is not installed" in found["provider"].text
@@ -147,7 +147,7 @@ def test_cuda_without_a_gpu(model_dir):
 
 @pytest.mark.parametrize(("flags", "code"), [((), 0), (("--memory-mib", "100"), 1)])
 def test_the_doctor_as_a_command(model_dir, flags, code):
-    """One line per thing; 1 if any of them fails, 0 if none does."""
+    """It prints one line per check, and exits with 1 if any fails, else with 0."""
     port, metrics_port = map(str, free_ports(2))
     given = ["doctor", "--model-dir", str(model_dir), "--port", port, "--metrics-port", metrics_port, *flags]
     done = subprocess.run(
@@ -161,7 +161,7 @@ def test_the_doctor_as_a_command(model_dir, flags, code):
 
 @pytest.fixture
 def show(monkeypatch, capsys):
-    """`config show` with flags: its exit code, and rows by setting."""
+    """Runs `config show` with flags; returns its exit code, and its rows by setting."""
     for name in list(os.environ):
         if name.startswith("COMPLETION_"):
             monkeypatch.delenv(name)
@@ -176,7 +176,7 @@ def show(monkeypatch, capsys):
 
 
 def test_config_show(show, monkeypatch, tmp_path):
-    """Every setting with its value, and which of flag, environment, file and default it is from."""
+    """Every setting is printed with its value and its source: flag, environment, file or default."""
     file = tmp_path / "settings.toml"
     file.write_text('model_dir = "m"\nport = 3\nmax_waiting = 3\nprompt_chunk = 33\n')
     monkeypatch.setenv("COMPLETION_MAX_WAITING", "4")
@@ -193,13 +193,13 @@ def test_config_show(show, monkeypatch, tmp_path):
     assert rows["tls_key"] == ["None", "default"]
 
 
-def test_config_show_of_settings_that_will_not_do(show, capsys):
-    """The error is the one with which the service would not start."""
+def test_config_show_of_invalid_settings(show, capsys):
+    """The command fails with the error that would keep the service from starting."""
     code, rows = show("--port", "0", "--model-dir", "m")
     assert (code, rows) == (1, {})
 
 
-def test_the_folder_of_the_model_may_be_called_anything():
-    """Only the first words are commands."""
-    assert command.chosen(["--model-dir", "doctor"])[0] is command.run_service
-    assert command.chosen([])[0] is command.run_service
+def test_a_flag_may_have_the_name_of_a_command_as_its_value():
+    """Only the first words can name a command."""
+    assert command.parse_command(["--model-dir", "doctor"])[0] is command.run_service
+    assert command.parse_command([])[0] is command.run_service

@@ -94,18 +94,18 @@ def test_the_host_holds_no_keys_and_values_of_a_gpu():
 def test_the_device(monkeypatch, wanted, lacking, devices, found):
     """A GPU that there is takes a model that is for it, unless the CPU is asked for."""
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: lacking)
-    assert gpu_memory.settled(described(devices), settings(device=wanted), MODEL).device == found
+    assert gpu_memory.with_device(described(devices), settings(device=wanted), MODEL).device == found
 
 
 def test_asking_for_cuda_in_vain(monkeypatch):
     """Without a GPU, or with a model that is not for one, the start ends with what to do."""
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: f"GPU {index} is not there")
     with pytest.raises(StartupError, match="--device cuda is not available: GPU 3 is not there"):
-        gpu_memory.settled(described(), settings(device="cuda", device_id=3), MODEL)
+        gpu_memory.with_device(described(), settings(device="cuda", device_id=3), MODEL)
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: None)
     said = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"
     with pytest.raises(ModelDirectoryError, match=said):
-        gpu_memory.settled(described(("cpu",)), settings(device="cuda"), MODEL)
+        gpu_memory.with_device(described(("cpu",)), settings(device="cuda"), MODEL)
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -114,11 +114,11 @@ def test_one_model_of_a_process_is_on_a_gpu(others):
     first, other, cpu = settings(device="cuda"), settings(device="cuda", device_id=others), settings(device="cpu")
     advice = r'device = "cpu" in tables \[models\.NAME\] .*--device cpu; or .*--device-id'
     with pytest.raises(StartupError, match=rf"^a and c would .*{advice}"):
-        gpu_memory.check_apart({"a": first, "b": cpu, "c": other})
+        gpu_memory.check_one_on_gpu({"a": first, "b": cpu, "c": other})
     with pytest.raises(StartupError, match=r"^a, b and c would "):
-        gpu_memory.check_apart({"a": first, "b": other, "c": first})
-    gpu_memory.check_apart({"a": cpu, "b": other, "c": cpu})
-    gpu_memory.check_apart({"a": cpu, "b": cpu})
+        gpu_memory.check_one_on_gpu({"a": first, "b": other, "c": first})
+    gpu_memory.check_one_on_gpu({"a": cpu, "b": other, "c": cpu})
+    gpu_memory.check_one_on_gpu({"a": cpu, "b": cpu})
 
 
 def test_placing(monkeypatch):

@@ -1,4 +1,4 @@
-"""Several models: their settings and names, their parts of the memory, and what is said when these do not fit."""
+"""Several models: their settings, names and parts of the memory, and the errors when these do not fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT = "SmolLM2-135M-Instruct"
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    """Nothing of the machine's own environment gets in."""
+    """The settings of the machine's own environment are removed."""
     for name in settings.Settings.model_fields:
         monkeypatch.delenv(f"{settings.ENV_PREFIX}{name.upper()}", raising=False)
 
@@ -35,17 +35,17 @@ def tiny(tmp_path_factory):
     return export_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def rename(model: Path, **changes: object) -> None:
-    """Changes what a manifest says."""
+def edit_manifest(model: Path, **changes: object) -> None:
+    """Changes entries of a model's manifest."""
     path = model / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
 def other(tiny, tmp_path):
-    """The tiny model by another name, in a folder of its own."""
+    """A copy of the tiny model under another id, in its own folder."""
     copied = Path(shutil.copytree(tiny, tmp_path / "other"))
-    rename(copied, id="other")
+    edit_manifest(copied, id="other")
     return copied
 
 
@@ -65,11 +65,11 @@ def other(tiny, tmp_path):
     ],
 )
 def test_directories(monkeypatch, flags, environment, directories):
-    """A flag may be repeated, the environment has one path or a JSON list; the flag wins."""
+    """A flag may be repeated, the environment has one path or a JSON list, and the flag wins."""
     if environment is not None:
         monkeypatch.setenv("COMPLETION_MODEL_DIR", environment)
     loaded = settings.load(flags)
-    assert [str(model.directory) for model in loaded.each_model()] == directories
+    assert [str(model.directory) for model in loaded.configured_models()] == directories
 
 
 FILE = """
@@ -104,27 +104,27 @@ def file(tmp_path):
 
 
 def test_tables(file):
-    """A table's numbers are that model's; what it leaves out, and models without a table, are as all."""
+    """A table overrides settings for its model; missing entries, and other models, have the values for all."""
     loaded = settings.load(["--config", str(file), "--max-waiting", "99"])
-    given = {str(model.directory): model for model in loaded.each_model()}
-    assert list(given) == ["first", "second", "small", "plain"]
-    small = given["small"].settings
+    by_directory = {str(model.directory): model for model in loaded.configured_models()}
+    assert list(by_directory) == ["first", "second", "small", "plain"]
+    small = by_directory["small"].settings
     assert (small.max_running, small.context_length, small.threads) == (64, 1024, 1)
     assert (small.max_waiting, small.max_queue_seconds, small.batch_invariant) == (7, 1.5, False)
     assert small.prompt_chunk == 64
-    assert (given["small"].aliases, given["small"].memory_mib) == (("quick", "cheap"), 2000)
+    assert (by_directory["small"].aliases, by_directory["small"].memory_mib) == (("quick", "cheap"), 2000)
     for name in ("first", "second", "plain"):
-        assert given[name].settings == loaded
-        assert (given[name].aliases, given[name].memory_mib) == ((), None)
+        assert by_directory[name].settings == loaded
+        assert (by_directory[name].aliases, by_directory[name].memory_mib) == ((), None)
     assert loaded.alias == {"fast": "org/small"}
 
 
 def test_tables_in_the_environment(monkeypatch):
-    """As JSON, where a file cannot be had."""
+    """The environment can hold the tables as JSON, for services without a settings file."""
     monkeypatch.setenv("COMPLETION_MODELS", '{"a": {"dir": "a", "max_running": 3}}')
     monkeypatch.setenv("COMPLETION_ALIAS", '{"x": "org/a"}')
     loaded = settings.load(["--max-running", "4", "--alias", "y=org/b", "--alias", "z=c"])
-    (model,) = loaded.each_model()
+    (model,) = loaded.configured_models()
     assert (model.directory, model.settings.max_running) == (Path("a"), 3)
     assert loaded.alias == {"x": "org/a", "y": "org/b", "z": "c"}
 
@@ -141,8 +141,8 @@ def test_tables_in_the_environment(monkeypatch):
         ("port = 3\n", ["--model-dir", "COMPLETION_MODEL_DIR", "[models.NAME]"]),
     ],
 )
-def test_tables_that_will_not_do(tmp_path, content, parts):
-    """The message names the table's entry, the bound and what was given."""
+def test_invalid_tables(tmp_path, content, parts):
+    """The message names the table's entry, the bound and the given value."""
     path = tmp_path / "settings.toml"
     path.write_text(content)
     with pytest.raises(StartupError) as caught:
@@ -151,14 +151,14 @@ def test_tables_that_will_not_do(tmp_path, content, parts):
 
 
 @pytest.mark.parametrize("flags", [["--alias", "nothing"], ["--models", "{"], ["--alias", "a b=c"]])
-def test_flags_that_will_not_do(flags):
-    """They are refused by name, as an error and not as a traceback."""
+def test_invalid_flags(flags):
+    """An invalid flag is refused by name, with an error and not a traceback."""
     with pytest.raises(StartupError, match=flags[0].strip("-")):
         settings.load(["--model-dir", "m", *flags])
 
 
 def test_config_show(file, monkeypatch, capsys):
-    """What each table has of its own, and what it has as all do, with where that is from."""
+    """Entries of a table are printed with their source, and shared settings as shared."""
     monkeypatch.setattr(sys, "argv", ["service", "config", "show", "--config", str(file)])
     assert command.main() == 0
     rows = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()}
@@ -175,7 +175,7 @@ def test_config_show(file, monkeypatch, capsys):
 
 
 def test_config_show_of_tables_from_two_sources(file, monkeypatch, capsys):
-    """Tables and aliases come together, and each entry says where it is from."""
+    """Tables and aliases of several sources are merged, and each entry is printed with its source."""
     monkeypatch.setenv("COMPLETION_MODELS", '{"small": {"dir": "other"}, "third": {"dir": "third"}}')
     monkeypatch.setattr(
         sys, "argv", ["service", "config", "show", "--config", str(file), "--alias", "quicker=org/small"]
@@ -210,21 +210,21 @@ def test_config_show_of_tables_from_two_sources(file, monkeypatch, capsys):
     ],
 )
 def test_the_budget_is_divided(claims, allowed, parts):
-    """Who has a budget of its own gets that; of the rest each gets its least, and more in proportion to its use."""
+    """A reserved size is granted exactly; the others get their least, and more in proportion to what they could use."""
     made = memory.divide([Claim(str(number), *each) for number, each in enumerate(claims)], allowed)
     assert made == parts
     assert sum(made) <= allowed
 
 
-def test_budgets_of_their_own_that_come_to_too_much():
-    """The message says which models, how much, and what is allowed."""
+def test_reserved_sizes_above_the_memory():
+    """The message names the models, their sizes and the allowed total."""
     claims = [Claim("m/a", 1, 2, 70 * MIB), Claim("m/b", 1, 2, 50 * MIB), Claim("m/c", 1, 2)]
     with pytest.raises(StartupError, match="m/a 70 MiB, m/b 50 MiB, together 120 MiB, and 100 MiB are allowed"):
         memory.divide(claims, 100 * MIB)
 
 
 def test_models_that_do_not_fit_together():
-    """The message says what each takes for a single sequence, and what is left to them."""
+    """The message says what each model takes for a single sequence, and what is left for them."""
     claims = [Claim("m/a", 30 * MIB, 90 * MIB), Claim("m/b", 25 * MIB, 30 * MIB), Claim("m/c", 1, 2, 50 * MIB)]
     with pytest.raises(StartupError, match="m/a 30 MiB, m/b 25 MiB, and 50 MiB are left") as caught:
         memory.divide(claims, 100 * MIB)
@@ -232,33 +232,33 @@ def test_models_that_do_not_fit_together():
 
 
 def test_slots_of_each(model_dir, tiny):
-    """Of a budget that holds all, every model has all its slots; of a smaller one each has some, within the budget."""
-    checked = [models.check(given) for given in Settings(model_dir=[model_dir, tiny]).each_model()]
+    """With enough memory every model has all its slots; with less each has some, and their sum stays within it."""
+    checked = [models.check(model) for model in Settings(model_dir=[model_dir, tiny]).configured_models()]
     enough = sum(
-        memory.claim("", each.manifest, each.given.settings, each.context_length, own=None, models=2).most
-        for each in checked
+        memory.claim("", model.manifest, model.settings, model.context_length, reserved=None, models=2).most
+        for model in checked
     )
     for allowed, all_slots in ((memory.mib(enough), True), (memory.mib(enough) // 2, False)):
-        plans = models.plans(checked, Settings(model_dir=[model_dir, tiny], memory_mib=allowed))
-        assert [plan.slots == 32 for _, plan in plans] == [all_slots, all_slots]
-        assert all(plan.slots > 8 for _, plan in plans)
-        assert sum(plan.total for _, plan in plans) <= sum(part for part, _ in plans) <= allowed * MIB
+        planned = models.plan(checked, Settings(model_dir=[model_dir, tiny], memory_mib=allowed))
+        plans = [model.plan for model in planned]
+        assert [plan.slots == 32 for plan in plans] == [all_slots, all_slots]
+        assert all(plan.slots > 8 for plan in plans)
+        assert sum(plan.total for plan in plans) <= sum(model.budget for model in planned) <= allowed * MIB
 
 
 def test_the_process_counts_once(tiny, other):
-    """What the process takes by itself is not reserved for each model again."""
+    """The memory of the process itself is counted once, not for each model again."""
     totals = []
     for directories in ([tiny], [tiny, other]):
         given = Settings(model_dir=directories, max_running=1)
-        totals.append(
-            sum(plan.total for _, plan in models.plans([models.check(each) for each in given.each_model()], given))
-        )
+        checked = [models.check(model) for model in given.configured_models()]
+        totals.append(sum(model.plan.total for model in models.plan(checked, given)))
     alone, both = totals
     assert both - alone < alone - memory._PROCESS + MIB
 
 
-def test_a_budget_of_its_own_that_holds_no_sequence(tiny, other):
-    """The message names the model."""
+def test_a_reserved_size_below_one_sequence(tiny, other):
+    """The message names the model's directory."""
     given = Settings(models={"a": {"dir": tiny}, "b": {"dir": other, "memory_mib": 100}}, memory_mib=4000)
     with pytest.raises(StartupError, match=f"{other}: .*one sequence of 4096 tokens.* and 100 MiB are allowed"):
         models.load(given)
@@ -268,15 +268,16 @@ def test_a_budget_of_its_own_that_holds_no_sequence(tiny, other):
 
 
 def test_names(tiny, other):
-    """A model has its id, its manifest's aliases, its table's, and those that lead to its id."""
-    rename(other, aliases=["from-manifest"])
+    """A model's aliases are those of its manifest, those of its table, and the `alias` entries that name its id."""
+    edit_manifest(other, aliases=["from-manifest"])
     given = Settings(
         model_dir=tiny,
         models={"o": {"dir": other, "aliases": ["from-table", "from-manifest"]}},
         alias={"given": "other", "small": TINY},
     )
-    checked = [models.check(each) for each in given.each_model()]
-    assert models.aliases(checked, given.alias) == [("small",), ("from-manifest", "from-table", "given")]
+    checked = [models.check(model) for model in given.configured_models()]
+    aliases = {TINY: ("small",), "other": ("from-manifest", "from-table", "given")}
+    assert models.aliases(checked, given.alias) == aliases
 
 
 @pytest.mark.parametrize(
@@ -290,34 +291,34 @@ def test_names(tiny, other):
     ],
 )
 def test_a_name_for_two_models(tiny, other, changes, extra, name):
-    """The message names both directories, and the name."""
-    rename(other, **changes)
+    """The message names both directories and the name that both claim."""
+    edit_manifest(other, **changes)
     with pytest.raises(StartupError) as caught:
         models.load(Settings(model_dir=[tiny, other], **extra))
     for part in (str(tiny), str(other), f"the name {name};"):
         assert part in str(caught.value)
 
 
-def test_an_alias_of_nothing(tiny):
-    """The message names the ids that there are."""
+def test_an_alias_of_an_unknown_model(tiny):
+    """The message names the ids of the served models."""
     with pytest.raises(StartupError, match=r"alias x=nothing: no model has this id .*tiny"):
         models.load(Settings(model_dir=tiny, alias={"x": "nothing"}))
 
 
-# --- what a start refuses, and the doctor finds ---
+# --- what the start refuses and the doctor reports ---
 
 
 def test_a_context_that_one_model_cannot(model_dir, tiny):
-    """The directory is named; with one of its own it can."""
+    """The message names the model's directory; a `context_length` in its table makes it fit."""
     with pytest.raises(StartupError, match=f"context_length 5000 is above the 4096 of {tiny}"):
         models.load(Settings(model_dir=[model_dir, tiny], context_length=5000))
     given = Settings(model_dir=model_dir, models={"t": {"dir": tiny, "context_length": 64}}, context_length=5000)
-    checked = [models.check(each) for each in given.each_model()]
-    assert [each.context_length for each in checked] == [5000, 64]
+    checked = [models.check(model) for model in given.configured_models()]
+    assert [model.context_length for model in checked] == [5000, 64]
 
 
 def test_a_damaged_model_beside_a_sound_one(tiny, other):
-    """Nothing is loaded; the file is named, and the exit code is that of a damaged directory."""
+    """No model is loaded; the message names the file, and the exit code is that of a damaged directory."""
     path = other / "model.onnx.data"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelDirectoryError, match=f"{path} has"):
@@ -334,11 +335,11 @@ def test_a_damaged_model_beside_a_sound_one(tiny, other):
 
 
 def examined(given):
-    return [(each.name, each.good, each.text) for each in doctor.examine(given)]
+    return [(each.name, each.passed, each.text) for each in doctor.examine(given)]
 
 
 def test_the_doctor(model_dir, tiny, other):
-    """A line for each model and its memory, and one for all names; a damaged model is named beside the others."""
+    """The doctor reports on each model and its memory, and on all names; a damaged model does not hide the others."""
     port, metrics_port = free_ports(2)
     given = Settings(model_dir=[model_dir, tiny], alias={"small": TINY}, port=port, metrics_port=metrics_port)
     found = examined(given)
@@ -358,7 +359,7 @@ def test_the_doctor(model_dir, tiny, other):
 
 
 def test_the_doctor_of_names_and_budgets(tiny, other):
-    """What a start would refuse: a name for two, and a budget that does not hold all."""
+    """The doctor reports a name of two models, and memory that does not hold both."""
     port, metrics_port = free_ports(2)
     given = Settings(
         model_dir=[tiny, other], alias={"other": TINY}, memory_mib=300, port=port, metrics_port=metrics_port
