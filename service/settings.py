@@ -27,6 +27,7 @@ from pydantic_settings import (
 from service.errors import StartupError
 
 ENV_PREFIX = "COMPLETION_"
+_LOOPBACK = IPv4Address("127.0.0.1")
 
 # Settings that a model's table can override have the same bounds in both places.
 _Device = Literal["auto", "cpu", "cuda"]
@@ -106,7 +107,7 @@ class Settings(BaseSettings):
         {}, description="Models with individual settings: tables `[models.NAME]` in the file, or JSON."
     )
     host: IPvAnyAddress = Field(
-        IPv4Address("127.0.0.1"), description="IP address to listen on; any address but loopback needs an API key file."
+        _LOOPBACK, description="IP address to listen on; any address but loopback needs an API key file."
     )
     port: int = Field(50051, ge=1, le=65535, description="Port to listen on.")
     api_keys_file: Path | None = Field(
@@ -136,8 +137,7 @@ class Settings(BaseSettings):
     )
     max_running: _MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
     memory_mib: _Positive | None = Field(
-        None,
-        description="Memory for the process, in MiB, which limits the slots; if not set, 3/4 of what is there.",
+        None, description="Memory for the process, in MiB, which limits the slots; if not set, 3/4 of what is there."
     )
     max_waiting: _Positive = Field(
         1024, description="Most sequences that wait before requests are refused; one caller may have half as many."
@@ -145,9 +145,7 @@ class Settings(BaseSettings):
     max_queue_seconds: _Seconds = Field(
         30.0, description="Longest estimated wait for a slot, in seconds; beyond it a caller's requests are refused."
     )
-    requests_per_minute: _Positive | None = Field(
-        None, description="Most requests per minute and key; no limit if not set."
-    )
+    requests_per_minute: _Positive | None = Field(None, description="Requests per minute and key; no limit if not set.")
     tokens_per_minute: _Positive | None = Field(
         None, description="Most tokens of prompts and completions per minute and key; no limit if not set."
     )
@@ -158,8 +156,7 @@ class Settings(BaseSettings):
         128, description="Most prompt tokens in one step; running streams wait for such a step between two tokens."
     )
     threads: _Positive = Field(
-        len(os.sched_getaffinity(0)),
-        description="Compute threads of each model; the number of physical cores is best.",
+        len(os.sched_getaffinity(0)), description="Compute threads of each model; the number of physical cores is best."
     )
     batch_invariant: bool = Field(
         True,
@@ -186,12 +183,8 @@ class Settings(BaseSettings):
         ge=0,
         description="How long the service accepts requests after SIGTERM, while health is NOT_SERVING, in seconds.",
     )
-    drain_seconds: float = Field(
-        30.0, ge=0, description="How long running requests may then take to finish, in seconds."
-    )
-    metrics_host: IPvAnyAddress = Field(
-        IPv4Address("127.0.0.1"), description="IP address to serve metrics on, without a key."
-    )
+    drain_seconds: float = Field(30.0, ge=0, description="Time for running requests to finish after that, in seconds.")
+    metrics_host: IPvAnyAddress = Field(_LOOPBACK, description="IP address to serve metrics on, without a key.")
     metrics_port: int = Field(
         9464,
         ge=0,
