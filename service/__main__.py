@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from service import doctor, settings
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
-from service.server import serve
+from service.process import serve
 from service.telemetry import log
 
 EXIT_FAILURE = 1

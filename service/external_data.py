@@ -1,13 +1,13 @@
-"""Which files an ONNX graph takes tensors from, read from the protobuf of the graph itself."""
+"""Finds the files that an ONNX graph takes tensors from, by reading the graph's protobuf."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# As deep as protobuf itself reads.
-_MOST_NESTED = 100
+# The depth at which protobuf itself stops.
+_MAX_DEPTH = 100
 
-# Of each message the fields that can hold, however deep, a tensor: by number, what they are (onnx.proto).
+# The fields of each message that can contain a tensor at any depth: field number -> message, or entry (onnx.proto).
 _FIELDS = {
     "Model": {7: "Graph", 25: "Function"},
     "Function": {7: "Node", 11: "Attribute"},
@@ -21,28 +21,28 @@ _FIELDS = {
 
 
 def locations(model: bytes) -> set[str]:
-    """The `location` of every tensor that is stored outside the graph. Raises ValueError when it is no such file."""
+    """The `location` of every tensor stored outside the graph. Raises ValueError when `model` is not an ONNX graph."""
     return set(_locations(memoryview(model), "Model", 0))
 
 
 def _locations(data: memoryview, message: str, depth: int) -> Iterator[str]:
-    if depth > _MOST_NESTED:
-        raise ValueError(f"messages are nested deeper than {_MOST_NESTED}")
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"messages are nested deeper than {_MAX_DEPTH}")
     entry: dict[str, str] = {}
     for number, value in _fields(data):
-        kind = _FIELDS[message].get(number)
-        if kind is None:
+        content = _FIELDS[message].get(number)
+        if content is None:
             continue
         if message == "Entry":
-            entry[kind] = bytes(value).decode()
+            entry[content] = bytes(value).decode()
         else:
-            yield from _locations(value, kind, depth + 1)
+            yield from _locations(value, content, depth + 1)
     if entry.get("key") == "location":
         yield entry.get("value", "")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a message that hold bytes; all others are passed over."""
+    """The fields of a message that hold bytes; the others are skipped."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -57,8 +57,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
                 length = 4
             case 2:
                 length, at = _varint(data, at)
-            case kind:
-                raise ValueError(f"wire type {kind} at byte {at}")
+            case wire_type:
+                raise ValueError(f"wire type {wire_type} at byte {at}")
         if at + length > len(data):
             raise ValueError(f"a field of {length} bytes at byte {at} goes beyond the end")
         if tag & 7 == 2:

@@ -1,4 +1,4 @@
-"""Notices an engine whose step never ends, and an event loop that no longer turns."""
+"""Detects an engine whose step never ends, and an event loop that is blocked."""
 
 from __future__ import annotations
 
@@ -6,47 +6,49 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-_LOOKS = 10
+# Both watchdogs check this many times in the time limit. They count checks instead of reading the clock, so that a
+# process that was stopped for a while, and then continues, does not count as hung.
+_CHECKS = 10
 
 
 async def hung(turn: Callable[[], int | None], seconds: float) -> None:
-    """Returns once the same turn has been under way for `seconds`, and up to a fifth more; `turn` gives its number.
+    """Returns when one turn of the engine has lasted `seconds`, or up to a fifth longer.
 
-    It counts its own looks, not the clock: a process that was stopped for a while, and goes on, does not hang.
+    `turn` returns the number of the current turn, or None while the engine idles.
     """
-    seen, same = turn(), 0
-    while same < _LOOKS:
-        await asyncio.sleep(seconds / _LOOKS)
-        now = turn()
-        same = same + 1 if now is not None and now == seen else 0
-        seen = now
+    previous, unchanged = turn(), 0
+    while unchanged < _CHECKS:
+        await asyncio.sleep(seconds / _CHECKS)
+        current = turn()
+        unchanged = unchanged + 1 if current is not None and current == previous else 0
+        previous = current
 
 
 class Heartbeat:
-    """A thread that has the event loop beat, and calls `end` once there was no beat for `seconds`, up to a fifth more.
+    """A thread that calls `end` when the event loop has run no callback for `seconds`, or up to a fifth longer.
 
-    It counts its own looks, not the clock, as `hung` does. As a context manager it watches inside the block.
+    As a context manager it watches inside the block.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, end: Callable[[], None]) -> None:
         self._loop = loop
-        self._pause = seconds / _LOOKS
+        self._pause = seconds / _CHECKS
         self._end = end
-        self._beats = threading.Event()
-        self._over = threading.Event()
+        self._beat = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def _watch(self) -> None:
-        silent = 0
-        self._loop.call_soon_threadsafe(self._beats.set)
-        while not self._over.wait(self._pause):
-            if self._beats.is_set():
-                self._beats.clear()
-                silent = 0
-                self._loop.call_soon_threadsafe(self._beats.set)
+        missed = 0
+        self._loop.call_soon_threadsafe(self._beat.set)
+        while not self._stopped.wait(self._pause):
+            if self._beat.is_set():
+                self._beat.clear()
+                missed = 0
+                self._loop.call_soon_threadsafe(self._beat.set)
                 continue
-            silent += 1
-            if silent == _LOOKS:
+            missed += 1
+            if missed == _CHECKS:
                 self._end()
                 return
 
@@ -55,5 +57,5 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()

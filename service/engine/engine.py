@@ -79,9 +79,12 @@ class Engine:
         self._clock = clock
         self._log = _log.bind(model=name)
         self._slow_readers = 0
+        self._observer = Observer()
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Starts the step thread; pieces are delivered on `loop`."""
+    def start(self, loop: asyncio.AbstractEventLoop, observer: Observer | None = None) -> None:
+        """Starts the step thread. Pieces are delivered on `loop`, and steps are reported to `observer`."""
+        self._observer = observer or self._observer
+        self.steps.observe(self._observer)
         self.steps.post = loop.call_soon_threadsafe
         self._thread.start()
 
@@ -115,15 +118,13 @@ class Engine:
         It is excluded from metrics and from wait estimates. It queues behind earlier requests and is never refused for
         overload. Raises EngineFaultError when the model fails.
         """
+        self.steps.commands.put(partial(self.steps.observe, Observer()))
         with self._submit(request) as generation:
             async for _ in generation:
                 pass
+        self.steps.commands.put(partial(self.steps.observe, self._observer))
         self.admission.pace = Pace()
         self.steps.commands.put(self.steps.scheduler.forget_reuse)
-
-    def observe(self, observer: Observer) -> None:
-        """Reports every step to `observer` from now on."""
-        self.steps.commands.put(partial(self.steps.observe, observer))
 
     def abandon(self) -> None:
         """Ends every request with UnavailableError from the event loop, because the step thread hangs."""

@@ -66,7 +66,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._over = True
         self._wake()
 
-    def say(self, serving: bool, *names: str) -> None:
+    def set_serving(self, serving: bool, *names: str) -> None:
         """Sets the names to SERVING, or to NOT_SERVING."""
         for name in names:
             self._statuses[name] = _Answer.SERVING if serving else _Answer.NOT_SERVING

@@ -1,4 +1,4 @@
-"""What the fast tests share."""
+"""Settings and fixtures of all fast tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import settings
 from service.text.tokenizer import Tokenizer
 from tests.support.fakes import letters_tokenizer
 
-# A busy machine is no failure, and every run tries the same examples.
+# No deadline, since a busy machine is no failure; every run tries the same examples.
 settings.register_profile("fast", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("fast")
 

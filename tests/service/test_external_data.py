@@ -1,4 +1,4 @@
-"""Finding out where a graph's tensors lie."""
+"""Finding the files in which a graph's tensors are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.external_data import locations
 
 
 def field(number: int, data: bytes) -> bytes:
-    """A field of a message that holds bytes."""
+    """A field that holds bytes, as protobuf encodes it."""
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
@@ -45,20 +45,20 @@ def tensor(location: bytes) -> bytes:
     ],
 )
 def test_wherever_a_tensor_can_be(model):
-    """Initializers, sparse ones, attributes, graphs within graphs, and functions."""
+    """A tensor is found in initializers, sparse ones, attributes, nested graphs, and functions."""
     assert locations(model) == {"../x"}
 
 
-def test_other_fields_are_passed_over():
-    """Numbers of every kind stand between."""
+def test_other_fields_are_skipped():
+    """Number fields of every wire type between the tensors do not matter."""
     numbers = varint(1 << 3) + varint(300) + varint(2 << 3 | 1) + bytes(8) + varint(3 << 3 | 5) + bytes(4)
     graph = numbers + field(5, tensor(b"a")) + numbers + field(5, tensor(b"b")) + field(2, b"name")
     assert locations(numbers + field(7, graph)) == {"a", "b"}
 
 
 @given(st.binary(max_size=60))
-def test_anything_else(data):
-    """Whatever the bytes, there is an answer or ValueError."""
+def test_arbitrary_bytes(data):
+    """Arbitrary bytes give locations or ValueError."""
     for model in (data, field(7, data), field(7, field(5, data))):
         with suppress(ValueError):
-            assert all(isinstance(each, str) for each in locations(model))
+            assert all(isinstance(location, str) for location in locations(model))

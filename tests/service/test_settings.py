@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what is said when they do not fit."""
+"""Settings: their sources, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODEL = ["--model-dir", "m"]
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    """Nothing of the machine's own environment gets in."""
+    """The settings of the machine's own environment are removed."""
     for name in settings.Settings.model_fields:
         monkeypatch.delenv(f"{settings.ENV_PREFIX}{name.upper()}", raising=False)
 
@@ -28,7 +28,7 @@ def file(tmp_path):
 
 
 def test_precedence(monkeypatch, file):
-    """A flag wins over the environment, that over the file, that over the default."""
+    """A flag overrides the environment, which overrides the file, which overrides the default."""
     monkeypatch.setenv("COMPLETION_PORT", "2")
     monkeypatch.setenv("COMPLETION_MAX_RUNNING", "2")
     loaded = settings.load(["--config", str(file), "--port", "1"])
@@ -37,7 +37,7 @@ def test_precedence(monkeypatch, file):
 
 
 def test_file_named_by_the_environment(monkeypatch, file):
-    """COMPLETION_CONFIG is --config; the flag wins."""
+    """COMPLETION_CONFIG names the file like --config, and the flag wins."""
     monkeypatch.setenv("COMPLETION_CONFIG", str(file))
     assert settings.load([]).max_waiting == 3
     other = file.with_name("other.toml")
@@ -46,14 +46,14 @@ def test_file_named_by_the_environment(monkeypatch, file):
 
 
 def test_defaults():
-    """Only the model directory has none; what listens does so on loopback."""
+    """Every setting but the model directory has a default, and by default the service listens on loopback."""
     loaded = settings.load(MODEL)
     assert (str(loaded.host), loaded.port, loaded.api_keys_file) == ("127.0.0.1", 50051, None)
     assert loaded.batch_invariant
 
 
 def test_switches(monkeypatch):
-    """A switch is a flag, and its opposite."""
+    """A boolean setting has a flag and a negative flag."""
     assert not settings.load([*MODEL, "--no-batch-invariant"]).batch_invariant
     monkeypatch.setenv("COMPLETION_BATCH_INVARIANT", "false")
     assert not settings.load(MODEL).batch_invariant
@@ -61,21 +61,21 @@ def test_switches(monkeypatch):
 
 
 def refused(*arguments):
-    """The message with which the service does not start."""
+    """The message of the error that keeps the service from starting."""
     with pytest.raises(StartupError) as caught:
         settings.load(arguments)
     return str(caught.value)
 
 
 def test_missing_setting():
-    """The message names flag and variable."""
+    """The message names the flag and the environment variable."""
     message = refused()
     assert "--model-dir" in message
     assert "COMPLETION_MODEL_DIR" in message
 
 
 def test_value_out_of_range(monkeypatch):
-    """The message names the bound and what was given, for every setting at fault."""
+    """The message names the bound and the given value, for every invalid setting."""
     monkeypatch.setenv("COMPLETION_MAX_RUNNING", "many")
     message = refused(*MODEL, "--port", "70000")
     assert "COMPLETION_PORT" in message
@@ -86,7 +86,7 @@ def test_value_out_of_range(monkeypatch):
 
 
 def test_host_is_an_address():
-    """A name could stand for several addresses, of which some may be taken: only an IP address says where to listen."""
+    """`host` must be an IP address, because a name can resolve to several addresses."""
     assert settings.load([*MODEL, "--host", "::1"]).host.version == 6
     message = refused(*MODEL, "--host", "localhost")
     assert "COMPLETION_HOST" in message
@@ -102,19 +102,19 @@ def test_host_is_an_address():
     ],
 )
 def test_bad_file(tmp_path, content, problem):
-    """A misspelt setting or a damaged file is an error, not something to pass over."""
+    """A misspelt setting or a damaged file is an error, and is not ignored."""
     path = tmp_path / "settings.toml"
     path.write_bytes(content)
     assert problem in refused("--config", str(path))
 
 
 def test_missing_file(tmp_path):
-    """A settings file that is asked for must be there."""
+    """A settings file that a flag names must exist."""
     assert "does not exist" in refused(*MODEL, "--config", str(tmp_path / "none.toml"))
 
 
 def test_unknown_flag(capsys):
-    """It is refused by name, as command lines do."""
+    """An unknown flag is refused by name, with exit code 2."""
     with pytest.raises(SystemExit) as caught:
         settings.load([*MODEL, "--prot", "1"])
     assert caught.value.code == 2
@@ -122,6 +122,6 @@ def test_unknown_flag(capsys):
 
 
 def test_settings_do_not_change():
-    """They are what they were at the start."""
+    """A loaded setting cannot be assigned."""
     with pytest.raises(ValueError, match="frozen"):
         settings.load(MODEL).port = 1

@@ -1,4 +1,4 @@
-"""Which process listens on a port, from a /proc written by hand."""
+"""Finding the process that listens on a port, in a /proc written by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TABLE = """\
 """
 
 
-def test_a_descriptor_that_is_closed_meanwhile_hides_no_listener(tmp_path):
+def test_a_descriptor_closed_in_the_meantime_hides_no_listener(tmp_path):
     """A descriptor that cannot be read is skipped; the process's other descriptors still count."""
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "tcp").write_text(_TABLE)

@@ -1,4 +1,4 @@
-"""What CPUID says, read as onnxruntime reads it."""
+"""CPUID is interpreted as onnxruntime interprets it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = b"Some Processor   3000".ljust(48, b"\0")
 
 
 class Registers:
-    """A processor whose leaves are given; all others are zero."""
+    """A fake processor with the given CPUID leaves; all other leaves are zero."""
 
     def __init__(self, saved, leaves):
         self.saved_registers = lambda: saved
@@ -56,9 +56,9 @@ def test_x86(saved, leaves, instructions, products):
     assert module._x86(Registers(saved, leaves)) == Processor("Some Processor 3000", instructions, products)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="arm64 is asked without code of ours")
-def test_nobody_may_ask(monkeypatch):
-    """Where no code may be run that asks, the processor counts as one that can do the least, and sums stay exact."""
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="arm64 needs no machine code to read its features")
+def test_a_query_that_the_system_forbids(monkeypatch):
+    """When the system forbids the query, the processor counts as the baseline, and sums stay exact."""
 
     def refused(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -73,6 +73,6 @@ def test_nobody_may_ask(monkeypatch):
         processor.cache_clear()
 
 
-def test_its_name():
-    """One line for people."""
+def test_the_printed_form():
+    """A processor prints as one line."""
     assert str(Processor("Some", "AVX2", byte_dot_products=False)) == "Some, AVX2 kernels without 8-bit dot products"

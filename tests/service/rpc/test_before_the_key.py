@@ -173,14 +173,14 @@ async def test_requests_per_minute_are_counted_by_key(served):
 async def test_health(served, caplog):
     """Without a key: each name, all names, and what changes; unknown names and what is no message have a status."""
     health = health_pb2_grpc.HealthStub(served.channel)
-    served.health.say(True, "", "readiness")
+    served.health.set_serving(True, "", "readiness")
     assert (await health.Check(health_pb2.HealthCheckRequest(service="readiness"))).status == 1
     assert dict((await health.List(health_pb2.HealthListRequest())).statuses).keys() == {"", "readiness"}
     error = await refused(health.Check(health_pb2.HealthCheckRequest(service="nothing")))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     watch = health.Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == 1
-    served.health.say(False, "")
+    served.health.set_serving(False, "")
     assert (await watch.read()).status == 2
     for name in ("Check", "Watch", "List"):
         for data in (b"\xff\xff", b"\x0a\xff", b"x" * (wire.LARGE + 1)):
@@ -194,7 +194,7 @@ async def test_health(served, caplog):
 async def test_watches_are_bounded(served, monkeypatch):
     """So many, and a check is answered all the same; one that ends makes room for another."""
     monkeypatch.setitem(running._MAX_LASTING, "Watch", 3)
-    served.health.say(True, "")
+    served.health.set_serving(True, "")
     health = health_pb2_grpc.HealthStub(served.channel)
     watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
     for watch in watches:
@@ -209,11 +209,11 @@ async def test_watches_are_bounded(served, monkeypatch):
 
 async def test_a_watch_that_reads_nothing_holds_nobody_up(served):
     """A change of status reaches the other watchers at once."""
-    served.health.say(True, "")
+    served.health.set_serving(True, "")
     watch = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == 1
     with await asyncio.to_thread(http2.Connection, served.port, 0) as connection:
         connection.open([1], HEAD | {":path": "/grpc.health.v1.Health/Watch"}, http2.message(b""))
         await eventually_async(lambda: served.health.watches == 2)
-        served.health.say(False, "")
+        served.health.set_serving(False, "")
         assert (await watch.read()).status == 2
