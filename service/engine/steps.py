@@ -239,7 +239,7 @@ class Steps:
             self._meter.observer.decode_step(rows, seconds)
             self._outbox.append(lambda: self._roster.admission.pace.step(rows, seconds))
         elif step.start < step.end:
-            self._meter.observer.prompt_step(seconds)
+            self._meter.observer.prefill_step(seconds)
             self._outbox.append(lambda: self._roster.admission.pace.chunk(step.end - step.start, seconds))
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
@@ -262,7 +262,7 @@ class Steps:
         self.scheduler.commit_chunk(chunk)
         if chunk.end == sequence.prompt_length:
             if group.unstarted == sequence.request.best_of:
-                self._meter.observer.prompt_read(chunk.end)
+                self._meter.observer.prefill_ended(chunk.end)
             group.unstarted -= 1
             group.logits = whole(logits).copy() if group.unstarted else None
             self.send(sequence, self._committer.begin(sequence))

@@ -1,1 +1,1 @@
-"""What the service tells about itself: logs, metrics, traces, and the port that Prometheus reads."""
+"""Logs, metrics, traces, and the port that Prometheus scrapes."""

@@ -1,4 +1,4 @@
-"""Serves metrics on a port of their own, where nobody needs a key."""
+"""Serves metrics over HTTP on a separate port, without keys."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-# Connections that are answered at once.
+# The most connections that are open at once.
 MOST_CONNECTIONS = 16
 
 _OPEN_METRICS = "application/openmetrics-text"
 
 
 class Exporter:
-    """Serves metrics over HTTP from threads of its own, until it is closed. `address` is host:port."""
+    """Serves metrics from its own threads until it is closed. `address` is host:port."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Raises OSError when the port cannot be had."""
+        """Raises OSError when it cannot listen on the port."""
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._server = _server_of(family)((host, port), Handler)
-        self._server.set_app(_with_whole_names(make_wsgi_app(registry)))
+        self._server = _server_class(family)((host, port), Handler)
+        self._server.set_app(_keeping_colons(make_wsgi_app(registry)))
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the serving; whoever is being answered is not waited for."""
+        """Stops serving without waiting for open connections."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 class Handler(WSGIRequestHandler):
-    """Answers one request, and waits for it only so long."""
+    """Answers one request; `timeout` limits in seconds how long it waits for the request."""
 
     timeout = 5.0
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002, the library's name
-        """Nothing: who scrapes does so all day."""
+        """Logs nothing, because scrapes are frequent."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers each connection on a thread, a few at a time: one more, and the oldest has to go.
+    """Answers each connection on a thread. One connection above the limit closes the oldest.
 
-    So whoever opens connections and is silent keeps nobody who asks from being answered.
+    So clients that open connections and send nothing cannot block others.
     """
 
     daemon_threads = True
@@ -79,19 +79,21 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: who leaves, or is silent, is no error."""
+        """Logs nothing, because a client that leaves or sends nothing is no error."""
 
 
-def _server_of(family: socket.AddressFamily) -> type[_Server]:
+def _server_class(family: socket.AddressFamily) -> type[_Server]:
     return type("_ServerOfFamily", (_Server,), {"address_family": family})
 
 
-def _with_whole_names(app: WSGIApplication) -> WSGIApplication:
-    """Keeps the colons of names: in OpenMetrics the library writes `_` for them unless it is asked not to."""
+def _keeping_colons(app: WSGIApplication) -> WSGIApplication:
+    """Keeps the colons in names. For OpenMetrics the library replaces them by `_` unless the request forbids that."""
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        asked = environ.get("HTTP_ACCEPT", "")
-        environ["HTTP_ACCEPT"] = f"{_OPEN_METRICS};version=1.0.0;escaping=allow-utf-8" if _OPEN_METRICS in asked else ""
+        accept = environ.get("HTTP_ACCEPT", "")
+        environ["HTTP_ACCEPT"] = (
+            f"{_OPEN_METRICS};version=1.0.0;escaping=allow-utf-8" if _OPEN_METRICS in accept else ""
+        )
         return app(environ, start)
 
     return answer

@@ -12,20 +12,20 @@ import time
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-# Lines that may wait to be written: some megabytes.
+# The most lines that wait to be written: a few megabytes.
 _CAPACITY = 10_000
-# How long the end of the process may wait for them, in seconds.
+# How long the end of the process waits for them, in seconds.
 _LAST_LINES_SECONDS = 1.0
 
 
-# Every line begins with these.
-_FIRST = ("time", "level", "logger", "message")
+# Every line begins with these fields.
+_FIRST_FIELDS = ("time", "level", "logger", "message")
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A logger whose keyword arguments become fields of its line: `log.info("serving", address=...)`.
 
-    It hands them to the standard library's logger of that name, whose level and handlers count.
+    It passes them to the standard library's logger of that name, whose level and handlers apply.
     """
     chain: list[Processor] = [
         structlog.stdlib.filter_by_level,
@@ -40,7 +40,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def formatter() -> logging.Formatter:
-    """Renders our loggers' records, and everyone else's with their `extra`, as the same lines of JSON."""
+    """Renders records of these loggers, and of libraries with their `extra`, as JSON lines of the same form."""
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
         processors=[
@@ -57,58 +57,58 @@ def formatter() -> logging.Formatter:
 
 
 def _ordered(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
-    return {**{name: line[name] for name in _FIRST}, **line}
+    return {**{name: line[name] for name in _FIRST_FIELDS}, **line}
 
 
 class LossyHandler(logging.Handler):
-    """Writes lines to a file descriptor on a thread of its own: whoever logs never waits for who reads the log.
+    """Writes lines to a file descriptor on its own thread, so that a slow reader of the log never blocks the service.
 
-    Lines that find no room, or that cannot be written, are dropped and counted; the next line that is written is
-    preceded by one that says how many.
+    Lines that do not fit into the queue, or that cannot be written, are dropped and counted. The next line that is
+    written is preceded by a line with the number of dropped lines.
     """
 
     def __init__(self, descriptor: int, capacity: int = _CAPACITY) -> None:
         super().__init__()
         self._descriptor = descriptor
         self._lines: queue.Queue[str] = queue.Queue(capacity)
-        self._refused = self._lost = 0
+        self._overflowed = self._unwritable = 0
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     @property
     def dropped(self) -> int:
         """Lines dropped so far."""
-        return self._refused + self._lost
+        return self._overflowed + self._unwritable
 
     @property
     def unwritten(self) -> int:
-        """Lines that wait, or are being written."""
+        """Lines that wait or are being written."""
         return self._lines.unfinished_tasks
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
-            self._refused += 1
+            self._overflowed += 1
         except Exception:
             self.handleError(record)
 
     def flush(self) -> None:
-        """Waits until all is written, but not for long."""
+        """Waits until all lines are written, but at most a second."""
         deadline = time.monotonic() + _LAST_LINES_SECONDS
         while self.unwritten and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _run(self) -> None:
-        told = 0
+        reported = 0
         while True:
             line = self._lines.get()
             try:
-                if self.dropped > told:
-                    told = self.dropped
-                    self._write(self.format(_dropped(told)))
+                if self.dropped > reported:
+                    reported = self.dropped
+                    self._write(self.format(_dropped(reported)))
                 self._write(line)
             except OSError:
-                self._lost += 1
+                self._unwritable += 1
             self._lines.task_done()
 
     def _write(self, line: str) -> None:
@@ -123,7 +123,7 @@ def _dropped(lines: int) -> logging.LogRecord:
 
 
 def configure(level: str) -> None:
-    """Sends records of `level` and above to standard output, or nowhere where that is closed."""
+    """Sends records of `level` and above to standard output, or to nothing if that is closed."""
     handler = LossyHandler(sys.stdout.fileno() if sys.stdout is not None else os.open(os.devnull, os.O_WRONLY))
     handler.setFormatter(formatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

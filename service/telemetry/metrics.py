@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: what the observer is told, and what is read at each scrape."""
+"""Metrics for Prometheus: counted and timed as an observer, or read from the engines at each scrape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from service.telemetry.observer import Ended, Method, Observer, Outcome, Refusal, Usage
 from service.telemetry.vllm_names import VllmNames
 
-# From a fast GPU's token, or a short answer of it, to those of a large model on a slow CPU: in seconds.
+# Bounds in seconds, from a single token of a fast GPU to a long answer of a large model on a slow CPU.
 _LONG = (0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, *_LONG)
 _WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, *_LONG, 160)
@@ -21,16 +21,20 @@ _REQUEST_BUCKETS = (*_WAIT_BUCKETS, 320, 640)
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 _TOKEN_BUCKETS = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 
-# The label of what happened before it was known for which model.
+# The label `model` of events that happen before the model of the request is known.
 _NO_MODEL = ""
 
-# What has ended by itself, by its caller, and by a fault; vLLM's words.
+# vLLM's words for why a sequence ended: by itself (two ways), by its caller, and by a fault.
 _STOP, _LENGTH, _ABORT, _ERROR = "stop", "length", "abort", "error"
+# Kinds of steps.
+_PROMPT, _DECODE = "prompt", "decode"
+# The labels of gRPC's own metrics.
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An engine at the moment of a scrape: sequences and slots now, tokens and faults since the start."""
+    """The state of an engine at a scrape: current sequences and slots, and tokens and faults since the start."""
 
     running: int
     waiting: int
@@ -43,36 +47,77 @@ class Reading:
     slow_readers: int
 
 
-class _Live(Collector):
-    """The metrics that are read at each scrape, and cost nothing in between."""
+# The metrics that are read from the engines at each scrape.
+_READ: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Reading], float]], ...] = (
+    (GaugeMetricFamily, "llm_running", "Sequences that hold a slot of the KV cache.", lambda now: now.running),
+    (GaugeMetricFamily, "llm_waiting", "Sequences that hold no slot yet.", lambda now: now.waiting),
+    (GaugeMetricFamily, "llm_slots", "Slots of the KV cache.", lambda now: now.slots),
+    (GaugeMetricFamily, "llm_slot_tokens", "Tokens that fit into a slot.", lambda now: now.slot_tokens),
+    (GaugeMetricFamily, "llm_kv_usage_ratio", "Held slots divided by slots.", lambda now: now.running / now.slots),
+    (
+        CounterMetricFamily,
+        "llm_prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda now: now.looked_up_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "llm_prefix_cache_hits",
+        "Prompt tokens found in the prefix cache.",
+        lambda now: now.cached_tokens,
+    ),
+    (CounterMetricFamily, "llm_preemptions", "Slots taken away from their sequences: always 0.", lambda _: 0),
+)
+
+# The counters and histograms: name, help, labels, and the buckets of a histogram.
+_COUNTERS = (
+    ("llm_requests", "Requests that ended.", ("model", "outcome")),
+    ("llm_refused", "Requests that were refused before they began.", ("model", "reason")),
+    ("llm_finished", "Sequences that ended.", ("model", "finished_reason")),
+    ("llm_prompt_tokens", "Tokens of prompts whose prefill is complete.", ("model",)),
+    ("llm_generation_tokens", "Tokens that were sampled.", ("model",)),
+    ("grpc_server_started", "Calls that began.", _METHOD),
+    ("grpc_server_handled", "Calls that ended.", (*_METHOD, "grpc_code")),
+)
+_HISTOGRAMS = (
+    ("llm_queue_time_seconds", "Time from the queue to the first slot.", ("model",), _WAIT_BUCKETS),
+    ("llm_time_to_first_token_seconds", "Time from the call to the first piece.", ("model",), _WAIT_BUCKETS),
+    ("llm_prefill_time_seconds", "Time from the first slot to the first piece.", ("model",), _WAIT_BUCKETS),
+    ("llm_decode_time_seconds", "Time from the first piece to the end.", ("model",), _REQUEST_BUCKETS),
+    ("llm_request_duration_seconds", "Duration of completed requests.", ("model",), _REQUEST_BUCKETS),
+    ("llm_request_prompt_tokens", "Prompt tokens of completed requests.", ("model",), _TOKEN_BUCKETS),
+    ("llm_request_generation_tokens", "Generated tokens of completed requests.", ("model",), _TOKEN_BUCKETS),
+    ("llm_request_longest_tokens", "Tokens of their longest candidate.", ("model",), _TOKEN_BUCKETS),
+    ("llm_inter_token_latency_seconds", "Time between a sequence's tokens.", ("model",), _STEP_BUCKETS),
+    ("llm_batch_size", "Sequences in a decode step.", ("model",), _ROW_BUCKETS),
+    ("llm_step_duration_seconds", "Duration of a step of the engine.", ("model", "kind"), _STEP_BUCKETS),
+    ("grpc_server_handling_seconds", "Duration of calls.", _METHOD, _REQUEST_BUCKETS),
+)
+# The labels of each series besides `model`. Every series exists from the start, at 0.
+_SERIES: dict[str, list[tuple[str, ...]]] = {
+    "llm_requests": [(outcome.value,) for outcome in Outcome],
+    "llm_refused": [(refusal.value,) for refusal in Refusal],
+    "llm_finished": [(_STOP,), (_LENGTH,), (_ABORT,), (_ERROR,)],
+    "llm_step_duration_seconds": [(_PROMPT,), (_DECODE,)],
+}
+
+
+class _EngineReadings(Collector):
+    """The metrics that are read at each scrape. They cost nothing between scrapes."""
 
     def __init__(self, read: Callable[[], Mapping[str, Reading]]) -> None:
         self._read = read
         self.unexpected = 0
 
     def collect(self) -> Iterator[Metric]:
-        now = self._read()
-
-        def each(
-            kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, of: Callable[[Reading], float]
-        ) -> Metric:
-            family = kind(name, text, labels=["model"])
-            for model, reading in now.items():
-                family.add_metric([model], of(reading))
-            return family
-
-        gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield each(gauge, "llm_running", "Sequences that hold a slot of keys and values.", lambda it: it.running)
-        yield each(gauge, "llm_waiting", "Sequences that hold no slot yet.", lambda it: it.waiting)
-        yield each(gauge, "llm_slots", "Slots of keys and values.", lambda it: it.slots)
-        yield each(gauge, "llm_slot_tokens", "Tokens that a slot holds.", lambda it: it.slot_tokens)
-        yield each(gauge, "llm_kv_usage_ratio", "Held slots by slots.", lambda it: it.running / it.slots)
-        looked_up = "Prompt tokens looked up in the prefix cache."
-        yield each(counter, "llm_prefix_cache_queries", looked_up, lambda it: it.looked_up_tokens)
-        yield each(counter, "llm_prefix_cache_hits", "Prompt tokens found in it.", lambda it: it.cached_tokens)
-        yield each(counter, "llm_preemptions", "Slots taken away from their sequences: none ever is.", lambda _: 0)
-        faults = CounterMetricFamily("llm_faults", "What went wrong inside.", labels=["model", "kind"])
-        for model, reading in now.items():
+        readings = self._read()
+        for family, name, text, value in _READ:
+            metric = family(name, text, labels=["model"])
+            for model, reading in readings.items():
+                metric.add_metric([model], value(reading))
+            yield metric
+        faults = CounterMetricFamily("llm_faults", "Faults inside the service.", labels=["model", "kind"])
+        for model, reading in readings.items():
             faults.add_metric([model, "failed_step"], reading.failed_steps)
             faults.add_metric([model, "not_finite"], reading.not_finite)
             faults.add_metric([model, "slow_reader"], reading.slow_readers)
@@ -81,7 +126,7 @@ class _Live(Collector):
 
 
 class _Certificate(Collector):
-    """When the TLS certificate expires, read at each scrape."""
+    """The time at which the TLS certificate expires, read at each scrape."""
 
     def __init__(self, expires: Callable[[], float]) -> None:
         self._expires = expires
@@ -91,38 +136,25 @@ class _Certificate(Collector):
         yield GaugeMetricFamily(name, text, self._expires())
 
 
-class _EngineMetrics:
-    """What engines tell, by model."""
-
-    def __init__(self) -> None:
-        self.prompt_tokens = Counter(
-            "llm_prompt_tokens", "Tokens of prompts read to the end.", ["model"], registry=None
-        )
-        self.generated = Counter("llm_generation_tokens", "Tokens that were sampled.", ["model"], registry=None)
-        self.gap = _histogram("llm_inter_token_latency_seconds", "Between a sequence's tokens.", _STEP_BUCKETS, "model")
-        self.rows = _histogram("llm_batch_size", "Sequences in a decode step.", _ROW_BUCKETS, "model")
-        self.steps = _histogram("llm_step_duration_seconds", "Steps of the engine.", _STEP_BUCKETS, "model", "kind")
-
-    def all(self) -> list[Collector]:
-        return [self.prompt_tokens, self.generated, self.gap, self.rows, self.steps]
-
-
-class _OfEngine(Observer):
+class _EngineObserver(Observer):
     """Counts and times the steps of one model's engine."""
 
-    def __init__(self, metrics: _EngineMetrics, model: str) -> None:
-        self._prompt_tokens, self._generated = metrics.prompt_tokens.labels(model), metrics.generated.labels(model)
-        self._gap, self._rows = metrics.gap.labels(model), metrics.rows.labels(model)
-        self._prompt_step, self._decode_step = (metrics.steps.labels(model, kind) for kind in ("prompt", "decode"))
+    def __init__(self, model: str, counters: Mapping[str, Counter], histograms: Mapping[str, Histogram]) -> None:
+        self._prompt_tokens = counters["llm_prompt_tokens"].labels(model)
+        self._generated = counters["llm_generation_tokens"].labels(model)
+        self._gap = histograms["llm_inter_token_latency_seconds"].labels(model)
+        self._rows = histograms["llm_batch_size"].labels(model)
+        self._prefill_step = histograms["llm_step_duration_seconds"].labels(model, _PROMPT)
+        self._decode_step = histograms["llm_step_duration_seconds"].labels(model, _DECODE)
 
-    def prompt_step(self, seconds: float) -> None:
-        self._prompt_step.observe(seconds)
+    def prefill_step(self, seconds: float) -> None:
+        self._prefill_step.observe(seconds)
 
     def decode_step(self, rows: int, seconds: float) -> None:
         self._decode_step.observe(seconds)
         self._rows.observe(rows)
 
-    def prompt_read(self, tokens: int) -> None:
+    def prefill_ended(self, tokens: int) -> None:
         self._prompt_tokens.inc(tokens)
 
     def sampled(self, tokens: int, gaps: Sequence[float]) -> None:
@@ -132,9 +164,9 @@ class _OfEngine(Observer):
 
 
 class Metrics(Observer):
-    """Counts and times calls and requests, and has observers for engines.
+    """Counts and times calls and requests, and has an observer for each engine.
 
-    A registry of its own: a process may have several.
+    Each instance has its own registry, so a process can have several.
     """
 
     def __init__(
@@ -144,106 +176,87 @@ class Metrics(Observer):
         vllm_names: bool = False,
         certificate_expires: Callable[[], float] | None = None,
     ) -> None:
-        """`read` reads the engines, by model; with `vllm_names` everything appears by vLLM's names too.
+        """`read` returns a reading of each engine, by model id. With `vllm_names` vLLM's names appear as well.
 
-        With TLS `certificate_expires` tells when the certificate does, in Unix seconds.
+        With TLS, `certificate_expires` returns the time at which the certificate expires, in Unix seconds.
         """
         self.registry = CollectorRegistry()
-        self._live = _Live(read)
-        models = tuple(read())
-        self._requests = Counter("llm_requests", "Requests that ended.", ["model", "outcome"], registry=None)
-        self._refused = Counter("llm_refused", "Requests that never began.", ["model", "reason"], registry=None)
-        self._finished = Counter("llm_finished", "Sequences that ended.", ["model", "finished_reason"], registry=None)
-        self._queue = _histogram("llm_queue_time_seconds", "From the queue to the first slot.", _WAIT_BUCKETS, "model")
-        self._first = _histogram("llm_time_to_first_token_seconds", "From call to first piece.", _WAIT_BUCKETS, "model")
-        self._duration = _histogram("llm_request_duration_seconds", "Completed requests.", _REQUEST_BUCKETS, "model")
-        self._prefill = _histogram(
-            "llm_prefill_time_seconds", "From first slot to first piece.", _WAIT_BUCKETS, "model"
-        )
-        self._decode = _histogram("llm_decode_time_seconds", "From first piece to the end.", _REQUEST_BUCKETS, "model")
-        self._asked = _histogram("llm_request_prompt_tokens", "Prompts of completed requests.", _TOKEN_BUCKETS, "model")
-        self._answered = _histogram("llm_request_generation_tokens", "Their answers.", _TOKEN_BUCKETS, "model")
-        self._longest = _histogram("llm_request_longest_tokens", "Their longest candidates.", _TOKEN_BUCKETS, "model")
-        engines = _EngineMetrics()
-        self._engines = {model: _OfEngine(engines, model) for model in models}
-        method = ("grpc_type", "grpc_service", "grpc_method")
-        self._began = Counter("grpc_server_started", "Calls that began.", method, registry=None)
-        self._ended = Counter("grpc_server_handled", "Calls that ended.", [*method, "grpc_code"], registry=None)
-        self._handling = _histogram("grpc_server_handling_seconds", "How long calls took.", _REQUEST_BUCKETS, *method)
-        for model in (*models, _NO_MODEL):
-            for outcome in Outcome:
-                self._requests.labels(model, outcome.value)
-            for reason in Refusal:
-                self._refused.labels(model, reason.value)
-        histograms = [self._queue, self._first, self._prefill, self._decode, self._duration]
-        histograms += [self._asked, self._answered, self._longest]
-        for model in models:
-            for histogram in histograms:
-                histogram.labels(model)
-            for end in (_STOP, _LENGTH, _ABORT, _ERROR):
-                self._finished.labels(model, end)
-        own: list[Collector] = [self._live, self._requests, self._refused, self._finished, *engines.all(), *histograms]
-        for collector in [*own, self._began, self._ended, self._handling]:
-            self.registry.register(collector)
+        self._readings = _EngineReadings(read)
+        self.registry.register(self._readings)
+        self._counters = {name: Counter(name, text, labels, registry=self.registry) for name, text, labels in _COUNTERS}
+        self._histograms = {
+            name: Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+            for name, text, labels, buckets in _HISTOGRAMS
+        }
+        by_name: dict[str, Counter | Histogram] = {**self._counters, **self._histograms}
+        by_model = {name: metric for name, metric in by_name.items() if name.startswith("llm_")}
+        series = [(model, name) for model in read() for name in by_model]
+        for model, name in [*series, (_NO_MODEL, "llm_requests"), (_NO_MODEL, "llm_refused")]:
+            for labels in _SERIES.get(name, [()]):
+                by_model[name].labels(model, *labels)
+        self._engines = {model: _EngineObserver(model, self._counters, self._histograms) for model in read()}
         if vllm_names:
-            self.registry.register(VllmNames(own, read))
+            self.registry.register(VllmNames([self._readings, *by_model.values()], read))
         if certificate_expires is not None:
             self.registry.register(_Certificate(certificate_expires))
         ProcessCollector(registry=self.registry)
 
     def engine(self, model: str) -> Observer:
-        """Whom the engine of this model tells of its steps."""
+        """The observer for the engine of this model."""
         return self._engines[model]
 
     def call_began(self, method: Method) -> None:
-        self._began.labels(method.kind, method.service, method.name).inc()
+        self._counters["grpc_server_started"].labels(method.kind, method.service, method.name).inc()
 
     def call_ended(self, method: Method, code: str, seconds: float) -> None:
         labels = (method.kind, method.service, method.name)
-        self._ended.labels(*labels, _go_code(code)).inc()
-        self._handling.labels(*labels).observe(seconds)
+        self._counters["grpc_server_handled"].labels(*labels, _go_code(code)).inc()
+        self._histograms["grpc_server_handling_seconds"].labels(*labels).observe(seconds)
 
     def request_ended(self, ended: Ended) -> None:
         model = ended.model or _NO_MODEL
-        self._requests.labels(model, ended.outcome.value).inc()
+        self._counters["llm_requests"].labels(model, ended.outcome.value).inc()
         if ended.refusal is not None:
-            self._refused.labels(model, ended.refusal.value).inc()
+            self._counters["llm_refused"].labels(model, ended.refusal.value).inc()
         if ended.outcome is Outcome.COMPLETED:
-            self._duration.labels(model).observe(ended.seconds)
+            self._histograms["llm_request_duration_seconds"].labels(model).observe(ended.seconds)
         if ended.usage is not None:
-            self._used(ended.usage, ended)
+            self._count_usage(ended.usage, ended)
 
-    def _used(self, usage: Usage, ended: Ended) -> None:
-        """Counts a request that the engine had taken."""
-        model = ended.model
-        self._finished.labels(model, _STOP).inc(usage.stopped)
-        self._finished.labels(model, _LENGTH).inc(usage.cut_off)
-        others = _ERROR if ended.outcome is Outcome.FAILED else _ABORT
-        self._finished.labels(model, others).inc(usage.sequences - usage.stopped - usage.cut_off)
-        if usage.queued_seconds is not None and usage.started_seconds is not None:
-            self._queue.labels(model).observe(usage.started_seconds - usage.queued_seconds)
-        if usage.first_token_seconds is not None:
-            self._first.labels(model).observe(usage.first_token_seconds)
-            if usage.started_seconds is not None:
-                self._prefill.labels(model).observe(usage.first_token_seconds - usage.started_seconds)
-        if ended.outcome is not Outcome.COMPLETED:
-            return
-        if usage.first_token_seconds is not None:
-            self._decode.labels(model).observe(ended.seconds - usage.first_token_seconds)
-        self._asked.labels(model).observe(usage.prompt_tokens)
-        self._answered.labels(model).observe(usage.completion_tokens)
-        self._longest.labels(model).observe(usage.longest)
+    def _count_usage(self, usage: Usage, ended: Ended) -> None:
+        """Counts a request that the engine accepted."""
+        finished = self._counters["llm_finished"]
+        finished.labels(ended.model, _STOP).inc(usage.stopped)
+        finished.labels(ended.model, _LENGTH).inc(usage.cut_off)
+        other_reason = _ERROR if ended.outcome is Outcome.FAILED else _ABORT
+        finished.labels(ended.model, other_reason).inc(usage.sequences - usage.stopped - usage.cut_off)
+        queued, started, first = usage.queued_seconds, usage.started_seconds, usage.first_token_seconds
+        observed = {
+            "llm_queue_time_seconds": _difference(started, queued),
+            "llm_time_to_first_token_seconds": first,
+            "llm_prefill_time_seconds": _difference(first, started),
+        }
+        if ended.outcome is Outcome.COMPLETED:
+            observed |= {
+                "llm_decode_time_seconds": _difference(ended.seconds, first),
+                "llm_request_prompt_tokens": usage.prompt_tokens,
+                "llm_request_generation_tokens": usage.completion_tokens,
+                "llm_request_longest_tokens": usage.longest,
+            }
+        for name, value in observed.items():
+            if value is not None:
+                self._histograms[name].labels(ended.model).observe(value)
 
     def failed_unexpectedly(self) -> None:
-        self._live.unexpected += 1
+        self._readings.unexpected += 1
 
 
-def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-    return Histogram(name, text, labels, buckets=buckets, registry=None)
+def _difference(later: float | None, earlier: float | None) -> float | None:
+    return None if later is None or earlier is None else later - earlier
 
 
 def _go_code(code: str) -> str:
-    """A status by its name in Go, as all gRPC metrics have it: INVALID_ARGUMENT is InvalidArgument."""
+    """A status under its name in Go, as all gRPC metrics have it: INVALID_ARGUMENT is InvalidArgument."""
     if code == "CANCELLED":
         return "Canceled"
     return code if code == "OK" else "".join(part.capitalize() for part in code.split("_"))

@@ -1,4 +1,4 @@
-"""What the service tells of itself while it works. Who listens is no concern of those who tell."""
+"""The events that the service reports while it works, and the interface of their observers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Outcome(Enum):
 
 
 class Refusal(Enum):
-    """Why a completion request never began."""
+    """Why a completion request was refused before it began."""
 
     INVALID = "invalid"
     UNAUTHENTICATED = "unauthenticated"
@@ -33,7 +33,7 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of the server; `kind` is unary, client_stream, server_stream or bidi_stream."""
+    """A method of the gRPC server; `kind` is unary, client_stream, server_stream or bidi_stream."""
 
     service: str
     name: str
@@ -42,12 +42,12 @@ class Method:
 
 @dataclass(slots=True)
 class Usage:
-    """What a completion request asked for, in numbers, and what it came to, once the engine had taken it.
+    """The parameters and the consumption of a completion request that the engine accepted.
 
-    Seconds are since its call began, and None where it did not get so far: it waited from `queued_seconds` to
-    `started_seconds`; the first piece of its answer came at `first_token_seconds`. Tokens are those of all candidates,
-    shown or not, `longest` those of the one that has most. Of its sequences `stopped` met an end token or a stop text,
-    and `cut_off` their length.
+    Seconds count from the begin of the call, and are None for stages that the request did not reach: it waited from
+    `queued_seconds` to `started_seconds`, and the first piece of its answer came at `first_token_seconds`. Tokens are
+    those of all candidates, shown or not; `longest` counts those of the longest candidate. Of the sequences, `stopped`
+    ended at an end token or a stop text, and `cut_off` at their length.
     """
 
     id: str
@@ -72,9 +72,9 @@ class Usage:
 class Ended:
     """A completion request that has ended, `seconds` after its call began.
 
-    `refusal` is set if it was refused, `usage` if the engine had taken it. `status` is gRPC's number; `trace` are the
-    caller's traceparent and tracestate, where it sent any. `model` is the id of the served model, empty where it named
-    none.
+    `refusal` is set if it was refused, and `usage` if the engine accepted it. `status` is the number of the gRPC
+    status. `trace` has the caller's traceparent and tracestate, if it sent them. `model` is the id of the served model,
+    and empty if the request named no served model.
     """
 
     method: Method
@@ -89,28 +89,28 @@ class Ended:
 
 
 class Observer:
-    """Is told what happens, and takes no note of it. It is called on the event loop and the step thread: never wait."""
+    """Receives events, and ignores them. The event loop and the step thread call it, so no method may block."""
 
-    def prompt_step(self, seconds: float) -> None:
-        """The model has read a chunk of a prompt."""
+    def prefill_step(self, seconds: float) -> None:
+        """The model has computed a prompt chunk."""
 
     def decode_step(self, rows: int, seconds: float) -> None:
         """The model has advanced `rows` sequences by one token each."""
 
-    def prompt_read(self, tokens: int) -> None:
-        """A prompt of so many tokens has been read to its end."""
+    def prefill_ended(self, tokens: int) -> None:
+        """The prefill of a prompt of `tokens` tokens is complete."""
 
     def sampled(self, tokens: int, gaps: Sequence[float]) -> None:
-        """So many tokens were sampled; `gaps` are the seconds since their sequences' last, where there was one."""
+        """`tokens` tokens were sampled. `gaps` are the seconds since the previous token of each sequence, if any."""
 
     def call_began(self, method: Method) -> None:
-        """A call has come in."""
+        """A call has begun."""
 
     def call_ended(self, method: Method, code: str, seconds: float) -> None:
-        """A call has ended with the status of this name (OK, INVALID_ARGUMENT, ...)."""
+        """A call has ended with the status named `code` (OK, INVALID_ARGUMENT, ...)."""
 
     def request_ended(self, ended: Ended) -> None:
         """A completion request has ended."""
 
     def failed_unexpectedly(self) -> None:
-        """A call has failed by an error that has no name."""
+        """A call has failed with an error of no known class."""

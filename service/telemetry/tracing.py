@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry: a span per request, with queue, prefill and decode inside. Needs the extra `otel`."""
+"""Traces with OpenTelemetry: a span per request, with child spans queue, prefill and decode. Needs the extra `otel`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from service.telemetry.observer import Ended, Observer, Outcome
 
 _NAME = "completion-service"
 _OPERATION = "text_completion"
-# How long one export may take, and how long the end of the process waits for the last, in seconds.
+# How long one export may take, and how long the end of the process waits for the last export, in seconds.
 _EXPORT_SECONDS = 5
 _LAST_SPANS_SECONDS = 2.0
 
 
 class Tracing(Observer):
-    """Makes spans of requests that have ended, and sends them to a collector from a thread of its own.
+    """Makes spans of requests that have ended, and sends them to a collector on its own thread.
 
-    What finds no room while the collector does not answer is dropped.
+    While the collector does not answer, spans that do not fit into the queue are dropped.
     """
 
     def __init__(self, endpoint: str) -> None:
-        """`endpoint` is an OTLP receiver over gRPC, as http://host:port or https://host:port."""
+        """`endpoint` is an OTLP receiver over gRPC: http://host:port or https://host:port."""
         self._provider = TracerProvider(resource=Resource.create({"service.name": _NAME}), shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_SECONDS)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -48,12 +48,12 @@ class Tracing(Observer):
             start_time=began,
         )
         if span.is_recording():
-            self._add_parts(ended, set_span_in_context(span), began, now)
+            self._add_stages(ended, set_span_in_context(span), began, now)
             _set_status(span, ended)
         span.end(now)
 
-    def _add_parts(self, ended: Ended, context: Context, began: int, now: int) -> None:
-        """The spans inside, as far as the request got."""
+    def _add_stages(self, ended: Ended, context: Context, began: int, now: int) -> None:
+        """Adds a child span for each stage that the request reached."""
         usage = ended.usage
         if usage is None or usage.queued_seconds is None:
             return
@@ -63,15 +63,15 @@ class Tracing(Observer):
             self._tracer.start_span(name, context=context, start_time=start).end(end)
 
     def close(self) -> None:
-        """Sends what there is, but waits only a moment for a collector that does not answer."""
+        """Sends the remaining spans; waits at most two seconds for a collector that does not answer."""
         last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         last.start()
         last.join(_LAST_SPANS_SECONDS)
 
 
 def _attributes(ended: Ended) -> dict[str, AttributeValue]:
-    """By the semantic conventions for generative AI and for RPCs; numbers and names alone, never content."""
-    found: dict[str, AttributeValue] = {
+    """Attributes of the semantic conventions for generative AI and RPCs: numbers and names, never content."""
+    attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": _OPERATION,
         "gen_ai.provider.name": _NAME,
         "rpc.system": "grpc",
@@ -82,10 +82,10 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         "completion.request_id": ended.request_id,
     }
     if ended.model:
-        found["gen_ai.request.model"] = ended.model
+        attributes["gen_ai.request.model"] = ended.model
     usage = ended.usage
     if usage is not None:
-        found |= {
+        attributes |= {
             "gen_ai.response.model": usage.model,
             "gen_ai.response.id": usage.id,
             "gen_ai.request.max_tokens": usage.max_tokens,
@@ -97,11 +97,11 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
             "gen_ai.usage.output_tokens": usage.completion_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
         }
-    return found
+    return attributes
 
 
 def _set_status(span: Span, ended: Ended) -> None:
-    """What the service failed at is an error; what a caller did, or left, is none of the server's."""
+    """Failures of the service have an error status; mistakes and cancellations of callers do not."""
     if ended.outcome is not Outcome.COMPLETED:
         span.set_attribute("error.type", ended.refusal.value if ended.refusal else ended.outcome.value)
     if ended.outcome in {Outcome.FAILED, Outcome.DEADLINE}:

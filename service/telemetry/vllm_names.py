@@ -1,4 +1,4 @@
-"""Metrics once more under the names that vLLM gives them, which endpoint pickers and public dashboards read."""
+"""Exposes metrics under vLLM's names as well, which endpoint pickers and public dashboards read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# The older of two names for the same is still what some endpoint pickers read.
+# Where there are two names for one metric, some endpoint pickers still read the older one.
 _VLLM_NAMES = {
     "llm_running": ("vllm:num_requests_running",),
     "llm_waiting": ("vllm:num_requests_waiting",),
@@ -31,13 +31,13 @@ _VLLM_NAMES = {
     "llm_request_generation_tokens": ("vllm:request_generation_tokens",),
     "llm_request_longest_tokens": ("vllm:request_max_num_generation_tokens",),
 }
-# Endpoint pickers compare prompts block by block, and take a cache for blocks. Ours has slots and reuses any beginning
-# of a prompt, but none shorter than this, in tokens.
+# Endpoint pickers compare prompts block by block, and expect a cache of blocks. This service has slots instead, and
+# reuses prompt prefixes of any length from this many tokens on.
 _BLOCK = 16
 
 
 class Slots(Protocol):
-    """How many slots of keys and values an engine has, and the tokens that one holds."""
+    """The number of KV cache slots of an engine, and the tokens that fit into one."""
 
     @property
     def slots(self) -> int: ...
@@ -46,7 +46,7 @@ class Slots(Protocol):
 
 
 class VllmNames(Collector):
-    """The metrics of other collectors under vLLM's names, and what vLLM calls its cache's configuration."""
+    """The metrics of other collectors under vLLM's names, and vLLM's metric of the cache configuration."""
 
     def __init__(self, sources: Sequence[Collector], read: Callable[[], Mapping[str, Slots]]) -> None:
         self._sources = sources
@@ -60,21 +60,21 @@ class VllmNames(Collector):
         yield self._cache_config()
 
     def _cache_config(self) -> Metric:
-        made = GaugeMetricFamily("vllm:cache_config_info", "The cache's size, as if it were made of blocks.")
+        metric = GaugeMetricFamily("vllm:cache_config_info", "Size of the cache, expressed in blocks.")
         for model, now in self._read().items():
             sizes = {"block_size": str(_BLOCK), "num_gpu_blocks": str(now.slots * now.slot_tokens // _BLOCK)}
-            made.add_sample(made.name, {"model_name": model, **sizes}, 1)
-        return made
+            metric.add_sample(metric.name, {"model_name": model, **sizes}, 1)
+        return metric
 
 
 def _renamed(metric: Metric, name: str) -> Metric:
-    made = Metric(name, metric.documentation, metric.type)
-    made.samples = [
+    renamed = Metric(name, metric.documentation, metric.type)
+    renamed.samples = [
         Sample(name + sample.name.removeprefix(metric.name), _labels(sample.labels), sample.value)
         for sample in metric.samples
         if not sample.name.endswith("_created")
     ]
-    return made
+    return renamed
 
 
 def _labels(labels: Mapping[str, str]) -> dict[str, str]:
