@@ -1,4 +1,4 @@
-"""Where a model is put, and how much of a GPU it takes."""
+"""The device of a model, and the plan of its GPU memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = Path("m")
 
 
 def described(devices=("cpu", "cuda")):
-    """A manifest of a model of 7 billion weights in 4 bits."""
+    """A manifest of a model with 7 billion weights of 4 bits."""
     files = {"model.onnx.data": FileEntry(bytes=4 * GIB, sha256="0" * 64)}
     return fakes.manifest(
         context_length=8192,
@@ -40,8 +40,8 @@ def plan(allowed, slots=32, context_length=8192, **changes):
     return gpu_memory.plan(described(), settings(**changes), context_length, slots, allowed)
 
 
-def test_keys_and_values_by_hand():
-    """They are reserved for the largest call: as many slots as the power of two that holds all sequences."""
+def test_kv_cache_by_hand():
+    """The KV cache is allocated for the largest call, whose rows are the power of two that holds all sequences."""
     slot = 8192 * 2 * 32 * 8 * 128 * 2
     assert plan(80 * GIB, slots=5).kv == 8 * slot
     assert plan(80 * GIB, slots=32).kv == 33 * slot
@@ -49,40 +49,40 @@ def test_keys_and_values_by_hand():
 
 
 def test_as_many_slots_as_fit():
-    """Slots go down to what the budget holds; the graphs get all that is left."""
+    """The plan has as many slots as fit, and the graphs get the rest of the budget."""
     assert plan(80 * GIB).slots == 32
-    less = plan(24 * GIB)
-    assert less.slots == 16
-    assert less.kv + less.logits + less.session + gpu_memory._CONTEXT == 24 * GIB
-    assert less.session > 4.4 * GIB
+    smaller = plan(24 * GIB)
+    assert smaller.slots == 16
+    assert smaller.kv + smaller.logits + smaller.session + gpu_memory._CONTEXT == 24 * GIB
+    assert smaller.session > 4.4 * GIB
     with pytest.raises(StartupError, match=r"does not hold one sequence of 8192 tokens: .*--gpu-memory-mib"):
         plan(6 * GIB)
     assert plan(6 * GIB, context_length=1024, prompt_chunk=16).slots >= 1
 
 
 def test_logits_by_hand():
-    """The largest call's, with copies of them in float32 twice and in float16, beside the results it outgrew."""
+    """The largest call's logits count with two float32 copies, a float16 copy, and the outgrown result buffer."""
     vocabulary, copies = 32000, 4 + 4 + 2
     assert plan(80 * GIB, prompt_chunk=128).logits == vocabulary * (128 * (4 + copies) + 64 * 4)
     assert plan(80 * GIB, prompt_chunk=512, slots=4).logits == vocabulary * (512 * (4 + copies) + 256 * 4)
 
 
 def test_the_budget():
-    """It is what is asked for where that is free, else most of what is."""
+    """The budget is the configured size, which must be free, or else a share of the free memory."""
     assert gpu_memory.budget(settings(), 10 * GIB) == 9 * GIB
     assert gpu_memory.budget(settings(gpu_memory_mib=2048), 10 * GIB) == 2 * GIB
     with pytest.raises(StartupError, match="gpu_memory_mib 20480 is more than the GPU has free, which is 10240"):
         gpu_memory.budget(settings(gpu_memory_mib=20480), 10 * GIB)
 
 
-def test_the_host_holds_no_keys_and_values_of_a_gpu():
-    """Where the model is on the GPU, the process needs none of its own memory for them."""
+def test_the_host_plan_has_no_kv_cache_for_a_gpu():
+    """When the model runs on the GPU, the plan of host memory has no KV cache."""
     assert host_plan(described(), settings(device="cpu"), 8192, 1 << 50).kv_slot == GIB
     assert host_plan(described(), settings(device="cuda"), 8192, 1 << 50).kv_slot == 0
 
 
 @pytest.mark.parametrize(
-    ("wanted", "lacking", "devices", "found"),
+    ("setting", "obstacle", "devices", "device"),
     [
         ("auto", None, ("cpu", "cuda"), "cuda"),
         ("auto", "no GPU", ("cpu", "cuda"), "cpu"),
@@ -91,26 +91,26 @@ def test_the_host_holds_no_keys_and_values_of_a_gpu():
         ("cpu", None, ("cpu", "cuda"), "cpu"),
     ],
 )
-def test_the_device(monkeypatch, wanted, lacking, devices, found):
-    """A GPU that there is takes a model that is for it, unless the CPU is asked for."""
-    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: lacking)
-    assert gpu_memory.with_device(described(devices), settings(device=wanted), MODEL).device == found
+def test_the_device(monkeypatch, setting, obstacle, devices, device):
+    """A model exported for CUDA runs on the GPU if there is one, unless the settings ask for the CPU."""
+    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: obstacle)
+    assert gpu_memory.with_device(described(devices), settings(device=setting), MODEL).device == device
 
 
-def test_asking_for_cuda_in_vain(monkeypatch):
-    """Without a GPU, or with a model that is not for one, the start ends with what to do."""
+def test_cuda_that_is_not_available(monkeypatch):
+    """If there is no GPU, or the model was not exported for one, the error says what to do."""
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: f"GPU {index} is not there")
     with pytest.raises(StartupError, match="--device cuda is not available: GPU 3 is not there"):
         gpu_memory.with_device(described(), settings(device="cuda", device_id=3), MODEL)
     monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: None)
-    said = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"
-    with pytest.raises(ModelDirectoryError, match=said):
+    message = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"
+    with pytest.raises(ModelDirectoryError, match=message):
         gpu_memory.with_device(described(("cpu",)), settings(device="cuda"), MODEL)
 
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_one_model_of_a_process_is_on_a_gpu(others):
-    """Two are refused by name, on one GPU or on two; models on the CPU may be beside it."""
+    """Two models on GPUs are refused by name, whether on one GPU or two; other models may run on the CPU."""
     first, other, cpu = settings(device="cuda"), settings(device="cuda", device_id=others), settings(device="cpu")
     advice = r'device = "cpu" in tables \[models\.NAME\] .*--device cpu; or .*--device-id'
     with pytest.raises(StartupError, match=rf"^a and c would .*{advice}"):
@@ -122,7 +122,7 @@ def test_one_model_of_a_process_is_on_a_gpu(others):
 
 
 def test_placing(monkeypatch):
-    """The GPU gets its share of memory by the plan; the CPU is as it was."""
+    """A device for the GPU has the planned slots and memory; a device for the CPU keeps all slots."""
 
     class Driver:
         name = "A GPU"

@@ -1,4 +1,4 @@
-"""The memory's plan: what a slot costs, how many fit, what there is to share, and that the process keeps to it."""
+"""The memory plan: the size of a slot, how many fit, the default budget, and that the process stays within the plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 
 def described(**sizes):
-    """A manifest of the default model's shape, with files of these sizes in bytes."""
+    """A manifest with the shape of the default model, and files of the given sizes in bytes."""
     sizes = {"model_onnx_data": 140 << 20, "prompt_onnx_data": 490 << 20, "tokenizer_json": 4 << 20} | sizes
     return fakes.manifest(
         context_length=8192,
@@ -40,42 +40,42 @@ def plan(allowed=1 << 50, model=None, context_length=8192, **changes):
     return memory.plan(model or described(), settings(**changes), context_length, allowed)
 
 
-def test_keys_and_values_by_hand():
-    """A slot takes every position of the context; the model has one slot more than sequences run."""
+def test_kv_cache_by_hand():
+    """A slot holds every position of the context, and there is one slot more than max_running."""
     made = plan(max_running=4, context_length=1000)
     assert made.kv_slot == 1000 * 46_080
     assert made.total == made.weights + 5 * made.kv_slot + made.logits + made.other
 
 
 def test_weights_are_the_data_of_every_graph():
-    """A second graph's data counts as much as the first one's; a longer tokenizer file is not weights."""
-    alone = plan(model=described(prompt_onnx_data=0)).weights
-    assert plan(model=described(prompt_onnx_data=140 << 20)).weights == 2 * alone == 3 * (140 << 20)
+    """The data files of both graphs count as weights, and the tokenizer file does not."""
+    decode_only = plan(model=described(prompt_onnx_data=0)).weights
+    assert plan(model=described(prompt_onnx_data=140 << 20)).weights == 2 * decode_only == 3 * (140 << 20)
     assert plan(model=described(tokenizer_json=5 << 20)).weights == plan().weights
 
 
 def test_matrices_in_float16_are_kept_in_float32_too():
-    """They take twice the room that others do."""
+    """Float16 matrices take twice the memory of others."""
     stored = described().quantization.model_copy(update={"weights": "float16"})
     halves = described().model_copy(update={"quantization": stored})
     assert plan(model=halves).weights == 2 * plan().weights
 
 
 def test_logits_of_the_larger_of_a_prompt_chunk_and_a_batch():
-    """Scoring a prompt takes a row of logits for every token of a chunk, decoding one for every sequence."""
+    """Scoring a prompt needs a row of logits per token of a chunk, decoding a row per sequence."""
     row = 49152 * 4
     assert plan(prompt_chunk=256).logits - plan(prompt_chunk=128).logits == 128 * row
     assert plan(max_running=200).logits - plan(max_running=100).logits == 72 * row
 
 
 @pytest.mark.parametrize("change", [{"max_waiting": 2000}, {"prompt_chunk": 1024}, {"context_length": 8193}])
-def test_what_else_takes_memory(change):
-    """Waiting prompts, larger chunks and longer sequences take more beside the keys and values."""
+def test_other_memory(change):
+    """Waiting prompts, larger chunks and longer sequences take more memory besides the KV cache."""
     assert plan(**change).other > plan().other
 
 
 def test_slots_are_as_many_as_fit():
-    """To the byte: what n slots take holds n of them, and one byte less holds one fewer."""
+    """The memory of n slots holds n slots, and with one byte less it holds n - 1."""
     for slots in (1, 2, 7):
         total = plan(max_running=slots).total
         assert plan(total, max_running=32).slots == slots
@@ -84,12 +84,12 @@ def test_slots_are_as_many_as_fit():
 
 
 def test_max_running_is_the_upper_limit():
-    """More memory makes no more slots than asked for."""
+    """More memory does not give more slots than max_running."""
     assert plan(max_running=3).slots == 3
 
 
 def test_no_slot_fits():
-    """The message says what one would take, what is allowed, and what to change."""
+    """The message says what one slot would take, what is allowed, and what to change."""
     needed = memory.mib(plan(max_running=1).total)
     with pytest.raises(StartupError) as caught:
         plan((needed - 1) * MIB, max_running=32)
@@ -100,14 +100,14 @@ def test_no_slot_fits():
 
 
 def test_default_model_keeps_all_slots_on_a_machine_of_24_gib(monkeypatch, tmp_path):
-    """The default settings give the default model its 32 slots where firmware and kernel have taken their part."""
+    """By default, the default model gets 32 slots on a machine of 24 GiB, less what firmware and kernel take."""
     monkeypatch.setattr("service.host.memory._physical", lambda: int(23.4 * GIB))
     assert plan(memory.budget(settings(), tmp_path)).slots == 32
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine of 16 GiB, whose control groups are the files that a test writes; gives the default budget."""
+    """A fake machine of 16 GiB. Called with the files of control groups, it returns the default budget."""
     monkeypatch.setattr("service.host.memory._physical", lambda: 16 * GIB)
 
     def budget(membership, **limits):
@@ -137,27 +137,27 @@ V1 = "4:cpu,cpuacct:/\n3:memory:/docker/abc\n0::/"
         (V1, {"memory/memory.limit_in_bytes": 9223372036854771712}, 16),
     ],
 )
-def test_default_is_a_share_of_what_there_is(machine, membership, limits, limit):
-    """The machine's memory, or the tightest limit of the groups that the process is in, where it sees them."""
+def test_default_budget(machine, membership, limits, limit):
+    """The default is a share of the machine's memory, or of the lowest limit of the process's control groups."""
     found = machine(membership, **{f"sys/fs/cgroup/{path}": value for path, value in limits.items()})
     assert found == int(limit * GIB * memory.DEFAULT_SHARE)
 
 
 def test_machine_without_control_groups(monkeypatch, tmp_path):
-    """Then its memory alone counts."""
+    """Without control groups the default is a share of the machine's memory."""
     monkeypatch.setattr("service.host.memory._physical", lambda: 16 * GIB)
     assert memory.budget(settings(), tmp_path) == 12 * GIB
 
 
 def test_setting_is_taken_as_it_is(machine):
-    """Whoever names a number is given that, not a share of it."""
+    """A configured size is used as it is, and not a share of it."""
     assert memory.budget(settings(memory_mib=5)) == 5 * MIB
 
 
 def test_process_stays_within_its_budget(model_dir):
-    """With every slot filled to its end and every token scored, the process holds what was announced, and not far less.
+    """With every slot full and every token scored, the process uses at most the planned memory, and not far less.
 
-    The memory decides how many slots there are, and the log says so.
+    The plan limits the number of slots, and the log says so.
     """
     context_length, slots = 1024, 32
     fixed = {"max_waiting": 16, "context_length": context_length}

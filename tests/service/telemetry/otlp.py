@@ -1,4 +1,4 @@
-"""A collector of traces in the test's own process, as OpenTelemetry's protocol describes it."""
+"""A collector of traces in the test's process, which implements OpenTelemetry's protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps the spans that it is sent."""
+    """Keeps the spans that it receives."""
 
     def __init__(self):
         self.resources = []
@@ -33,7 +33,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 def attributes(holder):
-    """A span's or resource's attributes as plain values."""
+    """The attributes of a span or resource, as plain values."""
     return {each.key: plain(each.value) for each in holder.attributes}
 
 
@@ -44,7 +44,7 @@ def plain(value):
 
 @asynccontextmanager
 async def collector() -> AsyncIterator[Collector]:
-    """A collector that listens."""
+    """A collector that listens on loopback."""
     made = Collector()
     server = grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(made, server)

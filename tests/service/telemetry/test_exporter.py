@@ -1,4 +1,4 @@
-"""The metrics' port: few threads, and nobody who is silent keeps others from being answered."""
+"""The port of the metrics has few threads, and silent clients do not block others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.stack import free_ports
 
 @pytest.fixture
 def served():
-    """An exporter's port."""
+    """The port of an exporter."""
     registry = CollectorRegistry()
     Gauge("answer", "Of everything.", registry=registry).set(42)
     (port,) = free_ports(1)
@@ -33,7 +33,7 @@ def scraped(port):
 
 
 def test_silent_connections(served):
-    """Five hundred are no more threads than allowed, and who asks is answered beside them."""
+    """Five hundred silent connections take no more threads than allowed, and do not block a scrape."""
     before = threading.active_count()
     with ExitStack() as held:
         for _ in range(500):
@@ -44,7 +44,7 @@ def test_silent_connections(served):
 
 
 def test_a_connection_that_sends_nothing_ends(served, monkeypatch):
-    """After a while, whoever else is there."""
+    """A connection that sends nothing is closed after the timeout, even without other connections."""
     monkeypatch.setattr(exporter.Handler, "timeout", 0.1)
     with socket.create_connection(("127.0.0.1", served), timeout=PATIENCE) as connection:
         assert connection.recv(1) == b""

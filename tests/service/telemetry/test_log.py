@@ -1,4 +1,4 @@
-"""Logging never waits: not for a reader, and not for a disk."""
+"""Logging never waits for the log's reader or for the disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.patience import PATIENCE
 
 @pytest.fixture
 def logger():
-    """A logger of the test's own."""
+    """A logger that only this test uses."""
     made = logging.Logger("test")
     made.setLevel(logging.INFO)
     return made
@@ -33,7 +33,7 @@ def attach(logger, descriptor, capacity=10):
 
 
 def drained(handler, reading):
-    """All that the handler has to write."""
+    """All bytes that the handler writes until it has written every line."""
     os.set_blocking(reading, False)
     read = b""
     while handler.unwritten:
@@ -47,14 +47,14 @@ def drained(handler, reading):
 
 
 def read_lines(handler, reading):
-    """All that the handler has to write, parsed."""
+    """All lines that the handler writes, parsed."""
     handler.flush()
     return [json.loads(line) for line in drained(handler, reading).splitlines()]
 
 
 @pytest.fixture
 def ours():
-    """A pipe to read from, and a handler of the root logger that writes to it."""
+    """A handler of the root logger, and the pipe that it writes to."""
     reading, writing = os.pipe()
     root = logging.getLogger()
     level = root.level
@@ -67,7 +67,7 @@ def ours():
 
 
 def test_lines_are_written_in_order(logger):
-    """One JSON object per line, with its fields; flush waits for them."""
+    """Each record is one line of JSON with its fields, and flush waits until all are written."""
     reading, writing = os.pipe()
     handler = attach(logger, writing)
     for number in range(5):
@@ -79,8 +79,8 @@ def test_lines_are_written_in_order(logger):
     os.close(reading), os.close(writing)
 
 
-def test_ours_and_everyone_elses_lines_are_alike(ours):
-    """When, how grave, whose and what, then the fields: whether by our logger or by a library's."""
+def test_libraries_lines_have_the_same_form(ours):
+    """Lines of the service and of libraries have time, level, logger and message first, then their fields."""
     get_logger("service.here").info("%s now", "serving", address="127.0.0.1:1", slots=4)
     logging.getLogger("grpc._cython.cygrpc").warning("%s of %d", "one", 3, extra={"address": "b"})
     own, foreign = read_lines(*ours)
@@ -93,7 +93,7 @@ def test_ours_and_everyone_elses_lines_are_alike(ours):
 
 
 def test_exceptions_are_fields(ours):
-    """Trace and all on the same line, as text; ours and everyone else's."""
+    """An exception and its traceback are one text field, in lines of the service and of libraries."""
     for log in (get_logger("service.here"), logging.getLogger("asyncio")):
         try:
             raise ValueError("no\nsuch")
@@ -109,8 +109,8 @@ def test_exceptions_are_fields(ours):
     assert not any("exc_info" in line for line in lines)
 
 
-def test_what_is_no_json_is_shown(ours):
-    """A field of any type, and text that is not whole Unicode, make a line all the same."""
+def test_values_that_json_does_not_know(ours):
+    """A field of any type, and text that is not valid Unicode, still make a line."""
     get_logger("service.here").warning("odd", path=Path("/model"), text="\udc80\x00\u2028")
     (line,) = read_lines(*ours)
     assert "/model" in line["path"]
@@ -118,13 +118,13 @@ def test_what_is_no_json_is_shown(ours):
 
 
 def test_fields_are_keyword_arguments():
-    """Nowhere in the service are they given as to the standard library: that would make a field `extra` of them."""
+    """No code of the service passes `extra=` to a logger, because that would become a field named `extra`."""
     sources = (Path(service.__file__).parent).rglob("*.py")
     assert [path for path in sources if "extra={" in path.read_text()] == []
 
 
 def test_levels(ours):
-    """What is below the level costs nothing and writes nothing."""
+    """Records below the level are not written."""
     get_logger("service.here").debug("hidden")
     logging.getLogger("grpc").debug("hidden")
     get_logger("service.here").info("shown")
@@ -132,7 +132,7 @@ def test_levels(ours):
 
 
 def test_a_reader_that_does_not_read(logger):
-    """Whoever logs goes on; what finds no room is dropped, and that is said as soon as lines are read again."""
+    """Logging does not block; lines that do not fit are dropped, and a line reports that once lines are read again."""
     reading, writing = os.pipe()
     handler = attach(logger, writing)
     for _ in range(2000):
@@ -148,7 +148,7 @@ def test_a_reader_that_does_not_read(logger):
 
 
 def test_a_full_disk(logger):
-    """Lines that cannot be written are counted, and nobody fails."""
+    """Lines that cannot be written are counted as dropped, and no caller gets an error."""
     with Path("/dev/full").open("wb") as full:
         handler = attach(logger, full.fileno())
         logger.info("one")
@@ -158,7 +158,7 @@ def test_a_full_disk(logger):
 
 
 def test_flush_does_not_wait_for_ever(logger):
-    """The process can end although nobody reads."""
+    """Flush returns although nothing reads the log, so that the process can end."""
     reading, writing = os.pipe()
     handler = attach(logger, writing, capacity=2000)
     for _ in range(1000):

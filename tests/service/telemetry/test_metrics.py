@@ -1,4 +1,4 @@
-"""Every number against a load that a reader can count: a real server over the alphabet, scraped over HTTP."""
+"""Metrics of a real server over a fake model, scraped over HTTP, under a load whose numbers a reader can count."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ METHOD = {"grpc_type": "unary", "grpc_service": "completion.v1.CompletionService
 
 
 class Running:
-    """A server whose numbers can be read."""
+    """A running server, its clients, and the port of its metrics."""
 
     def __init__(self, server, model, port, channel):
         self.server, self.model, self.port = server, model, port
@@ -58,7 +58,7 @@ class Running:
         }
 
     async def value(self, name, **labels):
-        """A sample; what engines and requests count is that of the alphabet unless another `model` is named."""
+        """The value of a sample; the label `model` is the alphabet model unless `labels` names another."""
         if name.startswith("llm_") and "certificate" not in name:
             labels = {"model": "alphabet", **labels}
         return (await self.scrape())[name, frozenset(labels.items())]
@@ -84,8 +84,8 @@ def asked(**fields):
 
 
 @pytest.fixture
-def made(letters, monkeypatch):
-    """Makes a server over a fake model, and its metrics' port."""
+def make_server(letters, monkeypatch):
+    """Makes a server over a fake model, and returns it with the port of its metrics."""
 
     def make(model, **settings):
         engine = Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100)
@@ -98,20 +98,20 @@ def made(letters, monkeypatch):
     return make
 
 
-async def run(made, model, **settings):
-    server, port = made(model, **settings)
+async def run(make_server, model, **settings):
+    server, port = make_server(model, **settings)
     async with server, grpc.aio.insecure_channel(server.address) as channel:
         yield Running(server, model, port, channel)
 
 
 @pytest.fixture
-async def running(made):
-    async for each in run(made, FakeModel(), vllm_metric_names=True):
-        yield each
+async def running(make_server):
+    async for running in run(make_server, FakeModel(), vllm_metric_names=True):
+        yield running
 
 
 async def ended(running, outcome, count=1, model="alphabet"):
-    """Waits until so many requests have ended so: the caller of one that is cut off hears of it first."""
+    """Waits until `count` requests have ended with this outcome, which callers can see before it is counted."""
 
     async def reached():
         return await running.value("llm_requests_total", outcome=outcome, model=model) == count
@@ -120,7 +120,7 @@ async def ended(running, outcome, count=1, model="alphabet"):
 
 
 async def test_a_whole_answer(running):
-    """Two requests of 2 prompt and 4 new tokens, one after the other: they are counted, and nothing else."""
+    """Two requests of 2 prompt and 4 generated tokens, one after the other, are counted, and nothing else is."""
     for _ in range(2):
         await running.ask()
     found = await running.scrape()
@@ -149,7 +149,7 @@ async def test_a_whole_answer(running):
 
 
 async def test_prefixes(running):
-    """Of a prompt of 20 letters sent twice, 18 are found the second time: the last two are always computed."""
+    """The second time that a prompt of 20 tokens is sent, 18 are cached; the last two are always computed."""
     for _ in range(2):
         await running.ask(text="abcdefghijklmnopqrst", max_tokens=1)
     assert await running.value("llm_prefix_cache_queries_total") == 40
@@ -158,7 +158,7 @@ async def test_prefixes(running):
 
 
 async def test_candidates(running):
-    """The prompt of three candidates counts once; their tokens count each, and their steps together."""
+    """With three candidates the prompt counts once, each generated token counts, and their steps are shared."""
     await running.ask(n=3)
     assert await running.value("llm_prompt_tokens_total") == 2
     assert await running.value("llm_generation_tokens_total") == 12
@@ -169,11 +169,11 @@ async def test_candidates(running):
 
 
 async def test_grpc(running):
-    """Calls by method and status, with Go's names for both."""
+    """Calls are counted by method and status, under Go's names."""
     await running.ask()
     with pytest.raises(grpc.aio.AioRpcError):
         await running.ask(max_tokens=-1)
-    assert [each async for each in running.stub.StreamCompletion(asked(max_tokens=1), metadata=KEY)]
+    assert [piece async for piece in running.stub.StreamCompletion(asked(max_tokens=1), metadata=KEY)]
     await running.stub.ListModels(pb.ListModelsRequest(), metadata=KEY)
     assert await running.value("grpc_server_started_total", **METHOD) == 2
     assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="OK") == 1
@@ -196,7 +196,7 @@ async def test_grpc(running):
     ],
 )
 async def test_refusals(running, fields, metadata, reason, model):
-    """Each by its reason, and the model's id if it was got so far; nothing reaches the engine."""
+    """A refusal counts under its reason, and the model's id if it is known; the request does not reach the engine."""
     with pytest.raises(grpc.aio.AioRpcError):
         await running.stub.CreateCompletion(asked(**fields), metadata=metadata)
     await ended(running, "refused", model=model)
@@ -205,19 +205,19 @@ async def test_refusals(running, fields, metadata, reason, model):
     assert await running.value("llm_queue_time_seconds_count") == 0
 
 
-async def test_limits_of_a_key(made):
-    """Tokens per minute have a reason of their own, sequences at once share that of the queue."""
-    async for each in run(made, FakeModel(), tokens_per_minute=10, max_sequences=2):
+async def test_limits_of_a_key(make_server):
+    """The limit of tokens per minute has its own reason; the limit of sequences counts as `overloaded`."""
+    async for running in run(make_server, FakeModel(), tokens_per_minute=10, max_sequences=2):
         for fields in ({"max_tokens": 20}, {"n": 3, "max_tokens": 1}):
             with pytest.raises(grpc.aio.AioRpcError):
-                await each.ask(**fields)
-        await ended(each, "refused", 2)
-        assert await each.value("llm_refused_total", reason="tokens_per_minute") == 1
-        assert await each.value("llm_refused_total", reason="overloaded") == 1
+                await running.ask(**fields)
+        await ended(running, "refused", 2)
+        assert await running.value("llm_refused_total", reason="tokens_per_minute") == 1
+        assert await running.value("llm_refused_total", reason="overloaded") == 1
 
 
 async def test_faults(running):
-    """A step that fails, and numbers that are none: the requests fail, by kind."""
+    """A step that fails and logits that are NaN count as faults of their kinds, and their requests as failed."""
     running.model.fault = 5
     with pytest.raises(grpc.aio.AioRpcError):
         await running.ask(text="f")
@@ -231,30 +231,30 @@ async def test_faults(running):
     assert await running.value("grpc_server_handled_total", **METHOD, grpc_code="Internal") == 2
 
 
-async def test_while_it_runs(made, caplog):
-    """Running, waiting and usage while a step is held up; then who leaves is cancelled, and who is late is late.
+async def test_while_it_runs(make_server, caplog):
+    """While a step is held up, gauges show running and waiting sequences; one request is late, one is cancelled.
 
-    The line in the log says the same.
+    The log line of each has the same outcome.
     """
     caplog.set_level(logging.INFO)
     model = GatedModel(slots=2)
     model.gate.release(WARM_UP_STEPS)
-    async for each in run(made, model):
+    async for running in run(make_server, model):
         for _ in range(WARM_UP_STEPS):
             await model.reached()
-        leaving = each.stub.CreateCompletion(asked(n=2), metadata=KEY)
+        leaving = running.stub.CreateCompletion(asked(n=2), metadata=KEY)
         await model.reached()
-        late = asyncio.ensure_future(each.stub.CreateCompletion(asked(), metadata=KEY, timeout=3))
+        late = asyncio.ensure_future(running.stub.CreateCompletion(asked(), metadata=KEY, timeout=3))
         with pytest.raises(grpc.aio.AioRpcError, match="Deadline"):
             await late
-        await ended(each, "deadline")
-        assert await each.value("llm_running") == 1
-        assert await each.value("llm_waiting") == 1
-        assert await each.value("llm_kv_usage_ratio") == 0.5
+        await ended(running, "deadline")
+        assert await running.value("llm_running") == 1
+        assert await running.value("llm_waiting") == 1
+        assert await running.value("llm_kv_usage_ratio") == 0.5
         leaving.cancel()
-        await ended(each, "cancelled")
-        assert await each.value("llm_request_duration_seconds_count") == 0
-        codes = {code: await each.value("grpc_server_handled_total", **METHOD, grpc_code=code) for code in CUT_OFF}
+        await ended(running, "cancelled")
+        assert await running.value("llm_request_duration_seconds_count") == 0
+        codes = {code: await running.value("grpc_server_handled_total", **METHOD, grpc_code=code) for code in CUT_OFF}
         assert codes == CUT_OFF
         model.gate.release(1000)
     lines = logged(caplog, "call")
@@ -266,7 +266,7 @@ CUT_OFF = {"DeadlineExceeded": 1, "Canceled": 1}
 
 
 async def test_the_line_of_a_request(running, caplog):
-    """One line per request says what it came to, in numbers and without a word of it."""
+    """The log line of a request has its numbers, and no word of its prompt or answer."""
     caplog.set_level(logging.INFO)
     prompt = "qrstuvwxyzabcdefghij"
     for _ in range(2):
@@ -283,7 +283,7 @@ async def test_the_line_of_a_request(running, caplog):
 
 
 async def test_vllm_names(running):
-    """The documented names have the values of ours, labelled with the model."""
+    """Every documented vLLM name has the values of its counterpart, with the label `model_name`."""
     await running.ask(n=2)
     found = await running.scrape()
     names = [line.split("`")[1::2] for line in DOCS.splitlines() if line.startswith("| `vllm:")]
@@ -306,8 +306,8 @@ async def test_vllm_names(running):
 
 # Four slots of 64 tokens, in blocks of 16.
 NOT_RENAMED = {"vllm:cache_config_info": {"block_size": "16", "num_gpu_blocks": "16"}}
-# What vLLM's own Grafana dashboard asks for, and the endpoint picker of the Gateway API's inference extension, but for
-# adapters, of which there are none.
+# What vLLM's own Grafana dashboard and the endpoint picker of the Gateway API's inference extension read, except for
+# metrics of adapters, which do not exist here.
 READ_BY_OTHERS = """
 vllm:e2e_request_latency_seconds_bucket vllm:prompt_tokens_total vllm:generation_tokens_total
 vllm:time_per_output_token_seconds_bucket vllm:inter_token_latency_seconds_bucket vllm:num_requests_running
@@ -318,27 +318,27 @@ vllm:request_max_num_generation_tokens_sum vllm:cache_config_info
 """
 
 
-async def test_what_others_read(running):
-    """Everything that public dashboards and endpoint pickers ask for is there before the first request."""
+async def test_names_that_dashboards_read(running):
+    """Everything that public dashboards and endpoint pickers read exists before the first request."""
     names = {name for name, _ in await running.scrape()}
     assert set(READ_BY_OTHERS.split()) <= names
 
 
-async def test_vllm_names_are_an_option(made):
-    """Without the setting there are none."""
-    async for each in run(made, FakeModel()):
-        assert not [name for name, _ in await each.scrape() if name.startswith("vllm:")]
+async def test_vllm_names_are_an_option(make_server):
+    """Without the setting no metric has a vLLM name."""
+    async for running in run(make_server, FakeModel()):
+        assert not [name for name, _ in await running.scrape() if name.startswith("vllm:")]
 
 
-async def test_the_documented_names(made):
-    """The table names exactly what is exported, besides the process's own."""
-    async for each in run(made, FakeModel()):
-        await each.ask()
-        page = await asyncio.to_thread(fetch, each.port)
+async def test_the_documented_names(make_server):
+    """The documented table has exactly the exported metrics, except for those of the process."""
+    async for running in run(make_server, FakeModel()):
+        await running.ask()
+        page = await asyncio.to_thread(fetch, running.port)
         exported = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
         exported = {name for name in exported if not name.startswith("process_") and not name.endswith("_created")}
         rows = {line.split("`")[1] for line in DOCS.splitlines() if line.startswith(("| `llm_", "| `grpc_"))}
-        assert rows - exported == {"llm_certificate_expiry_timestamp_seconds"}  # only where there is one
+        assert rows - exported == {"llm_certificate_expiry_timestamp_seconds"}  # only with TLS
         assert exported <= rows
 
 
@@ -355,7 +355,7 @@ OPEN = "application/openmetrics-text"
     ids=["second", "third", "third, old names"],
 )
 async def test_the_format_that_prometheus_asks_for(running, accept):
-    """To every version of it OpenMetrics is valid too, with the same names and values."""
+    """Every version of Prometheus gets valid OpenMetrics, with the same names and values."""
     await running.ask()
     page = await asyncio.to_thread(fetch, running.port, accept)
     assert page.endswith("# EOF\n")
@@ -370,22 +370,22 @@ async def test_the_format_that_prometheus_asks_for(running, accept):
     }
 
 
-async def test_no_metrics(made):
-    """Port 0 is none."""
-    async for each in run(made, FakeModel(), metrics_port=0):
-        await each.ask()
+async def test_no_metrics(make_server):
+    """With port 0 nothing listens for scrapes."""
+    async for running in run(make_server, FakeModel(), metrics_port=0):
+        await running.ask()
         with pytest.raises(ConnectionRefusedError):
-            await asyncio.to_thread(fetch, each.port)
+            await asyncio.to_thread(fetch, running.port)
 
 
-async def test_a_port_that_is_taken(made, monkeypatch, caplog):
-    """A port that was asked for must be free; the default one is done without, with a warning."""
+async def test_a_port_that_is_taken(make_server, monkeypatch, caplog):
+    """A configured port must be free; if the default port is in use, the service starts without metrics and warns."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server, _ = made(FakeModel(), metrics_port=port)
+        server, _ = make_server(FakeModel(), metrics_port=port)
         with pytest.raises(StartupError, match=f"port {port}.*--metrics-port"):
             await server.__aenter__()
-        server, _ = made(FakeModel())
+        server, _ = make_server(FakeModel())
         unasked = server._settings.model_copy(update={"metrics_port": port})
         unasked.model_fields_set.discard("metrics_port")
         monkeypatch.setattr(server, "_settings", unasked)
@@ -395,15 +395,15 @@ async def test_a_port_that_is_taken(made, monkeypatch, caplog):
 
 
 async def test_a_scraper_that_hangs(running):
-    """Who connects and asks nothing keeps nobody from scraping, and nothing from ending."""
+    """A client that connects and sends nothing blocks neither other scrapes nor the end of the server."""
     with socket.create_connection(("127.0.0.1", running.port)):
         assert await running.value("llm_running") == 0
 
 
-async def test_health_follows_the_warm_up(made):
-    """Alive from the start, ready and started once the model has answered once; while it drains it is alive."""
+async def test_health_follows_the_warm_up(make_server):
+    """Liveness is SERVING from the start, readiness and startup after the warm-up; a drain ends only readiness."""
     model = GatedModel()
-    server, _ = made(model)
+    server, _ = make_server(model)
     names = ("liveness", "startup", "readiness", "", "completion.v1.CompletionService")
     entering = asyncio.ensure_future(server.__aenter__())
     await model.reached()
@@ -418,18 +418,18 @@ async def test_health_follows_the_warm_up(made):
     await server.__aexit__(None, None, None)
 
 
-async def test_a_model_that_cannot_answer(made):
-    """A warm-up that fails is no start."""
+async def test_a_model_that_cannot_answer(make_server):
+    """If the warm-up fails, the start fails."""
     model = FakeModel()
     model.fault = manifest().special_tokens.default_prompt
-    server, _ = made(model)
+    server, _ = make_server(model)
     with pytest.raises(StartupError, match="warm-up"):
         await server.__aenter__()
 
 
 @pytest.fixture
-def made_of_two(letters, monkeypatch):
-    """A server over two fake models, `alphabet` and `second`, and its metrics' port."""
+def make_server_of_two(letters, monkeypatch):
+    """Makes a server over two fake models, `alphabet` and `second`, and returns it with the port of its metrics."""
 
     def make(*fakes):
         named = zip(({}, {"id": "second", "aliases": ("two",)}), fakes, strict=True)
@@ -450,10 +450,10 @@ def made_of_two(letters, monkeypatch):
     return make
 
 
-async def test_every_model_is_warmed_up(made_of_two):
-    """The service is ready only once the second model has answered as well."""
+async def test_every_model_is_warmed_up(make_server_of_two):
+    """The service is ready only after the second model has answered as well."""
     first, second = FakeModel(), GatedModel()
-    server, _ = made_of_two(first, second)
+    server, _ = make_server_of_two(first, second)
     entering = asyncio.ensure_future(server.__aenter__())
     await second.reached()
     assert first.steps == WARM_UP_STEPS
@@ -466,10 +466,10 @@ async def test_every_model_is_warmed_up(made_of_two):
     await server.__aexit__(None, None, None)
 
 
-async def test_callers_do_not_keep_the_service_from_starting(made_of_two):
-    """A queue that is full before the warm-up is nobody's fault: the start waits for its turn."""
+async def test_callers_do_not_keep_the_service_from_starting(make_server_of_two):
+    """If callers fill a queue before the warm-up, the warm-up waits for its turn."""
     first, second = GatedModel(), FakeModel()
-    server, _ = made_of_two(first, second)
+    server, _ = make_server_of_two(first, second)
     entering = asyncio.ensure_future(server.__aenter__())
     await first.reached()
     engine = server.models[1].engine
@@ -484,40 +484,40 @@ async def test_callers_do_not_keep_the_service_from_starting(made_of_two):
     await server.__aexit__(None, None, None)
 
 
-async def test_a_second_model_that_cannot_answer(made_of_two):
-    """The start fails, and says which."""
+async def test_a_second_model_that_cannot_answer(make_server_of_two):
+    """The start fails, and the message names the model."""
     second = FakeModel()
     second.fault = manifest().special_tokens.default_prompt
-    server, _ = made_of_two(FakeModel(), second)
+    server, _ = make_server_of_two(FakeModel(), second)
     with pytest.raises(StartupError, match=r"model second cannot answer.*warm-up"):
         await server.__aenter__()
 
 
-async def test_two_models(made_of_two):
-    """Each metric of an engine is its model's alone, by whichever name it was called, and by vLLM's names too."""
+async def test_two_models(make_server_of_two):
+    """Each metric counts only its own model, whichever alias the caller used, also under vLLM's names."""
     fakes = FakeModel(slots=4), FakeModel(slots=2)
-    server, port = made_of_two(*fakes)
+    server, port = make_server_of_two(*fakes)
     async with server, grpc.aio.insecure_channel(server.address) as channel:
-        each = Running(server, fakes[1], port, channel)
-        await each.ask(model="two", max_tokens=5)
-        await ended(each, "completed", model="second")
+        running = Running(server, fakes[1], port, channel)
+        await running.ask(model="two", max_tokens=5)
+        await ended(running, "completed", model="second")
         expected = {"llm_generation_tokens_total": 5, "llm_prompt_tokens_total": 2, "llm_batch_size_count": 4}
         expected |= {"llm_time_to_first_token_seconds_count": 1, "llm_prefix_cache_queries_total": 2}
         for name, value in expected.items():
-            assert await each.value(name, model="second") == value
-            assert await each.value(name) == 0
-        assert [await each.value("llm_slots", model=name) for name in ("alphabet", "second")] == [4, 2]
+            assert await running.value(name, model="second") == value
+            assert await running.value(name) == 0
+        assert [await running.value("llm_slots", model=name) for name in ("alphabet", "second")] == [4, 2]
         fakes[1].fault = 5
         with pytest.raises(grpc.aio.AioRpcError):
-            await each.ask(model="second", text="f")
-        assert await each.value("llm_faults_total", model="second", kind="failed_step") == 1
-        assert await each.value("llm_faults_total", kind="failed_step") == 0
-        assert await each.value("vllm:generation_tokens_total", model_name="second") == 5
-        assert await each.value("vllm:generation_tokens_total", model_name="alphabet") == 0
+            await running.ask(model="second", text="f")
+        assert await running.value("llm_faults_total", model="second", kind="failed_step") == 1
+        assert await running.value("llm_faults_total", kind="failed_step") == 0
+        assert await running.value("vllm:generation_tokens_total", model_name="second") == 5
+        assert await running.value("vllm:generation_tokens_total", model_name="alphabet") == 0
 
 
 async def test_the_warm_up_leaves_no_trace(running):
-    """Nothing is counted of it, and nothing learnt: the first caller meets an engine that has no pace yet."""
+    """Neither metrics nor wait estimates include the warm-up."""
     assert running.model.steps == WARM_UP_STEPS
     assert await running.value("llm_generation_tokens_total") == 0
     assert await running.value("llm_prefix_cache_queries_total") == 0

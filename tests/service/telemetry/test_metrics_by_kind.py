@@ -1,4 +1,4 @@
-"""Every value that a label can have, against a load that leads to it, and times that a reader can tell."""
+"""Each value of each label, under a load that leads to it, and times that a reader can compute."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.support.engines import GatedModel, busy
 from tests.support.fakes import FakeModel
 from tests.support.patience import PATIENCE, eventually_async
 
-made, running = metered.made, metered.running
+make_server, running = metered.make_server, metered.running
 FINISHED = ("stop", "length", "abort", "error")
 
 
 async def by(running, name, label):
-    """A metric's values that are not 0, by one label."""
+    """The values of a metric that are not 0, by one label."""
     return {
         dict(labels)[label]: value
         for (found, labels), value in (await running.scrape()).items()
@@ -36,7 +36,7 @@ async def by(running, name, label):
 
 
 async def reached(running, name, value, **labels):
-    """Waits until a metric has this value."""
+    """Waits until a metric has the given value."""
 
     async def there():
         return await running.value(name, **labels) == value
@@ -50,12 +50,12 @@ async def refused(call):
     return error.value.code()
 
 
-async def test_every_kind_is_there_from_the_start(running):
-    """A rate of what has never happened is 0, not missing."""
+async def test_every_series_exists_from_the_start(running):
+    """A series that has never been counted is 0 and not missing, so that its rate is 0 too."""
     found = await running.scrape()
     for name, label, values in (
-        ("llm_requests_total", "outcome", [each.value for each in Outcome]),
-        ("llm_refused_total", "reason", [each.value for each in Refusal]),
+        ("llm_requests_total", "outcome", [outcome.value for outcome in Outcome]),
+        ("llm_refused_total", "reason", [refusal.value for refusal in Refusal]),
         ("llm_finished_total", "finished_reason", FINISHED),
         ("llm_faults_total", "kind", ["failed_step", "not_finite", "slow_reader", "unexpected"]),
     ):
@@ -64,7 +64,7 @@ async def test_every_kind_is_there_from_the_start(running):
 
 
 async def test_how_sequences_end(running):
-    """By a stop text, by an end token, by their length, and by a fault of the model."""
+    """Sequences end at a stop text, at an end token, at their length, or by a fault of the model."""
     await running.ask(stop=["e"])  # ab -> cd
     await running.ask(stop_token_ids=[3], n=2)  # ab -> c
     await running.ask(n=3)
@@ -76,61 +76,61 @@ async def test_how_sequences_end(running):
     assert theirs == {"stop": 3, "length": 3, "error": 2}
 
 
-async def test_who_leaves(made):
-    """Of a request that is cancelled what had ended stays so, and the rest is aborted."""
+async def test_a_cancelled_request(make_server):
+    """Sequences of a cancelled request that had ended keep their reason, and the others count as aborted."""
     model = GatedModel()
     model.gate.release(WARM_UP_STEPS)
-    async for each in run(made, model):
+    async for running in run(make_server, model):
         for _ in range(WARM_UP_STEPS):
             await model.reached()
         batch = pb.TextBatch(texts=["ab", "xy"])
         request = pb.CreateCompletionRequest(model="abc", texts=batch, temperature=0, max_tokens=9, stop=["c"])
-        stream = each.stub.StreamCompletion(request, metadata=KEY)
+        stream = running.stub.StreamCompletion(request, metadata=KEY)
         await model.reached()
         model.gate.release()  # the first prompt's step, after which comes "c"
         assert (await anext(aiter(stream))).choices[0].finish_reason == pb.FINISH_REASON_STOP
         await model.reached()
         stream.cancel()
-        await ended(each, "cancelled")
+        await ended(running, "cancelled")
         model.gate.release(1000)
-        assert await by(each, "llm_finished_total", "finished_reason") == {"stop": 1, "abort": 1}
-        assert await each.value("llm_request_generation_tokens_count") == 0
+        assert await by(running, "llm_finished_total", "finished_reason") == {"stop": 1, "abort": 1}
+        assert await running.value("llm_request_generation_tokens_count") == 0
 
 
 class SlowModel(FakeModel):
-    """A fake model that takes a millisecond for a step."""
+    """A fake model that takes a millisecond per step."""
 
     def forward(self, *arguments):
         time.sleep(0.001)
         return super().forward(*arguments)
 
 
-async def test_a_slow_reader(made):
-    """A caller that takes nothing of its stream: the request has that outcome, and the fault is counted once."""
+async def test_a_slow_reader(make_server):
+    """A request whose caller does not read its stream has the outcome `slow_reader`, and is one fault."""
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
-    async for each in run(made, SlowModel()):
-        each.server.models[0].engine.send_timeout = 0.05
-        async with grpc.aio.insecure_channel(each.server.address, options=narrow) as channel:
+    async for running in run(make_server, SlowModel()):
+        running.server.models[0].engine.send_timeout = 0.05
+        async with grpc.aio.insecure_channel(running.server.address, options=narrow) as channel:
             stub = completion_pb2_grpc.CompletionServiceStub(channel)
             stream = stub.StreamCompletion(asked(n=128, max_tokens=50, logprobs=5), metadata=KEY)
-            await reached(each, "llm_faults_total", 1, kind="slow_reader")
-            assert await each.value("llm_running") == 0
-            # It hears of that as soon as it reads; only then has the call ended.
+            await reached(running, "llm_faults_total", 1, kind="slow_reader")
+            assert await running.value("llm_running") == 0
+            # The caller gets the error as soon as it reads; only then has the call ended.
             with pytest.raises(grpc.aio.AioRpcError):
                 _ = [piece async for piece in stream]
             assert await stream.code() is grpc.StatusCode.ABORTED
-            await ended(each, "slow_reader")
-            assert await by(each, "llm_requests_total", "outcome") == {"slow_reader": 1}
-            assert await by(each, "llm_faults_total", "kind") == {"slow_reader": 1}
-            found = await by(each, "llm_finished_total", "finished_reason")
+            await ended(running, "slow_reader")
+            assert await by(running, "llm_requests_total", "outcome") == {"slow_reader": 1}
+            assert await by(running, "llm_faults_total", "kind") == {"slow_reader": 1}
+            found = await by(running, "llm_finished_total", "finished_reason")
             assert sum(found.values()) == 128
             assert found["abort"] > 64
         method = {**METHOD, "grpc_type": "server_stream", "grpc_method": "StreamCompletion"}
-        assert await each.value("grpc_server_handled_total", **method, grpc_code="Aborted") == 1
+        assert await running.value("grpc_server_handled_total", **method, grpc_code="Aborted") == 1
 
 
 async def test_an_unexpected_error(running, monkeypatch):
-    """An error that has no name, twice: the calls fail as INTERNAL, and each is one fault."""
+    """A call that fails with an error of no known class ends as INTERNAL, and is one fault."""
 
     def broken(*_arguments, **_options):
         raise ZeroDivisionError
@@ -145,21 +145,21 @@ async def test_an_unexpected_error(running, monkeypatch):
     assert await by(running, "llm_finished_total", "finished_reason") == {}
 
 
-async def test_a_key_that_may_not(made, tmp_path):
-    """A model that the key is not for is unknown to its caller, and forbidden to who counts; a wrong key is none."""
+async def test_a_key_without_access(make_server, tmp_path):
+    """A model that the key may not use is NOT_FOUND for the caller, and counts as forbidden."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(b'sk-other').hexdigest()} team models=another\n")
-    async for each in run(made, FakeModel(), api_keys_file=keys):
-        call = each.stub.CreateCompletion(asked(), metadata=(("authorization", "Bearer sk-other"),))
+    async for running in run(make_server, FakeModel(), api_keys_file=keys):
+        call = running.stub.CreateCompletion(asked(), metadata=(("authorization", "Bearer sk-other"),))
         assert await refused(call) is grpc.StatusCode.NOT_FOUND
-        assert await refused(each.ask()) is grpc.StatusCode.UNAUTHENTICATED
-        await ended(each, "refused")
-        await ended(each, "refused", model="")
-        assert await by(each, "llm_refused_total", "reason") == {"forbidden": 1, "unauthenticated": 1}
+        assert await refused(running.ask()) is grpc.StatusCode.UNAUTHENTICATED
+        await ended(running, "refused")
+        await ended(running, "refused", model="")
+        assert await by(running, "llm_refused_total", "reason") == {"forbidden": 1, "unauthenticated": 1}
 
 
 async def test_a_deadline_shorter_than_the_wait(running):
-    """Refused at once, which is no `deadline` among the outcomes: nothing of it had begun."""
+    """A deadline shorter than the estimated wait counts as refused, not as the outcome `deadline`."""
     engine = running.server.models[0].engine
     busy(engine)
     call = running.stub.CreateCompletion(asked(), metadata=KEY, timeout=PATIENCE)
@@ -168,8 +168,8 @@ async def test_a_deadline_shorter_than_the_wait(running):
     assert await by(running, "llm_refused_total", "reason") == {"deadline": 1}
 
 
-async def test_who_comes_too_late(running):
-    """While the engine stops, requests are refused as such."""
+async def test_a_request_after_the_stop(running):
+    """A request that arrives while the engine stops is refused as `stopping`."""
     running.server.models[0].engine.stop()
     assert await refused(running.ask()) is grpc.StatusCode.UNAVAILABLE
     await ended(running, "refused")
@@ -179,18 +179,20 @@ async def test_who_comes_too_late(running):
 HELD = 0.2
 
 
-async def test_times(made):
-    """One slot; a request that is held up in its prompt, then in its second token, and one that waits for it."""
+async def test_times(make_server):
+    """With one slot, a request is held up in its prefill and in its second token, and another waits for the slot."""
     model = GatedModel(slots=1)
     model.gate.release(WARM_UP_STEPS)
-    async for each in run(made, model):
+    async for running in run(make_server, model):
         for _ in range(WARM_UP_STEPS):
             await model.reached()
         began = time.monotonic()
-        first = asyncio.ensure_future(each.ask(max_tokens=2))
+        first = asyncio.ensure_future(running.ask(max_tokens=2))
         await model.reached()
-        second = asyncio.ensure_future(each.ask(text="xy", max_tokens=1))
-        await eventually_async(lambda each=each: each.server.models[0].engine.admission.queued)  # it queues
+        second = asyncio.ensure_future(running.ask(text="xy", max_tokens=1))
+        await eventually_async(
+            lambda running=running: running.server.models[0].engine.admission.queued
+        )  # it waits in the queue
         await asyncio.sleep(HELD)
         model.gate.release()
         await model.reached()
@@ -198,24 +200,24 @@ async def test_times(made):
         model.gate.release(1000)
         await asyncio.gather(first, second)
         took = time.monotonic() - began
-        await ended(each, "completed", 2)
-        rest = took - HELD  # without the other of the two
+        await ended(running, "completed", 2)
+        rest = took - HELD  # without one of the two delays
         for name, count, least, most in (
-            ("llm_prefill_time_seconds", 2, HELD, rest),  # the first's prompt
+            ("llm_prefill_time_seconds", 2, HELD, rest),  # the first request's prefill
             ("llm_decode_time_seconds", 2, HELD, rest),  # its second token
             ("llm_inter_token_latency_seconds", 1, HELD, rest),
-            ("llm_queue_time_seconds", 2, 2 * HELD, took),  # the second, all the while
+            ("llm_queue_time_seconds", 2, 2 * HELD, took),  # the second request waits for both delays
             ("llm_time_to_first_token_seconds", 2, 3 * HELD, rest + took),
             ("llm_request_duration_seconds", 2, 4 * HELD, 2 * took),
         ):
-            assert await each.value(f"{name}_count") == count, name
-            assert least - 0.01 <= await each.value(f"{name}_sum") <= most + 0.01, name
+            assert await running.value(f"{name}_count") == count, name
+            assert least - 0.01 <= await running.value(f"{name}_sum") <= most + 0.01, name
         for kind in ("prompt", "decode"):
-            assert HELD - 0.01 <= await each.value("llm_step_duration_seconds_sum", kind=kind) <= rest + 0.01
+            assert HELD - 0.01 <= await running.value("llm_step_duration_seconds_sum", kind=kind) <= rest + 0.01
 
 
 async def test_buckets(running):
-    """Of all times they begin at a millisecond or before, end after a minute or later, and grow by less than three."""
+    """Buckets of times begin at 1 ms or below, end above a minute, and each is less than three times the one before."""
     await running.ask()
     found: dict[str, set[float]] = {}
     for name, labels in await running.scrape():
@@ -229,15 +231,15 @@ async def test_buckets(running):
 
 
 async def connect(running, authority):
-    """One call over a connection of its own."""
+    """Makes one call over a new connection."""
     credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.secure_channel(running.server.address, credentials, options=options) as channel:
         await completion_pb2_grpc.CompletionServiceStub(channel).CreateCompletion(asked(), metadata=KEY)
 
 
-async def test_the_certificate(made, tmp_path):
-    """When the one that new connections get expires, to the second; without TLS there is nothing to tell."""
+async def test_the_certificate(make_server, tmp_path):
+    """The metric is the expiry of the certificate for new connections, and does not exist without TLS."""
     authority = trustme.CA()
     files = {"tls_certificate": tmp_path / "service.pem", "tls_key": tmp_path / "service.key"}
 
@@ -249,11 +251,11 @@ async def test_the_certificate(made, tmp_path):
 
     name = "llm_certificate_expiry_timestamp_seconds"
     first = issue(datetime(2098, 2, 3, 4, 5, 6, tzinfo=UTC))
-    async for each in run(made, FakeModel(), **files):
-        assert await each.value(name) == first
-        await connect(each, authority)
+    async for running in run(make_server, FakeModel(), **files):
+        assert await running.value(name) == first
+        await connect(running, authority)
         second = issue(datetime(2099, 1, 1, tzinfo=UTC))
-        await connect(each, authority)
-        assert await each.value(name) == second
-    async for each in run(made, FakeModel()):
-        assert name not in {found for found, _ in await each.scrape()}
+        await connect(running, authority)
+        assert await running.value(name) == second
+    async for running in run(make_server, FakeModel()):
+        assert name not in {found for found, _ in await running.scrape()}

@@ -1,4 +1,4 @@
-"""Spans as a collector gets them, from a real server over the alphabet."""
+"""Spans that a collector receives from a real server over a fake model."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PROMPT = "qrstuvwxyzabcdefghij"
 
 
 @pytest.fixture
-def made(letters, monkeypatch):
-    """Makes a server over the alphabet that sends its traces to an address."""
+def make_server(letters, monkeypatch):
+    """Makes a server over a fake model that sends its traces to `endpoint`."""
 
     def make(endpoint, model=None):
         model = model or FakeModel()
@@ -54,10 +54,10 @@ async def ask(server, metadata=CALLED, **fields):
         return await stub.CreateCompletion(pb.CreateCompletionRequest(**given), metadata=metadata)
 
 
-async def test_a_request_and_its_parts(made):
-    """A server's span in the caller's trace, and in it queue, prefill and decode, one after the other."""
+async def test_a_request_and_its_stages(make_server):
+    """A request has a server span in the caller's trace, with the children queue, prefill and decode in order."""
     async with collector() as seen:
-        async with made(seen.address) as server:
+        async with make_server(seen.address) as server:
             answer = await ask(server)
         whole = seen.named("text_completion alphabet")
         parts = [seen.named(name) for name in ("queue", "prefill", "decode")]
@@ -89,18 +89,18 @@ async def test_a_request_and_its_parts(made):
     assert seen.resources[0]["service.name"] == "completion-service"
 
 
-async def test_no_content(made):
-    """Neither prompt, answer nor key is in any span."""
-    async with collector() as seen, made(seen.address) as server:
+async def test_no_content(make_server):
+    """No span contains the prompt, the answer or the key."""
+    async with collector() as seen, make_server(seen.address) as server:
         answer = await ask(server)
     assert answer.choices[0].text == "klmn"
     for secret in (PROMPT, "klmn", "sk-any"):
         assert secret not in str(seen.spans)
 
 
-async def test_a_trace_of_its_own(made):
-    """Without traceparent, or with one that is none, a request begins a trace."""
-    async with collector() as seen, made(seen.address) as server:
+async def test_a_new_trace(make_server):
+    """Without traceparent, or with an invalid one, a request begins a new trace."""
+    async with collector() as seen, make_server(seen.address) as server:
         await ask(server, metadata=KEY)
         await ask(server, metadata=(*KEY, ("traceparent", "00-nonsense")))
     roots = [span for span in seen.spans if span.name.startswith("text_completion")]
@@ -108,17 +108,17 @@ async def test_a_trace_of_its_own(made):
     assert len({span.trace_id for span in roots}) == 2
 
 
-async def test_an_unsampled_trace(made):
-    """The caller's decision not to record is kept."""
-    async with collector() as seen, made(seen.address) as server:
+async def test_an_unsampled_trace(make_server):
+    """A request whose caller decided not to record its trace has no span."""
+    async with collector() as seen, make_server(seen.address) as server:
         await ask(server, metadata=(*KEY, ("traceparent", f"00-{TRACE}-{PARENT}-00")))
     assert seen.spans == []
 
 
-async def test_failures(made):
-    """What is refused has a span without parts, and is no error of the server; what fails inside is one."""
+async def test_failures(make_server):
+    """A refused request has a span without children and no error status; a failure inside has an error status."""
     model = FakeModel()
-    async with collector() as seen, made(seen.address, model) as server:
+    async with collector() as seen, make_server(seen.address, model) as server:
         with pytest.raises(grpc.aio.AioRpcError):
             await ask(server, max_tokens=-1)
         model.fault = 1
@@ -132,19 +132,19 @@ async def test_failures(made):
     assert {span.parent_span_id for span in seen.spans if span.name == "queue"} == {failed.span_id}
 
 
-async def test_a_collector_that_is_down(made):
-    """Requests are answered all the same, and the service ends."""
+async def test_a_collector_that_is_down(make_server):
+    """Requests are answered as usual, and the service can end."""
     (port,) = free_ports(1)
-    async with made(f"http://127.0.0.1:{port}") as server:
+    async with make_server(f"http://127.0.0.1:{port}") as server:
         began = time.monotonic()
         await asyncio.gather(*(ask(server) for _ in range(20)))
         ending = time.monotonic()
     print(f"answered within {ending - began:.1f} s, ended within {time.monotonic() - ending:.1f} s")
 
 
-async def test_without_the_extra(made, monkeypatch):
-    """The start says what to install."""
+async def test_without_the_extra(make_server, monkeypatch):
+    """The error at the start says what to install."""
     monkeypatch.delitem(sys.modules, "service.telemetry.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(StartupError, match=r"pip install 'completion-service\[otel\]'"):
-        made("http://127.0.0.1:4317")
+        make_server("http://127.0.0.1:4317")
