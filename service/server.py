@@ -201,13 +201,11 @@ class Server:
         await stopped
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._workers.shutdown()
-        if self._exporter is not None:
-            await asyncio.to_thread(self._exporter.close)
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+        for sender in (self._exporter, self._tracing):
+            if sender is not None:
+                await asyncio.to_thread(sender.close)
         _log.info("stopped", **sums(engine.reuse for engine in engines), **sums(engine.faults for engine in engines))
 
     def _bind(self) -> None:

@@ -26,8 +26,7 @@ class Exporter:
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         """Raises OSError when it cannot listen on the port."""
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._server = _server_class(family)((host, port), Handler)
+        self._server = _Server((host, port), Handler)
         self._server.set_app(_keeping_colons(make_wsgi_app(registry)))
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -58,6 +57,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._open: OrderedDict[socket.socket, None] = OrderedDict()
         self._lock = Lock()
         super().__init__(address, handler)
@@ -80,10 +80,6 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Logs nothing, because a client that leaves or sends nothing is no error."""
-
-
-def _server_class(family: socket.AddressFamily) -> type[_Server]:
-    return type("_ServerOfFamily", (_Server,), {"address_family": family})
 
 
 def _keeping_colons(app: WSGIApplication) -> WSGIApplication:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -125,17 +125,6 @@ class _EngineReadings(Collector):
         yield faults
 
 
-class _Certificate(Collector):
-    """The time at which the TLS certificate expires, read at each scrape."""
-
-    def __init__(self, expires: Callable[[], float]) -> None:
-        self._expires = expires
-
-    def collect(self) -> Iterator[Metric]:
-        name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
-        yield GaugeMetricFamily(name, text, self._expires())
-
-
 class _EngineObserver(Observer):
     """Counts and times the steps of one model's engine."""
 
@@ -198,7 +187,8 @@ class Metrics(Observer):
         if vllm_names:
             self.registry.register(VllmNames([self._readings, *by_model.values()], read))
         if certificate_expires is not None:
-            self.registry.register(_Certificate(certificate_expires))
+            name, text = "llm_certificate_expiry_timestamp_seconds", "When the TLS certificate expires, in Unix time."
+            Gauge(name, text, registry=self.registry).set_function(certificate_expires)
         ProcessCollector(registry=self.registry)
 
     def engine(self, model: str) -> Observer:

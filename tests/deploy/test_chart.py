@@ -222,7 +222,7 @@ def test_models(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in given.items():
             patch.setenv(name, value)
-        found = [str(model.directory) for model in settings.load([]).each_model()]
+        found = [str(model.directory) for model in settings.load([]).configured_models()]
     own = [table["dir"] for table in json.loads(values.get("env", {}).get("COMPLETION_MODELS", "{}")).values()]
     assert found == ([f"{folder}/{name}" for name in names or []] or ([] if own else [folder])) + own
 

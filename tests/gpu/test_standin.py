@@ -17,7 +17,7 @@ from service.engine.cache import Copy
 from service.engine.ort.device import CUDA_PROVIDER, Cuda, lacks_cuda, provider
 from service.engine.ort.driver import Driver
 from service.engine.ort.model import Model
-from service.serving.gpu_memory import place, settled
+from service.serving.gpu_memory import place, with_device
 from service.settings import Settings
 from tests.model_export import tiny
 from tests.support.patience import PATIENCE
@@ -60,7 +60,7 @@ def test_steps_are_captured_once_and_replayed(tmp_path, form, monkeypatch):
     """Each number of rows is captured once; a replayed step copies nothing but what we copy ourselves."""
     directory, log = made(tmp_path, device="cuda", quantization=form), tmp_path / "log"
     described = manifest.load(directory)
-    settings = settled(described, Settings(model_dir=directory, max_running=SLOTS), directory)
+    settings = with_device(described, Settings(model_dir=directory, max_running=SLOTS), directory)
     device, slots = place(described, settings, CONTEXT, SLOTS)
     assert (settings.device, slots) == ("cuda", SLOTS)
     model = Model(
