@@ -48,7 +48,9 @@ class Reading:
 
 
 # The metrics that are read from the engines at each scrape.
-_READ: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Reading], float]], ...] = (
+_READ_AT_SCRAPE: tuple[
+    tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Reading], float]], ...
+] = (
     (GaugeMetricFamily, "llm_running", "Sequences that hold a slot of the KV cache.", lambda now: now.running),
     (GaugeMetricFamily, "llm_waiting", "Sequences that hold no slot yet.", lambda now: now.waiting),
     (GaugeMetricFamily, "llm_slots", "Slots of the KV cache.", lambda now: now.slots),
@@ -111,7 +113,7 @@ class _EngineReadings(Collector):
 
     def collect(self) -> Iterator[Metric]:
         readings = self._read()
-        for family, name, text, value in _READ:
+        for family, name, text, value in _READ_AT_SCRAPE:
             metric = family(name, text, labels=["model"])
             for model, reading in readings.items():
                 metric.add_metric([model], value(reading))
