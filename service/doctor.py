@@ -137,7 +137,7 @@ def _names(checked: list[CheckedModel], settings: Settings) -> str:
 def _memory(checked: list[CheckedModel], settings: Settings) -> Iterator[Finding]:
     """One finding per model, or a single one when the memory cannot be divided."""
     try:
-        planned = models.plan(models.choose_devices(checked), settings)
+        planned = models.divide_memory(models.choose_devices(checked), settings)
         texts = [_slots(model) for model in planned]
     except StartupError as error:
         yield Finding("memory", False, str(error))
@@ -147,7 +147,7 @@ def _memory(checked: list[CheckedModel], settings: Settings) -> Iterator[Finding
 
 
 def _slots(planned: models.PlannedModel) -> str:
-    model, max_running = planned.model, planned.model.settings.max_running
+    model, max_running = planned.checked, planned.checked.settings.max_running
     _, slots = gpu_memory.place(model.manifest, model.settings, model.context_length, planned.plan.slots)
     sizes = f"{memory.mib(planned.plan.total)} of {planned.budget // memory.MIB} MiB"
     fewer = "" if slots == max_running else ": fewer run at once than max_running"

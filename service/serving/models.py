@@ -52,7 +52,7 @@ class CheckedModel:
 class PlannedModel:
     """A checked model, its part of the memory in bytes, and the plan that fits into that part."""
 
-    model: CheckedModel
+    checked: CheckedModel
     budget: int
     plan: memory.Plan
 
@@ -101,7 +101,7 @@ def aliases(models: Sequence[CheckedModel], extra_aliases: Mapping[str, str]) ->
     return by_id
 
 
-def plan(models: Sequence[CheckedModel], settings: Settings) -> list[PlannedModel]:
+def divide_memory(models: Sequence[CheckedModel], settings: Settings) -> list[PlannedModel]:
     """Divides the memory between models whose devices are chosen. Raises StartupError when a part is too small."""
     claims = [
         memory.claim(
@@ -128,15 +128,15 @@ def load(settings: Settings) -> tuple[ServedModel, ...]:
     """Checks and loads the models that the settings name; their engines are not started. Raises StartupError."""
     checked = [check(model) for model in settings.configured_models()]
     names = aliases(checked, settings.alias)
-    planned = plan(choose_devices(checked), settings)
+    planned = divide_memory(choose_devices(checked), settings)
     for model in planned:
         _log_plan(model)
-    return tuple(_load(model.model, model.plan.slots, names[model.model.manifest.id]) for model in planned)
+    return tuple(_load(model.checked, model.plan.slots, names[model.checked.manifest.id]) for model in planned)
 
 
 def _log_plan(planned: PlannedModel) -> None:
-    slots, max_running = planned.plan.slots, planned.model.settings.max_running
-    fields = {"model": planned.model.manifest.id, "slots": slots, "max_running": max_running}
+    slots, max_running = planned.plan.slots, planned.checked.settings.max_running
+    fields = {"model": planned.checked.manifest.id, "slots": slots, "max_running": max_running}
     fields["budget_mib"] = planned.budget // memory.MIB
     sizes = ("total", "weights", "kv_slot", "logits", "other")
     fields |= {f"{name}_mib": memory.mib(getattr(planned.plan, name)) for name in sizes}

@@ -239,7 +239,7 @@ def test_slots_of_each(model_dir, tiny):
         for model in checked
     )
     for allowed, all_slots in ((memory.mib(enough), True), (memory.mib(enough) // 2, False)):
-        planned = models.plan(checked, Settings(model_dir=[model_dir, tiny], memory_mib=allowed))
+        planned = models.divide_memory(checked, Settings(model_dir=[model_dir, tiny], memory_mib=allowed))
         plans = [model.plan for model in planned]
         assert [plan.slots == 32 for plan in plans] == [all_slots, all_slots]
         assert all(plan.slots > 8 for plan in plans)
@@ -252,7 +252,7 @@ def test_the_process_counts_once(tiny, other):
     for directories in ([tiny], [tiny, other]):
         given = Settings(model_dir=directories, max_running=1)
         checked = [models.check(model) for model in given.configured_models()]
-        totals.append(sum(model.plan.total for model in models.plan(checked, given)))
+        totals.append(sum(model.plan.total for model in models.divide_memory(checked, given)))
     alone, both = totals
     assert both - alone < alone - memory._PROCESS + MIB
 
