@@ -35,7 +35,7 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Checks everything that a start needs. A check that fails does not end the others, unless they depend on it."""
     checks: dict[str, Callable[[Settings], str]] = {
-        "port": _port,
+        "port": lambda settings: _free(str(settings.host), settings.port, "--port"),
         "metrics port": _metrics_port,
         "API keys": _keys,
         "TLS": _tls,
@@ -62,10 +62,6 @@ def _finding(name: str, check: Callable[..., str], *arguments: object) -> Findin
         return Finding(name, True, check(*arguments))
     except StartupError as error:
         return Finding(name, False, str(error))
-
-
-def _port(settings: Settings) -> str:
-    return _free(str(settings.host), settings.port, "--port")
 
 
 def _metrics_port(settings: Settings) -> str:

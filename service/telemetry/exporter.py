@@ -65,12 +65,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     def process_request(self, request: socket.socket, client_address: Any) -> None:  # type: ignore[override]
         with self._lock:
             self._open[request] = None
-            oldest = next(iter(self._open)) if len(self._open) > MOST_CONNECTIONS else None
-            if oldest is not None:
-                del self._open[oldest]
-        if oldest is not None:
-            with suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
+            if len(self._open) > MOST_CONNECTIONS:
+                oldest, _ = self._open.popitem(last=False)
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
