@@ -28,13 +28,13 @@ def examined(model_dir, **settings):
     """The findings by name. The ports are free ones, unless `settings` names them."""
     port, metrics_port = free_ports(2)
     values = {"port": port, "metrics_port": metrics_port, **settings}
-    found = {each.name: each for each in doctor.examine(Settings(model_dir=model_dir, **values))}
+    found = {finding.name: finding for finding in doctor.examine(Settings(model_dir=model_dir, **values))}
     assert list(found) == NAMES
     return found
 
 
 def failing(found):
-    return [name for name, each in found.items() if not each.passed]
+    return [name for name, finding in found.items() if not finding.passed]
 
 
 def test_all_checks_pass(model_dir):
@@ -56,7 +56,7 @@ def test_ports_in_use(model_dir):
         assert f"port {port}: in use (pid {os.getpid()})" in found["port"].text
         unasked = Settings(model_dir=model_dir, port=port, metrics_port=port)
         unasked.model_fields_set.discard("metrics_port")
-        assert [each.name for each in doctor.examine(unasked) if not each.passed] == ["port"]
+        assert [finding.name for finding in doctor.examine(unasked) if not finding.passed] == ["port"]
 
 
 def test_a_damaged_model(model_dir, tmp_path):
@@ -121,10 +121,10 @@ def test_each_device_is_checked(model_dir):
     tables = {"small": {"dir": model_dir, "device": "cpu"}}
     port, metrics_port = free_ports(2)
     unused = Settings(device="cuda", models=tables, port=port, metrics_port=metrics_port)
-    assert [each for each in doctor.examine(unused) if not each.passed] == []
+    assert [finding for finding in doctor.examine(unused) if not finding.passed] == []
     tables["large"] = {"dir": model_dir, "device": "cuda", "device_id": 3}
     found = list(doctor.examine(Settings(models=tables, port=port, metrics_port=metrics_port)))
-    assert [each.passed for each in found if each.name == "provider"] == [True, False]
+    assert [finding.passed for finding in found if finding.name == "provider"] == [True, False]
 
 
 def test_traces_without_their_package(model_dir, monkeypatch):

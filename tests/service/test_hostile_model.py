@@ -105,7 +105,7 @@ def resized(name: str, axis: int, size: int, values: str = "input") -> Nodes:
     """A graph that declares another size for one axis of an input or output."""
 
     def change(model: onnx.ModelProto) -> None:
-        value = next(each for each in getattr(model.graph, values) if each.name == name)
+        value = next(entry for entry in getattr(model.graph, values) if entry.name == name)
         value.type.tensor_type.shape.dim[axis].dim_value = size
 
     return change
@@ -115,7 +115,7 @@ def renamed(old: str, new: str) -> Nodes:
     """A graph with an input renamed."""
 
     def change(model: onnx.ModelProto) -> None:
-        next(each for each in model.graph.input if each.name == old).name = new
+        next(entry for entry in model.graph.input if entry.name == old).name = new
         for node in model.graph.node:
             node.input[:] = [new if name == old else name for name in node.input]
 

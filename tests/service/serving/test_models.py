@@ -211,7 +211,7 @@ def test_config_show_of_tables_from_two_sources(file, monkeypatch, capsys):
 )
 def test_the_budget_is_divided(claims, allowed, parts):
     """A reserved size is granted exactly; the others get their least, and more in proportion to what they could use."""
-    made = memory.divide([Claim(str(number), *each) for number, each in enumerate(claims)], allowed)
+    made = memory.divide([Claim(str(number), *sizes) for number, sizes in enumerate(claims)], allowed)
     assert made == parts
     assert sum(made) <= allowed
 
@@ -335,7 +335,7 @@ def test_a_damaged_model_beside_a_sound_one(tiny, other):
 
 
 def examined(given):
-    return [(each.name, each.passed, each.text) for each in doctor.examine(given)]
+    return [(finding.name, finding.passed, finding.text) for finding in doctor.examine(given)]
 
 
 def test_the_doctor(model_dir, tiny, other):

@@ -34,12 +34,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 def attributes(holder):
     """The attributes of a span or resource, as plain values."""
-    return {each.key: plain(each.value) for each in holder.attributes}
+    return {item.key: plain(item.value) for item in holder.attributes}
 
 
 def plain(value):
     found = getattr(value, value.WhichOneof("value"))
-    return [plain(each) for each in found.values] if value.HasField("array_value") else found
+    return [plain(item) for item in found.values] if value.HasField("array_value") else found
 
 
 @asynccontextmanager
