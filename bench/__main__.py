@@ -1,11 +1,11 @@
 """`python -m bench`: starts every peer alone, drives all with the same client, and prints medians and paired ratios.
 
     python -m bench                 the comparison: every peer, every load, and the machine's limits
-    python -m bench limits          the machine's limits alone
+    python -m bench limits          only the machine's limits
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
-    python -m bench soak            a mixed load for --minutes, and what it leaves behind
-    python -m bench overload        our goodput and latency when more is asked for than can be done
-    python -m bench scaling         our throughput by number of replicas, and what affinity gives their caches
+    python -m bench soak            a mixed load for --minutes, and whether memory, files or sequences are left behind
+    python -m bench overload        our goodput and latency under more requests than the service can serve
+    python -m bench scaling         our throughput by number of replicas, and the cache hits that affinity gives them
 
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
@@ -17,21 +17,23 @@ import asyncio
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import cancel, genai, growth, limits, llama_cpp, loads, overload, peers, report, scaling, soak
+from bench import beside, genai, limits, llama_cpp, loads, peers, report, soak
 from bench.client import PeerError
+from bench.drive import Figure, Outcome
 from bench.loads import Plan
 from bench.peers import Served, Setup, Start
 from bench.processes import memory
 from deploy import local
 from service import manifest
 from service.errors import StartupError
-
-MEMORY = "memory, most resident, all processes"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,20 +44,20 @@ class Peer:
 
     title: str
     start: Start
-    loads: tuple[str, ...] = tuple(loads.LOADS)
+    loads: Sequence[str] = loads.COMPARED
 
 
 PEERS = {
-    "rest": Peer(report.PRODUCT, peers.rest_through_envoy),
+    "rest": Peer(report.PRODUCT, peers.replicas_through_envoy),
     "grpc": Peer(report.GRPC, peers.grpc_direct),
-    "engine": Peer(report.ENGINE, peers.bare_engine, (*loads.LOADS, "cancel")),
+    "engine": Peer(report.ENGINE, peers.bare_engine, (*loads.COMPARED, "cancel")),
     "llama-q4_1": Peer("llama.cpp, same GGUF", llama_cpp.same_file),
     "llama-q8_0": Peer("llama.cpp, Q8_0", llama_cpp.q8_0),
     "genai": Peer("onnxruntime-genai", genai.static_batches, ("closed", "ttft")),
-    "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.on_cuda(peers.rest_through_envoy)),
+    "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.on_cuda(peers.replicas_through_envoy)),
     "engine-cuda": Peer(f"{report.ENGINE}, CUDA", peers.on_cuda(peers.bare_engine)),
 }
-# Those that any machine can run.
+# Every machine can run these.
 USUAL_PEERS = [name for name in PEERS if not name.endswith("-cuda")]
 
 
@@ -64,7 +66,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     options = _parser().parse_args()
     try:
-        options.run(options)
+        RUNS[options.what](options)
     except KeyboardInterrupt:
         sys.exit("Stopped.")
     except (PeerError, StartupError, local.LaunchError) as error:
@@ -72,52 +74,12 @@ def main() -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    named = [PEERS[name] for name in options.peers]
+    chosen = [replace(peer, loads=[load for load in options.loads if load in peer.loads]) for peer in named]
     setup, plan = _setup(options), _plan(options)
-    results = report.Results(options.out, vars(options))
-    for number in range(1, options.rounds + 1):
-        if "limits" in options.loads:
-            _say(options, number, "the machine's limits")
-            results.add(number, report.MACHINE, "limits", limits.measure(setup.threads))
-        for name in options.peers:
-            peer = PEERS[name]
-            chosen = [load for load in options.loads if load in peer.loads]
-            if chosen:
-                _say(options, number, f"{peer.title}: {', '.join(chosen)}")
-                for load, outcome in _measure(peer, chosen, setup, plan):
-                    results.add(number, peer.title, load, outcome)
-                results.save()
+    results = _measure(options, [peer for peer in chosen if peer.loads], setup, plan, "limits" in options.loads)
     limits.relate(results, setup.model_dir, setup.weights, plan)
     results.finish()
-
-
-def _measure(peer: Peer, chosen: list[str], setup: Setup, plan: Plan) -> list[tuple[str, loads.Outcome]]:
-    """Starts a peer, drives it by the chosen loads, and stops it: what each load gave, and the memory it took."""
-    with peer.start(setup) as served:
-        outcomes = asyncio.run(_drive(served, chosen, plan))
-        used = sum(memory(pid) for pid in served.processes.values()) / 2**20
-    if used:
-        outcomes.append(("memory", loads.Outcome([loads.Figure(MEMORY, used, "MiB", "less")])))
-    return outcomes
-
-
-async def _drive(served: Served, chosen: list[str], plan: Plan) -> list[tuple[str, loads.Outcome]]:
-    await loads.warm_up(served.stream, plan)
-    outcomes = []
-    for load in chosen:
-        try:
-            outcomes.append((load, await _run(load, served, plan)))
-        except TimeoutError:
-            raise PeerError(f"the load {load} did not end within {plan.limit} s") from None
-    if served.engine is not None:
-        await cancel.held(served.engine, 0)  # what a load has left running must not outlive the event loop
-    return outcomes
-
-
-async def _run(load: str, served: Served, plan: Plan) -> loads.Outcome:
-    if load == "cancel":
-        assert served.engine is not None
-        return await cancel.cancel(served.engine, served.stream, plan)
-    return await loads.LOADS[load](served.stream, plan)
 
 
 def _limits(options: argparse.Namespace) -> None:
@@ -128,7 +90,35 @@ def _limits(options: argparse.Namespace) -> None:
 
 
 def _growth(options: argparse.Namespace) -> None:
-    growth.run(_setup(options), _plan(options), options.rounds, options.curves, options.out)
+    curves = [Peer(report.GRPC, peers.grpc_direct, [curve]) for curve in options.curves]
+    _measure(options, curves, replace(_setup(options), slots=max(loads.GROWTH_SIZES)), _plan(options)).finish()
+
+
+def _overload(options: argparse.Namespace) -> None:
+    options.rounds = 1
+    product = Peer(report.PRODUCT, peers.replicas_through_envoy, ["overload"])
+    setup = replace(_setup(options), slots=loads.CALLERS, queue_seconds=loads.QUEUE_SECONDS)
+    _measure(options, [product], setup, _plan(options)).finish()
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    plain = [_replicas(count) for count in options.replicas]
+    pairs = [(_replicas(count, affinity=True), _replicas(count)) for count in options.replicas if count > 1]
+    chosen = [*plain, *(affine for affine, _ in pairs)]
+    results = _measure(options, chosen, replace(_setup(options), slots=loads.CALLERS), _plan(options))
+    results.finish()
+    pairs += [(peer, plain[0]) for peer in chosen[1:]]
+    for table in (*results.tables("callers"), *results.tables("sessions")):
+        print(f"\n{': '.join(table)}, in pairs of one round")
+        for peer, other in pairs:
+            ratios = results.ratios(table, (None, peer.title), (None, other.title))
+            print(f"  {peer.title}, beside {other.title}: {report.times_as_good(ratios)}")
+
+
+def _replicas(count: int, affinity: bool = False) -> Peer:
+    title = f"{count} {'replica' if count == 1 else 'replicas'}{', affinity' if affinity else ''}"
+    start = partial(peers.replicas_through_envoy, count=count, affinity=affinity)
+    return Peer(title, start, ("callers", "sessions"))
 
 
 def _soak(options: argparse.Namespace) -> None:
@@ -136,12 +126,39 @@ def _soak(options: argparse.Namespace) -> None:
         raise PeerError("the soak broke its bounds")
 
 
-def _overload(options: argparse.Namespace) -> None:
-    overload.run(_setup(options), _plan(options), options.out)
+RUNS = {
+    "compare": _compare,
+    "limits": _limits,
+    "growth": _growth,
+    "overload": _overload,
+    "scaling": _scaling,
+    "soak": _soak,
+}
 
 
-def _scaling(options: argparse.Namespace) -> None:
-    scaling.run(_setup(options), _plan(options), options.rounds, options.replicas, options.out)
+def _measure(
+    options: argparse.Namespace, chosen: Sequence[Peer], setup: Setup, plan: Plan, machine: bool = False
+) -> report.Results:
+    """Measures the chosen peers in every round, and before them the machine's limits if `machine`."""
+    results = report.Results(options.out, vars(options))
+    for number in range(1, options.rounds + 1):
+        if machine:
+            results.add(number, report.MACHINE, "limits", limits.measure(setup.threads))
+        for peer in chosen:
+            progress = f"round {number} of {options.rounds}: {peer.title}: {', '.join(peer.loads)}"
+            print(progress, file=sys.stderr, flush=True)
+            with peer.start(setup) as served:
+                for load, outcome in asyncio.run(loads.run(served, peer.loads, plan)):
+                    results.add(number, peer.title, load, outcome)
+                if served.processes:
+                    results.add(number, peer.title, "memory", _peak_memory(served))
+            results.save()
+    return results
+
+
+def _peak_memory(served: Served) -> Outcome:
+    peak = sum(memory(pid) for pid in served.processes.values()) / 2**20
+    return Outcome([Figure("most resident, all processes", peak, "MiB", "less")])
 
 
 def _setup(options: argparse.Namespace) -> Setup:
@@ -149,7 +166,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         model_dir=local.model_dir(),
         weights=options.weights or local.default_weights(),
         threads=options.threads,
-        slots=max(*options.concurrency, loads.CHATS, loads.STALL_STREAMS + 1),
+        slots=max(*options.concurrency, loads.CHATS, beside.STREAMS + 1),
         context=loads.longest_sequence(_plan(options)),
         cache=ROOT / ".cache" / "bench",
         flash_attention=options.flash_attention,
@@ -157,9 +174,10 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    tokenizer = Tokenizer.from_file(str(local.model_dir() / manifest.TOKENIZER_FILE))
+    model_dir = local.model_dir()
     return Plan(
-        tokenizer,
+        Tokenizer.from_file(str(model_dir / manifest.TOKENIZER_FILE)),
+        context=manifest.load(model_dir).context_length,
         concurrency=tuple(options.concurrency),
         requests_each=options.requests_each,
         prompt_tokens=options.prompt_tokens,
@@ -173,53 +191,93 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _say(options: argparse.Namespace, number: int, what: str) -> None:
-    print(f"round {number} of {options.rounds}: {what}", file=sys.stderr, flush=True)
-
-
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError("it has to be 1 or more")
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return number
+
+
+COMPARED = ["limits", *loads.COMPARED, "cancel"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--peers": {
+        "nargs": "+",
+        "choices": PEERS,
+        "default": USUAL_PEERS,
+        "help": "the peers to measure (all but those on CUDA)",
+    },
+    "--loads": {"nargs": "+", "choices": COMPARED, "default": COMPARED, "help": "the loads to measure them by (all)"},
+    "--rounds": {"type": _positive, "default": 3, "help": "how often to start and measure every peer (%(default)s)"},
+    "--threads": {
+        "type": _positive,
+        "default": len(os.sched_getaffinity(0)),
+        "help": "threads of every peer (the cores)",
+    },
+    "--concurrency": {
+        "type": _positive,
+        "nargs": "+",
+        "default": [1, 8, 16, 32],
+        "help": "closed loop: requests at once",
+    },
+    "--requests-each": {
+        "type": _positive,
+        "default": 1,
+        "help": "closed loop: requests one after the other (%(default)s)",
+    },
+    "--prompt-tokens": {"type": _positive, "default": 128, "help": "closed and open loop (%(default)s)"},
+    "--new-tokens": {
+        "type": _positive,
+        "default": 128,
+        "help": "closed loop; half of it in the open loop (%(default)s)",
+    },
+    "--rate": {"type": float, "default": 0.8, "help": "open loop: mean arrivals per second (%(default)s)"},
+    "--arrivals": {"type": _positive, "default": 32, "help": "open loop: requests (%(default)s)"},
+    "--ttft-objective": {
+        "type": float,
+        "default": 2.0,
+        "help": "open loop: seconds to the first token (%(default)s)",
+    },
+    "--itl-objective": {
+        "type": float,
+        "default": 0.1,
+        "help": "open loop: mean seconds between tokens (%(default)s)",
+    },
+    "--flash-attention": {
+        "choices": ["on", "off"],
+        "default": "on",
+        "help": "llama.cpp's flash attention (%(default)s)",
+    },
+    "--curves": {
+        "nargs": "+",
+        "choices": loads.CURVES,
+        "default": loads.CURVES,
+        "help": "growth: the curves to measure (all)",
+    },
+    "--minutes": {"type": float, "default": 2.0, "help": "soak: its length (%(default)s)"},
+    "--replicas": {
+        "type": _positive,
+        "nargs": "+",
+        "default": [1, 2],
+        "help": "scaling: services behind Envoy (%(default)s)",
+    },
+    "--weights": {"type": Path, "help": "the GGUF file that MODEL_DIR was exported from (the default model's)"},
+    "--seed": {"type": int, "default": 1, "help": "seed of prompts and arrivals (%(default)s)"},
+    "--limit": {"type": float, "default": 900.0, "help": "seconds after which a load fails (%(default)s)"},
+    "--out": {
+        "type": Path,
+        "default": ROOT / "bench-results",
+        "help": "folder for the raw JSON and the plots (%(default)s)",
+    },
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = {
-        "compare": _compare,
-        "limits": _limits,
-        "growth": _growth,
-        "overload": _overload,
-        "scaling": _scaling,
-        "soak": _soak,
-    }
-    parser.add_argument("what", nargs="?", choices=runs, default="compare", help="what to run (%(default)s)")
-    add = parser.add_argument
-    add("--peers", nargs="+", choices=PEERS, default=USUAL_PEERS, help="whom to measure (all but CUDA's)")
-    every_load = ["limits", *loads.LOADS, "cancel"]
-    add("--loads", nargs="+", choices=every_load, default=every_load, help="by what (all)")
-    add("--rounds", type=_positive, default=3, help="how often every peer is started (%(default)s)")
-    add("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="of every peer (the cores)")
-    add("--concurrency", type=_positive, nargs="+", default=[1, 8, 16, 32], help="closed loop: requests at once")
-    add("--requests-each", type=_positive, default=1, help="closed loop: requests one after the other (%(default)s)")
-    add("--prompt-tokens", type=_positive, default=128, help="closed and open loop (%(default)s)")
-    add("--new-tokens", type=_positive, default=128, help="closed loop; half of it in the open loop (%(default)s)")
-    add("--rate", type=float, default=0.8, help="open loop: mean arrivals per second (%(default)s)")
-    add("--arrivals", type=_positive, default=32, help="open loop: requests (%(default)s)")
-    add("--ttft-objective", type=float, default=2.0, help="open loop: seconds to the first token (%(default)s)")
-    add("--itl-objective", type=float, default=0.1, help="open loop: mean seconds between tokens (%(default)s)")
-    add("--flash-attention", choices=["on", "off"], default="on", help="of llama.cpp (%(default)s)")
-    add("--curves", nargs="+", choices=growth.CURVES, default=list(growth.CURVES), help="growth: which (all)")
-    add("--minutes", type=float, default=2.0, help="soak: how long (%(default)s)")
-    add("--replicas", type=_positive, nargs="+", default=[1, 2], help="scaling: services behind Envoy (%(default)s)")
-    add("--weights", type=Path, help="the GGUF file that MODEL_DIR was exported from (the default model's)")
-    add("--seed", type=int, default=1, help="of prompts and arrivals (%(default)s)")
-    add("--limit", type=float, default=900.0, help="most seconds that one load may take (%(default)s)")
-    add("--out", type=Path, default=ROOT / "bench-results", help="folder for the raw JSON and the plots (%(default)s)")
-    parser.set_defaults(run=lambda options: runs[options.what](options))
+    parser.add_argument("what", nargs="?", choices=RUNS, default="compare", help="what to run (%(default)s)")
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
     return parser
 
 

@@ -9,7 +9,8 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,19 +19,20 @@ API_KEY = "bench"
 
 
 class PeerError(Exception):
-    """What a peer did wrong, for the person at the terminal."""
+    """A mistake of a peer, in words for the person at the terminal."""
 
 
 class RefusedError(PeerError):
-    """The peer has too much to do, and said so before it began."""
+    """The peer is overloaded and refused the request before it began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request: prompts as token ids, and how many tokens each of its choices generates, whatever they are.
 
-    `reuse` says whether the peer may take prompt tokens from its cache; our service always may. `session` is what
-    Envoy may choose a replica by.
+    `reuse` says whether the peer may take prompt tokens from its cache; our service always may. Envoy may choose a
+    replica by `session`. In a conversation each of `follow_ups` is the next user's turn, as token ids: it is sent
+    after the prompt, the answers and the turns before it.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -38,16 +40,21 @@ class Job:
     n: int = 1
     reuse: bool = False
     session: str | None = None
+    follow_ups: tuple[tuple[int, ...], ...] = ()
 
     @property
     def expected_tokens(self) -> int:
-        """The tokens that a complete answer has, over all choices."""
+        """The tokens of a complete answer, over all choices."""
         return len(self.prompts) * self.n * self.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer: its text, None where it only counts tokens, and the tokens so far if told, else 0."""
+    """A piece of an answer.
+
+    `text` is None in a piece that only reports usage. `tokens` counts the tokens generated so far, 0 where the piece
+    does not report them; `cached` counts the prompt tokens that came from the cache.
+    """
 
     text: str | None
     tokens: int = 0
@@ -56,7 +63,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A finished request: when it began and when each of its pieces came, in seconds of one clock."""
+    """A finished request: when it began and when each of its pieces came, in seconds of one clock.
+
+    `turn` counts from 0 within a conversation.
+    """
 
     began: float
     at: tuple[float, ...]
@@ -64,11 +74,17 @@ class Timing:
     cached: int
     text: str
     prompt_tokens: int = 0
+    turn: int = 0
 
     @property
     def first(self) -> float:
         """Seconds from sending to the first piece."""
         return self.at[0] - self.began
+
+    @property
+    def duration(self) -> float:
+        """Seconds from sending to the last piece."""
+        return self.at[-1] - self.began
 
     @property
     def gaps(self) -> list[float]:
@@ -84,7 +100,7 @@ class Timing:
 Stream = Callable[[Job], AsyncGenerator[Piece, None]]
 
 
-async def timed(stream: Stream, job: Job) -> Timing:
+async def timed(stream: Stream, job: Job, turn: int = 0) -> Timing:
     """Runs one request to its end.
 
     Raises PeerError when the answer has fewer or more tokens than were asked for: rates would not compare.
@@ -97,20 +113,37 @@ async def timed(stream: Stream, job: Job) -> Timing:
         tokens, cached = piece.tokens or tokens, piece.cached or cached
     if tokens != job.expected_tokens:
         raise PeerError(f"an answer has {tokens} tokens, {job.expected_tokens} were asked for")
-    return Timing(began, tuple(at), tokens, cached, "".join(texts), sum(map(len, job.prompts)))
+    return Timing(began, tuple(at), tokens, cached, "".join(texts), sum(map(len, job.prompts)), turn)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that `percent` of `values` do not exceed, between neighbours in proportion."""
+    """The value that `percent` of `values` do not exceed, interpolated linearly between neighbours."""
     if len(values) < 2:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
+@asynccontextmanager
+async def post(port: int, body: Mapping[str, Any], session: str | None = None) -> AsyncIterator[asyncio.StreamReader]:
+    """Sends a completion request over a connection of its own, and gives the reader of the raw HTTP/1.1 answer."""
+    data = json.dumps(body).encode()
+    session_header = f"X-Session-Id: {session}\r\n" if session else ""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{session_header}\r\n"
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head.encode() + data)
+        yield reader
+    finally:
+        writer.close()
+
+
 def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> Stream:
     """Streams by OpenAI's API over HTTP/1.1 on loopback, one connection per request.
 
-    `uncached` are the fields by which this peer is told not to reuse earlier prompts.
+    `uncached` are the request fields that forbid this peer to reuse earlier prompts.
     """
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
@@ -125,37 +158,24 @@ def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> St
             "stream_options": {"include_usage": True},
             **({} if job.reuse else uncached or {}),
         }
-        data = json.dumps(body).encode()
-        session = f"X-Session-Id: {job.session}\r\n" if job.session else ""
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{session}\r\n"
-        )
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            writer.write(head.encode() + data)
+        async with post(port, body, job.session) as reader:
             status = await reader.readline()
             if b" 429 " in status:
-                raise RefusedError("the peer refused a request: it has too much to do")
+                raise RefusedError("the peer refused a request: it is overloaded")
             if b" 200 " not in status:
                 raise PeerError(f"the answer was {status!r}: {(await reader.read(2000))!r}")
-            async for piece in _pieces(reader):
-                yield piece
-        finally:
-            writer.close()
+            async for line in reader:
+                if line.startswith(b"data: {"):
+                    yield _piece(json.loads(line.removeprefix(b"data: ")))
 
     return stream
 
 
-async def _pieces(reader: asyncio.StreamReader) -> AsyncGenerator[Piece, None]:
-    """The pieces of an event stream."""
-    while line := await reader.readline():
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[len(b"data: ") :])
-        if "error" in event:
-            raise PeerError(f"the stream ended with {event['error']}")
-        usage = event.get("usage") or {}
-        text = "".join(choice["text"] for choice in event["choices"]) if event["choices"] else None
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        yield Piece(text, usage.get("completion_tokens", 0), cached)
+def _piece(event: dict[str, Any]) -> Piece:
+    """The piece in one event of the stream."""
+    if "error" in event:
+        raise PeerError(f"the stream ended with {event['error']}")
+    usage = event.get("usage") or {}
+    text = "".join(choice["text"] for choice in event["choices"]) if event["choices"] else None
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    return Piece(text, usage.get("completion_tokens", 0), cached)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
 import shutil
-import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,100 +29,72 @@ GATHER_SECONDS = 0.02
 
 @contextmanager
 def static_batches(setup: Setup) -> Iterator[Served]:
-    """A batcher on a thread of its own, fed with token ids; it gives no text, which spares it the decoding."""
-    batcher = _Batcher(_load(_converted(setup), setup.threads), setup.slots)
-    try:
-        yield Served(batcher.stream)
-    finally:
-        batcher.stop()
+    """A batcher that is fed with token ids; it gives no text, which spares it the decoding."""
+    yield Served(_Batcher(_load(_converted(setup), setup.threads), setup.slots).stream)
 
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request, and the event loop's queue that its pieces go to; None in its place ends the batcher."""
+    """A request, and the event loop's queue of its pieces; an error ends the queue."""
 
     job: Job
-    loop: asyncio.AbstractEventLoop
     arrived: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The tokens of its prompt and of its answer."""
         return len(self.job.prompts[0]), self.job.new_tokens
 
 
 class _Batcher:
+    """Runs waiting requests of one shape in a thread, one batch after the other, while any request waits."""
+
     def __init__(self, model: Any, slots: int) -> None:
         self._model = model
         self._slots = slots
-        self._requests: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="genai", daemon=True)
-        self._thread.start()
+        self._waiting: list[_Waiting] = []
+        self._batches: asyncio.Task[None] | None = None
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
-        waiting = _Waiting(job, asyncio.get_running_loop())
-        self._requests.put(waiting)
+        waiting = _Waiting(job)
+        self._waiting.append(waiting)
+        if self._batches is None or self._batches.done():
+            self._batches = asyncio.create_task(self._run())
         for _ in range(job.new_tokens):
             piece = await waiting.arrived.get()
             if isinstance(piece, Exception):
                 raise PeerError(f"onnxruntime-genai failed: {piece}") from piece
             yield piece
 
-    def stop(self) -> None:
-        """Ends the thread after its current batch."""
-        self._requests.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        held: list[_Waiting] = []
-        while True:
-            if not held:
-                first = self._requests.get()
-                if first is None:
-                    return
-                held.append(first)
-            if not self._gather(held):
-                return
-            batch = [waiting for waiting in held if waiting.shape == held[0].shape][: self._slots]
-            held = [waiting for waiting in held if waiting not in batch]
+    async def _run(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHER_SECONDS)
+            shape = self._waiting[0].shape
+            batch = [waiting for waiting in self._waiting if waiting.shape == shape][: self._slots]
+            self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
             try:
-                self._generate(batch)
-            except Exception as error:  # its own types are unrelated, and a waiting client has to hear of any
-                _deliver(batch, lambda _, error=error: error)
+                await asyncio.to_thread(self._generate, batch, asyncio.get_running_loop())
+            except Exception as error:  # its error types have no common base, and every client must see any of them
+                _deliver(batch, error)
 
-    def _gather(self, held: list[_Waiting]) -> bool:
-        """Adds what arrives soon; False when the batcher is to end."""
-        try:
-            while True:
-                more = self._requests.get(timeout=GATHER_SECONDS)
-                if more is None:
-                    return False
-                held.append(more)
-        except queue.Empty:
-            return True
-
-    def _generate(self, batch: list[_Waiting]) -> None:
+    def _generate(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
         import onnxruntime_genai  # noqa: PLC0415 - see _load
 
         prompt, new = batch[0].shape
         parameters = onnxruntime_genai.GeneratorParams(self._model)
         length = prompt + new
-        # Below its least length an answer cannot end.
+        # An answer cannot end before min_length.
         parameters.set_search_options(batch_size=len(batch), min_length=length, max_length=length, do_sample=False)
         generator = onnxruntime_genai.Generator(self._model, parameters)
         generator.append_tokens(np.array([waiting.job.prompts[0] for waiting in batch], np.int32))
         for count in range(1, new + 1):
             generator.generate_next_token()
-            _deliver(batch, lambda _, count=count: Piece("", count))
+            loop.call_soon_threadsafe(_deliver, batch, Piece("", count))
 
 
-def _deliver(batch: list[_Waiting], piece: Callable[[_Waiting], Piece | Exception]) -> None:
-    """Sends every request of a batch a piece, in one call of its event loop."""
-
-    def send() -> None:
-        for waiting in batch:
-            waiting.arrived.put_nowait(piece(waiting))
-
-    batch[0].loop.call_soon_threadsafe(send)
+def _deliver(batch: list[_Waiting], piece: Piece | Exception) -> None:
+    for waiting in batch:
+        waiting.arrived.put_nowait(piece)
 
 
 def _load(folder: Path, threads: int) -> Any:

@@ -1,10 +1,11 @@
-"""What the machine allows: memory bandwidth and arithmetic, and how much of both our engine uses."""
+"""The machine's limits, memory bandwidth and arithmetic, and how much of both our engine uses."""
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.tape import Tape
 
-from bench.loads import Figure, Outcome, Plan
+from bench.drive import Figure, Outcome
+from bench.loads import Plan
 from bench.report import MACHINE, OURS, Results
 from service import manifest
 
@@ -30,11 +32,13 @@ KERNELS = ("float32", "int8 blocks", "int4 blocks", "int8 x uint8")
 
 def measure(threads: int) -> Outcome:
     """Reads a buffer much larger than the caches, and multiplies matrices too large to wait for memory."""
-    figures = [Figure(BANDWIDTH, _bandwidth(threads) / 1e9, "GB/s", "")]
-    figures += [
-        Figure(f"{ARITHMETIC}, {kernel}", _arithmetic(kernel, threads) / 1e9, "GMAC/s", "") for kernel in KERNELS
-    ]
-    return Outcome(figures)
+    arithmetic = {f"{ARITHMETIC}, {kernel}": _arithmetic(kernel, threads) for kernel in KERNELS}
+    return Outcome(
+        [
+            Figure(BANDWIDTH, _bandwidth(threads) / 1e9, "GB/s", ""),
+            *(Figure(name, rate / 1e9, "GMAC/s", "") for name, rate in arithmetic.items()),
+        ]
+    )
 
 
 def _bandwidth(threads: int) -> float:
@@ -48,7 +52,7 @@ def _arithmetic(kernel: str, threads: int) -> float:
     """Multiply-adds per second of one of onnxruntime's matrix products."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(_product(kernel), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(_matrix_product(kernel), options, providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()
     values = np.random.default_rng(1).integers(0, 100, (ROWS, INNER))
     feed = {entry.name: values.astype(np.uint8 if entry.type == "tensor(uint8)" else np.float32)}
@@ -56,17 +60,11 @@ def _arithmetic(kernel: str, threads: int) -> float:
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
-    """The fastest of some runs: a limit is what was reached once."""
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    """The fastest of REPEATS runs after a first one that does not count: a limit is the best that was reached."""
+    return min(timeit.repeat(work, number=1, repeat=1 + REPEATS)[1:])
 
 
-def _product(kernel: str) -> bytes:
+def _matrix_product(kernel: str) -> bytes:
     """A model that multiplies its input [ROWS, INNER] with a constant matrix."""
     tape = Tape()
     pick = np.random.default_rng(2)
@@ -75,16 +73,16 @@ def _product(kernel: str) -> bytes:
     result = ir.DataType.FLOAT
     if kernel == "float32":
         right = tape.initializer(ir.tensor(pick.random((INNER, COLUMNS), np.float32), name="right"))
-        product = tape.op("MatMul", [left, right])
+        output = tape.op("MatMul", [left, right])
     elif kernel == "int8 x uint8":
         # 7-bit weights, as a product of two bytes must not overflow its 16-bit half sums.
         right = tape.initializer(ir.tensor(pick.integers(-64, 64, (INNER, COLUMNS), np.int8), name="right"))
-        product, result = tape.op("MatMulInteger", [left, right]), ir.DataType.INT32
+        output, result = tape.op("MatMulInteger", [left, right]), ir.DataType.INT32
     else:
-        product = _blocks_product(tape, left, pick, bits=8 if kernel.startswith("int8") else 4)
-    product.name, product.dtype, product.shape = "product", result, ir.Shape([ROWS, COLUMNS])
+        output = _blocks_product(tape, left, pick, bits=8 if kernel.startswith("int8") else 4)
+    output.name, output.dtype, output.shape = "product", result, ir.Shape([ROWS, COLUMNS])
     graph = ir.Graph(
-        [left], [product], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 21, "com.microsoft": 1}
+        [left], [output], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 21, "com.microsoft": 1}
     )
     return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
 
@@ -105,32 +103,27 @@ def _constants(tape: Tape, **arrays: npt.NDArray[np.generic]) -> list[ir.Value]:
 
 
 def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
-    """Adds what share of its own round's limits each output rate of ours takes.
+    """Adds the share of its own round's limits that each output rate of ours takes.
 
-    A step reads its weights once, for all sequences in it. Arithmetic is that of the weights alone: a prompt token
+    A step reads its weights once, for all sequences in it. Arithmetic is only that of the weights: a prompt token
     takes the layers, a generated one the output table as well. Shares are of the fastest kernel that was measured.
     """
-    stored = _bytes_per_step(model_dir)
+    stored = _bytes_per_step(model_dir) / 1e9
     layers, table = _multiply_adds(weights)
-    per_token = layers * (1 + plan.prompt_tokens / plan.new_tokens) + table
-    bandwidths = results.values(BANDWIDTH, MACHINE)
-    kernels = [results.values(f"{ARITHMETIC}, {kernel}", MACHINE) for kernel in KERNELS]
-    for peer in OURS:
-        for concurrency in plan.concurrency:
-            for number, rate in results.values(f"c{concurrency} output rate", peer).items():
-                if number not in bandwidths:
-                    continue
-                read = rate / concurrency * stored / 1e9
-                step = results.values(f"c{concurrency} between tokens, p50", peer)[number] / 1000
-                computed = rate * per_token / 1e9
-                fastest = max(kernel[number] for kernel in kernels)
-                name = f"c{concurrency} share of the machine's"
-                shares = [
-                    Figure(f"{name} bandwidth", 100 * read / bandwidths[number], "%", ""),
-                    Figure(f"{name} bandwidth, a step alone", 100 * stored / 1e9 / step / bandwidths[number], "%", ""),
-                    Figure(f"{name} arithmetic", 100 * computed / fastest, "%", ""),
-                ]
-                results.add(number, peer, "limits", Outcome(shares))
+    per_token = (layers * (1 + plan.prompt_tokens / plan.new_tokens) + table) / 1e9
+    bandwidths = results.values(("limits", BANDWIDTH), (None, MACHINE))
+    kernels = [results.values(("limits", f"{ARITHMETIC}, {kernel}"), (None, MACHINE)) for kernel in KERNELS]
+    for peer, concurrency, number in product(OURS, plan.concurrency, bandwidths):
+        row = (concurrency, peer)
+        rates, gaps = (results.values(("closed", name), row) for name in ("output rate", "between tokens, p50"))
+        if number in rates:
+            shares = {
+                "bandwidth": rates[number] / concurrency * stored / bandwidths[number],
+                "bandwidth, a step alone": stored / (gaps[number] / 1000) / bandwidths[number],
+                "arithmetic": rates[number] * per_token / max(kernel[number] for kernel in kernels),
+            }
+            figures = [Figure(f"share of the machine's {name}", 100 * share, "%", "") for name, share in shares.items()]
+            results.add(number, peer, "limits", Outcome(figures, size=concurrency))
 
 
 def _bytes_per_step(model_dir: Path) -> int:

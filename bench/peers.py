@@ -1,11 +1,11 @@
-"""Our own doors, each started alone: REST through Envoy, gRPC, and the engine without either."""
+"""The ways to reach our own service, each started separately: REST through Envoy, gRPC, and the bare engine."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +15,8 @@ import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
 
 from bench.client import API_KEY, Job, Piece, Stream, rest
-from bench.processes import START_SECONDS, answers, healthy, running, wait_until
-from deploy import local
+from bench.processes import START_SECONDS, answers, healthy, memory, running, wait_until
+from deploy.local import MODEL, Child, envoy_binary, envoy_command, free_ports
 from service.engine.engine import Engine
 from service.serving import models
 from service.settings import Settings
@@ -27,9 +27,9 @@ from service.types import Prompt, Request, SamplingParams
 class Setup:
     """What every peer is started with: the same weights and threads, and room for the same load.
 
-    `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` keeps converted
-    models. Our service computes on `device`, and refuses what would wait longer than `queue_seconds`: by default
-    nothing.
+    `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` is the folder of
+    converted models. Our service computes on `device`, and refuses requests that would wait longer than
+    `queue_seconds`, by default none.
     """
 
     model_dir: Path
@@ -44,53 +44,65 @@ class Setup:
 
     @property
     def max_running(self) -> int:
-        """Our service's setting for so many slots: it keeps one of sixteen for callers who hold none."""
+        """The setting that gives one caller `slots` slots: one of sixteen is kept for callers who hold none."""
         return self.slots + self.slots // 15
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running peer: how to send it requests, and the ids of its processes where it has its own."""
+    """A running peer: how to send it requests, the ids of its processes by name, and the engine in this process.
+
+    A peer has either processes or runs within this one; only the bare engine has `engine`.
+    """
 
     stream: Stream
     processes: Mapping[str, int] = field(default_factory=dict)
     engine: Engine | None = None
+
+    def resident(self) -> int:
+        """Bytes of the service's memory that are resident now; 0 where it has no process of its own."""
+        return memory(self.processes["service"], "VmRSS") if "service" in self.processes else 0
 
 
 Start = Callable[[Setup], AbstractContextManager[Served]]
 
 
 @contextmanager
-def rest_through_envoy(setup: Setup) -> Iterator[Served]:
-    """Our product as its users reach it: REST, Envoy, gRPC, engine, each process its own."""
-    with replicas_through_envoy(setup, 1) as served:
-        yield served
+def services_behind_envoy(
+    arguments: Sequence[str], count: int = 1, affinity: bool = False
+) -> Iterator[tuple[int, list[Child], Child]]:
+    """Envoy's HTTP port, `count` services started with the same arguments, and Envoy; all are healthy.
 
-
-@contextmanager
-def replicas_through_envoy(setup: Setup, count: int, affinity: bool = False) -> Iterator[Served]:
-    """So many services behind one Envoy, which share the threads; with `affinity` each session has one of them."""
-    http_port, admin_port, *grpc_ports = local.free_ports(2 + count)
+    With `affinity` each session keeps to one of the services.
+    """
+    http_port, admin_port, *grpc_ports = free_ports(2 + count)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_ports[0], "ADMIN_PORT": admin_port}
-    share = replace(setup, threads=max(1, setup.threads // count))
     with ExitStack() as started:
         folder = Path(started.enter_context(tempfile.TemporaryDirectory()))
-        command = local.envoy_command(local.envoy_binary(), ports, folder, grpc_ports[1:], affinity)
-        services = [started.enter_context(_service(share, port)) for port in grpc_ports]
+        command = envoy_command(envoy_binary(), ports, folder, grpc_ports[1:], affinity)
+        services = [started.enter_context(_service(arguments, port)) for port in grpc_ports]
         gateway = started.enter_context(running("Envoy", command))
         for service in services:
             wait_until(lambda: answers(http_port, "/v1/models"), service)
         wait_until(lambda: healthy(admin_port) == count, services[-1])
-        names = ["service", *(f"service {number}" for number in range(2, count + 1))]
-        processes = {name: service.process.pid for name, service in zip(names, services, strict=True)}
-        yield Served(rest(http_port, local.MODEL), {**processes, "Envoy": gateway.process.pid})
+        yield http_port, services, gateway
+
+
+@contextmanager
+def replicas_through_envoy(setup: Setup, count: int = 1, affinity: bool = False) -> Iterator[Served]:
+    """Our product as its users reach it, with `count` services that share the threads: REST, Envoy, gRPC, engine."""
+    share = replace(setup, threads=max(1, setup.threads // count))
+    with services_behind_envoy(_arguments(share), count, affinity) as (http_port, services, gateway):
+        processes = {"service": services[0], "Envoy": gateway}
+        processes |= {f"service {number}": service for number, service in enumerate(services[1:], 2)}
+        yield Served(rest(http_port, MODEL), {name: child.process.pid for name, child in processes.items()})
 
 
 @contextmanager
 def grpc_direct(setup: Setup) -> Iterator[Served]:
     """The service without Envoy."""
-    (port,) = local.free_ports(1)
-    with _service(setup, port) as service:
+    (port,) = free_ports(1)
+    with _service(_arguments(setup), port) as service:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
             grpc.channel_ready_future(probe).result(START_SECONDS)
         yield Served(_grpc_stream(port), {"service": service.process.pid})
@@ -100,7 +112,7 @@ def _grpc_stream(port: int) -> Stream:
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
         prompts = [completion_pb2.Tokens(ids=prompt) for prompt in job.prompts]
         request = completion_pb2.CreateCompletionRequest(
-            model=local.MODEL,
+            model=MODEL,
             token_batch=completion_pb2.TokenBatch(prompts=prompts),
             max_tokens=job.new_tokens,
             n=job.n,
@@ -121,7 +133,10 @@ def _grpc_stream(port: int) -> Stream:
 @contextmanager
 def bare_engine(setup: Setup) -> Iterator[Served]:
     """The engine alone, in the client's process: no gRPC, no JSON."""
-    engine = models.load(_settings(setup))[0].engine
+    settings = Settings(
+        model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
+    )
+    engine = models.load(settings)[0].engine
     started = False
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
@@ -161,17 +176,12 @@ def request(job: Job) -> Request:
     )
 
 
-def _settings(setup: Setup) -> Settings:
-    return Settings(
-        model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
-    )
+def _arguments(setup: Setup) -> list[str]:
+    arguments = ["--model-dir", str(setup.model_dir), "--threads", str(setup.threads)]
+    arguments += ["--max-running", str(setup.max_running), "--max-queue-seconds", str(setup.queue_seconds)]
+    return [*arguments, "--log-level", "warning", "--device", setup.device]
 
 
-@contextmanager
-def _service(setup: Setup, port: int) -> Iterator[local.Child]:
-    command = [sys.executable, "-m", "service", "--model-dir", str(setup.model_dir), "--port", str(port)]
-    command += ["--threads", str(setup.threads), "--max-running", str(setup.max_running)]
-    command += ["--max-queue-seconds", str(setup.queue_seconds), "--log-level", "warning"]
-    command += ["--drain-delay-seconds", "0", "--device", setup.device]
-    with running("the service", command) as child:
-        yield child
+def _service(arguments: Sequence[str], port: int) -> AbstractContextManager[Child]:
+    command = [sys.executable, "-m", "service", "--port", str(port), "--drain-delay-seconds", "0", *arguments]
+    return running("the service", command)

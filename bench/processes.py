@@ -1,4 +1,4 @@
-"""Processes that a peer consists of: started on loopback, watched while they are measured, and always stopped."""
+"""The processes of a peer: started on loopback, watched while they are measured, and always stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TAIL_LINES = 30
 
 @contextmanager
 def running(name: str, command: list[str]) -> Iterator[Child]:
-    """A process as long as the block; what goes wrong in the block is told with the process's last output."""
+    """Runs a process during the block. An error in the block is raised as PeerError with the process's last output."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         child = Child(name, command, Path(folder) / "log")
         try:
@@ -43,30 +43,31 @@ def wait_until(ready: Callable[[], bool], child: Child) -> None:
         time.sleep(0.1)
 
 
-def answers(port: int, path: str) -> bool:
-    """Whether GET of `path` is answered with 200."""
+def get(port: int, path: str) -> tuple[int, bytes]:
+    """The status and body of a GET on loopback; status 0 when the connection fails."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path, headers={"authorization": f"Bearer {API_KEY}"})
-        return connection.getresponse().status == 200
+        answer = connection.getresponse()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException):
-        return False
+        return 0, b""
     finally:
         connection.close()
+
+
+def answers(port: int, path: str) -> bool:
+    """Whether GET of `path` is answered with 200."""
+    return get(port, path)[0] == 200
 
 
 def healthy(admin_port: int) -> int:
-    """How many replicas Envoy sends requests to."""
-    connection = http.client.HTTPConnection("127.0.0.1", admin_port, timeout=10)
-    try:
-        connection.request("GET", "/stats?filter=^cluster.service.membership_healthy$")
-        return int(connection.getresponse().read().rpartition(b": ")[2])
-    finally:
-        connection.close()
+    """The number of replicas that Envoy sends requests to."""
+    return int(get(admin_port, "/stats?filter=^cluster.service.membership_healthy$")[1].rpartition(b": ")[2])
 
 
 def memory(pid: int, field: str = "VmHWM") -> int:
-    """Bytes of a process's memory: VmHWM is the most that was resident so far, VmRSS what is now."""
+    """Bytes of a process's resident memory: VmHWM is the peak so far, VmRSS the current value."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,18 +1,19 @@
-"""Keeps what was measured, and shows it: tables of medians and paired ratios, raw JSON, and a plot."""
+"""Keeps the measurements and shows them: tables of medians and paired ratios, raw JSON, and a plot."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from bench.loads import Figure, Outcome, Timing
+from bench.client import Timing
+from bench.drive import Figure, Outcome
 
 PRODUCT = "REST through Envoy"
 GRPC = "gRPC direct"
@@ -20,118 +21,123 @@ ENGINE = "bare engine"
 OURS = (PRODUCT, GRPC, ENGINE)
 MACHINE = "the machine"
 VECTOR_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+PLOT_COLUMNS = 4
+
+# A table: the name of the load and of the figure. A row of it: the size (see Outcome) and the peer.
+Table = tuple[str, str]
+Row = tuple[float | None, str]
 
 
 class Results:
-    """Figures by round, peer and load. `folder` is created when there is something to save."""
+    """Figures by load, size, peer and round. `folder` is created when there is something to save."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self._path = folder / time.strftime("%Y%m%d-%H%M%S.json", time.gmtime())
         self._about = {
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine(),
-            "options": {name: value for name, value in options.items() if name != "run"},
+            "options": dict(options),
         }
-        self._name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         self._measured: list[dict[str, Any]] = []
-        self._figures: dict[tuple[str, str], dict[int, Figure]] = {}
+        self._tables: dict[Table, dict[Row, dict[int, Figure]]] = {}
 
     def add(self, number: int, peer: str, load: str, outcome: Outcome) -> None:
-        """Takes in what a load gave in round `number`."""
+        """Adds the result of a load in round `number`."""
         self._measured.append(
             {
                 "round": number,
                 "peer": peer,
                 "load": load,
+                "size": outcome.size,
                 "figures": [asdict(figure) for figure in outcome.figures],
                 "requests": [_raw(timing) for timing in outcome.timings],
             }
         )
         for figure in outcome.figures:
-            self._figures.setdefault((figure.name, peer), {})[number] = figure
+            rows = self._tables.setdefault((load, figure.name), {})
+            rows.setdefault((outcome.size, peer), {})[number] = figure
 
-    def values(self, name: str, peer: str) -> dict[int, float]:
+    def values(self, table: Table, row: Row) -> dict[int, float]:
         """A figure's value by round; empty when it was not measured."""
-        return {number: figure.value for number, figure in self._figures.get((name, peer), {}).items()}
+        by_round = self._tables.get(table, {}).get(row, {})
+        return {number: figure.value for number, figure in by_round.items()}
 
-    def peers(self, name: str) -> list[str]:
-        """Who has this figure, in the order of measuring."""
-        return [peer for measured, peer in self._figures if measured == name]
+    def tables(self, load: str) -> list[Table]:
+        """The tables of a load, in the order of its figures."""
+        return [table for table in self._tables if table[0] == load]
+
+    def ratios(self, table: Table, row: Row, other: Row) -> list[float]:
+        """How many times as good `row` is as `other`, in each round that has both."""
+        rows = self._tables[table]
+        pairs = [(figure, rows[other][number]) for number, figure in rows.get(row, {}).items() if number in rows[other]]
+        return [_ratio(a, b) if a.better == "more" else _ratio(b, a) for a, b in pairs]
 
     def save(self) -> Path:
         """Writes the raw measurements so far."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{self._name}.json"
-        path.write_text(json.dumps({**self._about, "measured": self._measured}, default=str) + "\n")
-        return path
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({**self._about, "measured": self._measured}, default=str) + "\n")
+        return self._path
 
     def finish(self) -> None:
         """Prints the tables, saves the measurements and draws the plot."""
         print(f"{self._about['machine']}; began {self._about['began']}")
-        for name in dict.fromkeys(name for name, _ in self._figures):
-            self._print(name)
+        for table in self._tables:
+            self._print(table)
         print(f"\nraw measurements: {self.save()}")
-        if plot := self._plot():
-            print(f"plot: {plot}")
+        self._plot()
 
-    def _print(self, name: str) -> None:
-        figures = {peer: self._figures[name, peer] for peer in self.peers(name)}
-        any_figure = next(iter(next(iter(figures.values())).values()))
-        print(f"\n{name} [{any_figure.unit}]")
-        for peer, by_round in figures.items():
+    def _print(self, table: Table) -> None:
+        rows = self._tables[table]
+        print(f"\n{': '.join(table)} [{_any_figure(rows).unit}]")
+        for (size, peer), by_round in sorted(rows.items(), key=lambda row: row[0][0] or 0):
             values = [figure.value for figure in by_round.values()]
-            spread = f"{min(values):.4g}..{max(values):.4g}"
-            line = f"  {peer:24} {statistics.median(values):10.4g}  {spread:18}"
-            if any_figure.better and peer != PRODUCT and PRODUCT in figures:
-                line += f"  {self._advantage(name, peer, any_figure.better)}"
+            label = peer if size is None else f"{size:g}: {peer}"
+            line = f"  {label:32} {median(values):10.4g}  {min(values):.4g}..{max(values):.4g}"
+            if _any_figure(rows).better and peer != PRODUCT:
+                ratios = self.ratios(table, (size, PRODUCT), (size, peer))
+                line = f"{line:66}{'ours is ' + times_as_good(ratios) if ratios else ''}"
             print(line.rstrip())
 
-    def _advantage(self, name: str, peer: str, better: str) -> str:
-        """How many times better the product is, in pairs of one round."""
-        ours, theirs = self.values(name, PRODUCT), self.values(name, peer)
-        pairs = [(ours[number], theirs[number]) for number in ours.keys() & theirs.keys()]
-        ratios = [_ratio(a, b) if better == "more" else _ratio(b, a) for a, b in pairs]
-        if not ratios:
-            return ""
-        return f"ours is {statistics.median(ratios):.2f} times as good ({min(ratios):.2f}..{max(ratios):.2f})"
+    def _plot(self) -> None:
+        """A panel for each figure that depends on a size: the median for each peer, with every round as a point."""
+        curves: dict[Table, dict[str, dict[float, list[float]]]] = {}
+        for table, rows in self._tables.items():
+            for (size, peer), by_round in rows.items():
+                if size is not None and _any_figure(rows).better:
+                    line = curves.setdefault(table, {}).setdefault(peer, {})
+                    line[size] = [figure.value for figure in by_round.values()]
+        if not curves:
+            return
+        from matplotlib.figure import Figure as Drawing  # noqa: PLC0415 - slow to import, and only needed at the end
 
-    def _plot(self) -> Path | None:
-        """Output rate by concurrency for each peer, with every round as a point."""
-        rates: dict[str, dict[int, list[float]]] = {}
-        for (name, peer), by_round in self._figures.items():
-            label, _, rest = name.partition(" ")
-            if rest == "output rate" and label.startswith("c") and label[1:].isdecimal():
-                rates.setdefault(peer, {})[int(label[1:])] = [figure.value for figure in by_round.values()]
-        if not rates:
-            return None
-        pyplot = headless_pyplot()
-        figure, axes = pyplot.subplots(figsize=(9, 5.5))
-        for peer, by_concurrency in rates.items():
-            (line,) = axes.plot(
-                list(by_concurrency), [statistics.median(values) for values in by_concurrency.values()], label=peer
-            )
-            points = [(concurrency, value) for concurrency, values in by_concurrency.items() for value in values]
-            axes.scatter(*zip(*points, strict=True), s=12, color=line.get_color())
-        axes.set(xlabel="requests at once", ylabel="output tokens/s", xlim=(0, None), ylim=(0, None))
-        axes.set_title(f"Closed loop, {self._about['machine']}", fontsize=9)
-        axes.legend()
-        path = self._folder / f"{self._name}.png"
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        return path
+        lines_of_panels = -(-len(curves) // PLOT_COLUMNS)
+        drawing = Drawing(figsize=(5 * PLOT_COLUMNS, 4 * lines_of_panels), layout="tight")
+        panels = drawing.subplots(lines_of_panels, PLOT_COLUMNS, squeeze=False)
+        for panel, (table, peers) in zip(panels.flat, curves.items(), strict=False):
+            for peer, by_size in peers.items():
+                (line,) = panel.plot(list(by_size), [median(values) for values in by_size.values()], label=peer)
+                points = [(size, value) for size, values in by_size.items() for value in values]
+                panel.scatter(*zip(*points, strict=True), s=12, color=line.get_color())
+            panel.set_xscale("log", base=2)
+            panel.set(xlabel=table[0], ylabel=f"{table[1]} [{_any_figure(self._tables[table]).unit}]", ylim=(0, None))
+            panel.legend()
+        drawing.suptitle(self._about["machine"], fontsize=9)
+        drawing.savefig(self._path.with_suffix(".png"), dpi=120)
+        print(f"plot: {self._path.with_suffix('.png')}")
 
 
-def headless_pyplot() -> Any:
-    """Matplotlib's pyplot, for files and not for a screen."""
-    import matplotlib as mpl  # noqa: PLC0415 - slow to import, and only needed at the end
-
-    mpl.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    return pyplot
+def times_as_good(ratios: list[float]) -> str:
+    """The rounds' ratios in words: their median and range."""
+    return f"{median(ratios):.2f} times as good ({min(ratios):.2f}..{max(ratios):.2f})"
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else float("inf")
+def _any_figure(rows: Mapping[Row, Mapping[int, Figure]]) -> Figure:
+    """Unit and direction are the same for all figures of a table."""
+    return next(figure for by_round in rows.values() for figure in by_round.values())
+
+
+def _ratio(above: Figure, below: Figure) -> float:
+    return above.value / below.value if below.value else float("inf")
 
 
 def _raw(timing: Timing) -> dict[str, Any]:

@@ -11,8 +11,6 @@ import asyncio
 import json
 import random
 import statistics
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,13 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.client import API_KEY, PeerError, percentile
-from bench.processes import answers, memory, running, wait_until
+from bench.client import PeerError, percentile, post
+from bench.peers import services_behind_envoy
+from bench.processes import memory
 from deploy import local
 
 MIB = 1 << 20
 CLIENTS = 6
 SAMPLE_SECONDS = 1.0
+ANSWER_SECONDS = 120
 # Caches, arenas and pools fill at first, for some ninety seconds: this share of the time is not judged.
 WARM_UP = 0.5
 
@@ -115,18 +115,12 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
 
 
 def run(minutes: float, seed: int, bounds: Bounds) -> bool:
-    """Soaks the product for so many minutes, prints what came of it, and says whether all bounds hold."""
-    http_port, grpc_port = local.free_ports(2)
-    ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
-    command = [sys.executable, "-m", "service", "--model-dir", str(local.model_dir()), "--port", str(grpc_port)]
-    command += ["--max-running", "8", "--context-length", "1024", "--drain-delay-seconds", "0"]
-    with tempfile.TemporaryDirectory() as folder:
-        gateway = local.envoy_command(local.envoy_binary(), ports, Path(folder))
-        with running("the service", command) as service, running("Envoy", gateway):
-            wait_until(lambda: answers(http_port, "/v1/models"), service)
-            record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
-            service.stop()
-            held = _held(service.log)
+    """Soaks the product for `minutes`, prints outcomes and figures, and returns whether all bounds hold."""
+    arguments = ["--model-dir", str(local.model_dir()), "--max-running", "8", "--context-length", "1024"]
+    with services_behind_envoy(arguments) as (http_port, (service,), _):
+        record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
+        service.stop()
+        held = _held(service.log)
     verdict = judge(record, held, bounds)
     print(f"{minutes:g} minutes, seed {seed}: {dict(sorted(record.outcomes.items()))}")
     for name, value in verdict.figures.items():
@@ -173,7 +167,7 @@ async def _client(port: int, record: Record, began: float, seconds: float, seed:
     draw = random.Random(seed)
     kinds = {"whole": 40, "stream": 25, "batch": 10, "leaves": 15, "refused": 10}
     while (now := time.monotonic() - began) < seconds:
-        (kind,) = draw.choices(list(kinds), kinds.values())
+        (kind,) = draw.choices(list(kinds), list(kinds.values()))
         body, expected = _request(draw, kind)
         status, data = await _exchange(port, body, leave_after=draw.uniform(0, 1) if kind == "leaves" else None)
         record.outcomes[f"{kind} {status or 'left'}"] += 1
@@ -203,26 +197,17 @@ def _request(draw: random.Random, kind: str) -> tuple[dict[str, Any], int]:
 
 async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) -> tuple[int, bytes]:
     """The status and body of a request; status 0 where the caller hung up before."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
-    )
     try:
-        writer.write(head.encode() + data)
-        async with asyncio.timeout(leave_after or 120):
+        async with asyncio.timeout(leave_after or ANSWER_SECONDS), post(port, body) as reader:
             answer = await reader.read()
-        headers, _, content = answer.partition(b"\r\n\r\n")
-        if b"transfer-encoding: chunked" in headers.lower():
-            content = unchunked(content)
-        return int(headers.split(b" ", 2)[1]), content
     except TimeoutError:
         if leave_after is None:
-            raise PeerError("a request got no answer within 120 s") from None
+            raise PeerError(f"a request got no answer within {ANSWER_SECONDS} s") from None
         return 0, b""
-    finally:
-        writer.close()
+    headers, _, content = answer.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" in headers.lower():
+        content = unchunked(content)
+    return int(headers.split(b" ", 2)[1]), content
 
 
 def unchunked(data: bytes) -> bytes:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from bench import client, drive, loads, overload, peers, scaling
+from bench import client, drive, loads, peers
 from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
-from bench.drive import closed_loop
-from bench.loads import Figure, Outcome, Plan
+from bench.drive import Figure, Load, Outcome, Run
+from bench.loads import Plan
+from bench.peers import Served
 from bench.report import PRODUCT, Results
 from service.manifest import TOKENIZER_FILE
 from tests.support.patience import PATIENCE
@@ -76,10 +78,11 @@ async def test_a_short_answer_is_an_error(clock: Clock) -> None:
 
 async def test_a_closed_loop_keeps_its_concurrency(clock: Clock) -> None:
     """Two at a time, the next begins when one ends: 0.2 s beside 0.05 s and then 0.05 s."""
-    stream = paced(clock, {1: [0.2], 2: [0.05], 3: [0.05]})
-    seconds, timings = await closed_loop(stream, [Job(((first,),), 1) for first in (1, 2, 3)], 2)
-    assert seconds == pytest.approx(0.2)
-    began = sorted(timing.began - min(timing.began for timing in timings) for timing in timings)
+    served = Served(paced(clock, {1: [0.2], 2: [0.05], 3: [0.05]}))
+    load = Load([Job(((first,),), 1) for first in (1, 2, 3)], {}, concurrency=2)
+    run = await drive.drive(served, load, Tokenizer(BPE()))
+    assert run.seconds == pytest.approx(0.2)
+    began = sorted(timing.began - min(timing.began for timing in run.timings) for timing in run.timings)
     assert began == pytest.approx([0, 0, 0.05])
 
 
@@ -110,6 +113,7 @@ def plan(model_dir: Path) -> Plan:
     """A short load."""
     return Plan(
         Tokenizer.from_file(str(model_dir / TOKENIZER_FILE)),
+        context=64,
         concurrency=(2,),
         requests_each=1,
         prompt_tokens=16,
@@ -123,41 +127,41 @@ def plan(model_dir: Path) -> Plan:
     )
 
 
-@pytest.mark.parametrize("load", [loads.closed, loads.open_loop])
-async def test_loads_on_the_real_engine(
-    load: Callable[[Stream, Plan], object], plan: Plan, model_dir: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("load", ["closed", "open"])
+async def test_loads_on_the_real_engine(load: str, plan: Plan, model_dir: Path, tmp_path: Path) -> None:
     """Every request of a load is answered in full, and every figure is a number above zero."""
     setup = peers.Setup(model_dir, tmp_path / "unused.gguf", threads=2, slots=4, context=64, cache=tmp_path)
     with peers.bare_engine(setup) as served:
-        outcome = await load(served.stream, plan)
+        ((name, outcome),) = await loads.run(served, [load], plan)
+    assert name == load
     assert len(outcome.timings) == 4
     assert all(figure.value > 0 for figure in outcome.figures)
 
 
-def test_goodput_counts_what_came_in_time() -> None:
+def test_goodput_counts_what_came_in_time(plan: Plan) -> None:
     """Of four answers one ended before the queue was full, and one's first token came too late."""
-    settled, began = overload.SETTLE_SECONDS, 100.0
+    settled, began = loads.SETTLE_SECONDS, 100.0
 
     def answer(first: float, end: float) -> Timing:
         return Timing(began + end - 5, (began + end - 5 + first, began + end), 2, 0, "")
 
     answers = [answer(1, settled - 1), answer(2, settled + 1), answer(3, settled + 2), answer(60, settled + 3)]
-    point = overload.summed_up(2.0, 4.0, answers, [0.001, 0.003], began=began, resident=0)
-    assert point.goodput == pytest.approx(2 / (overload.ARRIVAL_SECONDS - settled))
-    assert point.refused == pytest.approx(2 / 6)
-    assert point.first_p50 == pytest.approx(2.5)
-    assert point.whole_p95 == pytest.approx(5.0)
-    assert point.refusal_p95 == pytest.approx(0.0029)
+    run = Run(began, answers, refusals=[0.001, 0.003])
+    metrics = loads.offered(plan, 2.0, rate=4.0).metrics
+    figures = {name: value(run) for name, (_, _, value) in metrics.items()}
+    assert figures["goodput"] == pytest.approx(2 / (loads.ARRIVAL_SECONDS - settled))
+    assert figures["refused"] == pytest.approx(2 / 6)
+    assert figures["time to first token, p50"] == pytest.approx(2.5)
+    assert figures["answer, p95"] == pytest.approx(5.0)
+    assert figures["refusal, p95"] == pytest.approx(2.9)
 
 
-def test_ratios_of_replicas_are_taken_within_a_round() -> None:
+def test_ratios_of_replicas_are_taken_within_a_round(tmp_path: Path) -> None:
     """The second round was half as fast for both: the ratio is the same."""
-    points = [
-        scaling.Point(number, replicas, affinity=False, figure=scaling.RATE, value=value, unit="tokens/s")
-        for number, replicas, value in [(1, 1, 10.0), (1, 2, 15.0), (2, 1, 5.0), (2, 2, 7.5)]
-    ]
-    assert scaling.ratios(points, scaling.RATE, (2, False), to=(1, False)) == [1.5, 1.5]
+    results = Results(tmp_path, {})
+    for number, peer, value in [(1, "one", 10.0), (1, "two", 15.0), (2, "one", 5.0), (2, "two", 7.5)]:
+        results.add(number, peer, "callers", Outcome([Figure("output rate", value, "tokens/s", "more")]))
+    assert results.ratios(("callers", "output rate"), (None, "two"), (None, "one")) == [1.5, 1.5]
 
 
 async def test_sessions_count_what_caches_held(plan: Plan) -> None:
@@ -169,7 +173,8 @@ async def test_sessions_count_what_caches_held(plan: Plan) -> None:
         seen.setdefault(job.session, []).append(length)
         yield Piece("x" * 10, job.new_tokens, length // 2)
 
-    outcome = await loads.sessions(stream, plan)
+    ((_, outcome),) = await loads.run(Served(stream), ["sessions"], plan)
+    del seen[None]  # the warm-up
     assert outcome.figures[0].value == pytest.approx(0.5, abs=0.01)
     assert len(seen) == loads.CHATS
     assert all(len(lengths) == loads.CHAT_TURNS and lengths == sorted(set(lengths)) for lengths in seen.values())

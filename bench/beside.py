@@ -1,0 +1,84 @@
+"""Loads beside running streams: a long prompt, and requests that are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+
+from bench.client import Job, PeerError, percentile, timed
+from bench.drive import Figure, Outcome, background
+from bench.peers import Served
+from service.engine.engine import Engine
+
+STREAMS = 4
+# Until every stream has sent the first two pieces, streams still start; the pieces after them are undisturbed.
+STARTING_PIECES = 2
+QUIET_PIECES = 64
+POLL_SECONDS = 0.0005
+PATIENCE_SECONDS = 30.0
+
+
+async def stall(served: Served, streams: list[Job], long: Job) -> Outcome:
+    """How a long prompt delays running streams: the time between their pieces before it and during its prefill."""
+    async with background(served.stream, streams, STARTING_PIECES + QUIET_PIECES) as arrived:
+        timing = await timed(served.stream, long)
+    settled = max(at[STARTING_PIECES - 1] for at in arrived)
+    quiet = [gap for at in arrived for gap in _gaps_within(at, settled, timing.began)]
+    busy = [gap for at in arrived for gap in _gaps_within([*at, max(at[-1], timing.at[0])], timing.began, timing.at[0])]
+    figures = [
+        Figure("undisturbed between tokens, p50", 1000 * percentile(quiet, 50), "ms", "less"),
+        Figure("undisturbed between tokens, p95", 1000 * percentile(quiet, 95), "ms", "less"),
+        Figure("beside a 2000-token prompt, p50", 1000 * percentile(busy, 50), "ms", "less"),
+        Figure("beside a 2000-token prompt, p95", 1000 * percentile(busy, 95), "ms", "less"),
+        Figure("beside a 2000-token prompt, longest", 1000 * max(busy), "ms", "less"),
+        Figure("2000-token prompt beside streams, time to first token", timing.first, "s", "less"),
+    ]
+    # The streams' pieces too, as times relative to the long prompt's sending.
+    return Outcome(figures, [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)])
+
+
+def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
+    """The gaps that overlap the time from `start` to `end`, and not only by touching it."""
+    return [after - before for before, after in pairwise(at) if after > start and before < end]
+
+
+async def cancel(served: Served, streams: list[Job], cancelled: Iterable[Job]) -> Outcome:
+    """How soon a cancelled request frees its slot, beside running streams: in turn during decode and during prefill.
+
+    Figures are the milliseconds until the slot is free, and the steps that another stream took meanwhile.
+    """
+    waits, steps = [], []
+    async with background(served.stream, streams, 1) as arrived:
+        for number, job in enumerate(cancelled):
+            pieces = served.stream(job)
+            first = asyncio.ensure_future(anext(pieces))
+            await wait_for_slots(served.engine, STREAMS + 1)
+            if number % 2 == 0:
+                await first
+            began, pieces_before = time.perf_counter(), len(arrived[0])
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await pieces.aclose()
+            await wait_for_slots(served.engine, STREAMS)
+            waits.append(1000 * (time.perf_counter() - began))
+            steps.append(len(arrived[0]) - pieces_before)
+    return Outcome(
+        [
+            Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
+            Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
+            Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
+        ]
+    )
+
+
+async def wait_for_slots(engine: Engine | None, held: int) -> None:
+    """Waits until exactly `held` slots of the engine are in use. Raises PeerError after PATIENCE_SECONDS."""
+    assert engine is not None, "only the bare engine reports its slots"
+    deadline = time.perf_counter() + PATIENCE_SECONDS
+    while engine.stats.running != held:
+        if time.perf_counter() > deadline:
+            raise PeerError(f"{engine.stats.running} slots were held for {PATIENCE_SECONDS} s, not {held}")
+        await asyncio.sleep(POLL_SECONDS)
