@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,36 +76,32 @@ def main() -> None:
 def _compare(options: argparse.Namespace) -> None:
     named = [PEERS[name] for name in options.peers]
     chosen = [replace(peer, loads=[load for load in options.loads if load in peer.loads]) for peer in named]
-    setup, plan = _setup(options), _plan(options)
-    results = _measure(options, [peer for peer in chosen if peer.loads], setup, plan, "limits" in options.loads)
-    limits.relate(results, setup.model_dir, setup.weights, plan)
+    results = _measure(options, [peer for peer in chosen if peer.loads], machine="limits" in options.loads)
+    setup = _setup(options)
+    limits.relate(results, setup.model_dir, setup.weights, _plan(options, setup.model_dir))
     results.finish()
 
 
 def _limits(options: argparse.Namespace) -> None:
-    results = report.Results(options.out, vars(options))
-    for number in range(1, options.rounds + 1):
-        results.add(number, report.MACHINE, "limits", limits.measure(options.threads))
-    results.finish()
+    _measure(options, [], machine=True).finish()
 
 
 def _growth(options: argparse.Namespace) -> None:
     curves = [Peer(report.GRPC, peers.grpc_direct, [curve]) for curve in options.curves]
-    _measure(options, curves, replace(_setup(options), slots=max(loads.GROWTH_SIZES)), _plan(options)).finish()
+    _measure(options, curves, slots=max(loads.GROWTH_SIZES)).finish()
 
 
 def _overload(options: argparse.Namespace) -> None:
     options.rounds = 1
     product = Peer(report.PRODUCT, peers.replicas_through_envoy, ["overload"])
-    setup = replace(_setup(options), slots=loads.CALLERS, queue_seconds=loads.QUEUE_SECONDS)
-    _measure(options, [product], setup, _plan(options)).finish()
+    _measure(options, [product], slots=loads.CALLERS, queue_seconds=loads.QUEUE_SECONDS).finish()
 
 
 def _scaling(options: argparse.Namespace) -> None:
     plain = [_replicas(count) for count in options.replicas]
     pairs = [(_replicas(count, affinity=True), _replicas(count)) for count in options.replicas if count > 1]
     chosen = [*plain, *(affine for affine, _ in pairs)]
-    results = _measure(options, chosen, replace(_setup(options), slots=loads.CALLERS), _plan(options))
+    results = _measure(options, chosen, slots=loads.CALLERS)
     results.finish()
     pairs += [(peer, plain[0]) for peer in chosen[1:]]
     for table in (*results.tables("callers"), *results.tables("sessions")):
@@ -137,18 +133,22 @@ RUNS = {
 
 
 def _measure(
-    options: argparse.Namespace, chosen: Sequence[Peer], setup: Setup, plan: Plan, machine: bool = False
+    options: argparse.Namespace, chosen: Sequence[Peer], machine: bool = False, **changes: Any
 ) -> report.Results:
-    """Measures the chosen peers in every round, and before them the machine's limits if `machine`."""
+    """Measures in every round the machine's limits, if `machine`, and the chosen peers.
+
+    `changes` replaces fields of the peers' Setup.
+    """
     results = report.Results(options.out, vars(options))
     for number in range(1, options.rounds + 1):
         if machine:
-            results.add(number, report.MACHINE, "limits", limits.measure(setup.threads))
+            results.add(number, report.MACHINE, "limits", limits.measure(options.threads))
         for peer in chosen:
             progress = f"round {number} of {options.rounds}: {peer.title}: {', '.join(peer.loads)}"
             print(progress, file=sys.stderr, flush=True)
+            setup = replace(_setup(options), **changes)
             with peer.start(setup) as served:
-                for load, outcome in asyncio.run(loads.run(served, peer.loads, plan)):
+                for load, outcome in asyncio.run(loads.run(served, peer.loads, _plan(options, setup.model_dir))):
                     results.add(number, peer.title, load, outcome)
                 if served.processes:
                     results.add(number, peer.title, "memory", _peak_memory(served))
@@ -163,31 +163,22 @@ def _peak_memory(served: Served) -> Outcome:
 
 def _setup(options: argparse.Namespace) -> Setup:
     return Setup(
-        model_dir=local.model_dir(),
+        model_dir=local.model_dir(local.Options.from_environment()),
         weights=options.weights or local.default_weights(),
         threads=options.threads,
         slots=max(*options.concurrency, loads.CHATS, beside.STREAMS + 1),
-        context=loads.longest_sequence(_plan(options)),
+        context=loads.longest_sequence(options.prompt_tokens, options.new_tokens),
         cache=ROOT / ".cache" / "bench",
         flash_attention=options.flash_attention,
     )
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    model_dir = local.model_dir()
+def _plan(options: argparse.Namespace, model_dir: Path) -> Plan:
+    values = {field.name: getattr(options, field.name) for field in fields(Plan) if hasattr(options, field.name)}
     return Plan(
-        Tokenizer.from_file(str(model_dir / manifest.TOKENIZER_FILE)),
+        tokenizer=Tokenizer.from_file(str(model_dir / manifest.TOKENIZER_FILE)),
         context=manifest.load(model_dir).context_length,
-        concurrency=tuple(options.concurrency),
-        requests_each=options.requests_each,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        rate=options.rate,
-        arrivals=options.arrivals,
-        ttft_objective=options.ttft_objective,
-        itl_objective=options.itl_objective,
-        seed=options.seed,
-        limit=options.limit,
+        **values,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.client import PeerError, rest
 from bench.peers import Served, Setup
 from bench.processes import answers, running, wait_until
-from deploy.local import free_ports
+from deploy.envoy_config import free_ports
 
 QUANTIZE_SECONDS = 600
 

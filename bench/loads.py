@@ -29,7 +29,7 @@ class Plan:
 
     tokenizer: Tokenizer
     context: int
-    concurrency: tuple[int, ...]
+    concurrency: Sequence[int]
     requests_each: int
     prompt_tokens: int
     new_tokens: int
@@ -295,11 +295,10 @@ async def run(served: Served, names: Sequence[str], plan: Plan) -> list[tuple[st
     return outcomes
 
 
-def longest_sequence(plan: Plan) -> int:
-    """Tokens of prompt and answer in the longest request of the loads in COMPARED."""
+def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:
+    """Tokens of prompt and answer in the longest request of the loads in COMPARED, with these in the closed loop."""
     chat_tokens = SYSTEM_TOKENS + CHAT_TURNS * (USER_TOKENS + 2 * REPLY_TOKENS)
-    stalled = plan.prompt_tokens + STALL_TOKENS
-    return max(STALL_PROMPT + 1, TTFT_PROMPT + 1, plan.prompt_tokens + plan.new_tokens, chat_tokens, stalled)
+    return max(STALL_PROMPT + 1, TTFT_PROMPT + 1, prompt_tokens + max(new_tokens, STALL_TOKENS), chat_tokens)
 
 
 def jobs(plan: Plan, load: str, count: int, prompt_tokens: int, new_tokens: int) -> list[Job]:

@@ -16,7 +16,8 @@ from completion.v1 import completion_pb2, completion_pb2_grpc
 
 from bench.client import API_KEY, Job, Piece, Stream, rest
 from bench.processes import START_SECONDS, answers, healthy, memory, running, wait_until
-from deploy.local import MODEL, Child, envoy_binary, envoy_command, free_ports
+from deploy.envoy_config import envoy_command, free_ports
+from deploy.local import MODEL, Child, envoy_binary
 from service.engine.engine import Engine
 from service.serving import models
 from service.settings import Settings

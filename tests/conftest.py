@@ -26,7 +26,7 @@ def model_dir() -> Path:
     local.DEFAULT_MODEL_DIR.parent.mkdir(exist_ok=True)
     with (local.DEFAULT_MODEL_DIR.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return local.model_dir()
+        return local.model_dir(local.Options.from_environment())
 
 
 @pytest.fixture(scope="session")

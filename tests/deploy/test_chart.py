@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from deploy import local
+from deploy import envoy_config, local
 from service import settings
 from service.settings import Settings
 from tests.deploy import helm as helms
@@ -281,7 +281,7 @@ def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]
     """Sessions, and else keys, stay on a ring of all pods, where nobody gets more than 1.25 times the mean load."""
     values, manifests = rendered
     resources = envoy_of(manifests)["static_resources"]
-    cluster = local.named(resources["clusters"], "service")
+    cluster = envoy_config.named(resources["clusters"], "service")
     expected = ("STRICT_DNS", "RING_HASH") if has_affinity(values) else ("STATIC", "ROUND_ROBIN")
     assert (cluster["type"], cluster["lb_policy"]) == expected
     assert cluster["common_lb_config"]["consistent_hashing_lb_config"] == {"hash_balance_factor": 125}
@@ -299,15 +299,13 @@ def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[
     The longest request is the service's, and Envoy's numbers can be had where metrics can.
     """
     values, manifests = rendered
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(local.LONGEST_REQUEST, str(values["longestRequestSeconds"]))
-        expected = yaml.safe_load(local.template())
+    expected = yaml.safe_load(envoy_config.template(values["longestRequestSeconds"]))
     (service,) = pod_of(manifests)["spec"]["containers"]
     longest = {"name": local.LONGEST_REQUEST, "value": str(values["longestRequestSeconds"])}
     assert longest in service["env"]
     resources = expected["static_resources"]
     if values["metrics"]["enabled"]:
-        metrics = local.named(resources["listeners"], "metrics")
+        metrics = envoy_config.named(resources["listeners"], "metrics")
         metrics["address"]["socket_address"]["address"] = "0.0.0.0"
     host = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]["route_config"]["virtual_hosts"][
         0
@@ -317,13 +315,13 @@ def test_envoy_is_configured_as_everywhere(rendered: tuple[dict[str, Any], list[
     host["routes"] = [route for route, page in zip(host["routes"], pages, strict=True) if not page.startswith(left_out)]
     assert sum(page.startswith(left_out) for page in pages) == 4
     if has_affinity(values):
-        for cluster in local.clusters_of_the_service(expected):
+        for cluster in envoy_config.clusters_of_the_service(expected):
             cluster |= {
                 "type": "STRICT_DNS",
                 "dns_lookup_family": "V4_PREFERRED",
                 "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "5s"},
             }
-        local.named(resources["clusters"], "service")["lb_policy"] = "RING_HASH"
+        envoy_config.named(resources["clusters"], "service")["lb_policy"] = "RING_HASH"
         # One object in YAML, by an anchor.
         (endpoint,) = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         replicas = of_kind(manifests, "Service", "demo-completion-service-replicas")

@@ -16,7 +16,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config
 from service.engine.engine import Engine, Stats
 from service.settings import Settings
 from tests.support.patience import PATIENCE, ended_by_deadline, eventually
@@ -58,9 +58,11 @@ def watched(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     http_port, grpc_port = free_ports(2)
     # What leaves early may queue as long as it likes: the estimate expects all tokens of each.
     settings = Settings(model_dir=model_dir, port=grpc_port, max_running=8, max_queue_seconds=1e9, drain_seconds=1)
-    written = local.envoy_config
+    written = envoy_config.envoy_config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "envoy_config", lambda *given: written(*given).replace("value: 598S", "value: 9999999S"))
+        patch.setattr(
+            envoy_config, "envoy_config", lambda *given: written(*given).replace("value: 598S", "value: 9999999S")
+        )
         with ServiceThread(settings) as service, envoy(http_port, grpc_port, tmp_path_factory.mktemp("envoy")):
             stack = Stack(http_port, grpc_port)
             stack.wait_until_ready()

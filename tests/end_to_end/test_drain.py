@@ -20,7 +20,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config, local
 from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
 from tests.support.stack import AUTHORIZED, KEY, MODEL, ROOT, Stack, envoy, free_ports
 
@@ -142,7 +142,7 @@ def test_envoy_ends_without_cutting_anyone_off(stack: Stack, tmp_path: Path, mon
     for name, value in {"ADMIN_PORT": str(admin_port), "DRAIN_DELAY": "2", "DRAIN_SECONDS": str(PATIENCE)}.items():
         monkeypatch.setenv(name, value)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}
-    command = ["envoy/run.sh", *local.envoy_command(local.envoy_binary(), ports, tmp_path)]
+    command = ["envoy/run.sh", *envoy_config.envoy_command(local.envoy_binary(), ports, tmp_path)]
     leaving = Stack(http_port, stack.grpc)
     statuses: list[tuple[int, bool]] = []
     child = local.Child("Envoy", command, tmp_path / "envoy.log")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config, local
 from tests.support.http2 import PREFACE, frame, literal
 from tests.support.patience import PATIENCE, eventually
 from tests.support.stack import AUTHORIZED, MODEL, Stack, envoy, envoy_counts, free_ports
@@ -77,7 +77,7 @@ def test_slow_body_times_out(stack: Stack) -> None:
 def envoy_with(folder: Path, grpc_port: int, connections: int) -> Iterator[tuple[Stack, int]]:
     """An Envoy with another bound on connections, patient with a server that shares its event loop with its callers."""
     (http_port,) = free_ports(1)
-    config = yaml.safe_load(local.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
+    config = yaml.safe_load(envoy_config.envoy_config({"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}))
     for cluster in config["static_resources"]["clusters"]:
         for check in cluster.get("health_checks", ()):
             check["timeout"] = f"{PATIENCE}s"
@@ -254,8 +254,10 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
     names = NameServer()
     http_port, admin_port = free_ports(2)
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": stack.grpc, "ADMIN_PORT": admin_port}
-    config = yaml.safe_load(local.envoy_config(ports))
-    cluster, checks = (local.named(config["static_resources"]["clusters"], name) for name in ("service", "health"))
+    config = yaml.safe_load(envoy_config.envoy_config(ports))
+    cluster, checks = (
+        envoy_config.named(config["static_resources"]["clusters"], name) for name in ("service", "health")
+    )
     resolver = {
         "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
         "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy import local
+from deploy import envoy_config
 from service.host.ports import listener
 from tests.end_to_end.test_edge import connected as connection_to
 from tests.end_to_end.test_edge import until_closed
@@ -87,7 +87,7 @@ def test_the_service_wants_five_seconds_between_them(stack: Stack) -> None:
 
 def test_a_caller_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Envoy pings HTTP/2 callers, here each second, and closes the connection of one that never answers."""
-    written = local.envoy_config
+    written = envoy_config.envoy_config
     config = yaml.safe_load(written({"HTTP_PORT": 1, "GRPC_PORT": 2}))
     manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     assert manager["http2_protocol_options"]["connection_keepalive"] == {"interval": "30s", "timeout": "10s"}
@@ -96,7 +96,7 @@ def test_a_caller_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     def shorter(*given: Any) -> str:
         return written(*given).replace(pings[0], "interval: 1s").replace(pings[1], "timeout: 1s", 1)
 
-    monkeypatch.setattr(local, "envoy_config", shorter)
+    monkeypatch.setattr(envoy_config, "envoy_config", shorter)
     http_port, grpc_port = free_ports(2)
     with envoy(http_port, grpc_port, tmp_path):
         eventually(lambda: listener(http_port))

@@ -20,7 +20,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config, local
 from service.settings import Settings
 from tests.support.patience import PATIENCE
 from tests.support.processes import service
@@ -46,7 +46,7 @@ def slow(folder: Path, longest: int | None = LONGEST) -> Iterator[Slow]:
     """Envoy as the launcher configures it, with its idle timeout shortened as much as the longest request."""
     stub = Stub()
     http_port, admin_port = free_ports(2)
-    written = local.envoy_config
+    written = envoy_config.envoy_config
     with pytest.MonkeyPatch.context() as patch, serving(stub) as grpc_port:
         if longest is not None:
             patch.setenv("COMPLETION_LONGEST_REQUEST_SECONDS", str(longest))
@@ -213,18 +213,18 @@ def test_a_wrong_time_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, given: s
     """It is named with its range before anything starts."""
     monkeypatch.setenv("COMPLETION_LONGEST_REQUEST_SECONDS", given)
     with pytest.raises(local.LaunchError, match=r"it has to be 1\.\.86400 whole seconds"):
-        local.envoy_config({"HTTP_PORT": 1, "GRPC_PORT": 2})
+        local.Options.from_environment()
 
 
 def test_the_services_flag_alone_is_refused() -> None:
-    """The launcher wants the variable, of which Envoy hears too."""
+    """The launcher requires the variable, which Envoy reads too."""
     with pytest.raises(local.LaunchError, match="set COMPLETION_LONGEST_REQUEST_SECONDS instead"):
-        local.run(["--longest-request-seconds=30"])
+        local.run(["--longest-request-seconds=30"], local.Options.from_environment())
 
 
 def test_the_configuration_says_it_once() -> None:
     """envoy.yaml has the time at one place, the service's default."""
     text = (ROOT / "envoy" / "envoy.yaml").read_text()
-    assert text.count(local.LONGEST_REQUEST_ANCHOR) == 1
+    assert text.count(envoy_config.LONGEST_REQUEST_ANCHOR) == 1
     assert re.findall(r"\b600s", text) == ["600s"]
     assert Settings.model_fields["longest_request_seconds"].default == 600

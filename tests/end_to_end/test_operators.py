@@ -17,7 +17,7 @@ import pytest
 import yaml
 from completion.v1 import completion_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config
 from tests.support.patience import PATIENCE, eventually
 from tests.support.stack import AUTHORIZED, Answer, Stack, envoy, free_ports
 from tests.support.stub import Stub, message, serving
@@ -150,7 +150,7 @@ def test_the_listener_has_numbers_and_nothing_else(watched: Watched) -> None:
 
 def test_without_their_port_there_are_no_numbers() -> None:
     """The launcher opens neither the listener nor the admin interface unless it is asked to."""
-    config = yaml.safe_load(local.envoy_config({"HTTP_PORT": 1, "GRPC_PORT": 2}))
+    config = yaml.safe_load(envoy_config.envoy_config({"HTTP_PORT": 1, "GRPC_PORT": 2}))
     assert "admin" not in config
     assert [listener["name"] for listener in config["static_resources"]["listeners"]] == ["public"]
     assert "admin" not in [cluster["name"] for cluster in config["static_resources"]["clusters"]]
@@ -217,11 +217,11 @@ def test_large_bodies_are_sent_again(watched: Watched, body: str) -> None:
 
 def test_an_old_connection_ends_without_cutting_anything_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers of an hour, here a second, are asked to connect anew; what runs finishes, and what comes is served."""
-    written = local.envoy_config
+    written = envoy_config.envoy_config
     aged = "max_connection_duration: 3600s"
     assert aged in written({"HTTP_PORT": 1, "GRPC_PORT": 2})
     young = aged.replace("3600", "1")
-    monkeypatch.setattr(local, "envoy_config", lambda *given: written(*given).replace(aged, young))
+    monkeypatch.setattr(envoy_config, "envoy_config", lambda *given: written(*given).replace(aged, young))
     with watching(tmp_path) as watched, ThreadPoolExecutor(2) as pool:
         for each in watched.stubs:
             each.seconds = 8  # longer than Envoy's drain takes, 5 s

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from deploy import local
+from deploy import envoy_config, local
 from model_export.export import Options, export
 from model_export.graph import cuda
 from service import manifest
@@ -253,7 +253,7 @@ async def test_the_engine(directory, tokens):
 
 def test_the_service(directory):
     """`--device cuda` starts, says which GPU it is on, and answers."""
-    http, admin, port = local.free_ports(3)
+    http, admin, port = envoy_config.free_ports(3)
     environment = {**os.environ, "MODEL_DIR": str(directory), "HTTP_PORT": str(http), "GRPC_PORT": str(port)}
     command = [sys.executable, "deploy/local.py", "--", "--device", "cuda"]
     with subprocess.Popen(

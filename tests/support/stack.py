@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy import local
+from deploy import envoy_config, local
 from service.server import Server
 from service.settings import Settings
 from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
@@ -214,7 +214,16 @@ def envoy(
         ports["ADMIN_PORT"] = admin_port
     if metrics_port is not None:
         ports["ENVOY_METRICS_PORT"] = metrics_port
-    command = local.envoy_command(local.envoy_binary(), ports, folder, replicas, affinity)
+    options = local.Options.from_environment()
+    command = envoy_config.envoy_command(
+        local.envoy_binary(),
+        ports,
+        folder,
+        replicas,
+        affinity,
+        longest_request=options.longest_request,
+        certificates=options.tls_dir,
+    )
     variables = {"COMPLETION_API_KEYS_FILE": str(api_keys_file or "")}
     child = local.Child("Envoy", command, folder / "envoy.log", variables)
     try:
