@@ -272,7 +272,7 @@ def test_replicas_outlive_their_name_server(stack: Stack, tmp_path: Path, monkey
         }
     (host,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     host["endpoint"]["address"]["socket_address"]["address"] = "replicas.test"
-    monkeypatch.setattr(local, "envoy_config", lambda *_: yaml.safe_dump(config))
+    monkeypatch.setattr(envoy_config, "envoy_config", lambda *_: yaml.safe_dump(config))
     try:
         with envoy(http_port, stack.grpc, tmp_path):
             named = Stack(http_port, stack.grpc)

@@ -52,7 +52,7 @@ def slow(folder: Path, longest: int | None = LONGEST) -> Iterator[Slow]:
             patch.setenv("COMPLETION_LONGEST_REQUEST_SECONDS", str(longest))
             assert IDLE in written({"HTTP_PORT": 1, "GRPC_PORT": 2})
             short = IDLE.replace("300", str(longest // 4))
-            patch.setattr(local, "envoy_config", lambda *given: written(*given).replace(IDLE, short))
+            patch.setattr(envoy_config, "envoy_config", lambda *given: written(*given).replace(IDLE, short))
         with envoy(http_port, grpc_port, folder, admin_port=admin_port):
             made = Slow(Stack(http_port, grpc_port), stub, admin_port)
             made.stack.wait_until_ready()
