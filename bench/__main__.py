@@ -10,8 +10,6 @@
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import os
@@ -25,7 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import beside, genai, limits, llama_cpp, loads, peers, report, soak
+from bench import genai, interactive, limits, llama_cpp, loads, peers, report, soak
 from bench.client import PeerError
 from bench.drive import Figure, Outcome
 from bench.loads import Plan
@@ -148,7 +146,7 @@ def _measure(
             print(progress, file=sys.stderr, flush=True)
             setup = replace(_setup(options), **changes)
             with peer.start(setup) as served:
-                for load, outcome in asyncio.run(loads.run(served, peer.loads, _plan(options, setup.model_dir))):
+                for load, outcome in asyncio.run(interactive.run(served, peer.loads, _plan(options, setup.model_dir))):
                     results.add(number, peer.title, load, outcome)
                 if served.processes:
                     results.add(number, peer.title, "memory", _peak_memory(served))
@@ -166,7 +164,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         model_dir=local.model_dir(local.Options.from_environment()),
         weights=options.weights or local.default_weights(),
         threads=options.threads,
-        slots=max(*options.concurrency, loads.CHATS, beside.STREAMS + 1),
+        slots=max(*options.concurrency, loads.CHATS, interactive.STREAMS + 1),
         context=loads.longest_sequence(options.prompt_tokens, options.new_tokens),
         cache=ROOT / ".cache" / "bench",
         flash_attention=options.flash_attention,

@@ -4,8 +4,6 @@ Its continuous batching needs an attention operator over pages that onnxruntime 
 in static batches: those of one shape that wait together start together, and nothing joins before all are done.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil

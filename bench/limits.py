@@ -1,7 +1,5 @@
 """The machine's limits, memory bandwidth and arithmetic, and how much of both our engine uses."""
 
-from __future__ import annotations
-
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +8,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.tape import Tape
@@ -42,7 +39,7 @@ def measure(threads: int) -> Outcome:
 
 
 def _bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read together, each its part of the buffer."""
+    """Bytes per second that `threads` threads read together, each from its own part of the buffer."""
     parts = np.array_split(np.ones(BUFFER_BYTES // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
         return BUFFER_BYTES / _best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
@@ -88,18 +85,14 @@ def _matrix_product(kernel: str) -> bytes:
 
 
 def _blocks_product(tape: Tape, left: ir.Value, pick: np.random.Generator, bits: int) -> ir.Value:
-    codes = pick.integers(0, 256, (COLUMNS, INNER // BLOCK, BLOCK * bits // 8), np.uint8)
-    scales = pick.random((COLUMNS, INNER // BLOCK), np.float32)
+    codes = ir.tensor(pick.integers(0, 256, (COLUMNS, INNER // BLOCK, BLOCK * bits // 8), np.uint8), name="codes")
+    scales = ir.tensor(pick.random((COLUMNS, INNER // BLOCK), np.float32), name="scales")
     return tape.op(
         "MatMulNBits",
-        [left, *_constants(tape, codes=codes, scales=scales)],
+        [left, tape.initializer(codes), tape.initializer(scales)],
         {"K": INNER, "N": COLUMNS, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS},
         domain="com.microsoft",
     )
-
-
-def _constants(tape: Tape, **arrays: npt.NDArray[np.generic]) -> list[ir.Value]:
-    return [tape.initializer(ir.tensor(array, name=name)) for name, array in arrays.items()]
 
 
 def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
@@ -127,7 +120,7 @@ def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None
 
 
 def _bytes_per_step(model_dir: Path) -> int:
-    """The weights that a generated token is multiplied with: all but the table that its embedding is looked up in."""
+    """The bytes of the weights that a decode step multiplies with: all but the embedding table."""
     graph = ir.load(model_dir / manifest.MODEL_FILE).graph
     return sum(
         value.const_value.nbytes

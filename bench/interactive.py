@@ -1,19 +1,23 @@
-"""Loads beside running streams: a long prompt, and requests that are cancelled."""
-
-from __future__ import annotations
+"""Runs the loads by name: those of `bench.loads`, and those here, whose requests depend on what the peer does."""
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from bench.client import Job, PeerError, percentile, timed
-from bench.drive import Figure, Outcome, background
+from bench import loads
+from bench.client import PeerError, percentile, timed
+from bench.drive import Figure, Load, Outcome, background, drive, measure
+from bench.loads import Plan, jobs
 from bench.peers import Served
 from service.engine.engine import Engine
 
 STREAMS = 4
+CANCELLATIONS = 8
+CANCEL_PROMPT = 1024
+CANCEL_STREAM_TOKENS = 600
+OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 # Until every stream has sent the first two pieces, streams still start; the pieces after them are undisturbed.
 STARTING_PIECES = 2
 QUIET_PIECES = 64
@@ -21,8 +25,10 @@ POLL_SECONDS = 0.0005
 PATIENCE_SECONDS = 30.0
 
 
-async def stall(served: Served, streams: list[Job], long: Job) -> Outcome:
+async def stall(served: Served, plan: Plan) -> list[Outcome]:
     """How a long prompt delays running streams: the time between their pieces before it and during its prefill."""
+    streams = jobs(plan, "stall", STREAMS, plan.prompt_tokens, loads.STALL_TOKENS)
+    (long,) = jobs(plan, "stall prompt", 1, loads.STALL_PROMPT, 1)
     async with background(served.stream, streams, STARTING_PIECES + QUIET_PIECES) as arrived:
         timing = await timed(served.stream, long)
     settled = max(at[STARTING_PIECES - 1] for at in arrived)
@@ -37,7 +43,7 @@ async def stall(served: Served, streams: list[Job], long: Job) -> Outcome:
         Figure("2000-token prompt beside streams, time to first token", timing.first, "s", "less"),
     ]
     # The streams' pieces too, as times relative to the long prompt's sending.
-    return Outcome(figures, [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)])
+    return [Outcome(figures, [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)])]
 
 
 def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
@@ -45,12 +51,15 @@ def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
     return [after - before for before, after in pairwise(at) if after > start and before < end]
 
 
-async def cancel(served: Served, streams: list[Job], cancelled: Iterable[Job]) -> Outcome:
+async def cancel(served: Served, plan: Plan) -> list[Outcome]:
     """How soon a cancelled request frees its slot, beside running streams: in turn during decode and during prefill.
 
-    Figures are the milliseconds until the slot is free, and the steps that another stream took meanwhile.
+    Only the bare engine reports its slots. Figures are the milliseconds until the slot is free, and the steps that
+    another stream took meanwhile.
     """
     waits, steps = [], []
+    streams = jobs(plan, "cancel", STREAMS, plan.prompt_tokens, CANCEL_STREAM_TOKENS)
+    cancelled = jobs(plan, "cancelled", CANCELLATIONS, CANCEL_PROMPT, plan.new_tokens)
     async with background(served.stream, streams, 1) as arrived:
         for number, job in enumerate(cancelled):
             pieces = served.stream(job)
@@ -65,13 +74,22 @@ async def cancel(served: Served, streams: list[Job], cancelled: Iterable[Job]) -
             await wait_for_slots(served.engine, STREAMS)
             waits.append(1000 * (time.perf_counter() - began))
             steps.append(len(arrived[0]) - pieces_before)
-    return Outcome(
-        [
-            Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
-            Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
-            Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
-        ]
-    )
+    figures = [
+        Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
+        Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
+        Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
+    ]
+    return [Outcome(figures)]
+
+
+async def overload(served: Served, plan: Plan) -> list[Outcome]:
+    """Offers OVERLOADS times the sustainable rate, which it measures first."""
+    work = jobs(plan, "sustainable", 4 * loads.CALLERS, loads.CALLER_PROMPT, loads.CALLER_TOKENS)
+    run = await drive(served, Load(work, {}, loads.CALLERS), plan.tokenizer)
+    sustainable = len(work) / run.seconds
+    return [
+        await measure(served, loads.offered(plan, share, sustainable * share), plan.tokenizer) for share in OVERLOADS
+    ]
 
 
 async def wait_for_slots(engine: Engine | None, held: int) -> None:
@@ -82,3 +100,32 @@ async def wait_for_slots(engine: Engine | None, held: int) -> None:
         if time.perf_counter() > deadline:
             raise PeerError(f"{engine.stats.running} slots were held for {PATIENCE_SECONDS} s, not {held}")
         await asyncio.sleep(POLL_SECONDS)
+
+
+INTERACTIVE: dict[str, Callable[[Served, Plan], Awaitable[list[Outcome]]]] = {
+    "stall": stall,
+    "cancel": cancel,
+    "overload": overload,
+}
+
+
+async def run(served: Served, names: Sequence[str], plan: Plan) -> list[tuple[str, Outcome]]:
+    """Drives a peer by the named loads, one after the other, after a short request that warms it up.
+
+    Raises PeerError when a load takes longer than the plan's limit.
+    """
+    await timed(served.stream, jobs(plan, "warm-up", 1, 16, 8)[0])
+    outcomes = []
+    for name in names:
+        try:
+            async with asyncio.timeout(plan.limit):
+                if name in INTERACTIVE:
+                    results = await INTERACTIVE[name](served, plan)
+                else:
+                    results = [await measure(served, load, plan.tokenizer) for load in loads.LOADS[name](plan)]
+        except TimeoutError:
+            raise PeerError(f"the load {name} did not end within {plan.limit} s") from None
+        outcomes += [(name, outcome) for outcome in results]
+    if served.engine is not None:
+        await wait_for_slots(served.engine, 0)  # no request may outlive the event loop
+    return outcomes
