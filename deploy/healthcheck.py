@@ -1,4 +1,4 @@
-"""Exits with 0 when the service on this machine says that it is serving: the container's health check."""
+"""Exits with 0 when the service on this machine reports SERVING: the container's health check."""
 
 import sys
 

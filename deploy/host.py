@@ -1,6 +1,6 @@
 """Refuses a machine that Envoy's package cannot run on, in one sentence, before anything is installed or exported.
 
-It runs with whatever Python 3 the machine has, and so without annotations of types, of which old ones know few.
+It runs with any Python 3, and has no type annotations because old versions know few.
 """
 
 import os
@@ -9,13 +9,13 @@ import re
 import sys
 
 PYTHON = (3, 11)
-# What the wheel of Envoy was built for; onnxruntime's takes older ones too.
+# Envoy's wheel was built for this version; onnxruntime's wheel also runs on older ones.
 GLIBC = (2, 31)
 MACHINES = ("x86_64", "aarch64")
 
 
 def problem():  # noqa: ANN201, see above
-    """What keeps the service and Envoy from running on this machine; None when nothing does."""
+    """The reason why the service and Envoy cannot run on this machine, or None."""
     if not sys.platform.startswith("linux"):
         return f"this system is {sys.platform}, and Envoy's package is for Linux"
     if platform.machine() not in MACHINES:

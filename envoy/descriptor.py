@@ -1,8 +1,8 @@
 """Derives envoy/completion.binpb: the contract as Envoy's JSON transcoder sees it.
 
 The derived view is byte-for-byte compatible with `proto/completion/v1/completion.proto` on the wire and differs only
-in how it reads and prints as JSON, where OpenAI's API asks for what protobuf's JSON mapping does not offer. It is for
-Envoy alone: it repeats JSON names within a message, which protobuf's Python runtime refuses to load.
+in how it reads and prints as JSON, where OpenAI's API asks for what protobuf's JSON mapping does not offer. It is only
+for Envoy: it repeats JSON names within a message, which protobuf's Python runtime refuses to load.
 
     python envoy/descriptor.py            writes the file
     python envoy/descriptor.py --check    fails when the committed file is stale
@@ -88,7 +88,7 @@ def json_view(file: FileDescriptorProto) -> None:
 
 
 def replace_typed_prompt(request: DescriptorProto) -> None:
-    """Drops the typed prompts and calls `json_prompt` what REST callers call it."""
+    """Drops the typed prompts and gives `json_prompt` its name in REST."""
     names = [oneof.name for oneof in request.oneof_decl]
     typed = names.index("prompt")
     kept = [field for field in request.field if not in_oneof(field, typed)]
@@ -114,7 +114,7 @@ def replace_typed_stop(request: DescriptorProto) -> None:
 
 
 def let_last_win(request: DescriptorProto) -> None:
-    """Makes `optional` fields plain ones, of which the last in a body counts: the transcoder refuses two of a oneof.
+    """Turns `optional` fields into plain ones: the last in a body counts, while the transcoder refuses two of a oneof.
 
     What a body says is sent all the same, also zeros, so that the service sees what was said.
     """

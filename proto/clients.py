@@ -34,19 +34,19 @@ PIP = "run `make client-stubs`, which installs it into .venv"
 
 
 class MissingToolError(Exception):
-    """Which tool is missing or has another version, and where it comes from."""
+    """The missing or outdated tool, and where it comes from."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A program that generates code, where it comes from, and its pinned version where it can tell its own."""
+    """A program that generates code, its source, and its pinned version if the program reports one."""
 
     program: str
     source: str
     version: str = ""
 
     def path(self) -> str:
-        """Where it is, once it has shown that it is the pinned version."""
+        """The path of the program, after a check that it is the pinned version."""
         folders = ":".join(map(str, SEARCH))
         found = shutil.which(self.program, path=folders) or shutil.which(self.program)
         if found is None:
@@ -68,7 +68,7 @@ class Language:
 
     flags: tuple[str, ...]
     plugins: dict[str, Tool]
-    protoc: Tool | None = None  # None: the one inside grpcio-tools
+    protoc: Tool | None = None  # None: that of grpcio-tools
     sources: tuple[str, ...] = (CONTRACT,)
 
 
@@ -112,7 +112,7 @@ LANGUAGES = {
 
 
 def run(*command: str | Path) -> bytes:
-    """The command's standard output; ends the program with what it complained of when it fails."""
+    """The command's standard output; exits with its standard error when it fails."""
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{Path(command[0]).name} failed:\n{done.stderr.decode()}")
@@ -138,7 +138,7 @@ def callers_view() -> descriptor_pb2.FileDescriptorSet:
             needed = [name for name in file.dependency if name.startswith("google/protobuf/")]
             del file.dependency[:]
             file.dependency.extend(needed)
-            # What the contract leaves to its callers: where the stubs stand in languages that name packages apart.
+            # The contract leaves package names of other languages to its callers.
             file.options.java_multiple_files = True
             file.options.java_package = "completion.v1"
             file.options.go_package = "completion.example/stubs/completion/v1;completionv1"
@@ -155,7 +155,7 @@ def status_file(folder: Path) -> descriptor_pb2.FileDescriptorSet:
 
 
 def write_view(folder: Path) -> Path:
-    """Writes all that protoc needs, each file once, into `folder`."""
+    """Writes all files that protoc needs, each once, into `folder`."""
     every = {file.name: file for part in (status_file(folder), callers_view()) for file in part.file}
     path = folder / "view.binpb"
     path.write_bytes(descriptor_pb2.FileDescriptorSet(file=every.values()).SerializeToString())
@@ -163,7 +163,7 @@ def write_view(folder: Path) -> Path:
 
 
 def generate(name: str, view: Path) -> Path:
-    """Writes one language's stubs, afresh, and gives back their folder."""
+    """Writes one language's stubs into an emptied folder, and returns the folder."""
     language = LANGUAGES[name]
     protoc = [language.protoc.path()] if language.protoc else GRPC_TOOLS_PROTOC
     plugins = [f"--plugin=protoc-gen-{flag}={tool.path()}" for flag, tool in language.plugins.items()]

@@ -1,4 +1,4 @@
-"""Generates the Python stubs beside the contract; with --check, says whether the committed ones are fresh."""
+"""Generates the Python stubs beside the contract; with --check, reports committed ones that are stale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parent
 CONTRACT = "completion/v1/completion.proto"
-# What the contract's stubs import and no package provides.
+# The contract's stubs import the module of this file, which no package provides.
 RULES = "buf/validate/validate.proto"
 
 

@@ -3,11 +3,11 @@
 isort:skip_file
 The completion service: OpenAI's text completions (`/v1/completions`) as typed messages.
 
-One contract, two doors. gRPC callers use the typed messages as they stand here. REST callers send and get
-OpenAI's JSON; Envoy transcodes it from a JSON view that is derived from this file and wire-compatible with it.
+One contract for gRPC and REST. gRPC callers use the typed messages below. REST callers send and receive OpenAI's
+JSON; Envoy transcodes it by a JSON view that is derived from this file and wire-compatible with it.
 
-Bounds that hold whatever the model stand with their fields as `buf.validate` rules. The service enforces them from here, and
-protovalidate can check them in a client before anything is sent.
+Bounds that do not depend on the model are `buf.validate` rules of their fields. The service enforces these rules, and
+a client can check them with protovalidate before it sends anything.
 
 Presence: every scalar of a request is `optional`. Unset means the default named in the comment; zero means zero.
 Refusals: a value outside the stated range ends the call with INVALID_ARGUMENT (REST: 400) and an `ErrorResponse`
@@ -57,7 +57,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class CreateCompletionRequest(_message.Message):
-    """What to complete, and how."""
+    """A prompt and the parameters of its completion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -115,7 +115,7 @@ class CreateCompletionRequest(_message.Message):
     `model_not_found`.
     """
     text: _builtins.str
-    """One prompt as text. The empty string is the model's beginning-of-sequence or end-of-text token alone."""
+    """One prompt as text. The empty string is only the model's beginning-of-sequence or end-of-text token."""
     suffix: _builtins.str
     """Text that follows the completion. Only for a model with fill-in-the-middle tokens, else INVALID_ARGUMENT, code
     `unsupported_parameter`. Not together with `echo`. Default: none.
@@ -128,7 +128,7 @@ class CreateCompletionRequest(_message.Message):
     """Divides the logits before sampling. Range: 0..2, finite. Default: 1. 0 always takes the likeliest token."""
     top_p: _builtins.float
     """Samples among the likeliest tokens that together reach this probability. Range: 0..1, finite. Default: 1 (off).
-    0 keeps the likeliest token alone.
+    0 keeps only the likeliest token.
     """
     n: _builtins.int
     """Choices per prompt. Range: 1..128; prompts x max(n, best_of) <= 128. Default: 1."""
@@ -136,7 +136,7 @@ class CreateCompletionRequest(_message.Message):
     """Whether to send pieces as they are generated. Default: false over REST; implied by the method over gRPC."""
     logprobs: _builtins.int
     """How many of the likeliest tokens to report at each position, beside the chosen one. Range: 0..5. Default: none are
-    reported. 0 reports the chosen token alone; the chosen one is always present, so up to logprobs + 1 entries.
+    reported. 0 reports only the chosen token; the chosen one is always present, so up to logprobs + 1 entries.
     """
     echo: _builtins.bool
     """Whether the answer's text begins with the prompt; with `logprobs` the prompt's tokens are scored too. Default: false."""
@@ -153,7 +153,7 @@ class CreateCompletionRequest(_message.Message):
     Range: any int64. Default: random.
     """
     user: _builtins.str
-    """The caller's own name for its end user. At most 256 characters; logged as a keyed hash alone. Default: none."""
+    """The caller's own name for its end user. At most 256 characters; logged only as a keyed hash. Default: none."""
     top_k: _builtins.int
     """Samples among this many likeliest tokens. Range: -1 or >= 0; -1 and 0 are off; above the vocabulary is the
     vocabulary. Default: 0 (off). An extension to OpenAI's parameters, as are all that follow.
@@ -404,7 +404,7 @@ Global___TokenBatch: _TypeAlias = TokenBatch  # noqa: Y015
 
 @_typing.final
 class StreamOptions(_message.Message):
-    """How a stream reports."""
+    """What a stream reports beside its text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -497,7 +497,7 @@ class Choice(_message.Message):
     index: _builtins.int
     """Position among the choices: prompt x n + rank."""
     no_logprobs: _struct_pb2.NullValue.ValueType
-    """Set when scores were not asked for, so that JSON prints null. Typed callers need not look at it."""
+    """Set when scores were not requested, so that JSON prints null. Typed callers can ignore it."""
     finish_reason: Global___FinishReason.ValueType
     """Why the choice ended; unspecified while it goes on in a stream."""
     @_builtins.property
@@ -717,7 +717,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class PromptTokensDetails(_message.Message):
-    """What `prompt_tokens` consists of."""
+    """Details of `prompt_tokens`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -822,7 +822,7 @@ class Model(_message.Message):
     created: _builtins.int
     """When the model was exported, in seconds since 1970."""
     owned_by: _builtins.str
-    """Who published it."""
+    """The publisher of the model."""
     max_model_len: _builtins.int
     """Most tokens of prompt and completion together."""
     def __init__(
@@ -879,7 +879,7 @@ class Error(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     NO_CODE_FIELD_NUMBER: _builtins.int
     message: _builtins.str
-    """What is wrong, where, the allowed range and what was given."""
+    """The problem, the field, the allowed range and the given value."""
     type: _builtins.str
     """`invalid_request_error`, `requests`, `tokens` or `server_error`."""
     param: _builtins.str

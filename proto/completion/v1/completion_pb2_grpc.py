@@ -30,7 +30,7 @@ class CompletionServiceStub:
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     def __init__(self, channel):
@@ -70,7 +70,7 @@ class CompletionServiceServicer:
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     def CreateCompletion(self, request, context):
@@ -78,7 +78,7 @@ class CompletionServiceServicer:
 
         Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
 
-        All three methods take the same request: they differ in how the answer travels, not in what is asked.
+        All three methods take the same request: they differ only in how the answer is sent.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -170,7 +170,7 @@ class CompletionService:
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     @staticmethod

@@ -3,11 +3,11 @@
 isort:skip_file
 The completion service: OpenAI's text completions (`/v1/completions`) as typed messages.
 
-One contract, two doors. gRPC callers use the typed messages as they stand here. REST callers send and get
-OpenAI's JSON; Envoy transcodes it from a JSON view that is derived from this file and wire-compatible with it.
+One contract for gRPC and REST. gRPC callers use the typed messages below. REST callers send and receive OpenAI's
+JSON; Envoy transcodes it by a JSON view that is derived from this file and wire-compatible with it.
 
-Bounds that hold whatever the model stand with their fields as `buf.validate` rules. The service enforces them from here, and
-protovalidate can check them in a client before anything is sent.
+Bounds that do not depend on the model are `buf.validate` rules of their fields. The service enforces these rules, and
+a client can check them with protovalidate before it sends anything.
 
 Presence: every scalar of a request is `optional`. Unset means the default named in the comment; zero means zero.
 Refusals: a value outside the stated range ends the call with INVALID_ARGUMENT (REST: 400) and an `ErrorResponse`
@@ -42,7 +42,7 @@ class CompletionServiceStub:
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     @_typing.overload
@@ -54,7 +54,7 @@ class CompletionServiceStub:
 
     Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
 
-    All three methods take the same request: they differ in how the answer travels, not in what is asked.
+    All three methods take the same request: they differ only in how the answer is sent.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _grpc.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.CreateCompletionResponse]
@@ -91,7 +91,7 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,7 +100,7 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
 
     Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
 
-    All three methods take the same request: they differ in how the answer travels, not in what is asked.
+    All three methods take the same request: they differ only in how the answer is sent.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _aio.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.CreateCompletionResponse]  # type: ignore[assignment]
@@ -136,7 +136,7 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text completions and the models that produce them.
 
     Authorization: metadata `authorization: Bearer <key>`; without a valid key every call ends UNAUTHENTICATED.
-    Deadlines and cancellation are honoured within one step of the model.
+    Deadlines and cancellation take effect within one step of the model.
     """
 
     @_abc_1.abstractmethod
@@ -149,7 +149,7 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Setting `stream` here is INVALID_ARGUMENT: this method answers with exactly one message.
 
-        All three methods take the same request: they differ in how the answer travels, not in what is asked.
+        All three methods take the same request: they differ only in how the answer is sent.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 
