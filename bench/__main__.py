@@ -149,14 +149,14 @@ def _measure(
                 for load, outcome in asyncio.run(interactive.run(served, peer.loads, _plan(options, setup.model_dir))):
                     results.add(number, peer.title, load, outcome)
                 if served.processes:
-                    results.add(number, peer.title, "memory", _peak_memory(served))
+                    results.add(number, peer.title, ", ".join(peer.loads), _peak_memory(served))
             results.save()
     return results
 
 
 def _peak_memory(served: Served) -> Outcome:
     peak = sum(memory(pid) for pid in served.processes.values()) / 2**20
-    return Outcome([Figure("most resident, all processes", peak, "MiB", "less")])
+    return Outcome([Figure("memory, most resident, all processes", peak, "MiB", "less")])
 
 
 def _setup(options: argparse.Namespace) -> Setup:

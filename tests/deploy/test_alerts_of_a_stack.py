@@ -112,7 +112,7 @@ def test_no_replica_and_a_door_that_is_gone(tmp_path: Path) -> None:
             refused,
             "CompletionsNoReplica",
             {**cluster, "severity": "critical"},
-            "here has answered 503: it knows no healthy replica.",
+            "here has answered 503: it has no healthy replica.",
         ),
         (well_again, "CompletionsNoReplica", None, ""),
         (well_again, "CompletionsDoorDown", None, ""),
@@ -127,6 +127,6 @@ def test_no_replica_and_a_door_that_is_gone(tmp_path: Path) -> None:
             scrapes.count,
             "CompletionsDoorDown",
             {"severity": "critical"},
-            "here gives no numbers: it is gone, or cut off from its service's network.",
+            "here gives no metrics: it is gone, or cut off from its service's network.",
         ),
     )
