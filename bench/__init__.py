@@ -1,6 +1,6 @@
-"""Measures the service beside what one would pick instead: same weights, threads, client and requests."""
+"""Measures the service beside llama.cpp and onnxruntime-genai: same weights, threads, client and requests."""
 
 import os
 
-# Before onnxruntime is first imported: later is too late to keep it from sending telemetry.
+# onnxruntime reads this when it is first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,7 +1,7 @@
 """onnxruntime-genai in process, on our exported weights in the graph that it expects.
 
-Its continuous batching needs an attention operator over pages that onnxruntime has no CPU kernel for. So requests run
-in static batches: those of one shape that wait together start together, and nothing joins before all are done.
+Its continuous batching needs the operator PagedAttention, for which onnxruntime has no CPU kernel. So requests run in
+static batches: waiting requests of one shape start together, and none joins before all are done.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from bench.client import Job, PeerError, Piece
 from bench.peers import Served, Setup
 from service import manifest
 
-# How long a batch waits for more requests to join it: those that one client sends at once.
+# A batch waits this long for the requests that one client sends at once.
 GATHER_SECONDS = 0.02
 
 
@@ -126,7 +126,7 @@ def _converted(setup: Setup) -> Path:
 
 
 def _adapt(graph: ir.Graph, vocabulary: int) -> None:
-    """Lengths come from an attention mask [B, total], and logits [B, 1, vocabulary] are the last position's."""
+    """Takes lengths from an attention mask [B, total], and outputs logits [B, 1, vocabulary] of the last position."""
     inputs = {value.name: value for value in graph.inputs}
     mask = ir.val("attention_mask", ir.DataType.INT64, ["B", "total_length"])
     one, last = _constant(graph, "one", np.array([1])), _constant(graph, "last", np.array(-1))
@@ -151,7 +151,7 @@ def _adapt(graph: ir.Graph, vocabulary: int) -> None:
 
 
 def _take_last_position(graph: ir.Graph, wanted: ir.Value, last: ir.Value) -> None:
-    """Replaces the gathering of wanted positions from the flattened rows."""
+    """Replaces the Gather of wanted positions from the flattened rows by one of the last position."""
     (use,) = wanted.uses()
     gather, flatten = use.node, use.node.inputs[0].producer()
     tape = Tape()

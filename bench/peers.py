@@ -131,7 +131,7 @@ def _grpc_stream(port: int) -> Stream:
 
 @contextmanager
 def bare_engine(setup: Setup) -> Iterator[Served]:
-    """The engine alone, in the client's process: no gRPC, no JSON."""
+    """The engine in the client's process, without gRPC and JSON."""
     settings = Settings(
         model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
     )
@@ -155,12 +155,12 @@ def bare_engine(setup: Setup) -> Iterator[Served]:
 
 
 def on_cuda(start: Start) -> Start:
-    """The same on a GPU."""
+    """The same peer on a GPU."""
     return lambda setup: start(replace(setup, device="cuda"))
 
 
 def request(job: Job) -> Request:
-    """The job as the engine takes it; of several choices it would count only the last one's tokens."""
+    """The job as a request to the engine. Jobs with several choices would report only the last one's tokens."""
     return Request(
         id="bench",
         model="bench",

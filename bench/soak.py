@@ -1,8 +1,8 @@
-"""`python -m bench soak --minutes 2`: a mixed load through Envoy for minutes, and what it leaves behind.
+"""`python -m bench soak --minutes 2`: a mixed load through Envoy for minutes, and the resources that it leaves behind.
 
-Whole answers, streams, batches, callers who leave and requests that are refused come from a few clients at random.
-The service's memory, open files and threads are sampled meanwhile; at the end it is stopped, and its log says what was
-still held. The exit code is 1 when a bound is broken.
+A few clients send whole answers, streams, batches, requests that they cancel and invalid requests at random. The
+service's memory, open files and threads are sampled meanwhile; at the end it is stopped, and its log reports the
+sequences that it still held. The exit code is 1 when a bound is broken.
 """
 
 import asyncio
@@ -26,16 +26,17 @@ MIB = 1 << 20
 CLIENTS = 6
 SAMPLE_SECONDS = 1.0
 ANSWER_SECONDS = 120
-# Caches, arenas and pools fill at first, for some ninety seconds: this share of the time is not judged.
+# Caches, arenas and pools fill for some ninety seconds: this share of the time is not judged.
 WARM_UP = 0.5
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What may happen in a soak, warm-up left out.
+    """The largest values of a soak that pass, without its warm-up.
 
-    Memory in MiB per minute, fitted over the whole time; the rest is the end beside the beginning. `p99_drift` is the
-    second half's 99th percentile of a whole answer's time over the first half's.
+    `rss_slope` is in MiB per minute, fitted over the whole time; `files` and `threads` are the growth from beginning to
+    end, `held` the sequences at the end. `p99_drift` is the second half's 99th percentile of a whole answer's time
+    over the first half's.
     """
 
     rss_slope: float = 10.0
@@ -47,7 +48,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Sample:
-    """A look at the service: seconds since the start, bytes resident, open files and threads."""
+    """One sample of the service: seconds since the start, resident bytes, open files and threads."""
 
     at: float
     rss: int
@@ -57,7 +58,7 @@ class Sample:
 
 @dataclass
 class Record:
-    """What a soak has seen so far: outcomes by kind, and when each whole answer was asked for and how long it took."""
+    """The observations of a soak: outcomes by kind, and when each whole answer was asked for and how long it took."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     latencies: list[tuple[float, float]] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A soak's figures, and the bounds that they break, in words."""
+    """A soak's figures, and the broken bounds in words."""
 
     figures: dict[str, float]
     broken: list[str]
@@ -79,7 +80,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
-    """What the record says, beside the bounds."""
+    """The record's figures, compared with the bounds."""
     start = WARM_UP * record.samples[-1].at
     samples = [sample for sample in record.samples if sample.at >= start]
     halves: tuple[list[float], list[float]] = ([], [])
@@ -136,13 +137,13 @@ def run(minutes: float, seed: int, bounds: Bounds) -> bool:
 
 
 def _held(log: Path) -> int:
-    """The sequences that the service still had when it was told to stop, by its own word."""
+    """The sequences that the service still held when it was stopped, as its log reports."""
     for line in log.read_text().splitlines():
         with suppress(json.JSONDecodeError):
             found = json.loads(line)
             if found["message"] == "draining":
                 return int(found["running"]) + int(found["waiting"])
-    raise PeerError("the service did not say what it held when it was told to stop")
+    raise PeerError("the service's log does not report the sequences that it held when it was stopped")
 
 
 async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
@@ -153,19 +154,19 @@ async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> R
     while time.monotonic() < began + seconds:
         await asyncio.sleep(SAMPLE_SECONDS)
         if service.process.poll() is not None:
-            raise PeerError("the service ended in the middle")
+            raise PeerError("the service ended during the soak")
         files, threads = (len(list((process / name).iterdir())) for name in ("fd", "task"))
         record.samples.append(Sample(time.monotonic() - began, memory(pid, "VmRSS"), files, threads))
         for client in clients:
             if client.done():
                 client.result()
     await asyncio.gather(*clients)
-    await asyncio.sleep(1)  # what callers have left is freed within a step
+    await asyncio.sleep(1)  # cancelled requests are freed within a step
     return record
 
 
 async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:
-    """One request after the other, of random kinds."""
+    """Sends one request after the other, of random kinds."""
     draw = random.Random(seed)
     kinds = {"whole": 40, "stream": 25, "batch": 10, "leaves": 15, "refused": 10}
     while (now := time.monotonic() - began) < seconds:
@@ -180,7 +181,7 @@ async def _client(port: int, record: Record, began: float, seconds: float, seed:
 
 
 def _request(draw: random.Random, kind: str) -> tuple[dict[str, Any], int]:
-    """A request of a kind, and the status that it must get."""
+    """A request of this kind, and the status that it must get."""
     prompt = "Once upon a time " * draw.choice((1, 1, 2, 8, 30))
     body: dict[str, Any] = {"model": local.MODEL, "prompt": prompt, "max_tokens": draw.randrange(4, 32)}
     body |= draw.choice(({}, {"temperature": 0}, {"logprobs": 3}, {"stop": ["\n", "the"]}, {"echo": True}))
@@ -198,7 +199,7 @@ def _request(draw: random.Random, kind: str) -> tuple[dict[str, Any], int]:
 
 
 async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) -> tuple[int, bytes]:
-    """The status and body of a request; status 0 where the caller hung up before."""
+    """The status and body of an answer; status 0 where the caller left before."""
     try:
         async with asyncio.timeout(leave_after or ANSWER_SECONDS), post(port, body) as reader:
             answer = await reader.read()

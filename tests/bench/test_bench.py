@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, on numbers that a reader can check, and its loads on the real engine."""
+"""The benchmark's arithmetic on numbers that a reader can check, and its loads on the real engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.patience import PATIENCE
 
 
 class Clock:
-    """A clock that goes on when everybody sleeps: to the time at which the first is to be woken."""
+    """A clock that advances only when every task sleeps: to the earliest time at which one wakes."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,7 +33,7 @@ class Clock:
         due = self.now + seconds
         self._due.append(due)
         while True:
-            for _ in range(10):  # whoever has something to do does it
+            for _ in range(10):  # all other tasks run until they sleep
                 await asyncio.sleep(0)
             if due == min(self._due):
                 break
@@ -43,7 +43,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the benchmark reads the time from."""
+    """The clock that the benchmark reads."""
     made = Clock()
     for module in (client, drive):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: made.now))
@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def paced(clock: Clock, gaps: dict[int, list[float]]) -> Stream:
-    """A peer that sends a token after each of the gaps that a prompt's first token stands for."""
+    """A peer that sends one token after each gap; a prompt's first token selects its list of gaps, in seconds."""
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
         for count, gap in enumerate(gaps[job.prompts[0][0]], 1):
@@ -77,7 +77,7 @@ async def test_a_short_answer_is_an_error(clock: Clock) -> None:
 
 
 async def test_a_closed_loop_keeps_its_concurrency(clock: Clock) -> None:
-    """Two at a time, the next begins when one ends: 0.2 s beside 0.05 s and then 0.05 s."""
+    """Two requests run at a time, and the next begins when one ends: 0.2 s beside 0.05 s and then 0.05 s."""
     served = Served(paced(clock, {1: [0.2], 2: [0.05], 3: [0.05]}))
     load = Load([Job(((first,),), 1) for first in (1, 2, 3)], {}, concurrency=2)
     run = await drive.drive(served, load, Tokenizer(BPE()))
@@ -87,14 +87,14 @@ async def test_a_closed_loop_keeps_its_concurrency(clock: Clock) -> None:
 
 
 def test_percentiles() -> None:
-    """Between neighbours in proportion; of one value that value."""
+    """Values between neighbours are interpolated; the percentile of one value is that value."""
     assert percentile([3.0], 95) == 3
     assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
     assert percentile([5.0, 1.0, 3.0], 50) == 3
 
 
 def test_ratios_are_taken_within_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Above 1 the product wins, for rates and for times; the median is of the rounds' own ratios."""
+    """Above 1 the product wins, for rates and for times; the median is over the ratios of the rounds."""
     results = Results(tmp_path / "out", {"rounds": 3})
     for number, (ours, theirs) in enumerate([(10, 5), (30, 10), (80, 20)], 1):
         for peer, value in ((PRODUCT, ours), ("other", theirs)):

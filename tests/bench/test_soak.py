@@ -1,4 +1,4 @@
-"""The soak's arithmetic, on numbers that a reader can check, and a short one on the real product."""
+"""The soak's arithmetic on numbers that a reader can check, and a short soak of the real product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.soak import MIB, Bounds, Record, Sample, judge, slope
 
 
 def record(rss: float = 0.0, files: float = 0.0, threads: float = 0.0, slower: float = 1.0) -> Record:
-    """Two minutes, a look a second, with so much growth a minute; answers of the second half are `slower`."""
+    """Two minutes with a sample a second and this growth per minute; answers of the second half are `slower`."""
     made = Record()
     for at in range(1, 121):
         grown = at / 60
@@ -29,13 +29,13 @@ def broken(made: Record, held: int = 0) -> list[str]:
 
 
 def test_slope() -> None:
-    """Of a straight line it is the line's; noise that sums up to nothing does not matter."""
+    """A straight line gives its own slope; noise that sums to zero does not change it."""
     assert slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
     assert slope([(0, 1), (1, -1), (2, -1), (3, 1)]) == pytest.approx(0)
 
 
 def test_figures() -> None:
-    """Each by hand."""
+    """Every figure equals the value computed by hand."""
     figures = judge(record(rss=6, files=2, threads=2, slower=1.5), 0, Bounds()).figures
     assert figures["RSS slope, MiB/min"] == pytest.approx(6, rel=0.01)
     assert figures["RSS at the end, MiB"] == pytest.approx(512)
@@ -46,7 +46,7 @@ def test_figures() -> None:
 
 
 def test_nothing_broken() -> None:
-    """A service that stays as it is passes, whatever the warm-up was like."""
+    """A service that does not change after the warm-up passes, however slow the warm-up was."""
     assert broken(record()) == []
 
 
@@ -61,21 +61,21 @@ def test_nothing_broken() -> None:
     ],
 )
 def test_each_bound(made: Record, held: int, what: str) -> None:
-    """What is broken is named with its value and the bound."""
+    """A broken bound is named with the value and the bound."""
     (problem,) = broken(made, held)
     assert problem.startswith(what)
     assert "allowed" in problem
 
 
 def test_unexpected_answers() -> None:
-    """One is enough."""
+    """One unexpected answer breaks the soak."""
     made = record()
     made.unexpected.append("whole got 500")
     assert broken(made) == ["unexpected: whole got 500"]
 
 
 def test_too_short() -> None:
-    """No verdict without something to judge by."""
+    """A soak with too few samples or answers has no verdict."""
     made = record()
     made.latencies = made.latencies[:40]
     with pytest.raises(PeerError, match="too short"):
@@ -83,12 +83,12 @@ def test_too_short() -> None:
 
 
 def test_chunks() -> None:
-    """A chunked body is joined."""
+    """The chunks of a body are joined."""
     assert soak.unchunked(b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
 
 
 def judged(bounds: Bounds) -> bool:
-    """The verdict on a soak that is no longer than it must be, for there to be something to judge by."""
+    """The verdict on the shortest soak that has enough samples and answers."""
     for minutes in (0.2, 1):
         with suppress(PeerError):
             return soak.run(minutes, 1, bounds)
@@ -96,7 +96,7 @@ def judged(bounds: Bounds) -> bool:
 
 
 def test_a_soak_of_the_product(capsys: pytest.CaptureFixture[str]) -> None:
-    """A short one: every kind of request gets what it should, and nothing is held at the end."""
+    """In a short soak every kind of request gets its expected status, and no sequence is held at the end."""
     generous = Bounds(rss_slope=1e9, files=1000, threads=1000, p99_drift=1e9)
     assert judged(generous), capsys.readouterr().out
     said = capsys.readouterr().out
