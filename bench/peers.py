@@ -15,7 +15,7 @@ from completion.v1 import completion_pb2, completion_pb2_grpc
 from bench.client import API_KEY, Job, Piece, Stream, rest
 from bench.processes import START_SECONDS, answers, healthy, memory, running, wait_until
 from deploy.envoy_config import envoy_command, free_ports
-from deploy.local import MODEL, Child, envoy_binary
+from deploy.local import MODEL, Child, Options, envoy_binary
 from service.engine.engine import Engine
 from service.serving import models
 from service.settings import Settings
@@ -78,7 +78,8 @@ def services_behind_envoy(
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_ports[0], "ADMIN_PORT": admin_port}
     with ExitStack() as started:
         folder = Path(started.enter_context(tempfile.TemporaryDirectory()))
-        command = envoy_command(envoy_binary(), ports, folder, grpc_ports[1:], affinity)
+        longest = Options.from_environment().longest_request
+        command = envoy_command(envoy_binary(), ports, folder, grpc_ports[1:], affinity, longest_request=longest)
         services = [started.enter_context(_service(arguments, port)) for port in grpc_ports]
         gateway = started.enter_context(running("Envoy", command))
         for service in services:
