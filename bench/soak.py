@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import PeerError, percentile, post
+from bench.drive import together
 from bench.peers import services_behind_envoy
 from bench.processes import memory
 from deploy import local
@@ -83,12 +84,10 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
     """The record's figures, compared with the bounds."""
     start = WARM_UP * record.samples[-1].at
     samples = [sample for sample in record.samples if sample.at >= start]
-    halves: tuple[list[float], list[float]] = ([], [])
     middle = (start + samples[-1].at) / 2
-    for at, seconds in record.latencies:
-        if at >= start:
-            halves[at >= middle].append(seconds)
-    if len(samples) < 4 or not all(halves):
+    first_half = [seconds for at, seconds in record.latencies if start <= at < middle]
+    second_half = [seconds for at, seconds in record.latencies if at >= middle]
+    if len(samples) < 4 or not first_half or not second_half:
         raise PeerError("the soak was too short to be judged: give it more --minutes")
     figures = {
         "RSS slope, MiB/min": slope([(sample.at / 60, sample.rss / MIB) for sample in samples]),
@@ -96,8 +95,8 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
         "open files, growth": samples[-1].files - samples[0].files,
         "threads, growth": samples[-1].threads - samples[0].threads,
         "sequences held at the end": held,
-        "p99 of whole answers, first half, s": percentile(halves[0], 99),
-        "p99 drift": percentile(halves[1], 99) / percentile(halves[0], 99),
+        "p99 of whole answers, first half, s": percentile(first_half, 99),
+        "p99 drift": percentile(second_half, 99) / percentile(first_half, 99),
     }
     limits = {
         "RSS slope, MiB/min": bounds.rss_slope,
@@ -115,14 +114,8 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
 
 def run(minutes: float, seed: int, bounds: Bounds) -> bool:
     """Soaks the product for `minutes`, prints outcomes and figures, and returns whether all bounds hold."""
-    arguments = [
-        "--model-dir",
-        str(local.model_dir(local.Options.from_environment())),
-        "--max-running",
-        "8",
-        "--context-length",
-        "1024",
-    ]
+    model_dir = local.model_dir(local.Options.from_environment())
+    arguments = ["--model-dir", str(model_dir), "--max-running", "8", "--context-length", "1024"]
     with services_behind_envoy(arguments) as (http_port, (service,), _):
         record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
         service.stop()
@@ -140,29 +133,33 @@ def _held(log: Path) -> int:
     """The sequences that the service still held when it was stopped, as its log reports."""
     for line in log.read_text().splitlines():
         with suppress(json.JSONDecodeError):
-            found = json.loads(line)
-            if found["message"] == "draining":
-                return int(found["running"]) + int(found["waiting"])
+            entry = json.loads(line)
+            if entry["message"] == "draining":
+                return int(entry["running"]) + int(entry["waiting"])
     raise PeerError("the service's log does not report the sequences that it held when it was stopped")
+
+
+def sample(pid: int, at: float) -> Sample:
+    """The service's resources now, `at` seconds after the start."""
+    files, threads = (len(list(Path(f"/proc/{pid}/{name}").iterdir())) for name in ("fd", "task"))
+    return Sample(at, memory(pid, "VmRSS"), files, threads)
 
 
 async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
     record, began = Record(), time.monotonic()
-    pid = service.process.pid
-    process = Path(f"/proc/{pid}")
-    clients = [asyncio.ensure_future(_client(port, record, began, seconds, f"{seed} {i}")) for i in range(CLIENTS)]
+    clients = [_client(port, record, began, seconds, f"{seed} {i}") for i in range(CLIENTS)]
+    await together([_watch(service, record, began, seconds), *clients])
+    await asyncio.sleep(1)  # cancelled requests are freed within a step
+    return record
+
+
+async def _watch(service: local.Child, record: Record, began: float, seconds: float) -> None:
+    """Samples the service every SAMPLE_SECONDS. Raises PeerError when it ends."""
     while time.monotonic() < began + seconds:
         await asyncio.sleep(SAMPLE_SECONDS)
         if service.process.poll() is not None:
             raise PeerError("the service ended during the soak")
-        files, threads = (len(list((process / name).iterdir())) for name in ("fd", "task"))
-        record.samples.append(Sample(time.monotonic() - began, memory(pid, "VmRSS"), files, threads))
-        for client in clients:
-            if client.done():
-                client.result()
-    await asyncio.gather(*clients)
-    await asyncio.sleep(1)  # cancelled requests are freed within a step
-    return record
+        record.samples.append(sample(service.process.pid, time.monotonic() - began))
 
 
 async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:
