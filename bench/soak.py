@@ -139,7 +139,7 @@ def _held(log: Path) -> int:
     raise PeerError("the service's log does not report the sequences that it held when it was stopped")
 
 
-def sample(pid: int, at: float) -> Sample:
+def take_sample(pid: int, at: float) -> Sample:
     """The service's resources now, `at` seconds after the start."""
     files, threads = (len(list(Path(f"/proc/{pid}/{name}").iterdir())) for name in ("fd", "task"))
     return Sample(at, memory(pid, "VmRSS"), files, threads)
@@ -159,7 +159,7 @@ async def _watch(service: local.Child, record: Record, began: float, seconds: fl
         await asyncio.sleep(SAMPLE_SECONDS)
         if service.process.poll() is not None:
             raise PeerError("the service ended during the soak")
-        record.samples.append(sample(service.process.pid, time.monotonic() - began))
+        record.samples.append(take_sample(service.process.pid, time.monotonic() - began))
 
 
 async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:
