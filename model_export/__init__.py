@@ -2,21 +2,21 @@
 
 The journey of a weight, with the real names:
 
-    path -> opening.read_source                          finds the source and who builds its graph
+    path -> opening.read_source                          opens the source and chooses the builder of its graph
          -> sources.gguf.read.open_gguf                  reads each file's header, once
             or sources.hugging_face.directory.read_directory   reads config.json and the shards' headers, once
-         -> sources.families.FAMILIES                    the row that says what its family computes
+         -> sources.families.FAMILIES                    the row that describes what its family computes
          -> sources.checkpoint.Checkpoint                exactly the tensors of that architecture, still on disk
     for each layer:
-         sources.checkpoint.Checkpoint.matrix            disk -> float32, or blocks as the file has them
-         native.graph                                    stacks what is multiplied by the same input
-         graph.operators.Operators.linear                the product, in the form that was asked for
+         sources.checkpoint.Checkpoint.matrix            disk -> float32, or the quantized blocks of the file
+         native.graph                                    stacks matrices that are multiplied by the same input
+         graph.operators.Operators.linear                the product, in the requested form
          graph.quantize.pack                             -> codes, scales, zero points
          graph.initializers.Initializers.add             -> the file of weights, at the start of a page
-    verify.verify.verify                                 runs the written graph beside native.reference
-    export.export                                        writes the manifest, and all appears at once or not at all
+    verify.verify.verify                                 runs the written graphs and compares with native.reference
+    export.export                                        writes the manifest; all appears at once or not at all
 
-Families that mobius builds instead go from opening to mobius.source.MobiusSource; the rest of the way is the same.
+For families that mobius builds, opening returns a mobius.source.MobiusSource; the rest of the journey is the same.
 """
 
 import os

@@ -19,7 +19,7 @@ LONGEST_MESSAGE = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exports a model; 0 when it is written, 2 when the source or the destination will not do, 130 when interrupted."""
+    """Exports a model. Returns 0 on success, 2 when source or destination cannot be used, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sentence(error: ExportError | OSError | MemoryError, directory: Path) -> str:
-    """What went wrong in one line, whatever names a source has put into it."""
+    """The error in one printable line, even where it quotes names from a damaged source."""
     if isinstance(error, OSError):
         message = f"{error.filename or directory}: {error.strerror or error}"
     elif isinstance(error, MemoryError):
         message = f"not enough memory {error}".rstrip()
     else:
         message = str(error)
-    line = "".join(each if each.isprintable() else " " for each in message)
+    line = "".join(character if character.isprintable() else " " for character in message)
     return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."
 
 
@@ -79,47 +79,47 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization",
         choices=("auto", "int4", "int4z", "int8", "float16", "float32"),
         default="auto",
-        help="form of the matrices; auto keeps 4-bit sources in 4 bits and takes 8 bits for all others",
+        help="form of the matrices; auto keeps 4-bit sources in 4 bits and uses 8 bits for all others",
     )
     parser.add_argument(
         "--activations",
         choices=("auto", "float16", "float32"),
         default="auto",
-        help="type of all else, keys and values included; auto takes float16 with float16 matrices, float32 with all "
-        "others; in float16 the graph has only operators that GPUs have too",
+        help="type of activations and KV cache; auto uses float16 with float16 matrices, float32 with all others; a "
+        "float16 graph has only operators that GPUs have too",
     )
     parser.add_argument(
         "--prompts",
         choices=("auto", "int8", "float32", "none"),
         default="auto",
-        help="form of the matrices of a second graph, which reads prompts faster; auto takes int8 where this processor "
-        "has 8-bit dot products and the result is close enough, and has none above 2 GiB",
+        help="form of the matrices of a second graph for faster prefill; auto uses int8 where this processor has 8-bit "
+        "dot products and the result is close enough, else float32, and none where its matrices exceed 2 GiB",
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="what the model is to run on; cuda makes auto take float16 matrices (4-bit sources stay in 4 bits) and "
-        "float16 activations, and refuses what an NVIDIA GPU has no kernel for (%(default)s)",
+        help="the device to export for; with cuda, auto uses float16 matrices (4-bit sources stay in 4 bits) and "
+        "float16 activations, and a graph that an NVIDIA GPU has no kernel for is refused (%(default)s)",
     )
     parser.add_argument(
         "--max-kl",
         type=float,
-        help=f"largest divergence from the source in nats per token ({MAX_KL}; int4 {MAX_KL_INT4})",
+        help=f"largest allowed KL divergence from the source in nats per token ({MAX_KL}; int4 {MAX_KL_INT4})",
     )
     parser.add_argument(
         "--fim-order",
         choices=("auto", "psm", "spm"),
         default="auto",
-        help="order of a prompt for filling in the middle: prefix, suffix, middle or suffix, prefix, middle; auto goes "
-        "by the names of the tokens",
+        help="order of a prompt for filling in the middle: prefix, suffix, middle (psm) or suffix, prefix, middle "
+        "(spm); auto follows from the names of the tokens",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if it exists")
     return parser
 
 
 def _progress(label: str, total: int) -> Callable[[], object]:
-    """A step to call `total` times; on a terminal it moves a progress bar."""
+    """A function to call `total` times; on a terminal each call moves a progress bar."""
     update: Callable[[], object] = tqdm(total=total, desc=label, unit="layer", disable=None, leave=False).update
     return update
 

@@ -1,4 +1,4 @@
-"""The one error that the exporter reports to its user."""
+"""The errors that the exporter reports to its user."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class ExportError(Exception):
 
 
 class TooFarError(ExportError):
-    """The exported model gives other distributions than its source."""
+    """The exported model diverges further from its source than allowed."""

@@ -20,28 +20,27 @@ from model_export.errors import ExportError, TooFarError
 from model_export.graph import cuda
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm
-from model_export.graph.precision import Device, Precision, choose_precision
+from model_export.graph.precision import Precision, TargetDevice, choose_precision
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Source
 from model_export.opening import find, read_source
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
-from model_export.verify.report import Report
 from model_export.verify.verify import verify
 from service import manifest
 from service.host.processor import processor
 
-PromptForm = Literal["int8", "float32"]
+PrefillForm = Literal["int8", "float32"]
 
-# Above this size of its matrices a second graph for prompts takes more memory than its speed is worth.
-PROMPT_GRAPH_BYTES = 2 << 30
-BYTES_PER_WEIGHT: dict[PromptForm, int] = {"int8": 1, "float32": 4}
+# The most bytes that the matrices of a prefill graph may take: beyond, its speed is not worth the memory.
+PREFILL_GRAPH_BYTES = 2 << 30
+BYTES_PER_WEIGHT: dict[PrefillForm, int] = {"int8": 1, "float32": 4}
 
 Progress = Callable[[str, int], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see `python -m model_export --help`."""
+    """The options of the command line; see `python -m model_export --help`."""
 
     id: str | None = None
     aliases: tuple[str, ...] = ()
@@ -49,18 +48,19 @@ class Options:
     quantization: Form | Literal["auto"] = "auto"
     activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
-    device: Device = "cpu"
+    device: TargetDevice = "cpu"
     max_kl: float | None = None
     fim_order: Order | Literal["auto"] = "auto"
     overwrite: bool = False
 
 
-# What overflows makes the divergence no number, and that is refused.
+# After an overflow the divergence is not finite, which raises TooFarError.
 @np.errstate(all="ignore")
 def export(path: Path, directory: Path, options: Options, progress: Progress) -> manifest.Manifest:
-    """Exports the source at `path` into the model directory `directory`, which appears whole or not at all.
+    """Exports the source at `path` into the model directory `directory`, which appears complete or not at all.
 
-    What is no path but looks like a model's name on a hub is downloaded first. Returns the model's description.
+    If `path` does not exist and looks like a model's name on the hub, that model is downloaded first. Returns the
+    manifest.
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
     """
@@ -68,19 +68,23 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     path, source, options = _open(path, options)
     precision = choose_precision(options.quantization, options.activations, source.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
-        raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are to be float16")
+        raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
     special_tokens = _special_tokens(source, options.fim_order)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
         model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
-            graph = source.build(precision.form, data, progress("building", layers))
-            devices = _finish_for(options.device, graph)
+            on_layer = progress("building", layers)
+            graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
+            devices = _prepare_for(options.device, graph)
             ir.save(graph, model)
         text = source.vocabulary.tokenizer.to_str(pretty=True)
         (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
-        prompts, report = _add_prompt_graph(source, precision, options, work, progress)
-        files = {file.name: _file_entry(file) for file in sorted(work.iterdir())}
+        prefill_form, quality = _add_prefill_graph(source, precision, options, work, progress)
+        files = {
+            file.name: manifest.FileEntry(bytes=file.stat().st_size, sha256=manifest.file_sha256(file))
+            for file in sorted(work.iterdir())
+        }
         described = manifest.Manifest(
             format_version=manifest.FORMAT_VERSION,
             id=options.id or source.name,
@@ -93,63 +97,63 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             special_tokens=special_tokens,
             kv=_kv_layout(source, precision),
             devices=devices,
-            quantization=_quantization(source, precision, prompts),
-            quality=report.quality(source.size, sum(entry.bytes for entry in files.values())),
+            quantization=_quantization(source, precision, prefill_form),
+            quality=quality,
             files=files,
         )
         described.write(work)
     return described
 
 
-def _finish_for(device: Device, graph: ir.Model) -> tuple[Device, ...]:
-    """Adds what that device wants of a graph, and gives the devices that can run it.
+def _prepare_for(device: TargetDevice, graph: ir.Model) -> tuple[TargetDevice, ...]:
+    """Adds the outputs that `device` needs to the graph, and returns the devices that can run it.
 
-    Raises ExportError when that one cannot.
+    Raises ExportError when `device` cannot.
     """
     if device == "cuda":
         cuda.add_shortlist(graph)
-    lacking = cuda.unsupported(graph)
-    if lacking and device == "cuda":
-        raise ExportError(f"CUDA cannot run the graph: {'; '.join(lacking)}")
-    return ("cpu",) if lacking else ("cpu", "cuda")
+    missing = cuda.unsupported(graph)
+    if missing and device == "cuda":
+        raise ExportError(f"CUDA cannot run the graph: {'; '.join(missing)}")
+    return ("cpu",) if missing else ("cpu", "cuda")
 
 
-def _add_prompt_graph(
+def _add_prefill_graph(
     source: Source, precision: Precision, options: Options, work: Path, progress: Progress
-) -> tuple[PromptForm | None, Report]:
-    """Builds the first wanted graph for prompts that is close enough to the source. Gives its form and the report.
+) -> tuple[PrefillForm | None, manifest.Quality]:
+    """Builds the first wanted prefill graph that is close enough to the source. Returns its form and the quality.
 
-    Raises TooFarError when none is, or when it is the generating graph that is too far.
+    Raises TooFarError when no prefill graph is close enough, or the decode graph is not.
     """
     layers, model = source.dimensions.layers, work / manifest.MODEL_FILE
     max_kl = precision.max_kl if options.max_kl is None else options.max_kl
-    forms = _prompt_forms(options.prompts, precision, source)
-    for prompts in forms:
+    forms = _prefill_forms(options.prompts, precision, source)
+    for form in forms:
         graph = work / manifest.PROMPT_MODEL_FILE
         with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
-            matrices: LinearForm = "int8_rows" if prompts == "int8" else "float32"
-            on_layer = progress(f"building for prompts, {prompts}", layers)
-            ir.save(source.build_for_prompts(matrices, precision.form, data, on_layer), graph)
+            matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
+            on_layer = progress(f"building the prefill graph, {form}", layers)
+            ir.save(source.build(matrices, precision.form, data, on_layer, prefill=True), graph)
         try:
-            return prompts, verify(source, model, graph, max_kl, progress("verifying", layers))
+            return form, verify(source, model, graph, max_kl, progress("verifying", layers))
         except TooFarError:
-            if prompts == forms[-1]:
+            if form == forms[-1]:
                 raise
     rounded = precision.form != "float32"
     return None, verify(source, model, None, max_kl, progress("verifying", layers), rounded=rounded)
 
 
-def _prompt_forms(
+def _prefill_forms(
     wanted: Literal["auto", "int8", "float32", "none"], precision: Precision, source: Source
-) -> list[PromptForm]:
-    """The forms of a second graph that are worth having beside one of `precision`, the quickest first."""
+) -> list[PrefillForm]:
+    """The forms that a prefill graph may take beside a decode graph of `precision`, the fastest first."""
     if precision.form == "float32" or wanted == "none" or precision.activations == "float16":
         return []
     if wanted != "auto":
         return [wanted]
     weights = source.dimensions.layer_weights
-    quick: list[PromptForm] = ["int8", "float32"] if processor().byte_dot_products else ["float32"]
-    return [each for each in quick if weights * BYTES_PER_WEIGHT[each] <= PROMPT_GRAPH_BYTES]
+    fast: list[PrefillForm] = ["int8", "float32"] if processor().byte_dot_products else ["float32"]
+    return [form for form in fast if weights * BYTES_PER_WEIGHT[form] <= PREFILL_GRAPH_BYTES]
 
 
 def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
@@ -167,18 +171,18 @@ def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
 
 
 def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
-    """Where the source lies, the source, and the options with the names that a hub knows it by."""
-    found, name = find(path)
+    """The path of the source, the source, and the options, completed by its name and owner on the hub."""
+    local, name = find(path)
     if name is not None:
         options = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
-    return found, read_source(found), options
+    return local, read_source(local), options
 
 
 @contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that takes its place at the end, or vanishes when anything goes wrong."""
-    made = [parent for parent in directory.parents if not parent.exists()]
-    # Named before it is made, so that an interrupt at any moment finds what to remove.
+    """A directory beside `directory` that takes its place at the end, and is removed when anything fails."""
+    created = [parent for parent in directory.parents if not parent.exists()]
+    # The name is known before the directory exists, so that an interrupt at any moment can remove it.
     work = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
     replaced = work.with_name(f"{work.name}.replaced")
     try:
@@ -193,13 +197,13 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
         if replaced.exists():
             replaced.rename(directory)
         shutil.rmtree(work, ignore_errors=True)
-        _remove_empty(made)
+        _remove_empty(created)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Removes directories, the innermost first, as far as nobody has put anything into them."""
+    """Removes directories in the order given, the innermost first, up to the first that is not empty."""
     for directory in directories:
         try:
             directory.rmdir()
@@ -217,11 +221,11 @@ def _kv_layout(source: Source, precision: Precision) -> manifest.KVLayout:
     )
 
 
-def _quantization(source: Source, precision: Precision, prompts: PromptForm | None) -> manifest.Quantization:
+def _quantization(source: Source, precision: Precision, prefill_form: PrefillForm | None) -> manifest.Quantization:
     return manifest.Quantization(
         weights=precision.form,
         activations=precision.activations,
-        prompts=prompts,
+        prompts=prefill_form,
         source=source.weights,
         min_rows=precision.min_rows,
         min_logits=precision.min_logits,
@@ -241,7 +245,3 @@ def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.
         default_prompt=vocabulary.bos if end_of_text is None else end_of_text,
         fill_in_the_middle=marks,
     )
-
-
-def _file_entry(path: Path) -> manifest.FileEntry:
-    return manifest.FileEntry(bytes=path.stat().st_size, sha256=manifest.file_sha256(path))

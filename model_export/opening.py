@@ -1,4 +1,4 @@
-"""Finds a source and opens it, whoever builds its graph."""
+"""Finds a source, opens it, and chooses the builder of its graph."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model_export.sources.vocabulary import check_vocabulary
 
 
 def find(path: Path) -> tuple[Path, HubName | None]:
-    """Where a source lies on this machine, and its name where it had to be downloaded."""
+    """The path of a source on this machine, and its name on the hub if it was downloaded."""
     name = None if path.exists() else hub_name(str(path))
     return (path, None) if name is None else (download(name), name)
 
 
-@np.errstate(all="ignore")  # numbers that are not finite are refused where they would count
+@np.errstate(all="ignore")  # values that are not finite raise ExportError later
 def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory. Raises ExportError where it is damaged or not supported."""
     try:

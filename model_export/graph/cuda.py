@@ -1,8 +1,9 @@
-"""Graphs for NVIDIA GPUs: what they give besides logits, and whether onnxruntime has CUDA kernels for all of it.
+"""Graphs for NVIDIA GPUs: their further outputs, and whether onnxruntime has a CUDA kernel for every operator.
 
-`cuda_kernels.json` is what onnxruntime-gpu itself lists, for the version that it names: every operator's kernels as
-[first opset, last opset, types by constraint], and its schemas as [first opset, inputs, outputs], each given by a
-constraint or a type, with `*` before one that repeats. `make test-gpu` compares it with what is installed.
+`cuda_kernels.json` is the list that onnxruntime-gpu itself gives, in the version that the file names. It holds every
+operator's kernels as [first opset, last opset, types by constraint], and its schemas as [first opset, inputs, outputs].
+An input or output is the name of a type constraint or a type, with `*` before one that repeats. `make test-gpu`
+compares the file with the installed onnxruntime-gpu.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from onnx_ir.tape import Tape
 
 KERNELS = Path(__file__).with_name("cuda_kernels.json")
 
-
-# As many as the sampler looks at before it sorts a whole row.
+# The sampler's shortlist has the same length; only beyond it the sampler needs a whole row of logits.
 TOP_LOGITS = 64
 
 
 def add_shortlist(model: ir.Model) -> None:
-    """Adds what sampling mostly needs of the `logits` [R, vocab], so that they can stay on the GPU.
+    """Adds outputs that suffice for most sampling, so that the `logits` [R, vocab] can stay on the GPU.
 
-    `top_logits` float32 [R, k], falling, `top_ids` int64 [R, k], and `log_sum_exp` float32 [R, 1] of all.
+    These are `top_logits` float32 [R, k] in descending order, their token ids `top_ids` int64 [R, k], and `log_sum_exp`
+    float32 [R, 1] of the whole row.
     """
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")
@@ -54,7 +55,7 @@ def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
 
 
 def unsupported(model: ir.Model) -> list[str]:
-    """What CUDA has no kernel for, each operator and choice of types said once; nothing when it can run the graph."""
+    """The operators and types that CUDA has no kernel for, one sentence each; empty when CUDA can run the graph."""
     operators = json.loads(KERNELS.read_text(encoding="utf-8"))["operators"]
     types = {value: _type(value) for value in (*model.graph.inputs, *model.graph.initializers.values())}
     problems: dict[str, None] = {}
@@ -62,14 +63,16 @@ def unsupported(model: ir.Model) -> list[str]:
         name = f"{node.domain}:{node.op_type}".removeprefix(":")
         operator = operators.get(f"{node.domain}:{node.op_type}")
         opset = model.opset_imports.get(node.domain, 1)
-        problem = f"{name} has no kernel" if operator is None else _check(node, name, operator, opset, types)
+        problem = f"{name} has no kernel" if operator is None else _missing_kernel(node, name, operator, opset, types)
         if problem:
             problems[problem] = None
     return list(problems)
 
 
-def _check(node: ir.Node, name: str, operator: Any, opset: int, types: dict[ir.Value, str | None]) -> str | None:
-    """What is wrong with a node; notes the types of its outputs."""
+def _missing_kernel(
+    node: ir.Node, name: str, operator: Any, opset: int, types: dict[ir.Value, str | None]
+) -> str | None:
+    """Why CUDA cannot run a node, or None. Adds the types of the node's outputs to `types`."""
     schemas = [schema for schema in operator["schemas"] if schema[0] <= opset]
     if not schemas:
         return f"{name} is not in opset {opset}"
@@ -77,31 +80,31 @@ def _check(node: ir.Node, name: str, operator: Any, opset: int, types: dict[ir.V
     if len(node.inputs) > len(inputs) and not inputs[-1].startswith("*"):
         return f"{name} takes {len(inputs)} inputs at most, not {len(node.inputs)}"
     bound: dict[str, str] = {}
-    for value, kind in zip(node.inputs, _repeated(inputs, len(node.inputs)), strict=False):
+    for value, constraint in zip(node.inputs, _repeated(inputs, len(node.inputs)), strict=False):
         known = None if value is None else types.get(value)
         if known is not None:
-            bound.setdefault(kind, known)
+            bound.setdefault(constraint, known)
     if node.op_type == "Cast":
         bound[outputs[0]] = ir.DataType(node.attributes["to"].as_int()).name.lower()
-    for value, kind in zip(node.outputs, _repeated(outputs, len(node.outputs)), strict=False):
-        types[value] = bound.get(kind, kind if kind not in _constraints(operator) else _type(value))
-    kernels = [entry for since, until, entry in operator["kernels"] if since <= opset <= (until or opset)]
+    constraints = {constraint for _, _, allowed_types in operator["kernels"] for constraint in allowed_types}
+    for value, constraint in zip(node.outputs, _repeated(outputs, len(node.outputs)), strict=False):
+        types[value] = bound.get(constraint, constraint if constraint not in constraints else _type(value))
+    kernels = [
+        allowed_types for since, until, allowed_types in operator["kernels"] if since <= opset <= (until or opset)
+    ]
     if any(
-        all(bound.get(each, allowed) in (allowed, *allowed.split()) for each, allowed in entry.items())
-        for entry in kernels
+        all(bound.get(constraint, allowed) in (allowed, *allowed.split()) for constraint, allowed in kernel.items())
+        for kernel in kernels
     ):
         return None
-    return f"{name} has no kernel for {', '.join(f'{each}={kind}' for each, kind in bound.items() if each != kind)}"
+    types_given = ", ".join(f"{constraint}={given}" for constraint, given in bound.items() if constraint != given)
+    return f"{name} has no kernel for {types_given}"
 
 
-def _constraints(operator: Any) -> set[str]:
-    return {each for _, _, entry in operator["kernels"] for each in entry}
-
-
-def _repeated(kinds: list[str], count: int) -> list[str]:
-    """The parameters' kinds, the last one for all that follow where it repeats."""
-    plain = [kind.removeprefix("*") for kind in kinds]
-    return plain + [plain[-1]] * (count - len(plain)) if plain and kinds[-1].startswith("*") else plain
+def _repeated(parameters: list[str], count: int) -> list[str]:
+    """The constraints of `count` parameters, of which the last one repeats where it begins with `*`."""
+    plain = [parameter.removeprefix("*") for parameter in parameters]
+    return plain + [plain[-1]] * (count - len(plain)) if plain and parameters[-1].startswith("*") else plain
 
 
 def _type(value: ir.Value) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +18,7 @@ ALIGNMENT = 4096
 class Initializers:
     """The external data file of a model; arrays start at page boundaries, so that they can be mapped into memory.
 
-    `floats` is the type in which the graph computes, and in which numbers that are not whole are stored.
+    `floats` is the floating-point type in which the graph computes and its float arrays are stored.
     """
 
     def __init__(self, path: Path, activations: Activations = "float32") -> None:
@@ -31,55 +30,43 @@ class Initializers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     @property
     def used(self) -> list[ir.Value]:
-        """The values that some node takes."""
+        """The values that are an input of some node."""
         return [value for value in self._values if value.uses()]
 
     def add(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """Appends `array` to the file and gives the graph's value of that name.
+        """Appends `array` to the file and returns its value in the graph.
 
-        Raises ExportError where it holds numbers that `floats` does not.
+        Raises ExportError where `array` holds numbers outside the range of `floats`.
         """
         if array.dtype == np.float32 and self.floats == ir.DataType.FLOAT16:
             array = _halved(name, array)
         self._file.seek(-self._file.tell() % ALIGNMENT, 1)
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(array).data)
-        tensor = ir.ExternalTensor(
-            self._path.name,
-            offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
-            name=name,
-            base_dir=self._path.parent,
-        )
-        return self._declare(tensor)
+        return self._external(name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), array.shape)
 
     def view(self, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-        """The array of `value` once more in another shape, over the same bytes of the file."""
-        whole = value.const_value
-        if not isinstance(whole, ir.ExternalTensor):
+        """A second value over the bytes of `value` in the file, in another shape."""
+        stored = value.const_value
+        if not isinstance(stored, ir.ExternalTensor):
             raise TypeError(f"{value.name} is not in the data file")
-        return self._declare(
-            ir.ExternalTensor(
-                self._path.name,
-                whole.offset,
-                whole.length,
-                whole.dtype,
-                shape=ir.Shape(shape),
-                name=name,
-                base_dir=self._path.parent,
-            )
-        )
+        return self._external(name, stored.offset, stored.length, stored.dtype, shape)
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """A small value kept in the graph itself, where shape inference needs it, as it is."""
+        """A small value in the graph itself, where shape inference needs it. Its type stays as it is."""
         return self._declare(ir.tensor(array, name=name))
+
+    def _external(
+        self, name: str, offset: int | None, length: int | None, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        file, directory = self._path.name, self._path.parent
+        tensor = ir.ExternalTensor(file, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=directory)
+        return self._declare(tensor)
 
     def _declare(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.val(tensor.name, const_value=tensor)
@@ -91,6 +78,6 @@ def _halved(name: str, array: NDArray[Any]) -> NDArray[np.float16]:
     largest, limit = np.abs(array).max(initial=0), np.finfo(np.float16).max
     if not largest <= limit:
         raise ExportError(
-            f"{name} holds {largest:g}, and float16 ends at {limit:g}; export it with float32 activations"
+            f"{name} holds {largest:g}, the largest float16 is {limit:g}; export it with --activations float32"
         )
     return array.astype(np.float16)

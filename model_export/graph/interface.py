@@ -1,4 +1,4 @@
-"""The inputs and outputs of every graph; what lies between is built by `graph` or by `mobius_graph`."""
+"""The inputs and outputs of every graph; `native.graph` or `mobius.graph` builds the nodes in between."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ IR_VERSION = 10
 
 
 class Interface:
-    """See `model_export.native.graph` for what the inputs and outputs are.
+    """`model_export.native.graph` describes the inputs and outputs.
 
-    `query_seqlens` is there in float32 alone: onnxruntime's attention for GPUs has no such input.
+    Only float32 graphs have the input `query_seqlens`: onnxruntime's attention operator on GPUs has none.
     """
 
     def __init__(self, operators: Operators) -> None:
@@ -35,7 +35,7 @@ class Interface:
 
     @property
     def layers(self) -> int:
-        """How many layers attend so far."""
+        """How many layers have been built so far."""
         return len(self._present) // 2
 
     def attend(
@@ -46,10 +46,10 @@ class Interface:
         head_dim: int,
         **attributes: Any,
     ) -> ir.Value:
-        """The attended values [B, S, heads * head_dim] of the next layer, which keeps its keys and values."""
+        """The output [B, S, heads * head_dim] of the next layer's attention, which reads and extends its KV cache."""
         layer, floats = self.layers, self._operators.floats
         shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
-        past = [ir.val(f"past_{kind}.{layer}", floats, shape) for kind in ("key", "value")]
+        past = [ir.val(f"past_{part}.{layer}", floats, shape) for part in ("key", "value")]
         self._inputs += past
         attended, key, value = self._operators.apply_many(
             "GroupQueryAttention",
@@ -64,8 +64,8 @@ class Interface:
             kv_num_heads=kv_heads,
             **attributes,
         )
-        for kind, present in (("key", key), ("value", value)):
-            self._present.append(_declare(present, f"present_{kind}.{layer}", floats, shape))
+        for part, present in (("key", key), ("value", value)):
+            self._present.append(_declare(present, f"present_{part}.{layer}", floats, shape))
         return attended
 
     def wanted_positions(self, value: ir.Value) -> ir.Value:
@@ -74,7 +74,7 @@ class Interface:
         return self._operators.apply("Gather", flat, self._logits_idx, axis=0)
 
     def model(self, logits: ir.Value, vocab_size: int, data: Initializers, name: str) -> ir.Model:
-        """The whole model, which gives `logits` [R, vocab_size]."""
+        """The complete model with the output `logits` [R, vocab_size]."""
         graph = ir.Graph(
             self._inputs,
             [_declare(logits, "logits", ir.DataType.FLOAT, ["R", vocab_size]), *self._present],
@@ -87,6 +87,6 @@ class Interface:
 
 
 def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-    """Names `value` and gives its type, as the graph's outputs need."""
+    """Sets the name, type and shape of `value`, which outputs of a graph must have."""
     value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
     return value

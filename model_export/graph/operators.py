@@ -1,4 +1,4 @@
-"""The few operators that a decoder is made of, over plain or packed matrices."""
+"""The few operators that a decoder consists of, over plain or quantized matrices."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from model_export.graph.quantize import (
     mixed_columns,
     mixing,
     pack,
-    pack_apart,
     pack_rows,
     pack_signed_rows,
+    pack_with_remainders,
 )
 from model_export.sources.weights import BLOCK, Floats, Matrix, dequantize
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4
 
-# The forms of matrices, and 8 bits with one scale a row for graphs that read prompts.
+# The forms of matrices, and for prefill graphs 8 bits with one scale per row.
 LinearForm = Form | Literal["int8_rows"]
 
-# A row's largest number, where it is less: a row of zeros stays one.
-_LEAST = 1e-30
-# What a first byte leaves over is at most half a step; this many steps of a second byte hold a whole one.
+# Stands in for a smaller maximum of a row, so that a row of zeros can be divided by it.
+_SMALLEST_MAXIMUM = 1e-30
+# The second byte divides a step of the first into this many: its range is one step, the first byte's rounding error.
 _FINE_STEPS = 254
 
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A packed matrix in the data file."""
+    """A quantized matrix in the data file."""
 
     packed: Packed
     codes: ir.Value
@@ -53,9 +53,9 @@ Table = StoredBlocks | ir.Value
 class Operators:
     """Appends nodes to a graph and their weights to its data file.
 
-    The matrices of `linear` take the form `form`, those of `table` and `head` the form `tables`. All else has the type
-    `data.floats`. In float16 the graph is made of operators that every provider has; kernels for 8-bit activations and
-    matrices with one scale a row are the CPU's alone.
+    The matrices of `linear` are stored in the form `form`, those of `table` and `head` in the form `tables`. Everything
+    else has the type `data.floats`. A float16 graph uses only operators that every execution provider has; kernels for
+    8-bit activations and for matrices with one scale per row exist only on the CPU.
     """
 
     def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
@@ -69,28 +69,28 @@ class Operators:
 
     @property
     def floats(self) -> ir.DataType:
-        """The type of activations, keys and values."""
+        """The type of the activations and of the KV cache."""
         return self._data.floats
 
     @property
     def nodes(self) -> list[ir.Node]:
         return list(self._tape.nodes)
 
-    def apply(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """The output of a node that has one."""
-        return self._tape.op(kind, inputs, attributes, domain=domain)
+    def apply(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Adds a node with one output and returns that."""
+        return self._tape.op(operator, inputs, attributes, domain=domain)
 
     def apply_many(
-        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+        self, operator: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> list[ir.Value]:
-        """The outputs of a node that has several."""
-        return list(self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain))
+        """Adds a node with several outputs and returns those."""
+        return list(self._tape.op_multi_out(operator, inputs, attributes, num_outputs=outputs, domain=domain))
 
     def vector(self, name: str, values: Floats) -> ir.Value:
         return self._data.add(name, values)
 
     def sizes(self, name: str, *sizes: int) -> ir.Value:
-        """A shape or a list of axes, as operators take them."""
+        """A shape, a list of axes or of sizes, as an input of an operator."""
         return self._data.constant(name, np.array(sizes, np.int64))
 
     def rms_norm(self, value: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
@@ -99,7 +99,7 @@ class Operators:
     def add_and_rms_norm(
         self, value: ir.Value, residual: ir.Value, scale: ir.Value, epsilon: float
     ) -> tuple[ir.Value, ir.Value]:
-        """The norm of `value + residual`, and the sum itself."""
+        """The RMS norm of `value + residual`, and the sum itself."""
         normed, _, _, total = self.apply_many(
             "SkipSimplifiedLayerNormalization", value, residual, scale, outputs=4, domain=CONTRIB, epsilon=epsilon
         )
@@ -117,13 +117,13 @@ class Operators:
     ) -> ir.Value:
         """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows].
 
-        `outliers` says that `value` holds numbers far larger than the rest: in 8 bits with one scale a row it then
-        takes two bytes. With `few_rows` those would gain nothing, and float32 takes their place.
+        `outliers`: `value` holds numbers far larger than the rest, so in the form int8_rows its activations are
+        quantized to two bytes. `few_rows`: int8_rows would gain nothing for so few rows, so the matrix stays float32.
         """
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
         if self._form in {"int4", "int4z", "int8"}:
             if self._portable:
-                return self._linear_in_blocks_and_means(value, name, *pack_apart(matrix, self._form), offset)
+                return self._linear_in_blocks_and_means(value, name, *pack_with_remainders(matrix, self._form), offset)
             return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
         if self._form in PLAIN_FORMS or few_rows:
             product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
@@ -140,7 +140,7 @@ class Operators:
     def _linear_in_blocks_and_means(
         self, value: ir.Value, name: str, packed: Packed, remainders: Floats | None, offset: ir.Value | None
     ) -> ir.Value:
-        """The same with the remainders as a matrix of their own, so that no provider meets an odd number of columns."""
+        """The same, with the remainders as a matrix of their own: not every provider takes the further columns."""
         product = self._matmul_nbits(value, self._store(name, packed))
         if offset is not None:
             product = self.apply("Add", product, offset)
@@ -154,7 +154,7 @@ class Operators:
         return self.apply("Add", product, rest)
 
     def table(self, name: str, matrix: Matrix) -> Table:
-        """Stores a matrix [rows, columns] to look rows up in; unless it is plain, in 8 bits."""
+        """Stores a matrix [rows, columns] for look-ups of rows: in 8 bits, unless `tables` is a plain form."""
         if self._tables in PLAIN_FORMS:
             return self._data.add(name, dequantize(matrix))
         return self._store(name, pack(matrix, "int8"))
@@ -180,10 +180,10 @@ class Operators:
     def head(
         self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None, *, two_bytes: bool = False
     ) -> ir.Value:
-        """The product of `value` [rows, columns] with the transpose of `matrix`, of which there may be a `table`.
+        """The product of `value` [rows, columns] with the transpose of `matrix`; `table` is `matrix` if already stored.
 
-        It is float32 in every form. In integers on the CPU each row of `value` is mixed and scaled to 8 bits by its own
-        largest number: sums of integers are exact, so a row's result does not depend on the others.
+        The product is float32 in every form. Quantized on the CPU, each row of `value` is mixed (see `mixing`) and
+        scaled to 8 bits by its own largest number: integer sums are exact, so no row's result depends on the others.
         """
         if self._tables in PLAIN_FORMS:
             weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
@@ -196,7 +196,7 @@ class Operators:
         return self._multiply_bytes(mixed, name, pack_rows(dequantize(matrix) @ mix), two_bytes=two_bytes)
 
     def _linear_in_bytes(self, value: ir.Value, name: str, weights: Floats, *, two_bytes: bool) -> ir.Value:
-        """The product of `value` with the transpose of `weights`, both mixed by groups of columns."""
+        """The product of `value` with the transpose of `weights`, both mixed in groups of columns."""
         rows, columns = weights.shape
         size = mixed_columns(columns)
         mix = mixing(size)
@@ -211,11 +211,13 @@ class Operators:
     def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows, *, two_bytes: bool = False) -> ir.Value:
         """The product of `value` [..., columns] with the transpose of `packed`.
 
-        Each row of `value` is scaled to 8 bits by its own largest number, or to 15 with a second byte for what the
-        first leaves over.
+        Each row of `value` is scaled to 8 bits by its own largest number; with `two_bytes` a second byte holds the
+        rounding error of the first, 15 bits together.
         """
         largest = self.apply("ReduceMax", self.apply("Abs", value), self.sizes(f"{name}.last_axis", -1), keepdims=1)
-        largest = self.apply("Max", largest, self._data.constant(f"{name}.least", np.array(_LEAST, np.float32)))
+        largest = self.apply(
+            "Max", largest, self._data.constant(f"{name}.least", np.array(_SMALLEST_MAXIMUM, np.float32))
+        )
         step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
         zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
         codes = self._data.add(f"{name}.row_codes", packed.codes)
@@ -231,7 +233,7 @@ class Operators:
         if two_bytes:
             fine_step = self._data.constant(f"{name}.fine_step", np.array(1 / 127 / _FINE_STEPS, np.float32))
             rest = self.apply("Sub", scaled, self.apply("DequantizeLinear", coarse, step, zero))
-            # Where onnxruntime makes signed codes unsigned, it does so once for each product: none may be shared.
+            # onnxruntime may rewrite signed codes as unsigned once per product, so no two products may share a value.
             again = self._data.view(f"{name}.fine_row_codes", codes, packed.codes.shape)
             fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step, again)
             product = self.apply("Add", product, fine)

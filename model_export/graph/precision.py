@@ -1,4 +1,4 @@
-"""In which form a model's matrices are stored, and in which type all else is computed."""
+"""The form in which a model's matrices are stored, and the type in which everything else is computed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 from model_export.errors import ExportError
 from model_export.graph.quantize import PLAIN_FORMS, Activations, Form
 
-# What a model is to run on.
-Device = Literal["cpu", "cuda"]
+# The device that a model is exported for.
+TargetDevice = Literal["cpu", "cuda"]
 
-# Nats per token that an export may be off its source. Rounding anew to 4 bits is never as close as the others.
+# The largest allowed KL divergence from the source, in nats per token. Rounding weights to 4 bits loses the most.
 MAX_KL = 0.005
 MAX_KL_INT4 = 0.1
 
@@ -25,14 +25,14 @@ class Precision:
 
     @property
     def max_kl(self) -> float:
-        """The divergence from the source that is allowed unless the user says otherwise, in nats per token."""
+        """The default of --max-kl: the largest allowed divergence from the source, in nats per token."""
         return MAX_KL_INT4 if self.form == "int4" else MAX_KL
 
     @property
     def min_rows(self) -> int:
-        """The fewest rows of a call with which none takes a kernel for one row alone.
+        """The fewest rows of a call for which no kernel is chosen that handles a single row only.
 
-        8-bit blocks and 8-bit activations have one kernel for any number.
+        8-bit blocks with 8-bit activations have one kernel for any number of rows.
         """
         if self.form in PLAIN_FORMS or (self.form == "int8" and self.activations == "float32"):
             return 1
@@ -40,7 +40,7 @@ class Precision:
 
     @property
     def min_logits(self) -> int:
-        """The same for the positions that get logits. With float32 activations the output table has one kernel."""
+        """The same for positions that get logits. With float32 activations the output matrix has one kernel for all."""
         return 2 if self.activations == "float16" and self.form not in PLAIN_FORMS else 1
 
 
@@ -48,19 +48,21 @@ def choose_precision(
     form: Form | Literal["auto"],
     activations: Activations | Literal["auto"],
     source_weights: str,
-    device: Device = "cpu",
+    device: TargetDevice = "cpu",
 ) -> Precision:
-    """What `auto` means on a device for a source whose matrices are of the form `source_weights`.
+    """Replaces `auto` by the best choice for the device and for a source whose matrices have the form `source_weights`.
 
-    Raises ExportError where form and activations do not go together.
+    Raises ExportError where form and activations cannot be combined.
     """
     if form == "auto":
         plain: Form = "float16" if device == "cuda" else "int8"
         form = "int4z" if source_weights in ("Q4_0", "Q4_1") else plain
-    own: Activations | None = form if form in ("float32", "float16") else None
-    if own is not None and activations not in ("auto", own):
-        raise ExportError(
-            f"--quantization {own} computes in {own}; --activations {activations} goes with int8, int4 and int4z"
-        )
-    usual: Activations = "float16" if device == "cuda" else "float32"
-    return Precision(form, own or (usual if activations == "auto" else activations))
+    if form in ("float32", "float16"):
+        if activations not in ("auto", form):
+            raise ExportError(
+                f"--quantization {form} computes in {form}; --activations {activations} goes with int8, int4 and int4z"
+            )
+        return Precision(form, form)
+    if activations == "auto":
+        activations = "float16" if device == "cuda" else "float32"
+    return Precision(form, activations)

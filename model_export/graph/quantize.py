@@ -1,4 +1,4 @@
-"""Packs weight matrices for operators on small integers."""
+"""Quantizes weight matrices for operators on 4-bit and 8-bit integers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from numpy.typing import NDArray
 
 from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
 
-# The forms of matrices: plain numbers or blocks. In int4 and int4z, 4-bit blocks of the source keep their values; all
-# other matrices are rounded to 4 bits in int4, and to 8 in int4z.
+# The forms of matrices: plain floats, or blocks of 32 weights with one scale and one zero point. In int4 and int4z,
+# 4-bit blocks of the source keep their values; all other matrices are rounded to 4 bits in int4, to 8 bits in int4z.
 Form = Literal["float32", "float16", "int8", "int4", "int4z"]
 PLAIN_FORMS = ("float32", "float16")
 
-# The type of all that is not a matrix: activations, norms, keys and values.
+# The type of everything that is not a matrix: activations, norms, the KV cache.
 Activations = Literal["float32", "float16"]
 
-# Two 4-bit addends hold a remainder to 5 bits: with one, half of the divergence from the source is the remainders'.
+# Two 4-bit addends hold a remainder to 5 bits. With one addend, half of the divergence from the source would come from
+# the remainders.
 MEAN_COPIES = 2
 
-# Parts of a block's range that 4 bits are tried to cover: a few large weights that are cut off may leave less error.
+# The parts of a block's range that 4-bit codes may span: clipping a few large weights may lower the total error.
 RANGES = np.linspace(0.7, 1.06, 13, dtype=np.float32)
 
-# Mixing more columns at a time takes longer, fewer leave outliers in place.
-LEAST_MIXED, MOST_MIXED = 32, 256
+# How many columns are mixed at a time: more take longer, fewer spread outliers less.
+FEWEST_MIXED, MOST_MIXED = 32, 256
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Packed:
     """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
 
     `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
-    are half the range. After the matrix's own columns follow `block_means` copies of one column for each of its blocks,
-    to be multiplied with the mean of the activation over that block.
+    are half the range. Behind the matrix's own columns lie `block_means` copies of one further column per block, which
+    are multiplied by the mean of the activation over that block.
     """
 
     codes: Bytes
@@ -47,9 +48,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A matrix [rows, columns] in 8 bits with one scale a row: a weight is `scale * (code - zero point)` of its row.
+    """A matrix [rows, columns] in 8 bits with one scale per row: a weight is `scale * (code - zero point)` of its row.
 
-    `codes` is [columns, rows]; `scales` and `zero_points` are [rows]. Codes are signed where there are no zero points.
+    `codes` is [columns, rows]; `scales` and `zero_points` are [rows]. Codes are signed where `zero_points` is None.
     """
 
     codes: Bytes | NDArray[np.int8]
@@ -64,45 +65,45 @@ def pack_rows(weights: Floats) -> PackedRows:
 
 
 def pack_signed_rows(weights: Floats) -> PackedRows:
-    """The same around zero: what processors multiply fastest with unsigned bytes."""
+    """The same with signed codes around zero, which processors multiply fastest with unsigned bytes."""
     scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = _inverse(scales)
     codes = np.rint(weights * inverse[:, None]).astype(np.int8)
     return PackedRows(np.ascontiguousarray(codes.T), scales, None)
 
 
 def mixed_columns(columns: int) -> int:
-    """How many columns to mix at a time: as many as cost little, in an even number of groups, else all.
+    """How many columns to mix at a time: up to MOST_MIXED in an even number of groups, or else all of them.
 
-    An even number of groups never leaves one of them alone in a kernel's tile, so that results do not depend on how
-    many rows a call has.
+    With an even number of groups a kernel's tile never holds a single group, so results do not depend on how many rows
+    a call has.
     """
-    sizes = [size for size in range(LEAST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
+    sizes = [size for size in range(FEWEST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
     return max(sizes, default=columns)
 
 
 def mixing(size: int) -> Floats:
-    """An orthogonal matrix [size, size] that spreads any outlier over all columns, so that 8 bits hold a row well.
+    """An orthogonal matrix [size, size] that spreads an outlier over all columns, so that 8 bits represent a row well.
 
-    A cosine transform of the columns, each with a random sign that is always the same.
+    It is a cosine transform of the columns, each with a random sign. The signs are the same in every export.
     """
     columns = np.arange(size)
     cosines = np.cos(np.pi / size * np.outer(columns + 0.5, columns)) * np.sqrt(2 / size)
     cosines[:, 0] /= np.sqrt(2)
     signs = np.random.Generator(np.random.Philox(size)).choice([-1.0, 1.0], size)
-    spread: Floats = (signs[:, None] * cosines).astype(np.float32)
-    return spread
+    mix: Floats = (signs[:, None] * cosines).astype(np.float32)
+    return mix
 
 
 def pack(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> Packed:
-    """Packs in `form`: what the source holds in blocks of as many bits as they are, all else rounded."""
+    """Packs in `form`. Blocks of the source with as many bits keep their values; everything else is rounded."""
     if form != "int8" and isinstance(matrix, Blocks) and matrix.bits == 4:
         return _pack_int4z(matrix)
     return _round_to_int4(dequantize(matrix)) if form == "int4" else _pack_int8(matrix)
 
 
-def pack_apart(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[Packed, Floats | None]:
-    """The same, with what 4-bit blocks leave over in float: [rows, blocks] to multiply with `block_means`, or None."""
+def pack_with_remainders(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[Packed, Floats | None]:
+    """The same, and the remainders of 4-bit blocks [rows, blocks], which multiply the block means, in float or None."""
     if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
         return pack(matrix, form), None
     packed, remainders = _split_int4(matrix)
@@ -110,7 +111,7 @@ def pack_apart(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[
 
 
 def block_means(columns: int) -> Floats:
-    """A matrix [columns, columns / 32], a product with which gives the mean of each block."""
+    """A matrix [columns, columns / 32]; a vector times this matrix is the mean of each block."""
     return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
 
 
@@ -126,29 +127,29 @@ def _pack_int8(matrix: Matrix) -> Packed:
 def _pack_int4z(matrix: Blocks) -> Packed:
     """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
 
-    The remainder times the block's sum is the rest of the product, so the remainders become further columns. They
-    are multiplied with means, which one pooling operator computes, so they are stored times the block's size.
+    The remainder times the sum of the block's activations is the rest of the product, so the remainders become further
+    columns. One pooling operator computes means instead of sums, so the remainders are stored times the block size.
     """
-    whole, remainders = _split_int4(matrix)
+    packed, remainders = _split_int4(matrix)
     if not remainders.any():
-        return whole
-    zeros, columns = _zero_points(matrix, 15), whole.columns
+        return packed
+    zeros = _zero_points(matrix, 15)
     codes, scales = _share_among_int4_copies(BLOCK * remainders)
     return Packed(
         codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
         scales=np.concatenate([matrix.scales, scales], axis=1),
         zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
         bits=4,
-        columns=columns + MEAN_COPIES * remainders.shape[1],
+        columns=packed.columns + MEAN_COPIES * remainders.shape[1],
         block_means=MEAN_COPIES,
     )
 
 
 def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
-    """The part of each block around its nearest whole zero point, and what that leaves over [rows, blocks]."""
+    """Each block with its nearest integer zero point, and the remainders [rows, blocks] that this leaves."""
     zeros = _zero_points(matrix, 15)
-    whole = Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, matrix.shape[1])
-    return whole, matrix.minimums + matrix.scales * zeros
+    packed = Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, matrix.shape[1])
+    return packed, matrix.minimums + matrix.scales * zeros
 
 
 def _round_to_int4(weights: Floats) -> Packed:
@@ -157,16 +158,16 @@ def _round_to_int4(weights: Floats) -> Packed:
 
 
 def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """4-bit codes, scales and zero points of `blocks` [rows, blocks, 32], tried with ranges more and less clipped.
+    """4-bit codes, scales and zero points of `blocks` [rows, blocks, 32], the best of several clipped ranges.
 
-    For each range and the codes that rounding gives, the scale is the one that errs least in squares.
+    For each range the weights are rounded to codes, and the scale is the one with the least squared error for them.
     """
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     best = np.full(low.shape, np.inf, np.float32)
     codes, scales, zeros = np.zeros(blocks.shape, np.uint8), np.zeros_like(low), np.zeros(low.shape, np.uint8)
     for clip in RANGES:
         scale = clip * (high - low) / 15
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        inverse = _inverse(scale)
         for zero in _neighbours(-clip * low * inverse):
             steps = np.clip(np.rint(blocks * inverse[..., None]), -zero[..., None], 15 - zero[..., None])
             squares = np.square(steps).sum(axis=-1)
@@ -179,9 +180,14 @@ def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
 
 
 def _neighbours(exact: Floats) -> tuple[Floats, Floats]:
-    """The whole zero points below and above."""
+    """The integer zero points below and above."""
     below = np.clip(np.floor(exact), 0, 15)
     return below, np.clip(below + 1, 0, 15)
+
+
+def _inverse(values: Floats) -> Floats:
+    """1 / `values`, and 0 where a value is 0."""
+    return np.divide(1, values, out=np.zeros_like(values), where=values != 0)
 
 
 def _zero_points(matrix: Blocks, largest: int) -> Bytes:
@@ -195,13 +201,13 @@ def _has_integer_zero_points(matrix: Blocks) -> bool:
 
 
 def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """8-bit codes, scales and zero points whose range covers each block's weights, along the last axis, and zero.
+    """8-bit codes, scales and zero points of blocks [..., weights]; their range covers a block's weights and zero.
 
-    A block of 16 evenly spaced weights around zero lands on every 17th code: only its offset is rounded.
+    A block of 16 evenly spaced weights around zero uses every 17th code: only its offset is rounded.
     """
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     scales = ((high - low) / 255).astype(np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = _inverse(scales)
     zeros = np.rint(-low * inverse)
     codes = np.clip(np.rint(blocks * inverse[..., None]) + zeros[..., None], 0, 255)
     return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
@@ -210,7 +216,8 @@ def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
 def _share_among_int4_copies(values: Floats) -> tuple[Bytes, Floats]:
     """4-bit codes around 8, and their scales, of `values` split into MEAN_COPIES addends side by side.
 
-    Columns come in blocks of 32, the last one filled up with zeros. A later copy takes up what rounding left over.
+    Columns come in blocks of 32, the last one padded with zeros. Each copy also holds the rounding errors of those
+    before it.
     """
     rows, columns = values.shape
     copies = np.concatenate([values] * MEAN_COPIES, axis=1)
@@ -218,13 +225,13 @@ def _share_among_int4_copies(values: Floats) -> tuple[Bytes, Floats]:
     extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
     scales = (extremes / (-8 * MEAN_COPIES)).astype(np.float32)
     steps = np.repeat(scales, BLOCK, axis=1)
-    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    inverse = _inverse(steps)
     codes = np.full(steps.shape, 8, np.uint8)
-    left = values.copy()
+    rest = values.copy()
     for copy in range(MEAN_COPIES):
         place = slice(copy * columns, (copy + 1) * columns)
-        share = np.clip(np.rint(left * inverse[:, place] / (MEAN_COPIES - copy)), -8, 7)
-        left -= share * steps[:, place]
+        share = np.clip(np.rint(rest * inverse[:, place] / (MEAN_COPIES - copy)), -8, 7)
+        rest -= share * steps[:, place]
         codes[:, place] = share + 8
     return codes.reshape(rows, -1, BLOCK), scales
 

@@ -1,4 +1,4 @@
-"""What the pipeline knows of a model, whoever builds its graph."""
+"""What every builder of graphs offers the export pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model_export.sources.weights import Floats
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a model that its caller has to know; `layer_weights` counts the weights of all layers' matrices."""
+    """The sizes of a model; `layer_weights` counts the weights of all layers' matrices."""
 
     family: str
     layers: int
@@ -31,7 +31,7 @@ class Dimensions:
 
 
 class Source(Protocol):
-    """A source model. `weights` names the form of its matrices, `size` is that of its files of weights in bytes."""
+    """A source model. `weights` names the form of its matrices, `size` is that of its weight files in bytes."""
 
     @property
     def name(self) -> str: ...
@@ -46,16 +46,16 @@ class Source(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
 
-    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-        """The graph with its matrices in `form`; weights go to `data`, `on_layer` hears of each layer."""
-        ...
-
-    def build_for_prompts(
-        self, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+    def build(
+        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
-        """The graph for calls of many positions, of which few get logits: layers in `layers`, embedding in `form`."""
+        """The prefill graph, for many positions of which few get logits, or the decode graph, which runs any call.
+
+        The matrices of the layers take the form `layers`, embedding and output the form `tables`. Writes weights to
+        `data` and calls `on_layer` after each layer.
+        """
         ...
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
-        """The source's own logits [tokens, vocab] after each of `tokens` [tokens], read as one text, in float32."""
+        """The source's own float32 logits [tokens, vocab] after each of `tokens` [tokens], which are one text."""
         ...

@@ -18,7 +18,7 @@ from model_export.mobius import gguf
 from model_export.sources.files import MIB
 from model_export.sources.gguf.read import GgufModel
 from model_export.sources.hugging_face.directory import Directory
-from model_export.sources.panics import quiet
+from model_export.sources.panics import reported_as
 
 _INSTALL = "pip install '.[families]'"
 # Tables that a decoder computes for itself; GPT-2's are as large as the square of its context.
@@ -28,7 +28,7 @@ _LARGEST_TABLES = 1024 * MIB
 def load(read: Directory | GgufModel) -> Any:
     """The model of text of a source. Raises ExportError where its weights are not those of its configuration."""
     path = read.path
-    with told(f"{path} cannot be loaded"):
+    with transformers_reported_as(f"{path} cannot be loaded"):
         whole = _from_file(read) if isinstance(read, GgufModel) else _from_directory(read)
         for name, tensor in whole.state_dict().items():
             if not tensor.isfinite().all():
@@ -45,22 +45,14 @@ def imported(name: str) -> Any:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Raises ExportError, `what` and the reason in one line, for what goes wrong within the libraries.
-
-    They print nothing of their own.
-    """
+def transformers_reported_as(message: str) -> Iterator[None]:
+    """The same as `reported_as`, with the log, progress bars and warnings of transformers turned off."""
     transformers = imported("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), reported_as(message):
         warnings.simplefilter("ignore")
-        try:
-            yield
-        except ExportError:
-            raise
-        except Exception as error:  # of any library below it
-            raise ExportError(f"{what}: {_first_line(error)}") from error
+        yield
 
 
 def _from_directory(directory: Directory) -> Any:
@@ -134,7 +126,3 @@ def _decoder_of_text(model: Any) -> Any:
     setattr(decoder, decoder.base_model_prefix, whole.language_model)
     decoder.lm_head = model.lm_head
     return decoder
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

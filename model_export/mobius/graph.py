@@ -37,7 +37,7 @@ _ATTENTION_ATTRIBUTES = ("num_heads", "scale", "softcap", "do_rotary", "rotary_i
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionOverride:
     """What a layer's attention computes that graphs do not always say rightly.
 
     `window` counts the positions up to its own that a token attends to, None for all. `scale` is the factor of its
@@ -60,7 +60,7 @@ class Translation:
         source: ir.Graph,
         operators: Operators,
         data: Initializers,
-        attentions: Sequence[Attention],
+        attentions: Sequence[AttentionOverride],
         context_length: int,
     ) -> None:
         self._source = source

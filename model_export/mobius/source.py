@@ -20,8 +20,8 @@ from model_export.graph.operators import LinearForm, Operators
 from model_export.graph.quantize import Form
 from model_export.graph.source import Dimensions
 from model_export.mobius import decoder
-from model_export.mobius.decoder import imported, told
-from model_export.mobius.graph import Attention, Translation
+from model_export.mobius.decoder import imported, transformers_reported_as
+from model_export.mobius.graph import AttentionOverride, Translation
 from model_export.mobius.nodes import key_shape
 from model_export.mobius.variants import check_variant
 from model_export.sources.bounds import parse, shown
@@ -87,7 +87,7 @@ class MobiusSource:
 
     @cached_property
     def _graph(self) -> ir.Graph:
-        with self._for_mobius() as directory, told(f"mobius-onnx cannot build {self.path}"):
+        with self._for_mobius() as directory, transformers_reported_as(f"mobius-onnx cannot build {self.path}"):
             package = imported("mobius").build(
                 str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
             )
@@ -107,7 +107,7 @@ class MobiusSource:
             yield Path(directory)
 
     @cached_property
-    def _attentions(self) -> list[Attention]:
+    def _attentions(self) -> list[AttentionOverride]:
         """What each layer attends to, as transformers has it."""
         config, layers = self._decoder.config, self.dimensions.layers
         window, kinds = _windows(config, layers)
@@ -116,7 +116,7 @@ class MobiusSource:
             rotations = {kind: self._rotations(kind) for kind in rotations}
         scales = [module.scaling for module in self._decoder.modules() if hasattr(module, "scaling")]
         return [
-            Attention(window if kind == "sliding_attention" else None, scale, rotations[kind])
+            AttentionOverride(window if kind == "sliding_attention" else None, scale, rotations[kind])
             for kind, scale in zip(kinds, scales if len(scales) == layers else [None] * layers, strict=True)
         ]
 
@@ -129,13 +129,10 @@ class MobiusSource:
         cosine, sine = (table[0].chunk(2, dim=-1)[0].contiguous().numpy() for table in tables)
         return cosine, sine
 
-    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-        return self.build_for_prompts(form, form, data, on_layer)
-
-    def build_for_prompts(
-        self, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+    def build(
+        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
-        operators = Operators(data, layers, form)
+        operators = Operators(data, layers, tables)
         context = self.dimensions.context_length
         return Translation(self._graph, operators, data, self._attentions, context).translate(on_layer)
 

@@ -1,1 +1,1 @@
-"""Graphs of the families that the exporter builds by itself."""
+"""Builds the graphs of the Llama-like families, without torch."""

@@ -1,7 +1,7 @@
 """Builds the ONNX graph of a checkpoint.
 
-One graph serves prompts and decoding. Its inputs, for a call of B rows of S positions with past keys and values of
-`max_len` positions a row:
+The decode graph (model.onnx) can run any call, prefill and decode steps alike. Its inputs, for a call of B rows of S
+positions with a KV cache of `max_len` positions per row, are:
 
 - `input_ids` int64 [B, S]: the tokens, padded on the right;
 - `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row; only in float32, see below;
@@ -12,13 +12,18 @@ One graph serves prompts and decoding. Its inputs, for a call of B rows of S pos
 
 Outputs: `logits` float32 [R, vocab] and `present_key.i`, `present_value.i`, bound to the same memory as the past.
 A graph for GPUs has further outputs, see `cuda.add_shortlist`.
-Padding takes room as well: past + S must not exceed max_len. An idle row needs a past of one position at least.
+Padding is written to the KV cache too: past + S must not exceed max_len. An idle row needs a past of at least one
+position.
 
-A graph in float16 is for GPUs as well, whose attention has no `query_seqlens`: all S tokens of a row count, and several
-rows that have a past are of one token each. Padding is written behind a row's end, where the next call overwrites it.
+A float16 graph also runs on GPUs, whose attention operator has no `query_seqlens`: all S tokens of a row are valid, and
+in a call with several rows that have a past, each row has one token. Padding lies behind a row's end, where the next
+call overwrites it.
 
-On a CPU a token's results are bit-equal for any split of a prompt into calls, as long as no call reads one token, or
-one more than a multiple of 128, from a row: such a last token goes through other kernels.
+On a CPU a token's results are bit-equal for any split of a prompt into chunks, unless a chunk has one token of a row,
+or one more than a multiple of 128: the last token of such a chunk is computed by other kernels.
+
+The prefill graph (prompt.onnx) has the same inputs and outputs and uses the same KV cache. What follows the attention
+of the last layer is computed only for the positions in `logits_idx`.
 """
 
 from __future__ import annotations
@@ -36,68 +41,60 @@ from model_export.sources.checkpoint import Architecture, Checkpoint
 from model_export.sources.weights import stack_rows
 
 
-def build_graph(checkpoint: Checkpoint, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-    """The model of `checkpoint` with its matrices in `form`; weights go to `data`, `on_layer` hears of each layer."""
-    return _build(_Decoder(checkpoint, Operators(data, form, form)), data, on_layer)
-
-
-def build_prompt_graph(
-    checkpoint: Checkpoint, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+def build_graph(
+    checkpoint: Checkpoint,
+    layers: LinearForm,
+    tables: Form,
+    data: Initializers,
+    on_layer: Callable[[], object],
+    *,
+    prefill: bool,
 ) -> ir.Model:
-    """The same model for calls of many positions of which few get logits: its layers in `layers`, embedding in `form`.
-
-    It reads and writes the same keys and values. What follows the last layer's attention is computed for the wanted
-    positions alone.
-    """
-    return _build(_Decoder(checkpoint, Operators(data, layers, form), few_wanted=True), data, on_layer)
-
-
-def _build(decoder: _Decoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+    """See Source.build."""
+    decoder = _Decoder(checkpoint, Operators(data, layers, tables), prefill=prefill)
     logits = decoder.logits(on_layer)
-    return decoder.interface.model(logits, decoder.architecture.vocab_size, data, decoder.checkpoint.name)
+    return decoder.interface.model(logits, checkpoint.architecture.vocab_size, data, checkpoint.name)
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint, operators: Operators, few_wanted: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, operators: Operators, *, prefill: bool) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.operators = operators
-        self.few_wanted = few_wanted
+        self.prefill = prefill
         self.interface = Interface(operators)
         self.rotary_caches = _rotary_caches(self.architecture, operators)
 
     def logits(self, on_layer: Callable[[], object]) -> ir.Value:
-        """The logits [R, vocab]. What a layer adds to the residual stream is added in the norm that follows."""
+        """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows."""
         table = self.operators.table("token_embd.weight", self.checkpoint.matrix("token_embd.weight"))
         residual = self.operators.look_up(table, self.interface.input_ids)
         scale = self._vector("blk.0.attn_norm.weight")
         hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
         for layer in range(self.architecture.layers):
             attended = self._attention(layer, hidden)
-            few = self.few_wanted and layer == self.architecture.layers - 1
-            if few:
-                attended, residual = (
-                    self.interface.wanted_positions(attended),
-                    self.interface.wanted_positions(residual),
-                )
-            attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few)
+            is_last = layer == self.architecture.layers - 1
+            few_rows = self.prefill and is_last
+            if few_rows:
+                attended = self.interface.wanted_positions(attended)
+                residual = self.interface.wanted_positions(residual)
+            attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few_rows)
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
-            added = self._mlp(layer, hidden, few_rows=few)
-            hidden, residual = self._add_and_norm(added, residual, self._norm_after(layer))
+            added = self._mlp(layer, hidden, few_rows=few_rows)
+            next_norm = "output_norm.weight" if is_last else f"blk.{layer + 1}.attn_norm.weight"
+            hidden, residual = self._add_and_norm(added, residual, next_norm)
             on_layer()
-        wanted = hidden if self.few_wanted else self.interface.wanted_positions(hidden)
+        wanted = hidden if self.prefill else self.interface.wanted_positions(hidden)
         return self._head(wanted, table)
 
     def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
-        """The logits of `hidden` [R, columns]. Where they are few, twice the arithmetic is no price for exactness."""
+        """The logits of `hidden` [R, columns]. In the prefill graph R is small, so two-byte products cost little."""
         tied = self.architecture.tied_embedding
         matrix = self.checkpoint.matrix("token_embd.weight" if tied else "output.weight")
-        return self.operators.head(
-            hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.few_wanted
-        )
+        return self.operators.head(hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.prefill)
 
     def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
-        """The attended values [B, S, heads * head_dim] of a layer."""
+        """The output [B, S, heads * head_dim] of a layer's attention."""
         architecture, attention = self.architecture, self.architecture.attention[layer]
         return self.interface.attend(
             self._queries_keys_values(f"blk.{layer}.", hidden),
@@ -110,9 +107,9 @@ class _Decoder:
         )
 
     def _queries_keys_values(self, prefix: str, hidden: ir.Value) -> list[ir.Value | None]:
-        """Queries, keys and values as the attention operator takes them: packed in one, unless norms come between."""
+        """Queries, keys and values, the inputs of the attention operator: one packed value, unless they are normed."""
         architecture = self.architecture
-        packed = self._linear(hidden, *(prefix + f"attn_{kind}" for kind in "qkv"))
+        packed = self._linear(hidden, *(prefix + f"attn_{part}" for part in "qkv"))
         if not architecture.family.qk_norm:
             return [packed, None, None]
         widths = [heads * architecture.head_dim for heads in (architecture.heads, *[architecture.kv_heads] * 2)]
@@ -135,7 +132,7 @@ class _Decoder:
         return self._linear(product, prefix + "ffn_down", outliers=True, few_rows=few_rows)
 
     def _linear(self, value: ir.Value, *names: str, outliers: bool = False, few_rows: bool = False) -> ir.Value:
-        """The layers of these names side by side, as one product."""
+        """The linear maps `names` of the same `value`, stacked into one product."""
         matrix = stack_rows([self.checkpoint.matrix(f"{name}.weight") for name in names])
         biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
         bias = np.concatenate(biases) if biases else None
@@ -144,16 +141,12 @@ class _Decoder:
     def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         return self.operators.add_and_rms_norm(value, residual, self._vector(name), self.architecture.norm_epsilon)
 
-    def _norm_after(self, layer: int) -> str:
-        following = layer + 1
-        return f"blk.{following}.attn_norm.weight" if following < self.architecture.layers else "output_norm.weight"
-
     def _vector(self, name: str) -> ir.Value:
         return self.operators.vector(name, self.checkpoint.floats(name))
 
 
 def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.Value]:
-    """Cosine and sine [context_length, pairs] of each position's rotation, times its scale."""
+    """Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale."""
     rotary = architecture.rotary
     angles = np.outer(np.arange(architecture.context_length), rotary.frequencies)
     return [

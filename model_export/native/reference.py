@@ -1,4 +1,4 @@
-"""The same model in plain numpy float32, to compare an exported graph with; shares no code with the graph builder."""
+"""The same model in plain numpy float32, the reference for exported graphs; shares no code with the graph builder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.sources.checkpoint import Attention, Checkpoint
+from model_export.sources.checkpoint import Checkpoint, LayerAttention
 from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats
 
 
 def reference_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
-    """The logits [tokens, vocab] after each of `tokens` [tokens], read as one text."""
+    """The logits [tokens, vocab] after each of `tokens` [tokens], which are one text."""
     architecture = checkpoint.architecture
     embedding = checkpoint.floats("token_embd.weight")
     hidden = embedding[tokens]
@@ -25,12 +25,12 @@ def reference_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64], on_layer
     return _rms_norm(checkpoint, "output_norm", hidden) @ head.T
 
 
-def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: Attention) -> Floats:
+def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: LayerAttention) -> Floats:
     architecture = checkpoint.architecture
     normed = _rms_norm(checkpoint, prefix + "attn_norm", hidden)
     query, key, value = (
-        _linear(checkpoint, prefix + f"attn_{kind}", normed).reshape(len(hidden), -1, architecture.head_dim)
-        for kind in "qkv"
+        _linear(checkpoint, prefix + f"attn_{part}", normed).reshape(len(hidden), -1, architecture.head_dim)
+        for part in "qkv"
     )
     if architecture.family.qk_norm:
         query = _rms_norm(checkpoint, prefix + "attn_q_norm", query)
@@ -41,8 +41,8 @@ def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: A
     key, value = (np.repeat(vectors, group, axis=1) for vectors in (key, value))
     scores = np.einsum("qhd,khd->hqk", query, key, optimize=True) / np.float32(np.sqrt(architecture.head_dim))
     distance = np.arange(len(hidden))[:, None] - np.arange(len(hidden))
-    unseen = (distance < 0) | (distance >= (attention.window or len(hidden)))
-    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(unseen, -np.inf, scores)), value, optimize=True)
+    masked = (distance < 0) | (distance >= (attention.window or len(hidden)))
+    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(masked, -np.inf, scores)), value, optimize=True)
     return _linear(checkpoint, prefix + "attn_output", mixed.reshape(len(hidden), -1))
 
 
@@ -67,14 +67,14 @@ def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
 
 
 def _rotate(vectors: Floats, rotary: Rotary) -> Floats:
-    """Turns each pair of a vector [position, head, head_dim] by its position times its frequency.
+    """Rotates each pair of `vectors` [position, head, head_dim] by its position times its frequency.
 
-    Pairs are the halves of a vector's first numbers; those behind them stay.
+    The first 2 x pairs numbers of a head rotate, number i together with number i + pairs; the rest stays.
     """
     pairs = len(rotary.frequencies)
     angles = np.arange(len(vectors))[:, None, None] * rotary.frequencies
     first, second, rest = np.split(vectors, [pairs, 2 * pairs], axis=-1)
-    cosine, sine = ((rotary.scale * turn(angles)).astype(np.float32) for turn in (np.cos, np.sin))
+    cosine, sine = ((rotary.scale * function(angles)).astype(np.float32) for function in (np.cos, np.sin))
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the Llama shape as a source: built and computed without torch."""
+"""A checkpoint of a Llama-like family as a Source, built and computed without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm
 from model_export.graph.quantize import Form
 from model_export.graph.source import Dimensions
-from model_export.native.graph import build_graph, build_prompt_graph
+from model_export.native.graph import build_graph
 from model_export.native.reference import reference_logits
 from model_export.sources.checkpoint import Checkpoint
 from model_export.sources.vocabulary import Vocabulary
@@ -60,13 +60,10 @@ class DecoderSource:
             layer_weights=sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith("blk.")),
         )
 
-    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-        return build_graph(self.checkpoint, form, data, on_layer)
-
-    def build_for_prompts(
-        self, layers: LinearForm, form: Form, data: Initializers, on_layer: Callable[[], object]
+    def build(
+        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
-        return build_prompt_graph(self.checkpoint, layers, form, data, on_layer)
+        return build_graph(self.checkpoint, layers, tables, data, on_layer, prefill=prefill)
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         return reference_logits(self.checkpoint, tokens, on_layer)

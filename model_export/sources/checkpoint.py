@@ -15,7 +15,7 @@ from model_export.sources.weights import Floats, LazyTensor, Matrix, dequantize,
 
 
 @dataclass(frozen=True)
-class Attention:
+class LayerAttention:
     """How one layer attends.
 
     To the last `window` positions, its own included, or to all where that is None; with queries and keys rotated by
@@ -34,7 +34,7 @@ class Architecture:
     """
 
     family: Family
-    attention: tuple[Attention, ...]
+    attention: tuple[LayerAttention, ...]
     hidden_size: int
     intermediate_size: int
     heads: int

@@ -1,1 +1,1 @@
-"""Runs what was exported beside its source, and tells how far they are apart."""
+"""Runs the exported model and its source on one text and measures how far apart they are."""

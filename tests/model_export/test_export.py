@@ -20,7 +20,6 @@ from model_export.export import Options, export
 from model_export.native.source import DecoderSource
 from model_export.opening import read_source
 from model_export.sources.checkpoint import Checkpoint
-from model_export.verify.report import Report
 from model_export.verify.runner import Runner
 from model_export.verify.verify import verify
 from service import manifest
@@ -217,7 +216,7 @@ def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
 ) -> None:
     """On processors that are quick with bytes prompts are read in bytes, unless that is too far from the source."""
 
-    def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any) -> Report:
+    def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any) -> manifest.Quality:
         if multiplies_bytes(prompts) and not close:
             raise TooFarError("too far")
         return verify(checkpoint, model, prompts, *rest)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from model_export.__main__ import main
 from model_export.export import Options, export, read_source
 from model_export.graph.precision import Precision, choose_precision
-from model_export.graph.quantize import block_means, pack, pack_apart
+from model_export.graph.quantize import block_means, pack, pack_with_remainders
 from model_export.sources.weights import dequantize
 from model_export.verify.verify import perplexity
 from service import manifest
@@ -144,11 +144,11 @@ def test_four_bit_blocks_are_kept_in_int4() -> None:
     """What a source holds in 4-bit blocks of any offset keeps its values; beside float16 its remainders stand apart."""
     matrix = blocks(-1.237, 0.17)
     np.testing.assert_array_equal(unpack(pack(matrix, "int4")), unpack(pack(matrix, "int4z")))
-    packed, remainders = pack_apart(matrix, "int4")
+    packed, remainders = pack_with_remainders(matrix, "int4")
     assert packed.columns == 64
     whole = unpack(packed).reshape(6, 64) + remainders @ block_means(64).T
     np.testing.assert_allclose(whole, dequantize(matrix), atol=1e-6)
-    assert pack_apart(blocks(-5 * 0.5, 0.5), "int4")[1] is None
+    assert pack_with_remainders(blocks(-5 * 0.5, 0.5), "int4")[1] is None
 
 
 def test_rounding_to_four_bits_errs_least() -> None:
@@ -244,6 +244,6 @@ def test_report_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = {line.split()[0]: line for line in printed[1:]}
     assert f"{quality.source.perplexity:.3f}" in rows["perplexity"]
     assert f"{quality.export.perplexity:.3f}" in rows["perplexity"]
-    assert rows["size"].count("MiB") == rows["reading"].count("tokens/s") == 2
-    assert rows["generating"].split()[1] == "-"
+    assert rows["size"].count("MiB") == rows["prefill"].count("tokens/s") == 2
+    assert rows["decode"].split()[1] == "-"
     assert f"mean {quality.mean_logit_error:.4f} max {quality.max_logit_error:.4f}" in rows["KL"]

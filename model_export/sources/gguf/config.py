@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.bounds import shown
-from model_export.sources.checkpoint import Architecture, Attention
+from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import OWN_GGUF, Family, refusal
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.rotary import Rotary
@@ -100,13 +100,14 @@ def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
             raise ExportError(f"{family}.{key} of {shown(value)} is not supported")
 
 
-def _attention(metadata: Metadata, family: Family, context: int) -> tuple[Attention, ...]:
+def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerAttention, ...]:
     """How each layer attends. A window that spans the whole context is none."""
     layers = metadata.require(f"{family.gguf}.block_count")
     window = metadata.get(f"{family.gguf}.attention.sliding_window") or context
     interval = family.unrotated_every or layers + 1
     return tuple(
-        Attention(window if window < context else None, rotary=(layer + 1) % interval != 0) for layer in range(layers)
+        LayerAttention(window if window < context else None, rotary=(layer + 1) % interval != 0)
+        for layer in range(layers)
     )
 
 

@@ -20,7 +20,7 @@ from model_export.sources.gguf.header import Header, Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import read_vocabulary
-from model_export.sources.panics import told_as
+from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, LazyTensor, Matrix, take_rows
 from model_export.sources.weights import dequantize as unpacked
@@ -104,7 +104,7 @@ def read_gguf(model: GgufModel) -> Checkpoint:
 
 def vocabulary_of(metadata: Metadata) -> Vocabulary:
     """The tokenizer that the keys describe."""
-    with told_as("its keys make no tokenizer"):
+    with reported_as("its keys make no tokenizer"):
         return read_vocabulary(metadata)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from model_export.errors import ExportError
 from model_export.sources import rotary
-from model_export.sources.checkpoint import Architecture, Attention
+from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import OWN, Family, ScalingKind, Windows, refusal
 from model_export.sources.hugging_face.config import AnyConfig, Config, Rotation
 from model_export.sources.rotary import Rotary
@@ -62,11 +62,11 @@ def _biases(config: Config, family: Family) -> frozenset[str]:
     return frozenset(name for each in there for name in each.maps)
 
 
-def _attention(config: Config, family: Family, context: int) -> tuple[Attention, ...]:
+def _attention(config: Config, family: Family, context: int) -> tuple[LayerAttention, ...]:
     """How each layer attends. A window that spans the whole context is none."""
     rotates, windows = _rotates(config, family), family.windows
     if windows is None:
-        return tuple(Attention(None, each) for each in rotates)
+        return tuple(LayerAttention(None, each) for each in rotates)
     window, listed = _window(config, windows), config.layer_types if windows.listed else None
     kinds = _kinds(config, windows, rotates) if listed is None else listed
     _check_layers(config, len(kinds))
@@ -75,7 +75,7 @@ def _attention(config: Config, family: Family, context: int) -> tuple[Attention,
     if listed and window is None and "sliding_attention" in listed:
         raise ExportError("config.json's layer_types have windows, but no sliding_window is in use")
     return tuple(
-        Attention(window if window and window < context and kind == "sliding_attention" else None, each)
+        LayerAttention(window if window and window < context and kind == "sliding_attention" else None, each)
         for kind, each in zip(kinds, rotates, strict=True)
     )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from model_export.errors import ExportError
 from model_export.sources import families
 from model_export.sources.files import read_json
-from model_export.sources.panics import quiet
+from model_export.sources.panics import first_line, quiet
 
 CONFIG = "config.json"
 # What is read of a model, and nothing else: no pickles, which run code when they are opened, and no code.
@@ -81,7 +81,7 @@ def _snapshot(wanted: HubName, revision: str | None, patterns: tuple[str, ...]) 
     except errors.LocalEntryNotFoundError:
         reason = "the hub cannot be reached, and the cache has no whole copy"
     except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined] # the client's own base
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     else:
         return Path(found)
     raise ExportError(f"{wanted} is no file or directory, and as a model of {constants.ENDPOINT}: {reason}")

@@ -15,7 +15,7 @@ from model_export.sources.checkpoint import Checkpoint, split_fused
 from model_export.sources.hugging_face.architecture import read_architecture
 from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
-from model_export.sources.panics import told_as
+from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
 from model_export.sources.weights import LazyTensor, dequantize
 
@@ -87,7 +87,7 @@ def read_vocabulary(directory: Path, config: TokenIds, generation: TokenIds) -> 
     Raises ExportError where there is no tokenizer.
     """
     path = directory / "tokenizer.json"
-    with told_as(f"{path} is not a tokenizer"):
+    with reported_as(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         first = _first_tokens(tokenizer)
     tokenizer.no_truncation()
