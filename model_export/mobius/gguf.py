@@ -9,7 +9,7 @@ import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
 from model_export.errors import ExportError
-from model_export.sources.bounds import check_rotation, shown
+from model_export.sources.field_types import abbreviated, check_rotation
 from model_export.sources.gguf.header import Tensor
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.read import GgufModel
@@ -90,7 +90,7 @@ def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> N
     }
     for key, values in usual.items():
         if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
-            raise ExportError(f"{family}.{key} is {shown(value)}, supported is {shown(values[0])}")
+            raise ExportError(f"{family}.{key} is {abbreviated(value)}, supported is {abbreviated(values[0])}")
 
 
 def state(file: GgufModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:

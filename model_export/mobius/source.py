@@ -24,11 +24,12 @@ from model_export.mobius.decoder import imported, transformers_reported_as
 from model_export.mobius.graph import AttentionOverride, Translation
 from model_export.mobius.nodes import key_shape
 from model_export.mobius.variants import check_variant
-from model_export.sources.bounds import parse, shown
-from model_export.sources.gguf.read import GgufModel, gguf_name, main_type, vocabulary_of
+from model_export.sources.field_types import abbreviated, parse
+from model_export.sources.gguf.read import GgufModel, gguf_name, main_type
+from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
 from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
-from model_export.sources.hugging_face.read import read_vocabulary
+from model_export.sources.hugging_face.read import vocabulary_from_directory
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import Floats
 
@@ -150,12 +151,12 @@ def from_directory(directory: Directory) -> MobiusSource:
     path, entries, config = directory.path, directory.entries, directory.config
     where, text = str(path / "config.json"), entries.get("text_config", {})
     if not isinstance(text, dict):
-        raise ExportError(f"{where}: text_config is {shown(text)}, expected an object")
+        raise ExportError(f"{where}: text_config is {abbreviated(text)}, expected an object")
     for part in (entries, {**text, "model_type": f"{config.model_type}_text"}):
         check_variant(where, part)
     kind = config.dtype or config.torch_dtype or "float32"
     ids = parse(TokenIds, where, {**text, **entries})
-    vocabulary = read_vocabulary(path, ids, directory.generation)
+    vocabulary = vocabulary_from_directory(path, ids, directory.generation)
     return MobiusSource(directory, path.resolve().name, "", config.model_type, kind, vocabulary)
 
 
@@ -169,7 +170,7 @@ def from_gguf(model: GgufModel) -> MobiusSource:
         organization=model.metadata.get("general.organization", ""),
         family=model.metadata.require("general.architecture"),
         weights=main_type(model.tensors.values()),
-        vocabulary=vocabulary_of(model.metadata),
+        vocabulary=vocabulary_from_metadata(model.metadata),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model_export.errors import ExportError
-from model_export.sources.bounds import shown
+from model_export.sources.field_types import abbreviated
 
 # What an entry of config.json may be, besides missing or null, where another value makes another computation.
 _ONLY: Mapping[str, Mapping[str, tuple[object, ...]]] = {
@@ -46,5 +46,5 @@ def check_variant(where: str, config: Mapping[str, Any]) -> None:
 
 def _check(where: str, family: str, key: str, value: object, allowed: tuple[object, ...]) -> None:
     if value is not None and value not in allowed:
-        expected = " or ".join(map(shown, allowed)) or "null"
-        raise ExportError(f"{where}: {key} is {shown(value)}, supported with {family} is {expected}")
+        expected = " or ".join(map(abbreviated, allowed)) or "null"
+        raise ExportError(f"{where}: {key} is {abbreviated(value)}, supported with {family} is {expected}")

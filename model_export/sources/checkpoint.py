@@ -1,4 +1,4 @@
-"""What every source is read into: the architecture, its tensors under GGUF names, and the tokenizer."""
+"""The common form of every source: the architecture, its tensors under GGUF names, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from model_export.sources.weights import Floats, LazyTensor, Matrix, dequantize,
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """How one layer attends.
+    """The attention of one layer.
 
-    To the last `window` positions, its own included, or to all where that is None; with queries and keys rotated by
-    their positions, or without where `rotary` is false.
+    A token attends to the last `window` positions up to and including its own, or to all if `window` is None. Queries
+    and keys are rotated by their positions if `rotary`.
     """
 
     window: int | None = None
@@ -28,9 +28,9 @@ class LayerAttention:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of the Llama shape.
+    """A decoder of the Llama architecture.
 
-    `attention` holds each layer's; `biases` names the linear maps of a layer that have one.
+    `attention` has one entry per layer; `biases` names the linear maps of a layer that have a bias.
     """
 
     family: Family
@@ -52,7 +52,7 @@ class Architecture:
         return len(self.attention)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that the architecture has."""
+        """The shape of each tensor of the architecture, by name."""
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocab_size, self.hidden_size),
             "output_norm.weight": (self.hidden_size,),
@@ -86,8 +86,8 @@ class Architecture:
 class Checkpoint:
     """A source model: exactly the tensors of its architecture, each of the right shape.
 
-    `weights` names the form of the source's matrices, `size` is that of its files of weights in bytes. Raises
-    ExportError for a missing, extra or misshapen tensor.
+    `weights` names the form of the source's matrices, `size` is that of its weight files in bytes. Raises ExportError
+    for a missing tensor, an extra one, or one of another shape.
     """
 
     name: str
@@ -106,15 +106,15 @@ class Checkpoint:
             if name not in self.tensors:
                 raise ExportError(f"{self.name} has no tensor {name}")
             if self.tensors[name].shape != shape:
-                found = list(self.tensors[name].shape)
-                raise ExportError(f"{self.name}: tensor {name} has shape {found}, expected {list(shape)}")
+                actual = list(self.tensors[name].shape)
+                raise ExportError(f"{self.name}: tensor {name} has shape {actual}, expected {list(shape)}")
         if extra := sorted(self.tensors.keys() - expected.keys()):
             raise ExportError(
-                f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family.name} model has not"
+                f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family.name} model does not have"
             )
 
     def matrix(self, name: str) -> Matrix:
-        """The matrix `name` in the form in which the source holds it. Raises ExportError where it is not finite."""
+        """The matrix `name` in the form that it has in the source. Raises ExportError where a weight is not finite."""
         with np.errstate(all="ignore"):
             matrix = self.tensors[name].load()
         if not is_finite(matrix):
@@ -127,16 +127,16 @@ class Checkpoint:
 
 
 def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:
-    """Replaces each matrix that holds several of a layer's below one another by those."""
+    """Replaces each matrix that stacks several of a layer's matrices by those."""
     shapes = architecture.tensor_shapes()
     for layer in range(architecture.layers):
         for fused, names in architecture.family.fused.items():
             if (tensor := tensors.pop(f"blk.{layer}.{fused}.weight", None)) is None:
                 continue
-            rows = {name: shapes[name][0] for name in (f"blk.{layer}.{each}.weight" for each in names)}
+            rows = {name: shapes[name][0] for name in (f"blk.{layer}.{part}.weight" for part in names)}
             if tensor.shape[0] != sum(rows.values()):
-                found = f"has {tensor.shape[0]} rows, expected {sum(rows.values())}"
-                raise ExportError(f"tensor blk.{layer}.{fused}.weight {found}")
+                problem = f"has {tensor.shape[0]} rows, expected {sum(rows.values())}"
+                raise ExportError(f"tensor blk.{layer}.{fused}.weight {problem}")
             start = 0
             for name, size in rows.items():
                 tensors[name] = tensor.rows(start, start + size)

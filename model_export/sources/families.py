@@ -1,4 +1,4 @@
-"""Which families of models are exported, one row each, and why others are not."""
+"""The families of models that can be exported, one row each, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ATTENTION = (*QUERY_KEY_VALUE, "attn_output")
 MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
 ScalingKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-# The scalings of a rotation by the names that config.json gives them.
+# The scalings of the rotary embedding, by their names in config.json.
 SCALINGS: Mapping[str, ScalingKind] = {name: name for name in get_args(ScalingKind)}
 
 
 @dataclass(frozen=True)
 class Biases:
-    """Linear maps with biases: always, or where the `entry` of config.json, by `default` if missing, is true."""
+    """Linear maps with biases: always, or if the `entry` of config.json is true, which is `default` if missing."""
 
     maps: tuple[str, ...]
     entry: str | None = None
@@ -30,49 +30,49 @@ class Biases:
 class Windows:
     """Layers that attend only to the last `sliding_window` positions.
 
-    `size` is the window where config.json has no `sliding_window`. Windows that are `by_choice` need
-    `use_sliding_window`. `layer_types` counts only where the layers are `listed`; where it does not count or is
-    missing, windows have all layers, those from `max_window_layers` on ("late"), or those without rotation
-    ("unrotated").
+    `size` is the window where config.json has no `sliding_window`. `opt_in`: there is a window only if
+    `use_sliding_window` is true. `reads_layer_types`: `layer_types` of config.json names the layers with a window.
+    Otherwise, or where it is missing, these are all layers, those from `max_window_layers` on ("late"), or those
+    without rotation ("unrotated").
     """
 
     size: int | None = None
-    by_choice: bool = False
-    listed: bool = True
+    opt_in: bool = False
+    reads_layer_types: bool = True
     layers: Literal["all", "late", "unrotated"] = "all"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of the Llama shape: what its own class in transformers computes, and how its files hold it.
+    """A family of the Llama architecture: what its class in transformers computes, and the layout of its files.
 
-    `name` is config.json's `model_type`, `gguf` the `general.architecture` of GGUF files, None where no file has one
-    of its own. The defaults count where config.json is silent.
+    `name` is config.json's `model_type`, `gguf` the `general.architecture` of GGUF files, None where GGUF files have
+    no architecture for this family alone. The other fields are defaults for entries that config.json does not have.
     """
 
     name: str
     gguf: str | None = None
     tied_embedding: bool = False
     norm_epsilon: float = 1e-6
-    # Without it the heads share the hidden size.
+    # None: the hidden size divided by the number of heads.
     head_dim: int | None = None
     biases: tuple[Biases, ...] = ()
-    # Norms of each head's queries and keys.
+    # Whether the queries and keys of each head are normed.
     qk_norm: bool = False
     windows: Windows | None = None
-    # Every such layer does not rotate, unless config.json says which.
+    # Every n-th layer has no rotary embedding, unless config.json lists the layers.
     unrotated_every: int | None = None
     rotary_base: float = 10_000.0
     # Whether `partial_rotary_factor` may leave a part of each head unrotated.
     partial_rotation: bool = False
     scalings: Mapping[str, ScalingKind] = field(default_factory=lambda: SCALINGS)
-    # The context before scaling, which is then read only beside the scaling, never within.
+    # The default of the context length before scaling, which is then read only from the top level of config.json.
     original_context: int | None = None
-    # Matrices that hold others below one another.
+    # Matrices that stack others, and those others.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Whether GGUF files hold a head's rotary pairs side by side, not half a head apart.
+    # Whether the numbers of a rotary pair are adjacent in GGUF files, not half a head apart.
     gguf_adjacent_pairs: bool = False
-    # Tensors of a layer that GGUF files call otherwise, and their usual names.
+    # Tensors of a layer that have another name in GGUF files, and their usual names.
     gguf_names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ FAMILIES = (
         "qwen2",
         gguf="qwen2",
         biases=(Biases(QUERY_KEY_VALUE),),
-        windows=Windows(size=4096, by_choice=True, layers="late"),
+        windows=Windows(size=4096, opt_in=True, layers="late"),
     ),
     Family(
         "qwen3",
@@ -97,14 +97,14 @@ FAMILIES = (
         head_dim=128,
         biases=(Biases(ATTENTION, "attention_bias"),),
         qk_norm=True,
-        windows=Windows(size=4096, by_choice=True, layers="late"),
+        windows=Windows(size=4096, opt_in=True, layers="late"),
     ),
     Family(
         "smollm3",
         gguf="smollm3",
         tied_embedding=True,
         biases=(Biases(ATTENTION, "attention_bias"), Biases(MLP, "mlp_bias")),
-        windows=Windows(by_choice=True, layers="unrotated"),
+        windows=Windows(opt_in=True, layers="unrotated"),
         unrotated_every=4,
         rotary_base=2e6,
         gguf_adjacent_pairs=True,
@@ -113,7 +113,7 @@ FAMILIES = (
         "phi3",
         gguf="phi3",
         norm_epsilon=1e-5,
-        windows=Windows(listed=False),
+        windows=Windows(reads_layer_types=False),
         partial_rotation=True,
         scalings={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
         original_context=4096,
@@ -132,23 +132,23 @@ FAMILIES = (
         gguf_names={"post_attention_norm": "ffn_norm"},
     ),
 )
-# Built without torch, by our own builder; by the names that config.json and GGUF files give them.
-OWN: Mapping[str, Family] = {family.name: family for family in FAMILIES}
-OWN_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES if family.gguf}
-# Built with the extra `families`, by the names of config.json.
+# Families that `native` builds, without torch, by their names in config.json and in GGUF files.
+NATIVE: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+NATIVE_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES if family.gguf}
+# Families that `mobius` builds, with the extra `families`, by their names in config.json.
 MOBIUS = (
     *("arcee", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "nemotron"),
     *("olmo", "olmo2", "olmo3", "phi", "stablelm", "starcoder2"),
 )
-# Those of them that are read from GGUF files as well.
+# Those of them that can also be read from GGUF files.
 MOBIUS_GGUF = ("gemma2", "gemma3", "gpt2")
 
-RECURRENT = "its recurrent layers keep a state, where the engine keeps keys and values"
-LATENT = "its latent attention (MLA) keeps no keys and values of heads, as the engine does"
-ENCODER = "it is no decoder alone, but encodes a whole text first"
+RECURRENT = "its recurrent layers keep a state, which the engine's KV cache cannot hold"
+LATENT = "its latent attention (MLA) does not cache keys and values per head, as the engine's KV cache does"
+ENCODER = "it is not only a decoder, but encodes a whole text first"
 EXPERTS = "its layers choose among experts, for which the exported graph has no operator"
-MORE_THAN_TEXT = "it reads more than text"
-BY_DISTANCE = "its attention is biased by distance, which the exported graph's operator does not compute"
+MULTIMODAL = "it reads more than text"
+DISTANCE_BIAS = "its attention is biased by distance, which the exported graph's operator does not compute"
 
 _BY_REASON = {
     RECURRENT: (
@@ -168,19 +168,19 @@ _BY_REASON = {
         "mixtral qwen2_moe qwen2moe qwen3_moe qwen3moe olmoe phimoe dbrx granitemoe gpt_oss gpt-oss glm4_moe glm4moe "
         "ernie4_5_moe ernie4_5-moe jetmoe deepseek llama4 llama4_text minimax_m2 minimax-m2 grok arctic"
     ),
-    MORE_THAN_TEXT: (
+    MULTIMODAL: (
         "llava llava_next mllama qwen2_vl qwen2vl qwen2_5_vl qwen3_vl qwen3vl gemma3n internvl phi4_multimodal "
         "idefics3 smolvlm paligemma whisper qwen2_audio voxtral clip siglip"
     ),
-    BY_DISTANCE: "bloom mpt",
+    DISTANCE_BIAS: "bloom mpt",
 }
 REFUSED: Mapping[str, str] = {family: reason for reason, names in _BY_REASON.items() for family in names.split()}
 
-# What tells a family that is in no table: the entries of its config.json.
-MARKS: Mapping[str, str] = {
+# Entries of config.json that show why a family in no table is not supported.
+REASON_BY_ENTRY: Mapping[str, str] = {
     "is_encoder_decoder": ENCODER,
-    "vision_config": MORE_THAN_TEXT,
-    "audio_config": MORE_THAN_TEXT,
+    "vision_config": MULTIMODAL,
+    "audio_config": MULTIMODAL,
     "kv_lora_rank": LATENT,
     "ssm_cfg": RECURRENT,
     "mamba_d_state": RECURRENT,
@@ -193,11 +193,13 @@ MARKS: Mapping[str, str] = {
 
 
 def refusal(family: Any, config: Mapping[str, Any]) -> ExportError:
-    """Why a family that none builds is refused; `config` is what its source says of itself."""
-    reason = REFUSED.get(str(family)) or next((why for mark, why in MARKS.items() if config.get(mark)), None)
+    """The error for a family that cannot be exported; `config` holds the entries of its config.json."""
+    reason = REFUSED.get(str(family)) or next(
+        (why for entry, why in REASON_BY_ENTRY.items() if config.get(entry)), None
+    )
     if reason:
         return ExportError(f"architecture {family!r} is not supported: {reason}")
-    if family in (*OWN, *MOBIUS):
+    if family in (*NATIVE, *MOBIUS):
         return ExportError(f"architecture {family!r} is supported as a Hugging Face directory, not as a GGUF file")
-    supported = f"{', '.join(OWN)}, and with the extra `families` {', '.join(MOBIUS)}"
+    supported = f"{', '.join(NATIVE)}, and with the extra `families` {', '.join(MOBIUS)}"
     return ExportError(f"architecture {family!r} is not supported; supported are {supported}")

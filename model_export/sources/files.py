@@ -1,9 +1,10 @@
-"""Files of a source, opened only where they are plain files within the source."""
+"""Files of a source, which are opened only if they are plain files within the source."""
 
 from __future__ import annotations
 
 import json
 import os.path
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ MIB = 1 << 20
 def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
     """The path of the file `name` of `directory`.
 
-    Raises ExportError where that leads out of the directory, where there is no plain file, whose opening cannot block,
-    or where it has more than `largest` bytes.
+    Raises ExportError where the path leads out of the directory, where it is no plain file (opening a pipe could
+    block), or where the file has more than `largest` bytes.
     """
     path = directory / name
     if not _within(directory, path):
@@ -32,7 +33,7 @@ def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
 
 
 def _within(directory: Path, path: Path) -> bool:
-    """Whether `path` lies in `directory`, or among the blobs that a snapshot of the Hugging Face cache links to."""
+    """Whether `path` is in `directory`, or a blob that `directory`, a snapshot of the Hugging Face cache, links to."""
     home, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
     if target.is_relative_to(home):
         return True
@@ -54,9 +55,8 @@ def read_json(directory: Path, name: str, largest: int = 16 * MIB) -> dict[str, 
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in made if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
-    return made
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{repeated!r} appears twice")
+    return entries

@@ -1,4 +1,4 @@
-"""The tokens by which a model was trained to fill in the middle, by the names that vocabularies have for them."""
+"""The tokens that a model was trained with to fill in the middle, found by their names in the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.manifest import FillInTheMiddle
 
 Order = Literal["psm", "spm"]
 
-# Before the prefix, before the suffix, before the middle.
+# The names of the tokens before the prefix, before the suffix and before the middle.
 NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -23,10 +23,10 @@ NAMES = (
     ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
     ("[PREFIX]", "[SUFFIX]", "[MIDDLE]"),
 )
-# Models with this mark read the suffix first, and nothing stands between the prefix and what they write.
+# Models with this token read the suffix first, and have no token between the prefix and the middle.
 SUFFIX_FIRST = "[PREFIX]"
 
-# What such models write where the middle ends.
+# The names of tokens that such models generate at the end of a middle.
 END_NAMES = (
     "<|fim_pad|>",
     "<fim_pad>",
@@ -41,7 +41,7 @@ END_NAMES = (
 
 
 def find_marks(tokenizer: Tokenizer, declared: Mapping[str, int]) -> FillInTheMiddle | None:
-    """The marks that are `declared` by part, else those that the vocabulary has by name; None where there are none."""
+    """The tokens `declared` for each part, or else those that the vocabulary has by name; None where it has none."""
     if declared.keys() >= {"prefix", "suffix"}:
         return _marks(tokenizer, declared["prefix"], declared["suffix"], declared.get("middle"))
     for names in NAMES:
@@ -64,11 +64,11 @@ def end_of_middle(tokenizer: Tokenizer) -> set[int]:
 
 
 def reorder(marks: FillInTheMiddle | None, order: Order | Literal["auto"]) -> FillInTheMiddle | None:
-    """The same marks in the order that the user asks for. Raises ExportError where they cannot stand so."""
+    """The same tokens in the order that the user asks for. Raises ExportError where that order is impossible."""
     if order == "auto":
         return marks
     if marks is None:
-        raise ExportError(f"--fim-order {order} needs fill-in-the-middle tokens, and the tokenizer has none known here")
+        raise ExportError(f"--fim-order {order} needs fill-in-the-middle tokens, and the tokenizer has no known ones")
     if order == "psm" and marks.middle is None:
         raise ExportError("--fim-order psm needs a token before the middle; this model reads its suffix first (spm)")
     return marks.model_copy(update={"order": order})

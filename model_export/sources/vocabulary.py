@@ -1,4 +1,4 @@
-"""Which token ids have a meaning of their own."""
+"""The tokenizer of a source and its special tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
+from service.text.tokenizer import token_outside
 
 END_TOKENS = (
     "<|endoftext|>",
@@ -22,10 +23,11 @@ END_TOKENS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer, the token that begins a text and whether it has to, and the tokens that end a completion.
+    """The tokenizer and the special tokens.
 
-    `marks` are the tokens of filling in the middle that the source declares, by what they stand before: `prefix`,
-    `suffix`, `middle`.
+    `bos` is the token that begins a text; `add_bos`: every text begins with it. `end` are the tokens that end a
+    completion. `marks` are the fill-in-the-middle tokens that the source declares, by the part that each one precedes:
+    `prefix`, `suffix`, `middle`.
     """
 
     tokenizer: Tokenizer
@@ -36,21 +38,19 @@ class Vocabulary:
 
 
 def end_tokens(tokenizer: Tokenizer, declared: Iterable[int | None]) -> tuple[int, ...]:
-    """The `declared` end tokens and every special token that is one by its name, in ascending order."""
+    """The `declared` end tokens and every special token with the name of one, in ascending order."""
     named = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.content in END_TOKENS}
     return tuple(sorted(named | {index for index in declared if index is not None}))
 
 
 def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None:
-    """Raises ExportError where a token that a text may give, or one with a meaning, is beyond the model's own.
+    """Raises ExportError where a token that text can become, or that begins or ends texts, is not in the vocabulary.
 
-    Special tokens beyond it are let be: text never becomes one.
+    `vocab_size` is that of the model.
     """
-    tokenizer = vocabulary.tokenizer
-    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
-        if index >= vocab_size and index not in special:
-            raise ExportError(f"{name}: token {token[:80]!r} is {index}, expected one of 0..{vocab_size - 1}")
+    if outside := token_outside(vocabulary.tokenizer, vocab_size):
+        token, index = outside
+        raise ExportError(f"{name}: token {token!r} is {index}, expected one of 0..{vocab_size - 1}")
     for meaning, ids in (("begins a text", (vocabulary.bos,)), ("ends one", vocabulary.end)):
         if wrong := [index for index in ids if index is not None and not 0 <= index < vocab_size]:
             raise ExportError(f"{name}: the token that {meaning} is {wrong[0]}, expected one of 0..{vocab_size - 1}")

@@ -1,4 +1,4 @@
-"""Weight matrices as sources hold them: plain float32, or blocks of small integers with an affine scale."""
+"""The weight matrices of a source: plain float32, or blocks of small integers with a scale and a minimum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [rows, columns] in blocks of 32 columns: a weight is `scales * codes + minimums` of its block.
+    """A matrix [rows, columns] in blocks of 32 columns: a weight is `scale * code + minimum` of its block.
 
     `codes` is [rows, columns / 32, 32]; `scales` and `minimums` are [rows, columns / 32]; a code is below 2 ** `bits`.
     """
@@ -36,7 +36,7 @@ Matrix = Blocks | Floats
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still on disk: its shape, and how to read it."""
+    """A tensor that is still on disk: its shape, and the function that reads it."""
 
     shape: tuple[int, ...]
     load: Callable[[], Matrix]
@@ -54,7 +54,7 @@ def dequantize(matrix: Matrix) -> Floats:
 
 
 def is_finite(matrix: Matrix) -> bool:
-    """Whether every weight is a number."""
+    """Whether every weight is a finite number."""
     parts = (matrix.scales, matrix.minimums) if isinstance(matrix, Blocks) else (matrix,)
     return all(bool(np.isfinite(part).all()) for part in parts)
 
@@ -67,7 +67,7 @@ def take_rows(matrix: Matrix, rows: NDArray[np.int64]) -> Matrix:
 
 
 def stack_rows(matrices: Sequence[Matrix]) -> Matrix:
-    """The matrices below one another; blocks stay blocks where all have the same bits."""
+    """The matrices stacked; blocks stay blocks if all have the same number of bits."""
     blocks = [matrix for matrix in matrices if isinstance(matrix, Blocks)]
     if len(blocks) == len(matrices) and len({matrix.bits for matrix in blocks}) == 1:
         return Blocks(

@@ -47,11 +47,10 @@ class Tokenizer:
 
     def _check_ids(self, path: Path) -> None:
         """Raises ModelDirectoryError if text could become a token id beyond the vocabulary of the model."""
-        special = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index >= self.vocab_size and index not in special:
-                message = f"{path}: token {token[:80]!r} is {index}, but the manifest allows only"
-                raise ModelDirectoryError(f"{message} 0..{self.vocab_size - 1}")
+        if outside := token_outside(self._tokenizer, self.vocab_size):
+            token, index = outside
+            message = f"{path}: token {token!r} is {index}, but the manifest allows only"
+            raise ModelDirectoryError(f"{message} 0..{self.vocab_size - 1}")
 
     def _table(self, byte_level: bool) -> list[bytes]:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -135,6 +134,18 @@ class Tokenizer:
     def token_text(self, index: int) -> str:
         r"""The text of a token, or `bytes:\xNN...` if it is not complete UTF-8."""
         return readable(self._bytes[index])
+
+
+def token_outside(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tuple[str, int] | None:
+    """The first 80 characters and the id of a token that text can become but that the model has no embedding for.
+
+    Special tokens may have higher ids: text never becomes one. None where there is no such token.
+    """
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index >= vocab_size and index not in special:
+            return token[:80], index
+    return None
 
 
 def _strips_space(decoder: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_export.sources.hugging_face.config import TokenIds
-from model_export.sources.hugging_face.read import read_vocabulary
+from model_export.sources.hugging_face.read import vocabulary_from_directory
 from service.manifest import SpecialTokens
 from service.text.tokenizer import Tokenizer
 from tests.families import vocabularies
@@ -35,7 +35,7 @@ CLASSES = ["LlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"
 def served(directory: Path) -> Tokenizer:
     """The service's tokenizer of a directory, as the exporter hands it on."""
     config = TokenIds.model_validate_json((directory / "config.json").read_text())
-    vocabulary = read_vocabulary(directory, config, TokenIds())
+    vocabulary = vocabulary_from_directory(directory, config, TokenIds())
     path = directory / "exported.json"
     vocabulary.tokenizer.save(str(path))
     special = SpecialTokens(bos=vocabulary.bos, add_bos=vocabulary.add_bos, end=vocabulary.end, default_prompt=None)

@@ -84,7 +84,7 @@ WRITTEN = [
     ("config an array", CONFIG, "[]", "config.json does not hold a JSON object"),
     ("config nested", CONFIG, '{"a":' * 100_000 + "1" + "}" * 100_000, "config.json is nested too deeply"),
     ("config's long number", CONFIG, '{"vocab_size": ' + "9" * 10_000 + "}", "config.json is not JSON"),
-    ("config's key twice", CONFIG, '{"a": 1, "a": 2}', "'a' stands there twice"),
+    ("config's key twice", CONFIG, '{"a": 1, "a": 2}', "'a' appears twice"),
     ("generation_config.json not JSON", GENERATION, "{", "generation_config.json is not JSON"),
     (
         "generation_config.json's eos",
@@ -236,7 +236,7 @@ STORED = [
         np.full((tiny.VOCAB, tiny.HIDDEN), 3e38, np.float32),
         "its weights are so large that logits are not finite",
     ),
-    ("tensor of another family", EVIL, np.zeros(3, np.float32), "which a llama model has not"),
+    ("tensor of another family", EVIL, np.zeros(3, np.float32), "which a llama model does not have"),
 ]
 
 

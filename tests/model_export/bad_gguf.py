@@ -61,7 +61,7 @@ def tokens_with(index: int, token: str | bytes) -> bytes:
 BYTES = [
     ("empty", b"", "it is empty"),
     ("three bytes", b"GGU", "begins with b'GGU'"),
-    ("magic alone", b"GGUF", "its version takes 4 bytes at byte 4, of which the file has 0"),
+    ("magic alone", b"GGUF", "its version takes 4 bytes at byte 4, the file has 0 there"),
     (
         "safetensors named GGUF",
         (100).to_bytes(8, "little") + b'{"a": {}}',
@@ -86,7 +86,7 @@ LYING_ATTRIBUTES = [
 
 # Keys that are added, though the file may have them already.
 ADDED_KEYS = [
-    ("key twice", "general.architecture", string("llama"), "'general.architecture' stands there twice"),
+    ("key twice", "general.architecture", string("llama"), "'general.architecture' appears twice"),
     ("key that is not UTF-8", b"\xff", u32(1), "a key is not UTF-8"),
 ]
 # Keys that have another value; None removes one.
@@ -172,7 +172,7 @@ TENSORS = [
     ("tensor's name that is not UTF-8", {"name": b"\xff"}, "a tensor's name is not UTF-8"),
     ("no dimensions", {"shape": []}, "has 0 dimensions, expected 1..4"),
     ("five dimensions", {"shape": [1] * 5}, "has 5 dimensions, expected 1..4"),
-    ("side of zero", {"shape": [0, 96]}, "has shape [0, 96], expected no side below 1"),
+    ("side of zero", {"shape": [0, 96]}, "has shape [0, 96], expected no dimension below 1"),
     ("unknown type", {"kind": 99}, "is of type 99, which is not supported"),
     ("integers", {"kind": int(Tensor.I32)}, "is of type I32, which is not supported"),
     ("no dequantization", {"kind": int(Tensor.Q8_K)}, "is of type Q8_K, which is not supported"),
@@ -186,7 +186,7 @@ LYING_TENSORS = [
 ]
 # One more tensor, in float32: its name, shape and bytes.
 ADDED_TENSORS = [
-    ("extra tensor", "evil\x1b[2J\n", [8], bytes(32), "which a llama model has not"),
+    ("extra tensor", "evil\x1b[2J\n", [8], bytes(32), "which a llama model does not have"),
     ("rope factors' shape", "rope_freqs.weight", [7], bytes(28), "shape [7], expected [16]"),
     ("rope factors of zero", "rope_freqs.weight", [16], bytes(64), "frequencies are not finite"),
 ]

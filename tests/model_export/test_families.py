@@ -11,7 +11,7 @@ import pytest
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
 from model_export.__main__ import main
-from model_export.sources.families import MOBIUS, OWN, OWN_GGUF, REFUSED
+from model_export.sources.families import MOBIUS, NATIVE, NATIVE_GGUF, REFUSED
 from tests.model_export import tiny
 from tests.support.stack import ROOT
 
@@ -27,7 +27,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "mixtral": ({}, "choose among experts"),
     "llava": ({}, "more than text"),
     "bloom": ({}, "biased by distance"),
-    "unheard_of": ({}, f"supported are {', '.join(OWN)}"),
+    "unheard_of": ({}, f"supported are {', '.join(NATIVE)}"),
     "unheard of, with experts": ({"num_local_experts": 8}, "choose among experts"),
     "unheard of, with images": ({"vision_config": {"depth": 2}}, "more than text"),
     "unheard of, latent": ({"kv_lora_rank": 512}, "latent attention (MLA)"),
@@ -72,14 +72,14 @@ def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys
 
 def test_tables_agree() -> None:
     """No family is built twice, or built and refused, and the documents name every one that is built."""
-    built = [*OWN, *MOBIUS]
-    assert tiny.FAMILIES.keys() == OWN.keys()
-    assert {family for family, shape in tiny.FAMILIES.items() if shape.gguf} == set(OWN_GGUF)
+    built = [*NATIVE, *MOBIUS]
+    assert tiny.FAMILIES.keys() == NATIVE.keys()
+    assert {family for family, shape in tiny.FAMILIES.items() if shape.gguf} == set(NATIVE_GGUF)
     assert len(set(built)) == len(built)
     assert not set(built) & set(REFUSED)
     documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "models.md").read_text()))
     assert set(built) <= documented
-    assert set(OWN_GGUF) <= documented & set(MODEL_ARCH_NAMES.values())
+    assert set(NATIVE_GGUF) <= documented & set(MODEL_ARCH_NAMES.values())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_tables_agree() -> None:
         ({"rope_scaling": {"type": "su"}}, "rotary scaling 'su' is not supported"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}},
-            "rotary scaling of its own for layers of the kind 'full_attention'",
+            "rotary scaling only for layers of the type 'full_attention'",
         ),
         (
             {"family": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
@@ -107,7 +107,7 @@ def test_tables_agree() -> None:
         ({"max_position_embeddings": 1 << 22, "head_dim": 1024}, "expected at most 524288 positions"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
         ({"family": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
-        ({"family": "smollm3", "no_rope_layers": [1]}, "tells of 1 layers, but has 2"),
+        ({"family": "smollm3", "no_rope_layers": [1]}, "lists 1 layers, expected num_hidden_layers, 2"),
         ({"family": "phi3", "intermediate_size": 100}, "ffn_gate_up.weight has 192 rows, expected 200"),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},

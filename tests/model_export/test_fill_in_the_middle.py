@@ -11,7 +11,7 @@ from model_export.errors import ExportError
 from model_export.export import Options, export
 from model_export.sources.fill_in_the_middle import find_marks, reorder
 from model_export.sources.gguf.header import read_header
-from model_export.sources.gguf.tokenizer import read_vocabulary
+from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
 from model_export.sources.vocabulary import Vocabulary
 from service import manifest
 from service.manifest import FillInTheMiddle
@@ -91,7 +91,7 @@ def gguf_vocabulary(path: Path, **ids: int) -> Vocabulary:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return read_vocabulary(read_header(path).metadata)
+    return vocabulary_from_metadata(read_header(path).metadata)
 
 
 @pytest.mark.parametrize("names", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")])

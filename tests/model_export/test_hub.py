@@ -175,7 +175,7 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, name: str, reason:
     """One sentence says why there is no such source, and nothing is left behind."""
     ran = run(hub.url, tmp_path / "home", name, str(tmp_path / "out" / "model"))
     assert ran.returncode == 2
-    assert ran.stderr.startswith(f"model_export: {name} is no file or directory, and as a model of {hub.url}: {reason}")
+    assert ran.stderr.startswith(f"model_export: {name} is no file or directory, nor a model of {hub.url}: {reason}")
     assert ran.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +184,7 @@ def test_no_network(tmp_path: Path) -> None:
     """Where the hub cannot be reached, that is what the sentence says."""
     ran = run("http://127.0.0.1:9", tmp_path / "home", NAME, str(tmp_path / "model"))
     assert ran.returncode == 2
-    assert "the hub cannot be reached, and the cache has no whole copy" in ran.stderr
+    assert "the hub cannot be reached, and the cache has no complete copy" in ran.stderr
     assert ran.stderr.count("\n") == 1
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from model_export.errors import ExportError
 from model_export.opening import read_source
-from model_export.sources.families import OWN
+from model_export.sources.families import NATIVE
 from model_export.sources.gguf import config as gguf_config
 from model_export.sources.gguf import keys as gguf_keys
 from model_export.sources.hugging_face.config import AnyConfig, Rotation, TokenIds
@@ -29,14 +29,14 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 48},
     "longrope": {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 48},
 }
-ROTATION = [name for name in Rotation.model_fields if name != "by_kind"]
+ROTATION = [name for name in Rotation.model_fields if name != "by_layer_type"]
 BY_RULE = {"sliding_window": 24, "use_sliding_window": True}
 WINDOWED = BY_RULE | {"layer_types": ["full_attention", "sliding_attention"]}
 # What is read of a configuration of each family: all that its entries can lead to.
 LLAMAS = {name: tiny.config("llama", rope_scaling={"rope_type": name, **more}) for name, more in ROTATIONS.items()}
 CONFIGS = (
-    {family: tiny.config(family) for family in OWN}
-    | {f"{family}, windows": tiny.config(family, **WINDOWED) for family in OWN}
+    {family: tiny.config(family) for family in NATIVE}
+    | {f"{family}, windows": tiny.config(family, **WINDOWED) for family in NATIVE}
     | {f"{family}, windows by rule": tiny.config(family, **BY_RULE) for family in ("qwen2", "smollm3")}
     | LLAMAS
     | {"phi3, longrope": tiny.config("phi3", rope_scaling={"rope_type": "longrope", **ROTATIONS["longrope"]})}
@@ -92,7 +92,7 @@ def test_odd_entries(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [AnyConfig, Rotation, TokenIds])
 def test_no_entry_is_read_unchecked(model: type[BaseModel]) -> None:
     """The architecture is read from these entries alone, none of which may be just anything."""
-    for name in model.model_fields.keys() - {"by_kind"}:
+    for name in model.model_fields.keys() - {"by_layer_type"}:
         assert not all(holds(model, name, odd) for odd in ODD), name
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from model_export.sources.gguf.header import read_header
-from model_export.sources.gguf.tokenizer import _pre_tokenizer, merges_by_score, read_vocabulary
+from model_export.sources.gguf.tokenizer import _pre_tokenizer, merges_by_score, vocabulary_from_metadata
 from model_export.sources.vocabulary import Vocabulary
 
 SENTENCE_PIECES = {
@@ -42,7 +42,7 @@ def sentence_piece(path: Path) -> Vocabulary:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return read_vocabulary(read_header(path).metadata)
+    return vocabulary_from_metadata(read_header(path).metadata)
 
 
 @pytest.fixture(scope="module")

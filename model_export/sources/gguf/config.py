@@ -1,4 +1,4 @@
-"""Reads the architecture that a GGUF file's metadata describes."""
+"""Reads the architecture from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from model_export.errors import ExportError
 from model_export.sources import rotary
-from model_export.sources.bounds import shown
 from model_export.sources.checkpoint import Architecture, LayerAttention
-from model_export.sources.families import OWN_GGUF, Family, refusal
+from model_export.sources.families import NATIVE_GGUF, Family, refusal
+from model_export.sources.field_types import abbreviated
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats
 
-# Tensors that slow the rotation down: Llama 3's, and LongRoPE's within the original context and beyond it.
+# Tensors that divide the rotary frequencies: Llama 3's, and LongRoPE's within and beyond the original context.
 LLAMA3_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_short.weight"
 FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, "rope_factors_long.weight")
 
-# What a key has to say, where a file has it, for the builder's layers to be the file's.
+# The values of keys, where a file has them, with which the builder computes what the file describes.
 OFF, ONCE = (0,), (0, 1)
 SUPPORTED: Mapping[str, tuple[float, ...]] = {
     "attn_logit_softcapping": OFF,
@@ -53,7 +53,7 @@ SUPPORTED: Mapping[str, tuple[float, ...]] = {
 def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     """The architecture of a file with these `tensors` and rotary `factors`.
 
-    Raises ExportError for one that the builder does not build.
+    Raises ExportError for an architecture that cannot be built.
     """
     try:
         return _architecture(metadata, tensors, factors)
@@ -63,13 +63,13 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
 
 def _architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     name = metadata.require("general.architecture")
-    family = OWN_GGUF.get(name)
+    family = NATIVE_GGUF.get(name)
     if family is None:
         raise refusal(name, {"num_experts": metadata.get(f"{name}.expert_count")})
     heads = metadata.require(f"{name}.attention.head_count")
     hidden = metadata.require(f"{name}.embedding_length")
     head_dim = metadata.get(f"{name}.attention.key_length", hidden // heads)
-    _refuse_variants(metadata, name, head_dim)
+    _check_variant(metadata, name, head_dim)
     rotation = _rotary(metadata, family, head_dim, factors)
     context = int(metadata.require(f"{name}.context_length"))
     context = min(context, rotation.longest or context)
@@ -87,21 +87,22 @@ def _architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[s
         rotary=rotation,
         tied_embedding="output.weight" not in tensors,
         biases=frozenset(
-            each.split(".")[2] for each in tensors if each.startswith("blk.0.") and each.endswith(".bias")
+            tensor.split(".")[2] for tensor in tensors if tensor.startswith("blk.0.") and tensor.endswith(".bias")
         ),
     )
 
 
-def _refuse_variants(metadata: Metadata, family: str, head_dim: int) -> None:
+def _check_variant(metadata: Metadata, family: str, head_dim: int) -> None:
+    """Raises ExportError where a key asks for a computation that the builder does not have."""
     if metadata.get(f"{family}.attention.value_length", head_dim) != head_dim:
         raise ExportError(f"{family}.attention.value_length other than the head size {head_dim} is not supported")
     for key, values in SUPPORTED.items():
         if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
-            raise ExportError(f"{family}.{key} of {shown(value)} is not supported")
+            raise ExportError(f"{family}.{key} of {abbreviated(value)} is not supported")
 
 
 def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerAttention, ...]:
-    """How each layer attends. A window that spans the whole context is none."""
+    """The attention of each layer. A window as long as the context is no window."""
     layers = metadata.require(f"{family.gguf}.block_count")
     window = metadata.get(f"{family.gguf}.attention.sliding_window") or context
     interval = family.unrotated_every or layers + 1
@@ -143,9 +144,9 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             if LLAMA3_FACTORS in factors:
                 raise ExportError(f"YaRN beside a tensor {LLAMA3_FACTORS} is not supported")
             factor, original = needed("factor"), int(needed("original_context_length"))
-            turns = float(scaling("yarn_beta_fast") or 32), float(scaling("yarn_beta_slow") or 1)
+            beta_fast, beta_slow = float(scaling("yarn_beta_fast") or 32), float(scaling("yarn_beta_slow") or 1)
             scale = rotary.yarn_scale(factor) * (scaling("attn_factor") or 1.0)
-            return Rotary(rotary.yarn(size, base, factor, original, turns), scale)
+            return Rotary(rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow), scale)
         case other:
             known = "none, linear, yarn, llama3 and longrope"
             raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")

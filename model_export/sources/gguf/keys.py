@@ -1,4 +1,4 @@
-"""Checks what the keys of a GGUF file say, before anything is made of it."""
+"""Checks the values of a GGUF file's keys before they are used."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Annotated, Any
 import numpy as np
 
 from model_export.errors import ExportError
-from model_export.sources import bounds
-from model_export.sources.bounds import Whole, check, check_heads, check_rotation, shown
+from model_export.sources import field_types
+from model_export.sources.field_types import IntegerWithin, abbreviated, check_heads, check_rotation, check_type
 from model_export.sources.gguf.header import Header
 from model_export.sources.gguf.metadata import Metadata
 
 KEYS: dict[str, Any] = {
-    "general.architecture": bounds.Text,
-    "general.organization": bounds.Text,
-    "tokenizer.ggml.model": bounds.Text,
-    "tokenizer.ggml.pre": bounds.Text,
-    "tokenizer.ggml.add_bos_token": bounds.Flag,
-    "tokenizer.ggml.add_space_prefix": bounds.Flag,
-    "split.count": Annotated[int, Whole(0, 99_999)],
+    "general.architecture": field_types.Text,
+    "general.organization": field_types.Text,
+    "tokenizer.ggml.model": field_types.Text,
+    "tokenizer.ggml.pre": field_types.Text,
+    "tokenizer.ggml.add_bos_token": field_types.Flag,
+    "tokenizer.ggml.add_space_prefix": field_types.Flag,
+    "split.count": Annotated[int, IntegerWithin(0, 99_999)],
 }
-# Behind the architecture's name.
+# These keys follow the name of the architecture.
 NUMBERS: dict[str, Any] = {
-    "block_count": bounds.Layers,
-    "embedding_length": bounds.Hidden,
-    "feed_forward_length": bounds.Intermediate,
-    "context_length": bounds.Context,
-    "attention.head_count": bounds.Heads,
-    "attention.head_count_kv": bounds.Heads,
-    "attention.key_length": bounds.HeadDim,
-    "attention.value_length": bounds.HeadDim,
-    "attention.layer_norm_rms_epsilon": bounds.Epsilon,
-    "attention.layer_norm_epsilon": bounds.Epsilon,
-    "attention.sliding_window": bounds.Window,
-    "rope.dimension_count": bounds.HeadDim,
-    "rope.freq_base": bounds.RotaryBase,
-    "rope.scaling.factor": bounds.Scale,
-    "rope.scaling.type": bounds.Text,
-    "rope.scaling.original_context_length": bounds.Context,
-    "rope.scaling.attn_factor": bounds.Scale,
-    "rope.scaling.yarn_beta_fast": bounds.Scale,
-    "rope.scaling.yarn_beta_slow": bounds.Scale,
+    "block_count": field_types.Layers,
+    "embedding_length": field_types.Hidden,
+    "feed_forward_length": field_types.Intermediate,
+    "context_length": field_types.Context,
+    "attention.head_count": field_types.Heads,
+    "attention.head_count_kv": field_types.Heads,
+    "attention.key_length": field_types.HeadDim,
+    "attention.value_length": field_types.HeadDim,
+    "attention.layer_norm_rms_epsilon": field_types.Epsilon,
+    "attention.layer_norm_epsilon": field_types.Epsilon,
+    "attention.sliding_window": field_types.Window,
+    "rope.dimension_count": field_types.HeadDim,
+    "rope.freq_base": field_types.RotaryBase,
+    "rope.scaling.factor": field_types.Scale,
+    "rope.scaling.type": field_types.Text,
+    "rope.scaling.original_context_length": field_types.Context,
+    "rope.scaling.attn_factor": field_types.Scale,
+    "rope.scaling.yarn_beta_fast": field_types.Scale,
+    "rope.scaling.yarn_beta_slow": field_types.Scale,
 }
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 IDS = tuple(
@@ -55,16 +55,16 @@ IDS = tuple(
 
 
 def check_metadata(header: Header) -> None:
-    """Raises ExportError where a value is of the wrong kind, or out of all bounds, or does not fit another."""
+    """Raises ExportError where a value has the wrong type, is out of range, or contradicts another."""
     path, metadata = header.path, header.metadata
     family = metadata.get("general.architecture")
-    for key, kind in {**KEYS, **{f"{family}.{name}": kind for name, kind in NUMBERS.items()}}.items():
+    for key, field_type in {**KEYS, **{f"{family}.{name}": number for name, number in NUMBERS.items()}}.items():
         if key in metadata:
-            check(f"{path}: {key}", metadata[key], kind)
+            check_type(f"{path}: {key}", metadata[key], field_type)
     _check_sizes(header, f"{family}.")
     if TOKENS in metadata:
         _check_tokens(path, metadata)
-    if not header.tensors and metadata.get("split.count", 0) <= 1:  # the first of several files may have keys alone
+    if not header.tensors and metadata.get("split.count", 0) <= 1:  # the first of several files may have only keys
         raise ExportError(f"{path} is not a complete GGUF file: it has no tensors")
 
 
@@ -89,10 +89,10 @@ def _check_tokens(path: Path, metadata: Metadata) -> None:
     ids: dict[str, int] = {}
     for index, token in enumerate(tokens):
         if (first := ids.setdefault(token, index)) != index:
-            raise ExportError(f"{path}: {TOKENS} holds {shown(token)} twice, as {first} and as {index}")
+            raise ExportError(f"{path}: {TOKENS} holds {abbreviated(token)} twice, as {first} and as {index}")
     for key in IDS:
         if key in metadata:
-            check(f"{path}: {key}", metadata[key], Annotated[int, Whole(0, len(tokens) - 1)])
+            check_type(f"{path}: {key}", metadata[key], Annotated[int, IntegerWithin(0, len(tokens) - 1)])
     for key, kinds in {"tokenizer.ggml.scores": "f", "tokenizer.ggml.token_type": "iu"}.items():
         if key in metadata:
             _check_numbers(path, key, metadata[key], kinds, len(tokens))
@@ -102,8 +102,8 @@ def _check_tokens(path: Path, metadata: Metadata) -> None:
 
 def _texts(path: Path, key: str, value: object) -> list[str]:
     if not isinstance(value, list):
-        found = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else shown(value)
-        raise ExportError(f"{path}: {key} is {found}, expected an array of texts")
+        actual = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else abbreviated(value)
+        raise ExportError(f"{path}: {key} is {actual}, expected an array of texts")
     return value
 
 

@@ -1,8 +1,7 @@
-"""The key-value part of a GGUF file."""
+"""The keys of a GGUF file and their values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,28 +9,16 @@ import numpy as np
 from model_export.errors import ExportError
 
 
-class Metadata(Mapping[str, Any]):
-    """Keys and their values; arrays of numbers are numpy arrays, those of texts are lists."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+class Metadata(dict[str, Any]):
+    """Keys and their values; an array of numbers is a numpy array, an array of texts a list."""
 
     def plain(self, key: str) -> Any:
-        """The value of `key`, an array as a list; None where the file has none."""
+        """The value of `key`, an array of numbers as a list; None where the file does not have it."""
         value = self.get(key)
         return value.tolist() if isinstance(value, np.ndarray) else value
 
     def require(self, key: str) -> Any:
-        """The value of `key`; raises ExportError where the file has none."""
-        if key not in self._values:
+        """The value of `key`. Raises ExportError where the file does not have it."""
+        if key not in self:
             raise ExportError(f"the GGUF file has no {key}")
-        return self._values[key]
+        return self[key]

@@ -1,4 +1,4 @@
-"""Reads a GGUF file."""
+"""Makes a checkpoint of a GGUF file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from gguf import GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
+from model_export.sources import weights
 from model_export.sources.checkpoint import Architecture, Checkpoint, split_fused
 from model_export.sources.gguf import config
 from model_export.sources.gguf.header import Header, Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
-from model_export.sources.gguf.tokenizer import read_vocabulary
-from model_export.sources.panics import reported_as
-from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
 from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, LazyTensor, Matrix, take_rows
-from model_export.sources.weights import dequantize as unpacked
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
@@ -31,9 +29,9 @@ QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECAS
 
 @dataclass(frozen=True)
 class GgufModel:
-    """The model in the file at `path` and in the parts that follow it, which have `size` bytes together.
+    """The model in the file at `path` and its further parts, `parts` files of `size` bytes in all.
 
-    The first file's keys count. `tensors` are those of all files, by their names.
+    `metadata` is that of the first file; `tensors` are those of all files, by name.
     """
 
     path: Path
@@ -44,14 +42,14 @@ class GgufModel:
 
 
 def open_gguf(path: Path) -> GgufModel:
-    """Reads the header of each of a model's files. Raises ExportError where they are not whole, or not one model."""
+    """Reads the headers of a model's files. Raises ExportError where they are not complete or not one model."""
     headers = [_header(part) for part in _parts(path)]
     metadata = headers[0].metadata
     if (count := metadata.get("split.count", 0)) > len(headers):
         raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
-    every = [tensor for header in headers for tensor in header.tensors]
-    tensors = {tensor.name: tensor for tensor in every}
-    if len(tensors) < len(every):
+    stored = [tensor for header in headers for tensor in header.tensors]
+    tensors = {tensor.name: tensor for tensor in stored}
+    if len(tensors) < len(stored):
         raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
     return GgufModel(path, len(headers), sum(header.size for header in headers), metadata, tensors)
 
@@ -63,13 +61,13 @@ def _header(path: Path) -> Header:
 
 
 def gguf_name(path: Path) -> str:
-    """The name of the model in a file, without its quantization and the number of a part."""
+    """The model's name: that of its file without quantization and number of the part."""
     part = PART.fullmatch(path.stem)
     return QUANTIZATION_SUFFIX.sub("", part["name"] if part else path.stem)
 
 
 def _parts(path: Path) -> list[Path]:
-    """The files of a model, of which `path` is the first. Raises ExportError where it is another, or one is missing."""
+    """The files of the model whose first is `path`. Raises ExportError where it is not the first, or one is missing."""
     part = PART.fullmatch(path.stem)
     if part is None or int(part["count"]) <= 1:
         return [path]
@@ -78,16 +76,16 @@ def _parts(path: Path) -> list[Path]:
         raise ExportError(f"{path} is part {int(part['number'])} of {count}; give the first")
     names = (f"{part['name']}-{number:05}-of-{count:05}{path.suffix}" for number in range(1, count + 1))
     parts = [path.with_name(name) for name in names]
-    for each in parts:
-        if not each.is_file():
-            raise ExportError(f"{each} does not exist, one of the {count} parts of the model")
+    for file in parts:
+        if not file.is_file():
+            raise ExportError(f"{file} does not exist, one of the {count} parts of the model")
     return parts
 
 
 def read_gguf(model: GgufModel) -> Checkpoint:
-    """The checkpoint in a model's files; tensors are read when they are asked for."""
+    """The checkpoint in a model's files; a tensor is read when it is used."""
     stored = dict(model.tensors)
-    factors = {name: unpacked(_load(stored.pop(name))) for name in config.FACTORS if name in stored}
+    factors = {name: weights.dequantize(_load(stored.pop(name))) for name in config.FACTORS if name in stored}
     architecture = config.architecture(model.metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
     split_fused(tensors, architecture)
@@ -98,18 +96,12 @@ def read_gguf(model: GgufModel) -> Checkpoint:
         size=model.size,
         architecture=architecture,
         tensors=tensors,
-        vocabulary=vocabulary_of(model.metadata),
+        vocabulary=vocabulary_from_metadata(model.metadata),
     )
 
 
-def vocabulary_of(metadata: Metadata) -> Vocabulary:
-    """The tokenizer that the keys describe."""
-    with reported_as("its keys make no tokenizer"):
-        return read_vocabulary(metadata)
-
-
 def main_type(tensors: Collection[Tensor]) -> str:
-    """The type that holds most of the weights. Raises ExportError where there are none."""
+    """The name of the type that most weights have. Raises ExportError where there are no tensors."""
     if not tensors:
         raise ExportError("the GGUF file holds no tensors")
     sizes: dict[str, int] = {}
@@ -126,13 +118,13 @@ def _lazy(tensor: Tensor, architecture: Architecture) -> LazyTensor:
 
 
 def _name(name: str, architecture: Architecture) -> str:
-    for theirs, ours in architecture.family.gguf_names.items():
-        name = name.replace(f".{theirs}.", f".{ours}.")
+    for stored_name, usual_name in architecture.family.gguf_names.items():
+        name = name.replace(f".{stored_name}.", f".{usual_name}.")
     return name
 
 
 def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64] | None:
-    """Rows of queries or keys so that a head's rotary pairs lie half a head apart, where the file has them adjacent."""
+    """The order of rows that moves rotary pairs from adjacent rows to half a head apart; None where none is needed."""
     layer_tensor = name.rpartition(".")[0].rpartition(".")[2]
     if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
         return None
@@ -157,12 +149,12 @@ def _load(tensor: Tensor) -> Matrix:
 
 
 def _split(tensor: Tensor, scalars: int) -> tuple[Floats, Bytes]:
-    """A tensor's blocks as their leading float16 scalars [rows, blocks, scalars] and the bytes of their codes."""
+    """The leading float16 scalars of a tensor's blocks [rows, blocks, scalars], and the bytes of their codes."""
     data = tensor.data.reshape(tensor.shape[0], tensor.shape[-1] // BLOCK, -1)
     header = np.ascontiguousarray(data[..., : 2 * scalars]).view(np.float16).astype(np.float32)
     return header, np.ascontiguousarray(data[..., 2 * scalars :])
 
 
 def _nibbles(codes: Bytes) -> Bytes:
-    """A block's first 16 codes are the low halves of its bytes, the other 16 the high halves."""
+    """The codes of blocks: the first 16 are the low halves of the bytes, the other 16 the high halves."""
     return np.concatenate([codes & 15, codes >> 4], axis=-1)

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model_export.errors import ExportError
-from model_export.sources.bounds import shown
+from model_export.sources.field_types import abbreviated
 from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
 
 CONTROL, USER_DEFINED = 3, 4
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-# Today's name, and the one of older files.
+# The name of the key in older files, and the current one, which overrides it.
 MARK_KEYS = {
-    "prefix": ("fim_pre", "prefix"),
-    "suffix": ("fim_suf", "suffix"),
-    "middle": ("fim_mid", "middle"),
+    "prefix": ("prefix", "fim_pre"),
+    "suffix": ("suffix", "fim_suf"),
+    "middle": ("middle", "fim_mid"),
 }
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -26,12 +27,12 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def _words(digits: str, line_ends: str = r"[\r\n]*") -> str:
-    """Contractions, words, a group of `digits`, and the rest: punctuation with the `line_ends` after it, spaces."""
+    """A pattern of contractions, words, groups of `digits`, punctuation with the `line_ends` after it, and spaces."""
     return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{PUNCTUATION}{line_ends}|{SPACES}"
 
 
 def _cased_words(digits: str, contractions: str) -> str:
-    """Words that begin anew at a capital, with what may follow them, a group of `digits`, and the rest."""
+    """A pattern of words, each capital beginning a new one, with `contractions`, groups of `digits`, and the rest."""
     before = r"[^\r\n\p{L}\p{N}]?"
     small, capital = f"{before}{UPPER}*{LOWER}+{contractions}", f"{before}{UPPER}+{LOWER}*{contractions}"
     return rf"{small}|{capital}|\p{{N}}{digits}|{PUNCTUATION}[\r\n/]*|{SPACES}"
@@ -47,19 +48,24 @@ SPLITS = {
 WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
 
 
-def read_vocabulary(metadata: Metadata) -> Vocabulary:
-    """The tokenizer that the metadata describes. Raises ExportError for a kind that is not supported."""
-    kind = metadata.require("tokenizer.ggml.model")
+def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
+    """The vocabulary in the metadata. Raises ExportError for a tokenizer that is broken or not supported."""
+    with reported_as("its keys make no tokenizer"):
+        return _vocabulary(metadata)
+
+
+def _vocabulary(metadata: Metadata) -> Vocabulary:
+    model = metadata.require("tokenizer.ggml.model")
     split = metadata.get("tokenizer.ggml.pre", "default")
-    if kind == "gpt2":
+    if model == "gpt2":
         tokenizer = _byte_level(metadata, split)
-    elif kind == "llama":
+    elif model == "llama":
         tokenizer = _sentence_piece(metadata)
     else:
-        raise ExportError(f"tokenizer model {kind!r} is not supported; supported are gpt2 and llama")
+        raise ExportError(f"tokenizer model {model!r} is not supported; supported are gpt2 and llama")
     _add_special_tokens(tokenizer, metadata)
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_KEYS]
-    bos_by_default = kind == "llama" or split in WHOLE_WORDS_FIRST
+    bos_by_default = model == "llama" or split in WHOLE_WORDS_FIRST
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     return Vocabulary(
         tokenizer=tokenizer,
@@ -71,13 +77,8 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
 
 
 def _marks(metadata: Metadata) -> dict[str, int]:
-    found = {}
-    for part, names in MARK_KEYS.items():
-        ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
-        index = next((index for index in ids if index is not None), None)
-        if index is not None:
-            found[part] = index
-    return found
+    keys = [(part, f"tokenizer.ggml.{name}_token_id") for part, names in MARK_KEYS.items() for name in names]
+    return {part: metadata[key] for part, key in keys if key in metadata}
 
 
 def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
@@ -110,16 +111,16 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 
 def pairs(merges: Sequence[str], tokens: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The two `tokens` that each merge joins. Raises ExportError where one, or what they make, is not in `vocab`."""
-    found = []
+    """The two `tokens` that each merge joins. Raises ExportError where one of them or the result is not in `vocab`."""
+    joined = []
     for index, merge in enumerate(merges):
         first, _, second = merge.partition(" ")
         for token in (first, second, first + second):
             if token not in vocab:
-                what = f"merge {index} of {shown(merge)} needs the token {shown(token)}"
-                raise ExportError(f"tokenizer.ggml.merges: {what}, which is not there")
-        found.append((tokens[vocab[first]], tokens[vocab[second]]))  # the texts that there are, not copies of them
-    return found
+                problem = f"merge {index}, {abbreviated(merge)}, needs the token {abbreviated(token)}"
+                raise ExportError(f"tokenizer.ggml.merges: {problem}, which the vocabulary does not have")
+        joined.append((tokens[vocab[first]], tokens[vocab[second]]))  # the strings of the vocabulary, not copies
+    return joined
 
 
 def _sentence_piece(metadata: Metadata) -> Tokenizer:
@@ -138,25 +139,24 @@ def _sentence_piece(metadata: Metadata) -> Tokenizer:
 
 
 def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to make a token out of two others, best token first.
+    """Every way to join two tokens into a third, the best-scored first.
 
-    A SentencePiece vocabulary of this kind joins the neighbours whose joint token has the highest score.
+    SentencePiece joins those neighbours whose joint token has the highest score.
     """
     ids = {token: index for index, token in enumerate(tokens)}
-    found: list[tuple[float, int, int]] = []
+    joined: list[tuple[float, int, int]] = []
     for index, token in enumerate(tokens):
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
-                found.append((-scores[index], left, right))
-    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+                joined.append((-scores[index], left, right))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(joined)]
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
     tokens = metadata.require("tokenizer.ggml.tokens")
-    kinds = metadata.plain("tokenizer.ggml.token_type") or []
-    kind_of = dict(zip(tokens, kinds, strict=False))
-    # All at once: each call goes over every token that was added before.
-    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-        named = [token for token, kind in kind_of.items() if kind == wanted]
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
+    token_types = dict(zip(tokens, metadata.plain("tokenizer.ggml.token_type") or [], strict=False))
+    # All tokens of a type in one call: each call goes over every token that was added before.
+    for added_type, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [token for token, token_type in token_types.items() if token_type == added_type]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory, once; its code, pickles and templates are never used."""
+"""Reads a Hugging Face directory, each file once. Its code, pickles and templates are never used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_export.errors import ExportError
-from model_export.sources.bounds import parse
+from model_export.sources.field_types import parse
 from model_export.sources.files import MIB, plain_file, read_json
 from model_export.sources.hugging_face.config import AnyConfig, TokenIds, read_config
 from model_export.sources.hugging_face.shards import Shard, open_shards
@@ -20,9 +20,9 @@ LARGEST_TOKENIZER = 512 * MIB
 
 @dataclass(frozen=True)
 class Directory:
-    """What a directory holds: the `entries` of its config.json, what they say, and its shards.
+    """The content of a directory: the `entries` of its config.json, the same parsed as `config`, and its shards.
 
-    `generation` is what generation_config.json says of tokens.
+    `generation` has the tokens of generation_config.json.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Directory:
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """The tensors of all shards by their names, read when they are asked for."""
+        """The tensors of all shards by name; each is read when it is used."""
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     @property
@@ -43,9 +43,9 @@ class Directory:
 
 
 def read_directory(path: Path) -> Directory:
-    """Reads all but the weights and the tokenizer.
+    """Reads everything except the weights and the tokenizer.
 
-    Raises ExportError unless the directory holds a configuration, whole safetensors and a tokenizer's file.
+    Raises ExportError unless the directory has a configuration, complete safetensors and a tokenizer.json.
     """
     entries = read_json(path, "config.json")
     config = read_config(str(path / "config.json"), entries)
@@ -55,8 +55,6 @@ def read_directory(path: Path) -> Directory:
     if not (path / "tokenizer.json").exists():
         raise ExportError(f"{path / 'tokenizer.json'} does not exist; a slow tokenizer has to be converted first")
     plain_file(path, "tokenizer.json", LARGEST_TOKENIZER)
-    return Directory(path, entries, config, _generation(path / "generation_config.json"), shards)
-
-
-def _generation(path: Path) -> TokenIds:
-    return parse(TokenIds, str(path), read_json(path.parent, path.name)) if path.exists() else TokenIds()
+    generation = path / "generation_config.json"
+    stored = read_json(path, generation.name) if generation.exists() else {}
+    return Directory(path, entries, config, parse(TokenIds, str(generation), stored), shards)

@@ -1,4 +1,4 @@
-"""Makes a checkpoint of what a Hugging Face directory holds."""
+"""Makes a checkpoint of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
 from model_export.sources.weights import LazyTensor, dequantize
 
-WHOLE_NAMES = {
+MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -43,7 +43,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def read_hugging_face(directory: Directory) -> Checkpoint:
-    """The checkpoint in a directory; tensors are read when they are asked for."""
+    """The checkpoint in a directory; a tensor is read when it is used."""
     config = directory.config
     architecture = read_architecture(config, directory.entries)
     tensors = {
@@ -55,7 +55,7 @@ def read_hugging_face(directory: Directory) -> Checkpoint:
     if architecture.tied_embedding and "output.weight" in tensors:
         if _are_equal(tensors.get("token_embd.weight"), tensors["output.weight"]):
             del tensors["output.weight"]
-        else:  # nothing ties what was stored apart
+        else:  # two different matrices in the file are not tied, whatever config.json says
             architecture = replace(architecture, tied_embedding=False)
     return Checkpoint(
         name=directory.path.resolve().name,
@@ -64,7 +64,7 @@ def read_hugging_face(directory: Directory) -> Checkpoint:
         size=directory.size,
         architecture=architecture,
         tensors=tensors,
-        vocabulary=read_vocabulary(directory.path, config, directory.generation),
+        vocabulary=vocabulary_from_directory(directory.path, config, directory.generation),
     )
 
 
@@ -75,16 +75,16 @@ def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
 
 
 def _gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
+    module, _, parameter = name.rpartition(".")
     if layer := LAYER.fullmatch(module):
-        return f"blk.{layer[1]}.{LAYER_NAMES.get(layer[2], layer[2])}.{kind}"
-    return f"{WHOLE_NAMES.get(module, module)}.{kind}"
+        return f"blk.{layer[1]}.{LAYER_NAMES.get(layer[2], layer[2])}.{parameter}"
+    return f"{MODEL_NAMES.get(module, module)}.{parameter}"
 
 
-def read_vocabulary(directory: Path, config: TokenIds, generation: TokenIds) -> Vocabulary:
-    """The tokenizer of a directory, and the special tokens that its configurations declare.
+def vocabulary_from_directory(directory: Path, config: TokenIds, generation: TokenIds) -> Vocabulary:
+    """The tokenizer of a directory, and the special tokens of its configurations.
 
-    Raises ExportError where there is no tokenizer.
+    Raises ExportError where tokenizer.json is not a tokenizer.
     """
     path = directory / "tokenizer.json"
     with reported_as(f"{path} is not a tokenizer"):
@@ -95,7 +95,7 @@ def read_vocabulary(directory: Path, config: TokenIds, generation: TokenIds) -> 
     declared = (config.eos_token_id, generation.eos_token_id)
     ids = [index for entry in declared for index in (entry if isinstance(entry, list) else [entry])]
     if len(first) > 1:
-        raise ExportError(f"{path} begins texts with {len(first)} tokens of its own; supported is one")
+        raise ExportError(f"{path} begins texts with {len(first)} tokens, expected at most one")
     return Vocabulary(
         tokenizer,
         bos=first[0] if first else config.bos_token_id,
@@ -105,7 +105,7 @@ def read_vocabulary(directory: Path, config: TokenIds, generation: TokenIds) -> 
 
 
 def _first_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before every text; `add_bos_token` in its settings counts for nothing beside that."""
+    """The tokens that the tokenizer itself puts before every text, whatever `add_bos_token` in its settings says."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return [index for index, _ in itertools.takewhile(lambda pair: pair[1], pairs)]

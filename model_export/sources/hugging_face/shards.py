@@ -20,13 +20,13 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LARGEST_INDEX = 64 * MIB
 FLOAT_TYPES = ("F32", "F16", "BF16")
-# Tables that old files hold and nobody reads.
+# Tables in old files that no model uses.
 UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of `size` bytes and its tensors, which are read when they are asked for."""
+    """A file of `size` bytes and its tensors; each is read when it is used."""
 
     path: Path
     size: int
@@ -34,25 +34,25 @@ class Shard:
 
 
 def open_shards(directory: Path) -> tuple[Shard, ...]:
-    """The files of weights, each opened this once: its header is read, and its tensors stay mapped.
+    """The weight files. Each is opened once: its header is read, and its tensors stay mapped.
 
-    Raises ExportError where there are none, where one is not whole, or where one does not fit the index or another.
+    Raises ExportError where there are none, or where one is not complete or contradicts the index or another file.
     """
     shards: list[Shard] = []
-    found: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path, expected in _listed(directory).items():
         shard = _open(path)
         if missing := sorted(set(expected) - shard.tensors.keys()):
             raise ExportError(f"{path} has no tensor {missing[0]}, expected by {INDEX}")
-        if twice := sorted(shard.tensors.keys() & found.keys()):
-            raise ExportError(f"{path} has a tensor {twice[0]}, which {found[twice[0]].name} has too")
-        found |= dict.fromkeys(shard.tensors, path)
+        if repeated := sorted(shard.tensors.keys() & file_of.keys()):
+            raise ExportError(f"{path} has a tensor {repeated[0]}, which {file_of[repeated[0]].name} has too")
+        file_of |= dict.fromkeys(shard.tensors, path)
         shards.append(shard)
     return tuple(shards)
 
 
 def _open(path: Path) -> Shard:
-    """Opens a file; the safetensors library itself refuses headers that do not fit it."""
+    """Opens a file; the safetensors library itself checks the header against the file."""
     tensors = {}
     try:
         file: Any = safe_open(path, "numpy")
@@ -72,15 +72,15 @@ def _load(file: Any, name: str) -> Floats:
 
 
 def _listed(directory: Path) -> dict[Path, list[str]]:
-    """The files of weights, and which tensors the index says that each has. Raises ExportError where there are none."""
+    """The weight files, and the tensors of each according to the index. Raises ExportError where there are none."""
     present = [plain_file(directory, path.name) for path in sorted(directory.glob("*.safetensors"))]
-    whole = directory / "model.safetensors"  # beside which other forms of the same weights may lie
+    single = directory / "model.safetensors"  # other forms of the same weights may lie beside it
     if (directory / INDEX).exists():
-        if whole in present:
-            raise ExportError(f"{directory} holds both {whole.name} and {INDEX}; remove one of them")
+        if single in present:
+            raise ExportError(f"{directory} holds both {single.name} and {INDEX}; remove one of them")
         return _indexed(directory)
     if present:
-        return {path: [] for path in ([whole] if whole in present else present)}
+        return {path: [] for path in ([single] if single in present else present)}
     if pickles := sorted(path.name for pattern in PICKLES for path in directory.glob(pattern)):
         reason = "a pickle, which may run any code when it is read; convert it to safetensors"
         raise ExportError(f"{directory} holds no safetensors, only {pickles[0]}: {reason}")

@@ -1,4 +1,4 @@
-"""Kinds of values that a source gives, checked before anything is computed, allocated or repeated by them."""
+"""Types of the fields of a source's configuration, each with its range. They are checked before any use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model_export.errors import ExportError
 
 @dataclass(frozen=True)
 class Expected:
-    """Marks a pydantic type whose errors all say `expected` and then `what`."""
+    """Marks a pydantic type whose every error message is `what`, the words after "expected"."""
 
     what: str
 
@@ -25,8 +25,8 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Marks a whole number within `low`..`high`."""
+class IntegerWithin:
+    """Marks an integer within `low`..`high`."""
 
     low: int
     high: int
@@ -40,8 +40,8 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Real:
-    """Marks a number within `low`..`high`."""
+class NumberWithin:
+    """Marks a finite number within `low`..`high`."""
 
     low: float
     high: float
@@ -55,82 +55,82 @@ class Real:
 
 
 MOST_LAYERS, MOST_TOKENS = 1024, 1 << 22
-LEAST_HEAD = 2
-SCALE = Real(1e-3, 1e6)
+SMALLEST_HEAD = 2
+SCALE = NumberWithin(1e-3, 1e6)
 
-# Several times what the largest models have, and little enough that checking a source by them costs little.
-Layers = Annotated[int, Whole(1, MOST_LAYERS)]
-Hidden = Annotated[int, Whole(1, 1 << 17)]
-Intermediate = Annotated[int, Whole(1, 1 << 20)]
-Heads = Annotated[int, Whole(1, 4096)]
-HeadDim = Annotated[int, Whole(LEAST_HEAD, 4096)]
-VocabSize = Annotated[int, Whole(1, MOST_TOKENS)]
-Context = Annotated[int, Whole(2, 1 << 22)]
-Window = Annotated[int, Whole(0, 1 << 31)]
-Epsilon = Annotated[float, Real(1e-20, 1.0)]
-RotaryBase = Annotated[float, Real(1.0, 1e15)]
-Share = Annotated[float, Real(0.0, 1.0)]
+# The bounds are several times the sizes of the largest models, and small enough that checks within them cost little.
+Layers = Annotated[int, IntegerWithin(1, MOST_LAYERS)]
+Hidden = Annotated[int, IntegerWithin(1, 1 << 17)]
+Intermediate = Annotated[int, IntegerWithin(1, 1 << 20)]
+Heads = Annotated[int, IntegerWithin(1, 4096)]
+HeadDim = Annotated[int, IntegerWithin(SMALLEST_HEAD, 4096)]
+VocabSize = Annotated[int, IntegerWithin(1, MOST_TOKENS)]
+Context = Annotated[int, IntegerWithin(2, 1 << 22)]
+Window = Annotated[int, IntegerWithin(0, 1 << 31)]
+Epsilon = Annotated[float, NumberWithin(1e-20, 1.0)]
+RotaryBase = Annotated[float, NumberWithin(1.0, 1e15)]
+Share = Annotated[float, NumberWithin(0.0, 1.0)]
 Scale = Annotated[float, SCALE]
 Scales = Annotated[list[Scale], Strict(), Expected(f"a list, each of {SCALE}")]
 Text = Annotated[str, Strict(), Expected("a text")]
 Texts = Annotated[list[Text], Strict(), Expected("a list, each of a text")]
 Flag = Annotated[bool, Strict(), Expected("true or false")]
 
-# Numbers in a table of rotations: as many as four million positions of a head of 128 take.
-ROTATION = 1 << 28
+# The largest table of rotations, in numbers: four million positions of a head of 128.
+LARGEST_ROTATION_TABLE = 1 << 28
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def check(where: str, value: object, kind: Any) -> None:
-    """Raises ExportError unless `value`, which stands at `where`, is of the type `kind`."""
+def check_type(where: str, value: object, field_type: Any) -> None:
+    """Raises ExportError unless `value`, found at `where` in the source, has the type `field_type`."""
     try:
-        _adapter(kind).validate_python(value)
+        _adapter(field_type).validate_python(value)
     except ValidationError as error:
-        raise ExportError(f"{where} is {shown(value)}, expected {error.errors()[0]['msg']}") from None
+        raise ExportError(f"{where} is {abbreviated(value)}, expected {error.errors()[0]['msg']}") from None
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(field_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(field_type)
 
 
 def parse(model: type[Model], where: str, entries: Mapping[str, Any]) -> Model:
-    """The `entries` of the file at `where`. Raises ExportError for the first that is missing or not in bounds."""
+    """The `entries` of the file `where` as a `model`. Raises ExportError for one that is missing or out of range."""
     try:
         return model.model_validate(entries)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in error["loc"] if part != INNER)
+    name = ".".join(str(part) for part in error["loc"] if part != BY_LAYER_TYPE)
     if error["type"] == "missing":
         raise ExportError(f"{where} has no {name}")
-    raise ExportError(f"{where}: {name} is {shown(error['input'])}, expected {error['msg']}")
+    raise ExportError(f"{where}: {name} is {abbreviated(error['input'])}, expected {error['msg']}")
 
 
-# A field that gathers entries of other names, which is no part of the path to them.
-INNER = "by_kind"
+# A field that collects objects whose names are not known beforehand; paths in error messages leave it out.
+BY_LAYER_TYPE = "by_layer_type"
 
 
 def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
-    """Raises ExportError unless queries share keys evenly and a head can be rotated by pairs."""
+    """Raises ExportError unless the heads share the KV heads evenly and the head size is even, for pairs to rotate."""
     if heads % kv_heads:
         raise ExportError(f"{where}: {heads} heads cannot share {kv_heads} heads of keys evenly")
     if head_dim is None and hidden % heads:
         raise ExportError(f"{where}: {heads} heads do not divide the hidden size {hidden} evenly")
     size = hidden // heads if head_dim is None else head_dim
-    if size < LEAST_HEAD or size % 2:
+    if size < SMALLEST_HEAD or size % 2:
         raise ExportError(f"{where}: the head size is {size}, expected an even number")
 
 
 def check_rotation(where: str, context: int | None, head_dim: int) -> None:
-    """Raises ExportError where the tables of how each position turns a head would be too large to make."""
-    if context is not None and context * (head_dim // 2) > ROTATION:
-        size = f"{context} positions of a head of {head_dim} numbers"
-        raise ExportError(f"{where}: the context is {size}, expected at most {ROTATION // (head_dim // 2)} positions")
+    """Raises ExportError where the tables of cosines and sines for each position would be too large."""
+    if context is not None and context * (head_dim // 2) > LARGEST_ROTATION_TABLE:
+        size, most = f"{context} positions of a head of {head_dim} numbers", LARGEST_ROTATION_TABLE // (head_dim // 2)
+        raise ExportError(f"{where}: the context is {size}, expected at most {most} positions")
 
 
-def shown(value: object) -> str:
-    """A value as it may stand in a sentence."""
+def abbreviated(value: object) -> str:
+    """A value for an error message, cut off after 80 characters."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = repr(value)
