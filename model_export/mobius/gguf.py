@@ -1,4 +1,4 @@
-"""Models of GGUF files as transformers has them: what a file says of a family, put as that family's configuration."""
+"""Translates the keys and tensors of a GGUF file into the configuration and tensors of transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.read import GgufModel
 from model_export.sources.weights import Floats
 
-# The one size of each family whose scores are not scaled by the size of a head, by its number of layers.
+# The number of layers of the one model per family whose attention scores are not scaled by the head size.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
-# Of how many layers the last one attends to everything.
+# In every group of this many layers, only the last has no window.
 _FULL_EVERY = {"gemma2": 2, "gemma3": 6}
 _LOCAL_BASE = 10000.0
 
@@ -49,7 +49,7 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
     head_dim = require("attention.key_length")
     check_rotation("the GGUF file", require("context_length"), head_dim)
     every = _FULL_EVERY[family]
-    _refuse_variants(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
+    _check_common_keys(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
     config = {
         "vocab_size": vocab_size,
         "max_position_embeddings": require("context_length"),
@@ -79,11 +79,11 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
     return config | soft_caps | {"model_type": "gemma3_text", "rope_parameters": rotations}
 
 
-def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> None:
-    """Raises ExportError for keys that say something else of the family than all its models have in common."""
+def _check_common_keys(metadata: Metadata, family: str, windowed: list[bool]) -> None:
+    """Raises ExportError when a key contradicts the properties that all models of the family share."""
     every = _FULL_EVERY[family]
     usual: dict[str, tuple[object, ...]] = {
-        "attention.sliding_window_pattern": (every, windowed, [int(each) for each in windowed]),
+        "attention.sliding_window_pattern": (every, windowed, [int(window) for window in windowed]),
         "attention.causal": (True,),
         "rope.freq_base_swa": (_LOCAL_BASE,),
         "rope.scaling.type": ("none", "linear"),
@@ -94,27 +94,26 @@ def _refuse_variants(metadata: Metadata, family: str, windowed: list[bool]) -> N
 
 
 def state(file: GgufModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
-    """The tensors under transformers' names, which are those of `shapes`.
+    """The tensors under transformers' names, the keys of `shapes`.
 
-    Raises ExportError where one is missing, but for a head that is the embedding, where one has another shape, or where
-    the file has one more.
+    Raises ExportError where a tensor other than a tied head is missing, has another shape, or is not in `shapes`.
     """
     metadata = file.metadata
     family = metadata.require("general.architecture")
     architecture = next(key for key in MODEL_ARCH if MODEL_ARCH_NAMES[key] == family)
     known = get_tensor_name_map(architecture, metadata.require(f"{family}.block_count"))
     by_name = dict(file.tensors)
-    found = {}
+    tensors = {}
     for name, shape in shapes.items():
-        theirs = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        if (tensor := by_name.pop(theirs, None)) is not None:
+        stored_name = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if (tensor := by_name.pop(stored_name, None)) is not None:
             _check_shape(tensor, _ADAPTED[family](name, np.broadcast_to(np.float32(0), shape)).shape)
-            found[name] = tensor
+            tensors[name] = tensor
         elif name != "lm_head.weight":
-            raise ExportError(f"the GGUF file has no tensor {theirs}")
+            raise ExportError(f"the GGUF file has no tensor {stored_name}")
     if by_name:
-        raise ExportError(f"the GGUF file has a tensor {min(by_name)}, which a {family} model has not")
-    return {name: _ADAPTED[family](name, _floats(tensor)) for name, tensor in found.items()}
+        raise ExportError(f"the GGUF file has a tensor {min(by_name)}, which a {family} model does not have")
+    return {name: _ADAPTED[family](name, _floats(tensor)) for name, tensor in tensors.items()}
 
 
 def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -127,12 +126,12 @@ def _floats(tensor: Tensor) -> Floats:
 
 
 def _gemma_tensor(name: str, values: Floats) -> Floats:
-    """The file has the factors of norms, transformers what they are above one."""
+    """The file has the scales of norms, transformers the scales minus one."""
     return values - np.float32(1) if "norm" in name else values
 
 
 def _gpt2_tensor(name: str, values: Floats) -> Floats:
-    """For transformers, which multiplies by GPT-2's matrices from the right."""
+    """GPT-2's matrices are transposed, as transformers multiplies by them from the right."""
     return values.T if values.ndim == 2 and ".h." in name else values
 
 

@@ -1,7 +1,7 @@
-"""Brings a decoder that mobius-onnx has built into the form that the service runs; see `model_export.native.graph`.
+"""Translates the graph of a decoder built by mobius-onnx into the service's form; see `model_export.native.graph`.
 
-The nodes are gone through in their order and made anew with our own operators: matrices are quantized, attention takes
-the lengths of rows instead of a mask, and logits are computed for the wanted positions alone.
+Each node in turn is replaced by nodes of `graph.operators`: matrices are quantized, attention takes the lengths of rows
+instead of a mask, and logits are computed only for the wanted positions.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from model_export.mobius.nodes import (
 )
 from model_export.sources.weights import Floats
 
-# Attributes of attention that say what a model computes; the window comes from the configuration.
+# The attributes of attention that are copied; the window comes from the configuration.
 _ATTENTION_ATTRIBUTES = ("num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved")
 
 
 @dataclass(frozen=True)
 class AttentionOverride:
-    """What a layer's attention computes that graphs do not always say rightly.
+    """Properties of a layer's attention that mobius-onnx's graph does not always have right.
 
-    `window` counts the positions up to its own that a token attends to, None for all. `scale` is the factor of its
-    scores, `rotations` are cosine and sine [context_length, rotated / 2] of each position; None for the graph's own.
+    A token attends to the last `window` positions up to and including its own, to all if None. `scale` is the factor of
+    the scores, `rotations` are cosine and sine [context_length, rotated / 2] of each position; None keeps the graph's.
     """
 
     window: int | None
@@ -50,9 +50,9 @@ class AttentionOverride:
 
 
 class Translation:
-    """One pass over the graph of a whole decoder; `attentions` has one entry for each layer.
+    """One pass over the graph of a decoder; `attentions` has one entry per layer.
 
-    Raises ExportError for a graph that has anything which the service's form cannot have.
+    Raises ExportError for a graph with anything that the service's form does not have.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Translation:
         self._constants: dict[ir.Value, NDArray[Any]] = {}
         self._tables: list[tuple[Table, NDArray[Any]]] = []
         self._head = head_of(source)
-        self._in_logits = False  # which are float32 in every form
+        self._in_logits = False  # behind the head, where all values are float32
         self._skipped: set[ir.Node] = set()
 
     def translate(self, on_layer: Callable[[], object]) -> ir.Model:
-        """The whole model; `on_layer` hears of each layer."""
+        """The complete model. Calls `on_layer` after each layer."""
         for node in needed(self._source):
             if node not in self._skipped:
                 self._emit(node)
@@ -88,7 +88,7 @@ class Translation:
 
     def _vocab_size(self) -> int:
         matrix = self._constant(self._head.inputs[1])
-        assert matrix is not None  # `head_of` has seen to it
+        assert matrix is not None  # checked by `head_of`
         return int(matrix.shape[1])
 
     def _emit(self, node: ir.Node) -> None:
@@ -110,10 +110,10 @@ class Translation:
                 self._values[node.outputs[0]] = activated
             case "Sigmoid" if all(swish(use.node) is not None for use in node.outputs[0].uses()):
                 pass
-            case kind if kind in COPIED:
+            case copied if copied in COPIED:
                 self._copy(node)
-            case kind:
-                raise ExportError(f"the graph has an operator {kind}, which the service's form of a decoder has not")
+            case unknown:
+                raise ExportError(f"the graph has an operator {unknown}, which cannot be exported")
 
     def _copy(self, node: ir.Node) -> None:
         inputs = [None if value is None else self._value(value) for value in node.inputs]
@@ -124,7 +124,7 @@ class Translation:
         self._values.update(zip(node.outputs, outputs, strict=True))
 
     def _fold(self, node: ir.Node) -> bool:
-        """Computes a node of nothing but constants."""
+        """Computes a node whose inputs are all constants; whether it has done so."""
         if node.op_type == "Constant":
             self._constants[node.outputs[0]] = constant_of(node)
             return True
@@ -145,9 +145,9 @@ class Translation:
         return None if value.const_value is None else value.const_value.numpy()
 
     def _value(self, value: ir.Value | None) -> ir.Value:
-        """The value in the new graph; constants are stored when first asked for."""
+        """The value in the new graph; a constant is stored at its first use."""
         if value is None:
-            raise ExportError("an operator lacks an input")
+            raise ExportError("the graph has an operator without an input that it needs")
         if value not in self._values:
             self._values[value] = self._input(value)
         return self._values[value]
@@ -159,17 +159,17 @@ class Translation:
                 return self._interface.input_ids
             if value.name == "position_ids":
                 return self._positions()
-            raise ExportError(f"the graph takes {value.name}, which the service does not give")
+            raise ExportError(f"the graph has an input {value.name}, which the service does not provide")
         name = f"constant.{len(self._values)}.{value.name}"
         if constant.dtype == np.float32 and not self._in_logits:
             return self._operators.vector(name, constant)
         return self._data.constant(name, constant)
 
     def _positions(self) -> ir.Value:
-        """Each token's place [B, S] in its row; those of padding are within the context as well."""
+        """Each token's position [B, S] in its row; those of padding are clipped to the context."""
         operators = self._operators
 
-        def whole(value: ir.Value) -> ir.Value:
+        def int64(value: ir.Value) -> ir.Value:
             return operators.apply("Cast", value, to=ir.DataType.INT64.value)
 
         zero, one, last = (
@@ -177,9 +177,9 @@ class Translation:
             for number in (0, 1, self._context_length - 1)
         )
         width = operators.apply("Gather", operators.apply("Shape", self._interface.input_ids), one)
-        # Without lengths of their own all of a row's tokens count.
-        lengths = width if self._interface.query_seqlens is None else whole(self._interface.query_seqlens)
-        first = operators.apply("Sub", whole(self._interface.seqlens_k), lengths)
+        # Without the input `query_seqlens` all tokens of a row are valid.
+        lengths = width if self._interface.query_seqlens is None else int64(self._interface.query_seqlens)
+        first = operators.apply("Sub", int64(self._interface.seqlens_k), lengths)
         first = operators.apply("Unsqueeze", first, operators.sizes("positions.columns", 1))
         # Counted from one, as `seqlens_k` is one less than the number of positions.
         counted = operators.apply("Range", one, operators.apply("Add", width, one), one)
@@ -189,7 +189,7 @@ class Translation:
         table, rows = node.inputs[0], self._value(node.inputs[1])
         matrix = self._constant(table)
         if matrix is None or matrix.ndim != 2 or node.attributes.get_int("axis", 0) != 0:
-            raise ExportError("the graph gathers from something else than a table")
+            raise ExportError("the graph gathers from something other than a constant table")
         if node.inputs[1] is not None and node.inputs[1].name == "input_ids":
             stored = self._operators.table(f"embedding.{len(self._tables)}", matrix)
             self._tables.append((stored, matrix))
@@ -199,7 +199,7 @@ class Translation:
             self._values[node.outputs[0]] = self._operators.apply("Gather", learned, rows, axis=0)
 
     def _product(self, node: ir.Node) -> None:
-        """One product of a value with all the matrices that it is multiplied with, side by side."""
+        """One product of a value with all matrices that it is multiplied with, stacked."""
         value = node.inputs[0]
         if node is self._head:
             name, matrix = self._matrix(node)
@@ -211,10 +211,11 @@ class Translation:
         names, matrices = zip(*map(self._matrix, products), strict=True)
         biases, outputs = zip(*map(self._bias_after, products), strict=True)
         bias = None
-        if any(each is not None for each in biases):
-            sizes = map(len, matrices)
-            filled = [np.zeros(n, np.float32) if each is None else each for n, each in zip(sizes, biases, strict=True)]
-            bias = np.concatenate(filled)
+        if any(vector is not None for vector in biases):
+            rows = map(len, matrices)
+            bias = np.concatenate(
+                [np.zeros(n, np.float32) if vector is None else vector for n, vector in zip(rows, biases, strict=True)]
+            )
         product = self._operators.linear(self._value(value), "+".join(names), np.concatenate(matrices), bias)
         self._skipped.update(products)
         if len(products) == 1:
@@ -225,15 +226,15 @@ class Translation:
         self._values.update(zip(outputs, parts, strict=True))
 
     def _matrix(self, product: ir.Node) -> tuple[str, Floats]:
-        """The name and the matrix [rows, columns] of a product with one."""
+        """The name and the values [rows, columns] of a product's constant matrix."""
         weights = product.inputs[1]
         matrix = self._constant(weights)
         if matrix is None or matrix.ndim != 2 or weights is None:
-            raise ExportError("the graph multiplies two values that are both computed")
+            raise ExportError("the graph multiplies two computed values")
         return str(weights.name).removesuffix("_t"), np.ascontiguousarray(matrix.T)
 
     def _bias_after(self, product: ir.Node) -> tuple[Floats | None, ir.Value]:
-        """The vector that is added to a product where nothing else takes it, and the sum; else the product itself."""
+        """The bias added to a product and the sum, if nothing else uses the product; else None and the product."""
         uses = list(product.outputs[0].uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
             add = uses[0].node
@@ -244,7 +245,7 @@ class Translation:
         return None, product.outputs[0]
 
     def _multiply_wanted(self, value: ir.Value, name: str, matrix: Floats) -> ir.Value:
-        """The head over the wanted positions [R, columns] alone."""
+        """The head over only the wanted positions [R, columns]."""
         wanted = self._interface.wanted_positions(value)
         tied = (table for table, rows in self._tables if np.array_equal(rows, matrix))
         return self._operators.head(wanted, name, matrix, next(tied, None))
@@ -259,19 +260,19 @@ class Translation:
         queries = [None if value is None else self._value(value) for value in node.inputs[:PAST]]
         caches = [None if value is None else self._cache(value) for value in node.inputs[CACHES:]]
         if attention.rotations is not None:
-            names = (f"rotations.{self._interface.layers}.{kind}" for kind in ("cosine", "sine"))
+            names = (f"rotations.{self._interface.layers}.{part}" for part in ("cosine", "sine"))
             caches = list(map(self._operators.vector, names, attention.rotations))
         caches += [None] * (2 - len(caches))
         if len(caches) > 2:
-            raise ExportError("the graph's attention takes more than queries, keys, values and rotations")
+            raise ExportError("the graph's attention has more inputs than queries, keys, values and rotations")
         attended = self._interface.attend(queries, caches, *key_shape(node), **attributes)
         self._values[node.outputs[0]] = attended
 
     def _cache(self, value: ir.Value) -> ir.Value:
-        """A table of rotations, one a position, cut to the context."""
+        """A table of rotations, one row per position, cut to the context length."""
         constant = self._constant(value)
         if constant is None or constant.ndim != 2:
-            raise ExportError(f"attention takes {value.name}, which the service does not give")
+            raise ExportError(f"attention has an input {value.name}, which the service does not provide")
         if len(constant) < self._context_length:
             raise ExportError(f"the graph has {len(constant)} rotations for a context of {self._context_length}")
         if value not in self._values:

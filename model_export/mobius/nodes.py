@@ -1,4 +1,4 @@
-"""What there is in the graph of a decoder that mobius-onnx has built, and what its nodes say."""
+"""Finds and reads nodes in the graph of a decoder that mobius-onnx has built."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 
-# Inputs of GroupQueryAttention by their places.
+# Indices of inputs of GroupQueryAttention.
 PAST, CACHES = 3, 7
-# What works on each position alone, and on any number of them.
+# Operators that handle each position independently, and any number of positions.
 COPIED = frozenset(
     (
         *("Add", "Cast", "Concat", "Div", "Exp", "Gelu", "Greater", "LayerNormalization", "Max", "Min", "Mul", "Neg"),
@@ -33,31 +33,33 @@ FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
 
 
 def key_shape(attention: ir.Node) -> tuple[int, int]:
-    """How many keys a position has in a layer, and the size of one."""
+    """The number of KV heads of a layer, and the head size."""
     past = attention.inputs[PAST]
     if past is None or past.shape is None or past.shape.rank() != 4:
-        raise ExportError("attention keeps no keys")
+        raise ExportError("the graph's attention has no KV cache")
     heads, size = past.shape[1], past.shape[3]
     if not isinstance(heads, int) or not isinstance(size, int):
-        raise ExportError(f"attention keeps keys of an unknown shape {past.shape}")
+        raise ExportError(
+            f"the graph's attention has a KV cache of the shape {past.shape}, expected known heads and sizes"
+        )
     return heads, size
 
 
 def logits_of(graph: ir.Graph) -> ir.Value:
     """The output that is the logits."""
-    found = [value for value in graph.outputs if value.name == "logits"]
-    if not found:
+    logits = next((value for value in graph.outputs if value.name == "logits"), None)
+    if logits is None:
         raise ExportError("the graph has no logits")
-    return found[0]
+    return logits
 
 
 def head_of(graph: ir.Graph) -> ir.Node:
-    """The product that makes logits, after which there is only what works on each of them alone."""
+    """The product that computes logits; only operators that handle each logit independently follow it."""
     value: ir.Value | None = logits_of(graph)
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].producer() is None:
             return node
-        computed = [each for each in node.inputs if each is not None and each.const_value is None]
+        computed = [operand for operand in node.inputs if operand is not None and operand.const_value is None]
         if len(computed) != 1 or node.op_type not in COPIED:
             break
         value = computed[0]
@@ -65,18 +67,18 @@ def head_of(graph: ir.Graph) -> ir.Node:
 
 
 def needed(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes that logits depend on, in their order, without those that only make lengths out of a mask."""
+    """The nodes that logits depend on, in order, except those that only compute lengths from a mask."""
     wanted: list[ir.Value | None] = [logits_of(graph)]
-    found: set[ir.Node] = set()
+    reached: set[ir.Node] = set()
     while wanted:
         value = wanted.pop()
         node = None if value is None else value.producer()
-        if node is None or node in found:
+        if node is None or node in reached:
             continue
-        found.add(node)
+        reached.add(node)
         attention = node.op_type == "GroupQueryAttention"
         wanted += [*node.inputs[:PAST], *node.inputs[CACHES:]] if attention else node.inputs
-    return [node for node in graph if node in found]
+    return [node for node in graph if node in reached]
 
 
 def swish(node: ir.Node) -> ir.Value | None:
@@ -91,10 +93,10 @@ def swish(node: ir.Node) -> ir.Value | None:
 
 
 def constant_of(node: ir.Node) -> NDArray[Any]:
-    """The value of a node that has no inputs."""
-    for name, kind in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32)):
+    """The value of a Constant node."""
+    for name, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32)):
         if name in node.attributes:
-            return np.array(node.attributes[name].value, kind)
+            return np.array(node.attributes[name].value, dtype)
     if "value" not in node.attributes:
-        raise ExportError("the graph has a constant of an unknown kind")
+        raise ExportError("the graph has a constant of an unsupported type")
     return node.attributes["value"].as_tensor().numpy()

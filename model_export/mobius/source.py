@@ -1,4 +1,4 @@
-"""A model whose graph mobius-onnx builds and whose logits transformers computes; both need torch."""
+"""A source whose graph mobius-onnx builds and whose logits transformers computes. Both need torch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from model_export.sources.hugging_face.read import vocabulary_from_directory
 from model_export.sources.vocabulary import Vocabulary
 from model_export.sources.weights import Floats
 
-# What has windows in transformers: elsewhere the entry of config.json counts for nothing.
+# The families whose classes in transformers have windows; the others ignore `sliding_window` of config.json.
 _WINDOWS_BY_LAYER = ("gemma2", "gemma3_text", "olmo3")
 _WINDOWS_EVERYWHERE = ("starcoder2",)
 
 
 @dataclass(frozen=True)
 class MobiusSource:
-    """See Source. `read` is a directory or a GGUF file of the `family`.
+    """See Source. `read` is the directory or GGUF file.
 
     Raises ExportError where the extra `families` is not installed.
     """
@@ -68,7 +68,7 @@ class MobiusSource:
         attention = [node for node in self._graph if node.op_type == "GroupQueryAttention"]
         shapes = {key_shape(node) for node in attention}
         if len(shapes) != 1:
-            raise ExportError(f"the layers do not all keep keys of one shape, but of {sorted(shapes)}")
+            raise ExportError(f"the layers have KV caches of different shapes (heads, head size): {sorted(shapes)}")
         ((kv_heads, head_dim),) = shapes
         embedding = self._decoder.get_input_embeddings().weight
         return Dimensions(
@@ -83,7 +83,7 @@ class MobiusSource:
 
     @cached_property
     def _decoder(self) -> Any:
-        """The model of text in transformers, in float32."""
+        """The float32 decoder of transformers."""
         return decoder.load(self.read)
 
     @cached_property
@@ -93,13 +93,13 @@ class MobiusSource:
                 str(directory), dtype="f32", execution_provider="cpu", trust_remote_code=False
             )
         if set(package) != {"model"}:
-            raise ExportError(f"{self.path} has several parts ({', '.join(package)}), not only a decoder of text")
+            raise ExportError(f"{self.path} has several parts ({', '.join(package)}), expected only a text decoder")
         graph: ir.Graph = package["model"].graph
         return graph
 
     @contextmanager
     def _for_mobius(self) -> Iterator[Path]:
-        """A directory of the decoder alone: the source itself, unless it has other parts or is a file."""
+        """A directory with only the decoder: the source, or a copy if the source has other parts or is a file."""
         if self.path.is_dir() and self.family == self._decoder.config.model_type:
             yield self.path
             return
@@ -109,24 +109,24 @@ class MobiusSource:
 
     @cached_property
     def _attentions(self) -> list[AttentionOverride]:
-        """What each layer attends to, as transformers has it."""
+        """The attention of each layer in transformers."""
         config, layers = self._decoder.config, self.dimensions.layers
-        window, kinds = _windows(config, layers)
-        rotations: dict[str, tuple[Floats, Floats] | None] = dict.fromkeys(kinds)
-        if set(kinds) <= set(getattr(config, "rope_parameters", None) or {}):
-            rotations = {kind: self._rotations(kind) for kind in rotations}
+        window, layer_types = _windows(config, layers)
+        rotations: dict[str, tuple[Floats, Floats] | None] = dict.fromkeys(layer_types)
+        if set(layer_types) <= set(getattr(config, "rope_parameters", None) or {}):
+            rotations = {layer_type: self._rotations(layer_type) for layer_type in rotations}
         scales = [module.scaling for module in self._decoder.modules() if hasattr(module, "scaling")]
         return [
-            AttentionOverride(window if kind == "sliding_attention" else None, scale, rotations[kind])
-            for kind, scale in zip(kinds, scales if len(scales) == layers else [None] * layers, strict=True)
+            AttentionOverride(window if layer_type == "sliding_attention" else None, scale, rotations[layer_type])
+            for layer_type, scale in zip(layer_types, scales if len(scales) == layers else [None] * layers, strict=True)
         ]
 
-    def _rotations(self, kind: str) -> tuple[Floats, Floats]:
+    def _rotations(self, layer_type: str) -> tuple[Floats, Floats]:
         torch = imported("torch")
         positions = torch.arange(self.dimensions.context_length)[None]
         with torch.inference_mode():
-            tables = self._decoder.base_model.rotary_emb(torch.zeros(1), positions, kind)
-        # Both halves of a head turn alike.
+            tables = self._decoder.base_model.rotary_emb(torch.zeros(1), positions, layer_type)
+        # Both halves of a head have the same rotations.
         cosine, sine = (table[0].chunk(2, dim=-1)[0].contiguous().numpy() for table in tables)
         return cosine, sine
 
@@ -147,23 +147,23 @@ class MobiusSource:
 
 
 def from_directory(directory: Directory) -> MobiusSource:
-    """The model of a Hugging Face directory of one of `families.MOBIUS`."""
+    """The source in a Hugging Face directory of a family in `families.MOBIUS`."""
     path, entries, config = directory.path, directory.entries, directory.config
     where, text = str(path / "config.json"), entries.get("text_config", {})
     if not isinstance(text, dict):
         raise ExportError(f"{where}: text_config is {abbreviated(text)}, expected an object")
     for part in (entries, {**text, "model_type": f"{config.model_type}_text"}):
         check_variant(where, part)
-    kind = config.dtype or config.torch_dtype or "float32"
+    weights = config.dtype or config.torch_dtype or "float32"
     ids = parse(TokenIds, where, {**text, **entries})
     vocabulary = vocabulary_from_directory(path, ids, directory.generation)
-    return MobiusSource(directory, path.resolve().name, "", config.model_type, kind, vocabulary)
+    return MobiusSource(directory, path.resolve().name, "", config.model_type, weights, vocabulary)
 
 
 def from_gguf(model: GgufModel) -> MobiusSource:
-    """The model of a GGUF file of one of `families.MOBIUS_GGUF`, its matrices as float32."""
+    """The source in a GGUF file of a family in `families.MOBIUS_GGUF`, its matrices in float32."""
     if model.parts > 1:
-        raise ExportError(f"{model.path} is in several parts, which this family is not read from; join them first")
+        raise ExportError(f"{model.path} is in several parts, which is not supported for this family; join them first")
     return MobiusSource(
         model,
         name=gguf_name(model.path),
@@ -175,19 +175,19 @@ def from_gguf(model: GgufModel) -> MobiusSource:
 
 
 def _context(config: Any) -> int:
-    """The positions within which a rotation is the same for every length of a text."""
+    """The longest context in which the rotation of a position does not depend on the length of the text."""
     scaling = getattr(config, "rope_parameters", None) or {}
     originals = [
-        each["original_max_position_embeddings"]
-        for each in (scaling, *scaling.values())
-        if isinstance(each, dict) and each.get("rope_type") == "longrope"
+        part["original_max_position_embeddings"]
+        for part in (scaling, *scaling.values())
+        if isinstance(part, dict) and part.get("rope_type") == "longrope"
     ]
     context: int = min([config.max_position_embeddings, *originals])
     return context
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, list[str]]:
-    """The window of those layers that have one, and of which kind each layer is."""
+    """The window of the layers that have one, and the type of each layer."""
     if config.model_type in _WINDOWS_BY_LAYER:
         return config.sliding_window, config.layer_types
     if config.model_type in _WINDOWS_EVERYWHERE and config.sliding_window:

@@ -174,7 +174,9 @@ TENSORS = [
     ("misshapen", doubled, "expected ["),
     ("integers", integers, "holds I8, which is not supported"),
 ]
-ADDED = [("tensor too many", "model.evil\n.weight", np.zeros(3, np.float32), "has a tensor that its family has not, ")]
+ADDED = [
+    ("tensor too many", "model.evil\n.weight", np.zeros(3, np.float32), "has a tensor that its family does not have, ")
+]
 HOSTILE: dict[str, tuple[Change, str]] = {
     **{what: (change, message) for what, change, message in FILES},
     **{what: (config(**entries), message) for what, entries, message in ENTRIES},
