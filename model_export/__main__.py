@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--owned-by", help="who owns the model; the source's organization by default")
     parser.add_argument(
         "--quantization",
-        choices=("auto", "int4", "int4z", "int8", "float16", "float32"),
+        choices=("auto", "int4", "int4-int8", "int8", "float16", "float32"),
         default="auto",
         help="form of the matrices; auto keeps 4-bit sources in 4 bits and uses 8 bits for all others",
     )

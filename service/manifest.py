@@ -93,7 +93,7 @@ class Quantization(_Record):
     `max_running`.
     """
 
-    weights: Literal["float32", "float16", "int8", "int4", "int4z"]
+    weights: Literal["float32", "float16", "int8", "int4", "int4-int8"]
     activations: Literal["float32", "float16"]
     prompts: Literal["float32", "int8"] | None = None
     source: str

@@ -121,7 +121,7 @@ class Operators:
         quantized to two bytes. `few_rows`: int8_rows would gain nothing for so few rows, so the matrix stays float32.
         """
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
-        if self._form in {"int4", "int4z", "int8"}:
+        if self._form in {"int4", "int4-int8", "int8"}:
             if self._portable:
                 return self._linear_in_blocks_and_means(value, name, *pack_with_remainders(matrix, self._form), offset)
             return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)

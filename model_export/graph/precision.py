@@ -56,11 +56,12 @@ def choose_precision(
     """
     if form == "auto":
         plain: Form = "float16" if device == "cuda" else "int8"
-        form = "int4z" if source_weights in ("Q4_0", "Q4_1") else plain
+        form = "int4-int8" if source_weights in ("Q4_0", "Q4_1") else plain
     if form in ("float32", "float16"):
         if activations not in ("auto", form):
             raise ExportError(
-                f"--quantization {form} computes in {form}; --activations {activations} goes with int8, int4 and int4z"
+                f"--quantization {form} computes in {form}; "
+                f"--activations {activations} goes with int8, int4 and int4-int8"
             )
         return Precision(form, form)
     if activations == "auto":

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
 
-# The forms of matrices: plain floats, or blocks of 32 weights with one scale and one zero point. In int4 and int4z,
-# 4-bit blocks of the source keep their values; all other matrices are rounded to 4 bits in int4, to 8 bits in int4z.
-Form = Literal["float32", "float16", "int8", "int4", "int4z"]
+# The forms of matrices: plain floats, or blocks of 32 weights with one scale and one zero point. In int4 and int4-int8,
+# 4-bit blocks of the source keep their values. All other matrices are rounded to 4 bits in int4, and to 8 bits in
+# int4-int8.
+Form = Literal["float32", "float16", "int8", "int4", "int4-int8"]
 PLAIN_FORMS = ("float32", "float16")
 
 # The type of everything that is not a matrix: activations, norms, the KV cache.
@@ -95,14 +96,14 @@ def mixing(size: int) -> Floats:
     return mix
 
 
-def pack(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> Packed:
+def pack(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> Packed:
     """Packs in `form`. Blocks of the source with as many bits keep their values; everything else is rounded."""
     if form != "int8" and isinstance(matrix, Blocks) and matrix.bits == 4:
-        return _pack_int4z(matrix)
+        return _pack_int4_blocks(matrix)
     return _round_to_int4(dequantize(matrix)) if form == "int4" else _pack_int8(matrix)
 
 
-def pack_with_remainders(matrix: Matrix, form: Literal["int8", "int4", "int4z"]) -> tuple[Packed, Floats | None]:
+def pack_with_remainders(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> tuple[Packed, Floats | None]:
     """The same, and the remainders of 4-bit blocks [rows, blocks], which multiply the block means, in float or None."""
     if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
         return pack(matrix, form), None
@@ -124,7 +125,7 @@ def _pack_int8(matrix: Matrix) -> Packed:
     return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
 
 
-def _pack_int4z(matrix: Blocks) -> Packed:
+def _pack_int4_blocks(matrix: Blocks) -> Packed:
     """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
 
     The remainder times the sum of the block's activations is the rest of the product, so the remainders become further

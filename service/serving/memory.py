@@ -29,7 +29,7 @@ _WEIGHTS_FACTOR = 1.5
 _HALVES_FACTOR = 3.0
 # Activations of one position, per square root of the weights of a layer. The arena grows by doubling.
 _ACTIVATIONS_FACTOR = 64
-_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4z": 0.5}
+_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4-int8": 0.5}
 # The float64 rows that the sampler works on, counted in float32 rows of logits.
 _SAMPLER_ROWS = 8
 # A token of a waiting sequence: its id as an object, once in the prompt and once in the sequence, and its text.

@@ -27,7 +27,7 @@ from tests.support.stack import ROOT
 pytestmark = pytest.mark.standin
 
 CONTEXT, SLOTS = 128, 8
-FORMS = ["float16", "int4", "int4z", "int8"]
+FORMS = ["float16", "int4", "int4-int8", "int8"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +55,7 @@ def test_every_node_goes_to_cuda(tmp_path, family, form):
     assert options["arena_extend_strategy"] == "kSameAsRequested"
 
 
-@pytest.mark.parametrize("form", ["float16", "int4z"])
+@pytest.mark.parametrize("form", ["float16", "int4-int8"])
 def test_steps_are_captured_once_and_replayed(tmp_path, form, monkeypatch):
     """Each number of rows is captured once; a replayed step copies nothing but what we copy ourselves."""
     directory, log = made(tmp_path, device="cuda", quantization=form), tmp_path / "log"

@@ -29,7 +29,7 @@ def kinds(directory):
     return {node.op_type for node in graph}, named
 
 
-FORMS = ["auto", "float16", "int4", "int4z", "int8"]
+FORMS = ["auto", "float16", "int4", "int4-int8", "int8"]
 
 
 @pytest.mark.parametrize("form", FORMS)

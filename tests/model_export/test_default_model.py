@@ -65,5 +65,5 @@ def test_default_model_ends_as_told(model_dir: Path) -> None:
     assert described.id == "SmolLM2-135M-Instruct"
     assert described.special_tokens.end == (0, 2)
     assert described.special_tokens.default_prompt == 0
-    assert (described.quantization.weights, described.quantization.min_rows) == ("int4z", 2)
+    assert (described.quantization.weights, described.quantization.min_rows) == ("int4-int8", 2)
     assert described.quality.kl <= 0.005

@@ -115,7 +115,7 @@ def test_gguf_of_each_type(kind: str, tmp_path: Path) -> None:
     directory = run(source, tmp_path / "model")
     description = manifest.load(directory)
     assert description.id == "Tiny"
-    assert description.quantization.weights == ("int4z" if kind.startswith("Q4") else "int8")
+    assert description.quantization.weights == ("int4-int8" if kind.startswith("Q4") else "int8")
     tokens = text(64)
     wanted = expected(source, tokens)
     actual = Session(directory).forward([tokens], past=[0])
@@ -129,7 +129,7 @@ def test_gguf_and_hugging_face_agree(tmp_path: Path) -> None:
     np.testing.assert_array_equal(expected(directory, text(50)), expected(file, text(50)))
 
 
-@pytest.mark.parametrize("form", ["float32", "int8", "int4z"])
+@pytest.mark.parametrize("form", ["float32", "int8", "int4-int8"])
 def test_chunks_and_ragged_batches(form: str, tmp_path: Path) -> None:
     """Prompt chunks of two tokens and more, and rows of other lengths beside it, leave a text's logits bit-equal."""
     source = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q4_1)
@@ -141,7 +141,7 @@ def test_chunks_and_ragged_batches(form: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(session.forward([tokens, other], past=[0, 0])[:60], whole)
 
 
-@pytest.mark.parametrize("form", ["float32", "int8", "int4z"])
+@pytest.mark.parametrize("form", ["float32", "int8", "int4-int8"])
 def test_decoding_does_not_depend_on_the_batch(form: str, tmp_path: Path) -> None:
     """From `min_rows` rows on, a row's decoded logits are bit-equal whatever the other rows are, idle ones included."""
     source = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q4_1)

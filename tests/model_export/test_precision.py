@@ -44,7 +44,7 @@ PORTABLE = {
     "Split",
 }
 # How far a random model's logits may be off, in parts of their spread; these models are far sharper than real ones.
-OFF = {"float32": 1e-5, "float16": 0.01, "int8": 0.12, "int4": 0.6, "int4z": 0.12}
+OFF = {"float32": 1e-5, "float16": 0.01, "int8": 0.12, "int4": 0.6, "int4-int8": 0.12}
 # Tokens that make the vocabulary a multiple of the 16 numbers that a processor rounds to float16 at a time.
 FILLERS = [f"<|filler_{index}|>" for index in range(-tiny.VOCAB % 16)]
 
@@ -52,7 +52,7 @@ PRECISIONS = [
     (form, activations)
     for form in OFF
     for activations in ("float32", "float16")
-    if form in (activations, "int8", "int4", "int4z")
+    if form in (activations, "int8", "int4", "int4-int8")
 ]
 
 
@@ -110,7 +110,7 @@ def test_the_same_bits_in_any_company(form: str, activations: str, tmp_path: Pat
         np.testing.assert_array_equal(alone[0], together[0])
 
 
-@pytest.mark.parametrize("form", ["float16", "int8", "int4", "int4z"])
+@pytest.mark.parametrize("form", ["float16", "int8", "int4", "int4-int8"])
 def test_float16_takes_operators_that_gpus_have(form: str, tmp_path: Path) -> None:
     """Such a graph has no operator of the CPU alone, no number in float32, and no second graph."""
     for index, source in enumerate(sources(tmp_path)):
@@ -143,7 +143,7 @@ def test_embedding_and_output_table_are_quantized(tied: bool, form: str, activat
 def test_four_bit_blocks_are_kept_in_int4() -> None:
     """What a source holds in 4-bit blocks of any offset keeps its values; beside float16 its remainders stand apart."""
     matrix = blocks(-1.237, 0.17)
-    np.testing.assert_array_equal(unpack(pack(matrix, "int4")), unpack(pack(matrix, "int4z")))
+    np.testing.assert_array_equal(unpack(pack(matrix, "int4")), unpack(pack(matrix, "int4-int8")))
     packed, remainders = pack_with_remainders(matrix, "int4")
     assert packed.columns == 64
     whole = unpack(packed).reshape(6, 64) + remainders @ block_means(64).T
@@ -173,7 +173,7 @@ def test_rounding_far_from_zero(offset: float) -> None:
 
 def test_auto_takes_four_bits_where_the_source_has_them() -> None:
     """`auto` goes by the source; plain matrices bring their activations with them."""
-    assert choose_precision("auto", "auto", "Q4_1") == Precision("int4z", "float32")
+    assert choose_precision("auto", "auto", "Q4_1") == Precision("int4-int8", "float32")
     assert choose_precision("auto", "float16", "bfloat16") == Precision("int8", "float16")
     assert choose_precision("float16", "auto", "float32") == Precision("float16", "float16")
 

@@ -35,7 +35,7 @@ def test_eight_bit_source_is_kept_exactly() -> None:
     np.testing.assert_allclose(unpack(packed).reshape(6, 64), dequantize(matrix), atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4z"])
+@pytest.mark.parametrize("form", ["int8", "int4-int8"])
 def test_integer_zero_point_is_kept_exactly(form: str) -> None:
     """Four-bit codes around an integer zero point keep every weight, and need no block means."""
     matrix = blocks(-5 * 0.5, 0.5)
@@ -51,10 +51,10 @@ def test_sixteen_levels_in_int8() -> None:
     assert error.max() <= 0.17 / 17 / 2 + 1e-6
 
 
-def test_remainders_follow_in_int4z() -> None:
-    """In int4z, a block's own columns and the remainder that its mean is multiplied with make up the weights."""
+def test_remainders_follow_in_int4() -> None:
+    """In int4-int8, a block's own columns and the remainder that its mean is multiplied with make up the weights."""
     matrix = blocks(-1.237, 0.17)
-    packed = pack(matrix, "int4z")
+    packed = pack(matrix, "int4-int8")
     weights = unpack(packed)
     assert packed.block_means
     assert packed.columns == 64 + 2 * 2
@@ -71,10 +71,10 @@ def test_float_weights_in_int8() -> None:
 
 
 def test_constant_and_zero_blocks() -> None:
-    """A block without a range is kept: all zeros in int8, any constant by its remainder in int4z."""
+    """A block without a range is kept: all zeros in int8, any constant by its remainder in int4-int8."""
     zeros = np.zeros((2, 32), np.float32)
     np.testing.assert_array_equal(unpack(pack(zeros, "int8")).reshape(2, 32), zeros)
-    constant = unpack(pack(blocks(0.75, 0.0), "int4z"))
+    constant = unpack(pack(blocks(0.75, 0.0), "int4-int8"))
     remainders = (constant[:, 2, :2] + constant[:, 2, 2:4]) / BLOCK
     np.testing.assert_allclose(constant[:, :2] + remainders[..., None], 0.75)
 

@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.gguf(tmp_path_factory.mktemp("source") / "Tiny.gguf", GGMLQuantizationType.Q4_1)
 
 
-@pytest.fixture(scope="module", params=["int4z", "int8", "float32"])
+@pytest.fixture(scope="module", params=["int4-int8", "int8", "float32"])
 def directory(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model exported in a form, whose graph for prompts, if it has one, is in 8 bits."""
     prompts = "none" if request.param == "float32" else "int8"
@@ -144,7 +144,7 @@ def test_decoding_alone_and_in_batches(
     model: Model, directory: Path, tokens: list[int], request: pytest.FixtureRequest
 ) -> None:
     """A token's logits are the same, to the bit, alone and in batches of every size, in every slot."""
-    if platform.machine() == "aarch64" and manifest.load(directory).quantization.weights == "int4z":
+    if platform.machine() == "aarch64" and manifest.load(directory).quantization.weights == "int4-int8":
         reason = "onnxruntime's 4-bit kernels for arm64 compute four rows together in another order than fewer"
         request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     prompt(model, 0, tokens[:40], [])

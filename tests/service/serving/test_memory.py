@@ -27,7 +27,7 @@ def described(**sizes):
         context_length=8192,
         vocab_size=49152,
         kv=KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="float32"),
-        quantization=Quantization(weights="int4z", activations="float32", source="Q4_1", min_rows=2, min_logits=1),
+        quantization=Quantization(weights="int4-int8", activations="float32", source="Q4_1", min_rows=2, min_logits=1),
         files={name.replace("_", "."): FileEntry(bytes=size, sha256="0" * 64) for name, size in sizes.items()},
     )
 
