@@ -23,8 +23,9 @@ from model_export.graph.operators import LinearForm
 from model_export.graph.precision import Precision, TargetDevice, choose_precision
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Source
-from model_export.opening import find, read_source
+from model_export.opening import read_source
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
+from model_export.sources.hugging_face.hub import download, hub_name
 from model_export.verify.verify import verify
 from service import manifest
 from service.host.processor import processor
@@ -66,7 +67,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     """
     _check_destination(path, directory, options.overwrite)
     path, source, options = _open(path, options)
-    precision = choose_precision(options.quantization, options.activations, source.weights, options.device)
+    precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
     special_tokens = _special_tokens(source, options.fim_order)
@@ -78,7 +79,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
             devices = _prepare_for(options.device, graph)
             ir.save(graph, model)
-        text = source.vocabulary.tokenizer.to_str(pretty=True)
+        text = source.origin.vocabulary.tokenizer.to_str(pretty=True)
         (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
         prefill_form, quality = _add_prefill_graph(source, precision, options, work, progress)
         files = {
@@ -87,10 +88,10 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
         }
         described = manifest.Manifest(
             format_version=manifest.FORMAT_VERSION,
-            id=options.id or source.name,
+            id=options.id or source.origin.name,
             aliases=options.aliases,
             created=int(time.time()),
-            owned_by=options.owned_by or source.organization or "unknown",
+            owned_by=options.owned_by or source.origin.organization or "unknown",
             architecture=source.dimensions.family,
             context_length=source.dimensions.context_length,
             vocab_size=source.dimensions.vocab_size,
@@ -172,10 +173,11 @@ def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
 
 def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
     """The path of the source, the source, and the options, completed by its name and owner on the hub."""
-    local, name = find(path)
+    name = None if path.exists() else hub_name(str(path))
     if name is not None:
+        path = download(name)
         options = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
-    return local, read_source(local), options
+    return path, read_source(path), options
 
 
 @contextmanager
@@ -226,14 +228,14 @@ def _quantization(source: Source, precision: Precision, prefill_form: PrefillFor
         weights=precision.form,
         activations=precision.activations,
         prompts=prefill_form,
-        source=source.weights,
+        source=source.origin.weights,
         min_rows=precision.min_rows,
         min_logits=precision.min_logits,
     )
 
 
 def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.SpecialTokens:
-    vocabulary = source.vocabulary
+    vocabulary = source.origin.vocabulary
     token_id = vocabulary.tokenizer.token_to_id
     end_of_text = token_id("<|endoftext|>")
     marks = reorder(find_marks(vocabulary.tokenizer, vocabulary.marks), order)

@@ -1,4 +1,4 @@
-"""Finds a source, opens it, and chooses the builder of its graph."""
+"""Opens a source and chooses the builder of its graph."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from model_export.native.source import DecoderSource
 from model_export.sources import families
 from model_export.sources.gguf.read import open_gguf, read_gguf
 from model_export.sources.hugging_face.directory import read_directory
-from model_export.sources.hugging_face.hub import HubName, download, hub_name
 from model_export.sources.hugging_face.read import read_hugging_face
 from model_export.sources.vocabulary import check_vocabulary
-
-
-def find(path: Path) -> tuple[Path, HubName | None]:
-    """The path of a source on this machine, and its name on the hub if it was downloaded."""
-    name = None if path.exists() else hub_name(str(path))
-    return (path, None) if name is None else (download(name), name)
 
 
 @np.errstate(all="ignore")  # values that are not finite raise ExportError later
@@ -29,7 +22,7 @@ def read_source(path: Path) -> Source:
     """Opens a GGUF file or a Hugging Face directory. Raises ExportError where it is damaged or not supported."""
     try:
         source = _open(path)
-        check_vocabulary(str(path), source.vocabulary, source.dimensions.vocab_size)
+        check_vocabulary(str(path), source.origin.vocabulary, source.dimensions.vocab_size)
     except ExportError as error:
         if str(path) in str(error):
             raise

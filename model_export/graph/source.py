@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm
 from model_export.graph.quantize import Form
-from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.checkpoint import Origin
 from model_export.sources.weights import Floats
 
 
@@ -31,20 +31,12 @@ class Dimensions:
 
 
 class Source(Protocol):
-    """A source model. `weights` names the form of its matrices, `size` is that of its weight files in bytes."""
+    """A source model."""
 
     @property
-    def name(self) -> str: ...
-    @property
-    def organization(self) -> str: ...
-    @property
-    def weights(self) -> str: ...
-    @property
-    def size(self) -> int: ...
+    def origin(self) -> Origin: ...
     @property
     def dimensions(self) -> Dimensions: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
 
     def build(
         self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
@@ -54,8 +46,6 @@ class Source(Protocol):
         The matrices of the layers take the form `layers`, embedding and output the form `tables`. Writes weights to
         `data` and calls `on_layer` after each layer.
         """
-        ...
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         """The source's own float32 logits [tokens, vocab] after each of `tokens` [tokens], which are one text."""
-        ...

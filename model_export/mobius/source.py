@@ -24,13 +24,12 @@ from model_export.mobius.decoder import imported, transformers_reported_as
 from model_export.mobius.graph import AttentionOverride, Translation
 from model_export.mobius.nodes import key_shape
 from model_export.mobius.variants import check_variant
+from model_export.sources.checkpoint import Origin
 from model_export.sources.field_types import abbreviated, parse
-from model_export.sources.gguf.read import GgufModel, gguf_name, main_type
-from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
+from model_export.sources.gguf.read import GgufModel, gguf_origin
 from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
-from model_export.sources.hugging_face.read import vocabulary_from_directory
-from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.hugging_face.read import directory_origin
 from model_export.sources.weights import Floats
 
 # The families whose classes in transformers have windows; the others ignore `sliding_window` of config.json.
@@ -46,11 +45,8 @@ class MobiusSource:
     """
 
     read: Directory | GgufModel
-    name: str
-    organization: str
+    origin: Origin
     family: str
-    weights: str
-    vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
         imported("mobius")
@@ -58,10 +54,6 @@ class MobiusSource:
     @property
     def path(self) -> Path:
         return self.read.path
-
-    @property
-    def size(self) -> int:
-        return self.read.size
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -148,30 +140,21 @@ class MobiusSource:
 
 def from_directory(directory: Directory) -> MobiusSource:
     """The source in a Hugging Face directory of a family in `families.MOBIUS`."""
-    path, entries, config = directory.path, directory.entries, directory.config
-    where, text = str(path / "config.json"), entries.get("text_config", {})
+    entries, config = directory.entries, directory.config
+    where, text = str(directory.path / "config.json"), entries.get("text_config", {})
     if not isinstance(text, dict):
         raise ExportError(f"{where}: text_config is {abbreviated(text)}, expected an object")
     for part in (entries, {**text, "model_type": f"{config.model_type}_text"}):
         check_variant(where, part)
-    weights = config.dtype or config.torch_dtype or "float32"
     ids = parse(TokenIds, where, {**text, **entries})
-    vocabulary = vocabulary_from_directory(path, ids, directory.generation)
-    return MobiusSource(directory, path.resolve().name, "", config.model_type, weights, vocabulary)
+    return MobiusSource(directory, directory_origin(directory, ids), config.model_type)
 
 
 def from_gguf(model: GgufModel) -> MobiusSource:
     """The source in a GGUF file of a family in `families.MOBIUS_GGUF`, its matrices in float32."""
     if model.parts > 1:
         raise ExportError(f"{model.path} is in several parts, which is not supported for this family; join them first")
-    return MobiusSource(
-        model,
-        name=gguf_name(model.path),
-        organization=model.metadata.get("general.organization", ""),
-        family=model.metadata.require("general.architecture"),
-        weights=main_type(model.tensors.values()),
-        vocabulary=vocabulary_from_metadata(model.metadata),
-    )
+    return MobiusSource(model, gguf_origin(model), model.metadata.require("general.architecture"))
 
 
 def _context(config: Any) -> int:

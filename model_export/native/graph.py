@@ -53,7 +53,7 @@ def build_graph(
     """See Source.build."""
     decoder = _Decoder(checkpoint, Operators(data, layers, tables), prefill=prefill)
     logits = decoder.logits(on_layer)
-    return decoder.interface.model(logits, checkpoint.architecture.vocab_size, data, checkpoint.name)
+    return decoder.interface.model(logits, checkpoint.architecture.vocab_size, data, checkpoint.origin.name)
 
 
 class _Decoder:

@@ -16,8 +16,7 @@ from model_export.graph.quantize import Form
 from model_export.graph.source import Dimensions
 from model_export.native.graph import build_graph
 from model_export.native.reference import reference_logits
-from model_export.sources.checkpoint import Checkpoint
-from model_export.sources.vocabulary import Vocabulary
+from model_export.sources.checkpoint import Checkpoint, Origin
 from model_export.sources.weights import Floats
 
 
@@ -28,24 +27,8 @@ class DecoderSource:
     checkpoint: Checkpoint
 
     @property
-    def name(self) -> str:
-        return self.checkpoint.name
-
-    @property
-    def organization(self) -> str:
-        return self.checkpoint.organization
-
-    @property
-    def weights(self) -> str:
-        return self.checkpoint.weights
-
-    @property
-    def size(self) -> int:
-        return self.checkpoint.size
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.checkpoint.vocabulary
+    def origin(self) -> Origin:
+        return self.checkpoint.origin
 
     @property
     def dimensions(self) -> Dimensions:

@@ -83,42 +83,50 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A source model: exactly the tensors of its architecture, each of the right shape.
+class Origin:
+    """What every source has, whatever its architecture.
 
-    `weights` names the form of the source's matrices, `size` is that of its weight files in bytes. Raises ExportError
-    for a missing tensor, an extra one, or one of another shape.
+    `weights` names the form of the source's matrices, `size` is that of its weight files in bytes.
     """
 
     name: str
     organization: str
     weights: str
     size: int
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source model: exactly the tensors of its architecture, each of the right shape.
+
+    Raises ExportError for a missing tensor, an extra one, or one of another shape.
+    """
+
+    origin: Origin
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
-    vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.architecture.rotary.frequencies).all():
-            raise ExportError(f"{self.name}: the rotary frequencies are not finite")
+            raise ExportError(f"{self.origin.name}: the rotary frequencies are not finite")
         expected = self.architecture.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.tensors:
-                raise ExportError(f"{self.name} has no tensor {name}")
+                raise ExportError(f"{self.origin.name} has no tensor {name}")
             if self.tensors[name].shape != shape:
                 actual = list(self.tensors[name].shape)
-                raise ExportError(f"{self.name}: tensor {name} has shape {actual}, expected {list(shape)}")
+                raise ExportError(f"{self.origin.name}: tensor {name} has shape {actual}, expected {list(shape)}")
         if extra := sorted(self.tensors.keys() - expected.keys()):
-            raise ExportError(
-                f"{self.name} has a tensor {extra[0]}, which a {self.architecture.family.name} model does not have"
-            )
+            family = self.architecture.family.name
+            raise ExportError(f"{self.origin.name} has a tensor {extra[0]}, which a {family} model does not have")
 
     def matrix(self, name: str) -> Matrix:
         """The matrix `name` in the form that it has in the source. Raises ExportError where a weight is not finite."""
         with np.errstate(all="ignore"):
             matrix = self.tensors[name].load()
         if not is_finite(matrix):
-            raise ExportError(f"{self.name}: tensor {name} holds a weight that is not finite")
+            raise ExportError(f"{self.origin.name}: tensor {name} holds a weight that is not finite")
         return matrix
 
     def floats(self, name: str) -> Floats:

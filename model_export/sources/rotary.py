@@ -47,8 +47,7 @@ def llama3(frequencies: Frequencies, factor: float, low: float, high: float, ori
     """
     turns = original * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    scaled: Frequencies = frequencies * (kept + (1 - kept) / factor)
-    return scaled
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def yarn(
@@ -72,9 +71,7 @@ def yarn(
             f"YaRN from {beta_fast:g} to {beta_slow:g} turns within {original} positions is not supported"
         )
     slowed = np.clip((np.arange(size // 2) - first) / max(last - first, 0.001), 0, 1)
-    frequencies = plain(size, base)
-    blended: Frequencies = frequencies * (slowed / factor + 1 - slowed)
-    return blended
+    return plain(size, base) * (slowed / factor + 1 - slowed)
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:

@@ -47,7 +47,7 @@ def verify(
     runner = Runner(model, len(tokens), prefill)
     in_one_call = runner.logits(tokens, [len(tokens)])
     if not (np.isfinite(expected).all() and np.isfinite(in_one_call).all()):
-        raise ExportError(f"{source.name}: its weights are so large that logits are not finite")
+        raise ExportError(f"{source.origin.name}: its weights are so large that logits are not finite")
     chunks = [min(CHUNK, len(tokens) - start) for start in range(0, len(tokens), CHUNK)]
     prefilled = runner.logits(tokens, chunks)
     divergence = kl_divergence(in_one_call, prefilled)
@@ -67,7 +67,7 @@ def verify(
         mean_logit_error=float(np.abs(by_model - expected).mean()),
         max_logit_error=float(np.abs(by_model - expected).max()),
         source=Measures(
-            bytes=source.size,
+            bytes=source.origin.size,
             perplexity=perplexity(expected, tokens),
             read_per_second=source_rate,
             generated_per_second=None,
@@ -118,11 +118,11 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 
 def _tokens(source: Source) -> NDArray[np.int64]:
     limit = min(MAX_TOKENS, source.dimensions.context_length)
-    vocabulary = source.vocabulary
-    with reported_as(f"{source.name}: its tokenizer fails on plain text"):
+    vocabulary = source.origin.vocabulary
+    with reported_as(f"{source.origin.name}: its tokenizer fails on plain text"):
         ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]
     if len(ids) < 2:
-        raise ExportError(f"{source.name}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
+        raise ExportError(f"{source.origin.name}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
     return np.array(ids[:limit], np.int64)

@@ -103,7 +103,7 @@ def test_links_of_the_hub_cache(tmp_path: Path) -> None:
     for file in snapshot.iterdir():
         file.rename(home.parent.parent / "blobs" / file.name)
         (home / file.name).symlink_to(Path("../../blobs") / file.name)
-    assert read_source(home).name == "Tiny"
+    assert read_source(home).origin.name == "Tiny"
 
 
 LIMITED = """

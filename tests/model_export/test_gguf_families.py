@@ -132,7 +132,7 @@ def test_other_computations_are_refused(key: str, tmp_path: Path) -> None:
 def test_keys_that_change_nothing(tmp_path: Path) -> None:
     """The same keys are no reason to refuse where they say what is computed anyway."""
     usual = {"attention.causal": True, "use_parallel_residual": False, "logit_scale": 1.0, "expert_count": 0}
-    assert read_source(tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries=usual)).name == "Tiny"
+    assert read_source(tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries=usual)).origin.name == "Tiny"
 
 
 def parts(folder: Path, keys_first: bool = False) -> list[Path]:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.sources import weights
-from model_export.sources.checkpoint import Architecture, Checkpoint, split_fused
+from model_export.sources.checkpoint import Architecture, Checkpoint, Origin, split_fused
 from model_export.sources.gguf import config
-from model_export.sources.gguf.header import Header, Tensor, read_header
+from model_export.sources.gguf.header import Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
@@ -43,7 +43,9 @@ class GgufModel:
 
 def open_gguf(path: Path) -> GgufModel:
     """Reads the headers of a model's files. Raises ExportError where they are not complete or not one model."""
-    headers = [_header(part) for part in _parts(path)]
+    headers = [read_header(part) for part in _parts(path)]
+    for header in headers:
+        check_metadata(header)
     metadata = headers[0].metadata
     if (count := metadata.get("split.count", 0)) > len(headers):
         raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
@@ -52,12 +54,6 @@ def open_gguf(path: Path) -> GgufModel:
     if len(tensors) < len(stored):
         raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
     return GgufModel(path, len(headers), sum(header.size for header in headers), metadata, tensors)
-
-
-def _header(path: Path) -> Header:
-    header = read_header(path)
-    check_metadata(header)
-    return header
 
 
 def gguf_name(path: Path) -> str:
@@ -89,18 +85,21 @@ def read_gguf(model: GgufModel) -> Checkpoint:
     architecture = config.architecture(model.metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
     split_fused(tensors, architecture)
-    return Checkpoint(
+    return Checkpoint(gguf_origin(model), architecture, tensors)
+
+
+def gguf_origin(model: GgufModel) -> Origin:
+    """The name, the tokenizer and the weights' form of a model."""
+    return Origin(
         name=gguf_name(model.path),
         organization=model.metadata.get("general.organization", ""),
-        weights=main_type(model.tensors.values()),
+        weights=_main_type(model.tensors.values()),
         size=model.size,
-        architecture=architecture,
-        tensors=tensors,
         vocabulary=vocabulary_from_metadata(model.metadata),
     )
 
 
-def main_type(tensors: Collection[Tensor]) -> str:
+def _main_type(tensors: Collection[Tensor]) -> str:
     """The name of the type that most weights have. Raises ExportError where there are no tensors."""
     if not tensors:
         raise ExportError("the GGUF file holds no tensors")

@@ -51,13 +51,13 @@ def _architecture(config: Config, family: Family) -> Architecture:
         norm_epsilon=config.rms_norm_eps or family.norm_epsilon,
         rotary=rotation,
         tied_embedding=config.entry("tie_word_embeddings", family.tied_embedding),
-        biases=_biases(config, family),
+        biases=frozenset(
+            name
+            for biases in family.biases
+            if biases.entry is None or config.entry(biases.entry, biases.default)
+            for name in biases.maps
+        ),
     )
-
-
-def _biases(config: Config, family: Family) -> frozenset[str]:
-    present = [biases for biases in family.biases if biases.entry is None or config.entry(biases.entry, biases.default)]
-    return frozenset(name for biases in present for name in biases.maps)
 
 
 def _attention(config: Config, family: Family, context: int) -> tuple[LayerAttention, ...]:

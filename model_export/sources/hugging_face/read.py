@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
-from model_export.sources.checkpoint import Checkpoint, split_fused
+from model_export.sources.checkpoint import Checkpoint, Origin, split_fused
 from model_export.sources.hugging_face.architecture import read_architecture
 from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
@@ -57,21 +57,22 @@ def read_hugging_face(directory: Directory) -> Checkpoint:
             del tensors["output.weight"]
         else:  # two different matrices in the file are not tied, whatever config.json says
             architecture = replace(architecture, tied_embedding=False)
-    return Checkpoint(
+    return Checkpoint(directory_origin(directory, config), architecture, tensors)
+
+
+def directory_origin(directory: Directory, ids: TokenIds) -> Origin:
+    """The name, the tokenizer and the weights' form of a directory whose config.json has the token `ids`."""
+    return Origin(
         name=directory.path.resolve().name,
         organization="",
-        weights=config.torch_dtype or config.dtype or "float32",
+        weights=directory.config.torch_dtype or directory.config.dtype or "float32",
         size=directory.size,
-        architecture=architecture,
-        tensors=tensors,
-        vocabulary=vocabulary_from_directory(directory.path, config, directory.generation),
+        vocabulary=vocabulary_from_directory(directory.path, ids, directory.generation),
     )
 
 
 def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
-    if one is None or one.shape != other.shape:
-        return False
-    return np.array_equal(dequantize(one.load()), dequantize(other.load()))
+    return one is not None and np.array_equal(dequantize(one.load()), dequantize(other.load()))
 
 
 def _gguf_name(name: str) -> str:

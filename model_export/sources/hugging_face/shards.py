@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from model_export.errors import ExportError
@@ -67,8 +66,7 @@ def _open(path: Path) -> Shard:
 
 
 def _load(file: Any, name: str) -> Floats:
-    tensor: NDArray[Any] = file.get_tensor(name)
-    return tensor.astype(np.float32)
+    return np.asarray(file.get_tensor(name)).astype(np.float32)
 
 
 def _listed(directory: Path) -> dict[Path, list[str]]:
