@@ -120,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _progress(label: str, total: int) -> Callable[[], object]:
     """A function to call `total` times; on a terminal each call moves a progress bar."""
-    update: Callable[[], object] = tqdm(total=total, desc=label, unit="layer", disable=None, leave=False).update
-    return update
+    return tqdm(total=total, desc=label, unit="layer", disable=None, leave=False).update
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MAX_KL_INT4 = 0.1
 
 @dataclass(frozen=True)
 class Precision:
-    """The form of the matrices and the type of activations, keys and values."""
+    """The form of the matrices, and the type of activations and KV cache."""
 
     form: Form
     activations: Activations

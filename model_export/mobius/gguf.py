@@ -122,7 +122,7 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def _floats(tensor: Tensor) -> Floats:
-    return dequantize(tensor.data, tensor.kind).astype(np.float32).reshape(tensor.shape)
+    return dequantize(tensor.data, tensor.dtype).astype(np.float32).reshape(tensor.shape)
 
 
 def _gemma_tensor(name: str, values: Floats) -> Floats:

@@ -113,13 +113,7 @@ def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerA
 
 
 def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[str, Floats]) -> Rotary:
-    def scaling(key: str) -> float | None:
-        value: float | None = metadata.get(f"{family.gguf}.rope.scaling.{key}")
-        return value
-
-    def needed(key: str) -> float:
-        return float(metadata.require(f"{family.gguf}.rope.scaling.{key}"))
-
+    scaling = f"{family.gguf}.rope.scaling."
     base = float(metadata.get(f"{family.gguf}.rope.freq_base", 10000.0))
     size = rotary.checked_size(metadata.get(f"{family.gguf}.rope.dimension_count", head_dim), head_dim)
     if family.gguf_adjacent_pairs and size != head_dim:
@@ -129,23 +123,25 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             raise ExportError(f"tensor {name} has shape {list(values.shape)}, expected {[size // 2]}")
     plain = rotary.plain(size, base, factors.get(LLAMA3_FACTORS, 1.0))
     if SHORT_FACTORS in factors:
-        original = int(needed("original_context_length"))
-        if scaling("factor") not in (None, 1):
-            raise ExportError(f"{family.gguf}.rope.scaling.factor beside a tensor {SHORT_FACTORS} is not supported")
+        original = int(metadata.require(scaling + "original_context_length"))
+        if metadata.get(scaling + "factor") not in (None, 1):
+            raise ExportError(f"{scaling}factor beside a tensor {SHORT_FACTORS} is not supported")
         factor = metadata.require(f"{family.gguf}.context_length") / original
-        scale = scaling("attn_factor") or rotary.longrope_scale(factor, original)
+        scale = metadata.get(scaling + "attn_factor") or rotary.longrope_scale(factor, original)
         return Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
-    match metadata.get(f"{family.gguf}.rope.scaling.type", "none" if scaling("factor") is None else "linear"):
+    match metadata.get(scaling + "type", "linear" if scaling + "factor" in metadata else "none"):
         case "none":
             return Rotary(plain)
         case "linear":
-            return Rotary(plain / needed("factor"))
+            return Rotary(plain / float(metadata.require(scaling + "factor")))
         case "yarn":
             if LLAMA3_FACTORS in factors:
                 raise ExportError(f"YaRN beside a tensor {LLAMA3_FACTORS} is not supported")
-            factor, original = needed("factor"), int(needed("original_context_length"))
-            beta_fast, beta_slow = float(scaling("yarn_beta_fast") or 32), float(scaling("yarn_beta_slow") or 1)
-            scale = rotary.yarn_scale(factor) * (scaling("attn_factor") or 1.0)
+            factor = float(metadata.require(scaling + "factor"))
+            original = int(metadata.require(scaling + "original_context_length"))
+            beta_fast = float(metadata.get(scaling + "yarn_beta_fast", 32))
+            beta_slow = float(metadata.get(scaling + "yarn_beta_slow", 1))
+            scale = rotary.yarn_scale(factor) * metadata.get(scaling + "attn_factor", 1.0)
             return Rotary(rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow), scale)
         case other:
             known = "none, linear, yarn, llama3 and longrope"

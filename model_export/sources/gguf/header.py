@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Tensor:
     """A tensor. `shape` has the slowest dimension first; `data` [..., bytes of a row] stays on disk until used."""
 
     name: str
-    kind: GGMLQuantizationType
+    dtype: GGMLQuantizationType
     shape: tuple[int, ...]
     data: Bytes
 
@@ -72,7 +73,7 @@ class _Place:
     """A tensor at the bytes `begin`..`end` of the data that follows the header."""
 
     name: str
-    kind: GGMLQuantizationType
+    dtype: GGMLQuantizationType
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -103,12 +104,13 @@ class _Parser:
         elements = 0
         for _ in range(entries):
             key = self._text("a key", MOST_NAME)
-            if key in values:
-                raise self._error(f"the key {key!r} appears twice")
+            self._ensure(key not in values, f"the key {key!r} appears twice")
             values[key] = self._value(key)
             elements += len(values[key]) if isinstance(values[key], list | np.ndarray) else 1
-            if elements > MOST_ELEMENTS:
-                raise self._error(f"its keys hold at least {elements} values, expected at most {MOST_ELEMENTS}")
+            self._ensure(
+                elements <= MOST_ELEMENTS,
+                f"its keys hold at least {elements} values, expected at most {MOST_ELEMENTS}",
+            )
         alignment = values.get("general.alignment", 32)
         return Header(self._path, len(self._data), Metadata(values), self._tensors(tensors, alignment))
 
@@ -122,10 +124,8 @@ class _Parser:
             raise self._error(f"it begins with {head!r}, not {MAGIC!r}{guess}")
         self._at = 4
         version = self._number("<I", "its version")
-        if version not in VERSIONS:
-            if version & 0xFFFF == 0:
-                raise self._error("it is big-endian, expected little-endian")
-            raise self._error(f"its version is {version}, expected 2 or 3")
+        self._ensure(version & 0xFFFF != 0, "it is big-endian, expected little-endian")
+        self._ensure(version in VERSIONS, f"its version is {version}, expected 2 or 3")
 
     def _value(self, key: str) -> Any:
         value_type = self._value_type(key)
@@ -134,10 +134,8 @@ class _Parser:
         if value_type != GGUFValueType.ARRAY:
             return self._number(SCALARS[value_type], key)
         element_type, count = self._value_type(key), self._number("<Q", f"the length of {key}")
-        if element_type == GGUFValueType.ARRAY:
-            raise self._error(f"{key} is an array of arrays, which is not supported")
-        if count > MOST_ELEMENTS:
-            raise self._error(f"{key} has {count} elements, expected at most {MOST_ELEMENTS}")
+        self._ensure(element_type != GGUFValueType.ARRAY, f"{key} is an array of arrays, which is not supported")
+        self._ensure(count <= MOST_ELEMENTS, f"{key} has {count} elements, expected at most {MOST_ELEMENTS}")
         if element_type == GGUFValueType.STRING:
             self._check_room(count, 8, f"elements of {key}")
             return self._texts(key, count)
@@ -162,8 +160,8 @@ class _Parser:
 
     def _value_type(self, key: str) -> GGUFValueType:
         number = self._number("<I", f"the type of {key}")
-        if number not in SCALARS and number not in (GGUFValueType.STRING, GGUFValueType.ARRAY):
-            raise self._error(f"{key} is of the unknown type {number}")
+        known = number in SCALARS or number in (GGUFValueType.STRING, GGUFValueType.ARRAY)
+        self._ensure(known, f"{key} is of the unknown type {number}")
         return GGUFValueType(number)
 
     def _tensors(self, count: int, alignment: object) -> tuple[Tensor, ...]:
@@ -173,14 +171,13 @@ class _Parser:
         places: dict[str, _Place] = {}
         for _ in range(count):
             place = self._place(alignment)
-            if place.name in places:
-                raise self._error(f"it has two tensors {place.name!r}")
+            self._ensure(place.name not in places, f"it has two tensors {place.name!r}")
             places[place.name] = place
         data = self._at + -self._at % alignment
         self._check_places(list(places.values()), data)
         mapped = np.frombuffer(self._data, np.uint8)[data:]
         return tuple(
-            Tensor(place.name, place.kind, place.shape, mapped[place.begin : place.end].reshape(*place.shape[:-1], -1))
+            Tensor(place.name, place.dtype, place.shape, mapped[place.begin : place.end].reshape(*place.shape[:-1], -1))
             for place in places.values()
         )
 
@@ -188,42 +185,41 @@ class _Parser:
         """The next tensor's description."""
         name = self._text("a tensor's name", MOST_NAME)
         dimensions = self._number("<I", f"the dimensions of tensor {name}")
-        if not 1 <= dimensions <= MOST_DIMENSIONS:
-            raise self._error(f"tensor {name} has {dimensions} dimensions, expected 1..{MOST_DIMENSIONS}")
+        self._ensure(
+            1 <= dimensions <= MOST_DIMENSIONS,
+            f"tensor {name} has {dimensions} dimensions, expected 1..{MOST_DIMENSIONS}",
+        )
         sides = [self._number("<Q", f"the shape of tensor {name}") for _ in range(dimensions)]
-        if min(sides) < 1:
-            raise self._error(f"tensor {name} has shape {sides}, expected no dimension below 1")
+        self._ensure(min(sides) >= 1, f"tensor {name} has shape {sides}, expected no dimension below 1")
         number = self._number("<I", f"the type of tensor {name}")
         if number not in READABLE:
             type_name = next((known.name for known in GGMLQuantizationType if known == number), str(number))
             raise self._error(f"tensor {name} is of type {type_name}, which is not supported")
-        kind = GGMLQuantizationType(number)
-        block, size = GGML_QUANT_SIZES[kind]
-        if sides[0] % block:
-            raise self._error(f"tensor {name} has rows of {sides[0]} weights, expected a multiple of {block}")
-        if dimensions == 1 and block > 1:
-            raise self._error(f"tensor {name} of one dimension is of type {kind.name}, expected F32, F16 or BF16")
+        dtype = GGMLQuantizationType(number)
+        block, size = GGML_QUANT_SIZES[dtype]
+        self._ensure(
+            sides[0] % block == 0, f"tensor {name} has rows of {sides[0]} weights, expected a multiple of {block}"
+        )
+        self._ensure(
+            dimensions > 1 or block == 1,
+            f"tensor {name} of one dimension is of type {dtype.name}, expected F32, F16 or BF16",
+        )
         begin = self._number("<Q", f"the offset of tensor {name}")
-        if begin % alignment:
-            raise self._error(f"tensor {name} begins at {begin}, expected a multiple of {alignment}")
-        return _Place(name, kind, tuple(reversed(sides)), begin, begin + prod(sides) // block * size)
+        self._ensure(begin % alignment == 0, f"tensor {name} begins at {begin}, expected a multiple of {alignment}")
+        return _Place(name, dtype, tuple(reversed(sides)), begin, begin + prod(sides) // block * size)
 
     def _check_places(self, tensors: list[_Place], data: int) -> None:
         """Raises ExportError unless all tensors lie between the byte `data` and the end, and none overlap."""
-        room = len(self._data) - data
-        previous = _Place("", GGMLQuantizationType.F32, (), 0, 0)
-        for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
-            if tensor.end > room:
-                place = f"bytes {tensor.begin}..{tensor.end} of the {max(room, 0)} bytes behind the header"
-                raise self._error(f"tensor {tensor.name} lies at {place}")
-            if tensor.begin < previous.end:
-                raise self._error(f"tensors {previous.name} and {tensor.name} overlap")
-            previous = tensor
+        room = max(len(self._data) - data, 0)
+        for tensor in tensors:
+            place = f"bytes {tensor.begin}..{tensor.end} of the {room} bytes behind the header"
+            self._ensure(tensor.end <= room, f"tensor {tensor.name} lies at {place}")
+        for before, after in pairwise(sorted(tensors, key=lambda tensor: tensor.begin)):
+            self._ensure(before.end <= after.begin, f"tensors {before.name} and {after.name} overlap")
 
     def _text(self, what: str, longest: int | None = None) -> str:
         length = self._number("<Q", f"the length of {what}")
-        if longest is not None and length > longest:
-            raise self._error(f"{what} has {length} bytes, expected at most {longest}")
+        self._ensure(longest is None or length <= longest, f"{what} has {length} bytes, expected at most {longest}")
         begin = self._take(length, what)
         try:
             return self._data[begin : self._at].decode()
@@ -236,8 +232,7 @@ class _Parser:
 
     def _check_room(self, count: int, size: int, what: str) -> None:
         left = len(self._data) - self._at
-        if count * size > left:
-            raise self._error(f"it claims {count} {what}, too many for the remaining {left} bytes")
+        self._ensure(count * size <= left, f"it claims {count} {what}, too many for the remaining {left} bytes")
 
     def _take(self, size: int, what: str) -> int:
         """Moves past the next `size` bytes, which hold `what`, and returns where they begin."""
@@ -247,19 +242,23 @@ class _Parser:
         self._at += size
         return begin
 
-    def _error(self, why: str) -> ExportError:
-        return ExportError(f"{self._path} is not a complete GGUF file: {why}")
+    def _ensure(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise self._error(problem)
+
+    def _error(self, problem: str) -> ExportError:
+        return ExportError(f"{self._path} is not a complete GGUF file: {problem}")
 
 
 def _readable() -> set[int]:
     """The types of tensors that the gguf library can dequantize."""
     readable = set()
-    for kind, (_, size) in GGML_QUANT_SIZES.items():
+    for dtype, (_, size) in GGML_QUANT_SIZES.items():
         try:
-            dequantize(np.zeros((1, size), np.uint8), kind)
+            dequantize(np.zeros((1, size), np.uint8), dtype)
         except NotImplementedError:
             continue
-        readable.add(int(kind))
+        readable.add(int(dtype))
     return readable
 
 

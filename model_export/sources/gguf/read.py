@@ -105,7 +105,7 @@ def _main_type(tensors: Collection[Tensor]) -> str:
         raise ExportError("the GGUF file holds no tensors")
     sizes: dict[str, int] = {}
     for tensor in tensors:
-        sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + prod(tensor.shape)
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + prod(tensor.shape)
     return max(sizes, key=lambda name: sizes[name])
 
 
@@ -133,7 +133,7 @@ def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64
 
 
 def _load(tensor: Tensor) -> Matrix:
-    match tensor.kind:
+    match tensor.dtype:
         case GGMLQuantizationType.Q4_0:
             scales, codes = _split(tensor, scalars=1)
             return Blocks(_nibbles(codes), scales[..., 0], -8 * scales[..., 0], bits=4)
@@ -143,8 +143,8 @@ def _load(tensor: Tensor) -> Matrix:
         case GGMLQuantizationType.Q8_0:
             scales, codes = _split(tensor, scalars=1)
             return Blocks(codes ^ np.uint8(0x80), scales[..., 0], -128 * scales[..., 0], bits=8)
-        case kind:
-            return dequantize(tensor.data, kind).astype(np.float32, copy=False)
+        case dtype:
+            return dequantize(tensor.data, dtype).astype(np.float32, copy=False)
 
 
 def _split(tensor: Tensor, scalars: int) -> tuple[Floats, Bytes]:
