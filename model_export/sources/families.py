@@ -47,7 +47,7 @@ class Family:
     """A family of the Llama architecture: what its class in transformers computes, and the layout of its files.
 
     `name` is config.json's `model_type`, `gguf` the `general.architecture` of GGUF files, None where GGUF files have
-    no architecture of their own for this family. The other fields are defaults for entries that config.json does not have.
+    no architecture of their own for this family. Defaults of entries apply where config.json does not have them.
     """
 
     name: str
