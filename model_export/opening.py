@@ -32,23 +32,13 @@ def read_source(path: Path) -> Source:
 
 def _open(path: Path) -> Source:
     if path.is_file():
-        return _open_file(path)
+        model = open_gguf(path)
+        by_mobius = model.metadata.get("general.architecture") in families.MOBIUS_GGUF
+        return mobius.from_gguf(model) if by_mobius else DecoderSource(read_gguf(model))
     if path.is_dir():
-        return _open_directory(path)
+        directory = read_directory(path)
+        by_mobius = directory.config.model_type in families.MOBIUS
+        return mobius.from_directory(directory) if by_mobius else DecoderSource(read_hugging_face(directory))
     if path.exists():
         raise ExportError(f"{path} is neither a plain file nor a directory")
     raise ExportError(f"{path} does not exist{', it is a link that leads nowhere' if path.is_symlink() else ''}")
-
-
-def _open_file(path: Path) -> Source:
-    model = open_gguf(path)
-    if model.metadata.get("general.architecture") in families.MOBIUS_GGUF:
-        return mobius.from_gguf(model)
-    return DecoderSource(read_gguf(model))
-
-
-def _open_directory(path: Path) -> Source:
-    directory = read_directory(path)
-    if directory.config.model_type in families.MOBIUS:
-        return mobius.from_directory(directory)
-    return DecoderSource(read_hugging_face(directory))

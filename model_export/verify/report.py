@@ -18,17 +18,16 @@ def summary(quality: Quality) -> str:
 def table(described: Manifest) -> str:
     """The form of an export, the size, perplexity and speed of source and export, and how far apart they are."""
     quality, quantization = described.quality, described.quantization
-    lines = [
+    heading = (
         f"{quantization.weights} matrices, {quantization.activations} activations, "
         f"{quantization.prompts or 'no'} prefill graph; over {quality.tokens} tokens:"
-    ]
+    )
     columns = [("", f"source ({quantization.source})", "export")]
     columns += zip(
         ("size", "perplexity", "prefill", "decode"), *map(_cells, (quality.source, quality.export)), strict=True
     )
-    lines += [f"  {name:<12}{source:>20}{export:>20}" for name, source, export in columns]
-    lines.append(f"  {summary(quality)}")
-    return "\n".join(lines)
+    rows = [f"  {name:<12}{source:>20}{export:>20}" for name, source, export in columns]
+    return "\n".join([heading, *rows, f"  {summary(quality)}"])
 
 
 def _cells(measures: Measures) -> tuple[str, str, str, str]:

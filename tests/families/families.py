@@ -27,7 +27,7 @@ LONGROPE = {
 WHOLE_LONGROPE = LONGROPE | {"partial_rotary_factor": 1.0}
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 SLIDING_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-# A part of a head is turned; attention takes parts of 16 at least.
+# A part of each head rotates; the attention operator supports multiples of 16.
 WIDE = SIZES | {"hidden_size": 256}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": SIZES["vocab_size"]}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | {
@@ -80,7 +80,7 @@ FAMILIES = [
         {"model_type": "seed_oss", "head_dim": 16, "tie_word_embeddings": True}
         | {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
     ),
-    # Over mobius-onnx.
+    # Built by mobius-onnx.
     Family("arcee", {"model_type": "arcee"}),
     Family("gemma", {"model_type": "gemma", "head_dim": 16}, tokenizer="bare", add_bos=True),
     Family(
@@ -121,7 +121,7 @@ FAMILIES = [
     Family("nemotron", {"model_type": "nemotron", "head_dim": 64}, sizes=WIDE),
     Family("olmo", {"model_type": "olmo"}),
     Family("olmo2", {"model_type": "olmo2"}),
-    # Windows that transformers keeps and does not use.
+    # Windows that transformers stores but does not use.
     Family("olmo2-unused-window", {"model_type": "olmo2"} | SLIDING_AND_FULL),
     Family("olmo2-yarn", {"model_type": "olmo2", "rope_parameters": YARN | {"original_max_position_embeddings": 64}}),
     Family("olmo3", {"model_type": "olmo3"} | SLIDING_AND_FULL),

@@ -13,7 +13,7 @@ from tests.families.vocabularies import BOS, EOS, tokenizer
 
 
 def make(family: Family, directory: Path) -> Path:
-    """Writes a Hugging Face directory of the family, its weights lively enough that a wrong graph shows."""
+    """Writes a Hugging Face directory of the family, its weights large enough that a wrong graph gives other logits."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +24,7 @@ def make(family: Family, directory: Path) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # scales are 1 or 0, biases 0: neither would be missed
+            if parameter.ndim == 1:  # scales of 1 or 0 and biases of 0 would not reveal a mistake
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
             else:
                 parameter.normal_(0, 0.2)
@@ -37,14 +37,14 @@ def make(family: Family, directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt's tokens and those that follow it greedily; `logprobs` [tokens - 1, vocab] are of each but the first."""
+    """A prompt's tokens and its greedy continuation; `logprobs` [tokens - 1, vocab] are those of each but the first."""
 
     tokens: list[int]
     logprobs: np.ndarray
 
 
 class Oracle:
-    """What transformers makes of a Hugging Face directory, in float32 and without a cache."""
+    """transformers' model of a Hugging Face directory, in float32 and without a KV cache."""
 
     def __init__(self, directory: Path) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Hostile and unsupported sources of families over mobius-onnx end in one sentence, run nothing and leave nothing."""
+"""Hostile and unsupported sources of mobius-onnx's families end in one sentence, run nothing and leave nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Change = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A whole source of a family, made once."""
+    """A valid source of a family, made once."""
     folder = tmp_path_factory.mktemp("whole")
 
     def source(name: str) -> Path:
@@ -109,7 +109,7 @@ def linked(path: Path) -> None:
 
 
 def linked_beside_an_index(path: Path) -> None:
-    """An index names a file that is whole, and what transformers would read instead is a link out of the directory."""
+    """An index names a valid file, but the file that transformers would read is a link out of the directory."""
     shutil.copy(path / WEIGHTS, path / "shard.safetensors")
     names = dict.fromkeys(load_file(path / WEIGHTS), "shard.safetensors")
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
@@ -146,7 +146,7 @@ def adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
 
 
-# What is wrong in the directory's files, and what the refusal says.
+# Faults of the directory's files, and the expected messages.
 FILES = [
     ("linked weights", linked, "leads out of"),
     ("linked weights beside an index", linked_beside_an_index, "leads out of"),
@@ -166,7 +166,7 @@ ENTRIES = [
     ("experts of a hub", {"_experts_implementation": "a/b"}, "_experts_implementation is 'a/b'"),
     ("activation", NONSENSE, "cannot be loaded: "),
 ]
-# What is changed of a tensor.
+# Changes of a tensor.
 TENSORS = [
     ("NaN", nan, "holds a weight that is not finite"),
     ("infinite", infinite, "holds a weight that is not finite"),
@@ -192,7 +192,7 @@ FAR_WIDER = {"hidden_size": 1 << 17, "intermediate_size": 1 << 20}
 def refused(
     sources: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[str, Change], str]:
-    """The sentence with which a family's changed source is refused; no memory for much, nothing run, nothing left."""
+    """The error message for a changed source; no code was run, little memory was used, and nothing was left behind."""
 
     def refusal(family: str, change: Change) -> str:
         source, target, marker = tmp_path / "source" / "Tiny", tmp_path / "target", tmp_path / "ran"
@@ -237,7 +237,7 @@ def test_lies_cost_no_memory(refused: Callable[[str, Change], str], family: str)
 
 
 def test_tables_cost_no_memory(refused: Callable[[str, Change], str]) -> None:
-    """What a decoder computes for itself, here the square of its context, is bounded as well."""
+    """The tables that a decoder computes for itself are bounded too; here one has the square of the context length."""
     assert "its configuration needs tables of " in refused("gpt_bigcode", config(n_positions=1 << 22))
 
 
@@ -255,7 +255,7 @@ def test_text_config(refused: Callable[[str, Change], str], part: object, messag
 
 
 def test_sizes_of_images_are_bounded(refused: Callable[[str, Change], str]) -> None:
-    """The part about images, which is not exported, costs nothing either."""
+    """The part about images, which is not exported, is checked too."""
     assert "num_hidden_layers is 1000000000" in refused(
         "gemma3-with-images", config(vision_config={"num_hidden_layers": 10**9})
     )
@@ -284,20 +284,20 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("family", "entries", "message"), VARIANTS, ids=lambda value: str(value)[:40])
 def test_variants(refused: Callable[[str, Change], str], family: str, entries: dict[str, Any], message: str) -> None:
-    """A variant that would be built as something else is refused by its configuration, and no bound is offered."""
+    """A variant that would be built wrongly is refused for its configuration, and no larger bound is offered."""
     error = refused(family, config(**entries))
     assert message in error
     assert "--max-kl" not in error
 
 
 def test_whole_sources_export(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    """What the bad sources are made from is good."""
+    """The sources that the bad ones are made from can be exported."""
     for name in ("gemma2", "gpt2", "gemma3-with-images"):
         assert main([str(sources(name)), str(tmp_path / name), "--quantization", "float32"]) == 0
 
 
 def test_tables_of_old_files(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    """Tables that files of old hold beside the weights, of whatever type, count for nothing."""
+    """Tables in old files beside the weights, of any type, are ignored."""
     source = tmp_path / "Tiny"
     shutil.copytree(sources("gpt_neox"), source)
     mask = np.ones((1, 1, 8, 8), bool)

@@ -30,14 +30,14 @@ Config = dict[str, Any]
 Edit = Callable[[Config], object]
 BUILT = {family.name: family for family in FAMILIES if family.config["model_type"] in NATIVE}
 MADE = BUILT | {"phi3-wide": Family("phi3-wide", {"model_type": "phi3"}, sizes=WIDE)}
-# Without these there is no model, whatever transformers would take instead.
+# The exporter needs these entries, even where transformers has a default.
 REQUIRED = {
     *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
     "max_position_embeddings",
 }
 ROTARIES = ("rope_parameters", "rope_scaling")
 TOKENS = 100
-# What transformers makes up, ignores, and does in one attention function and not in another.
+# Entries that transformers invents, ignores, or uses in only some of its attention functions.
 TAKEN_OTHERWISE = re.compile("has no tensor|model does not have|no sliding_window is in use")
 
 
@@ -62,20 +62,20 @@ def edited(source: Path, target: Path, edit: Edit) -> Path:
 
 
 def logprobs(source: Path) -> np.ndarray:
-    """What the exporter computes of a text."""
+    """The logits that the exporter computes for a text."""
     logits = read_source(source).logits(np.arange(TOKENS), int)
     logits -= logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 def check(source: Path) -> None:
-    """The model is computed as transformers does, which therefore takes it."""
+    """The exporter computes the same logits as transformers, which therefore can load the model."""
     expected = Oracle(source).continuation(list(range(TOKENS)), 1).logprobs
     np.testing.assert_allclose(logprobs(source), expected[:TOKENS], atol=1e-3, rtol=0)
 
 
 def without(config: Config, name: str) -> bool:
-    """Removes the entry `name`, where a dot parts it from what it is an entry of; whether there was one."""
+    """Removes the entry `name`, in which a dot leads into an object. Returns whether it was there."""
     part, _, entry = name.rpartition(".")
     place = (config.get(part) or {}) if part else config
     return place.pop(entry, config) is not config
@@ -86,7 +86,7 @@ NAMES = [*Known.model_fields, *(f"{part}.{name}" for part in ROTARIES for name i
 
 @pytest.mark.parametrize("family", BUILT)
 def test_what_is_left_out(family: str, made: Callable[[str], Path], tmp_path: Path) -> None:
-    """An entry that is left out has the value that transformers gives it; or both refuse the model."""
+    """A missing entry has the same default as in transformers, or both refuse the model."""
     source = made(family)
     config = (source / "config.json").read_text()
     names = [name for name in NAMES if without(json.loads(config), name)]
@@ -113,7 +113,7 @@ def setting(**entries: Any) -> Edit:
 
 
 def rotary_of_old(theta: float | None = None, **scaling: Any) -> Edit:
-    """Says of the rotation what older configurations do, in which it lies in no `rope_parameters`."""
+    """Describes the rotary embedding as older configurations do, without `rope_parameters`."""
 
     def edit(config: Config) -> None:
         without(config, "rope_parameters")
@@ -134,7 +134,7 @@ def rotary(**entries: Any) -> Edit:
 
 
 def both(*edits: Edit) -> Edit:
-    """One after the other."""
+    """Several edits, one after the other."""
 
     def edit(config: Config) -> None:
         for each in edits:
@@ -190,7 +190,7 @@ SAME: dict[str, tuple[str, Edit]] = {
 
 @pytest.mark.parametrize("case", SAME)
 def test_same(case: str, made: Callable[[str], Path], tmp_path: Path) -> None:
-    """A configuration that says something in another way, or twice, is read as transformers reads it."""
+    """A configuration that states something in another way, or twice, is read as transformers reads it."""
     family, edit = SAME[case]
     check(edited(made(family), tmp_path / "source", edit))
 
@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, made: Callable[[str], Path], tmp_path: Path) -> None:
-    """What transformers refuses or computes otherwise is refused by what it is."""
+    """A configuration that transformers refuses or computes differently is refused, with the cause."""
     family, edit, message = REFUSED[case]
     with pytest.raises(ExportError, match=message):
         read_source(edited(made(family), tmp_path / "source", edit))
@@ -223,7 +223,7 @@ def test_refused(case: str, made: Callable[[str], Path], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_heads_stored_apart(scale: int, made: Callable[[str], Path], tmp_path: Path) -> None:
-    """A head that is said to be tied is so only where it is stored as the embedding is."""
+    """A head that config.json ties to the embedding is tied only if the stored head equals the embedding."""
     source = edited(made("smollm2"), tmp_path / "source", lambda config: None)
     tensors = load_file(source / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]

@@ -39,7 +39,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Served:
-    """A family's model as transformers computes it, and running services of it by how they read prompts."""
+    """A family's model in transformers, and running services of it, by their prefill chunk size."""
 
     family: Family
     tokenizer: Tokenizer
@@ -48,7 +48,7 @@ class Served:
     stubs: dict[str, completion_pb2_grpc.CompletionServiceStub]
 
     def ask(self, reading: str, texts: Sequence[str]) -> list[pb.Choice]:
-        """The greedy completions of the texts together, with prompts scored, asked by a caller of their own."""
+        """The greedy completions of the texts in one batch, with log probabilities of the prompts, for a new caller."""
         request = pb.CreateCompletionRequest(
             model="tiny",
             texts=pb.TextBatch(texts=texts),
@@ -85,7 +85,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def serve(stack: ExitStack, model: Path, chunk: int) -> tuple[ServiceThread, completion_pb2_grpc.CompletionServiceStub]:
-    """A real server of the model that reads prompts in chunks of that size, until the stack ends."""
+    """A real server of the model with that prefill chunk size, until the stack ends."""
     (port,) = free_ports(1)
     settings = Settings(
         model_dir=model, port=port, metrics_port=0, max_running=8, prompt_chunk=chunk, threads=2, drain_seconds=0
@@ -96,7 +96,7 @@ def serve(stack: ExitStack, model: Path, chunk: int) -> tuple[ServiceThread, com
 
 
 def check(served: Served, choice: pb.Choice, expected: Continuation, prompt: int) -> None:
-    """A choice has the expected tokens, each with the expected score and rivals."""
+    """A choice has the expected tokens, each with the expected log probability and alternatives."""
     scores, tolerance = choice.logprobs, served.family.tolerance
     names = [served.tokenizer.token_text(index) for index in expected.tokens]
     assert list(scores.tokens)[prompt:] == names[prompt:]
@@ -108,7 +108,7 @@ def check(served: Served, choice: pb.Choice, expected: Continuation, prompt: int
 
 
 def check_rivals(served: Served, top: dict[str, float], token: str, row: np.ndarray) -> None:
-    """The rivals of `token`, by name, are the likeliest tokens of `row`, and as likely as it says."""
+    """The alternatives of `token`, by name, are the likeliest tokens of `row`, with their log probabilities."""
     by_name: dict[str, float] = {}
     for index in np.argsort(row):
         by_name[served.tokenizer.token_text(index)] = float(row[index])
@@ -116,7 +116,7 @@ def check_rivals(served: Served, top: dict[str, float], token: str, row: np.ndar
     assert top == pytest.approx({name: by_name[name] for name in top}, abs=served.family.tolerance)
     likeliest = sorted(by_name.values(), reverse=True)[: len(top)]
     np.testing.assert_allclose(sorted(top.values(), reverse=True), likeliest, atol=served.family.tolerance, rtol=0)
-    assert len(top) >= TOP - 3  # some tokens share a name, a letter and its byte for one
+    assert len(top) >= TOP - 3  # some tokens have the same name, for example a letter and its byte
 
 
 def test_texts_become_the_same_tokens(served: Served) -> None:
@@ -126,7 +126,7 @@ def test_texts_become_the_same_tokens(served: Served) -> None:
 
 @pytest.mark.parametrize("reading", CHUNKS)
 def test_alone(served: Served, reading: str) -> None:
-    """A prompt alone has transformers' greedy tokens and scores, its prompt's included."""
+    """A single prompt has transformers' greedy tokens and log probabilities, those of the prompt included."""
     for text, ids, expected in zip(TEXTS, served.ids, served.expected, strict=True):
         (choice,) = served.ask(reading, [text])
         check(served, choice, expected, len(ids))
@@ -134,7 +134,7 @@ def test_alone(served: Served, reading: str) -> None:
 
 @pytest.mark.parametrize("reading", CHUNKS)
 def test_in_a_ragged_batch(served: Served, reading: str) -> None:
-    """Prompts of different lengths that run together have the same tokens and, to the bit, the scores of each alone."""
+    """Prompts of different lengths in one batch have the same tokens and bit-equal log probabilities as each alone."""
     choices = served.ask(reading, TEXTS)
     for text, ids, expected, choice in zip(TEXTS, served.ids, served.expected, choices, strict=True):
         check(served, choice, expected, len(ids))
@@ -143,6 +143,6 @@ def test_in_a_ragged_batch(served: Served, reading: str) -> None:
 
 
 def test_chunks_leave_no_trace(served: Served) -> None:
-    """How a prompt is cut into chunks changes no bit of what follows."""
+    """Splitting a prompt into chunks changes no bit of the results."""
     whole, chunked = (served.ask(reading, TEXTS) for reading in ("whole", "chunked"))
     assert whole == chunked

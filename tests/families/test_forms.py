@@ -16,7 +16,7 @@ from tests.families.oracle import make
 
 pytestmark = pytest.mark.families
 
-# Random weights are harder to round than trained ones: nats a token, with a margin of two.
+# The largest divergences in nats per token, with a margin of two: random weights are harder to round than trained ones.
 DIVERGENCE: dict[Form, float] = {"float16": 1e-4, "int8": 2e-3, "int4": 0.15}
 
 
@@ -29,20 +29,20 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("form", DIVERGENCE)
 def test_forms_are_near_the_source(source: Path, tmp_path: Path, form: Form) -> None:
-    """Each form of matrices, with a graph for prompts where the form has one, stays near transformers."""
+    """Each form of matrices, with its prefill graph if it has one, stays close to transformers."""
     options = Options(quantization=form, prompts="none" if form == "float16" else "int8", max_kl=DIVERGENCE[form])
     made = export(source, tmp_path / "model", options, lambda label, total: lambda: None)
     assert made.quality.kl <= DIVERGENCE[form]
 
 
 def test_graphs_are_for_cuda(source: Path, tmp_path: Path) -> None:
-    """Made for CUDA, a graph has no operator that its provider lacks, and computes the same on the CPU."""
+    """A graph for CUDA has only operators with CUDA kernels, and computes the same on the CPU."""
     options = Options(device="cuda", max_kl=DIVERGENCE["float16"])
     assert export(source, tmp_path / "model", options, lambda label, total: lambda: None).devices == ("cpu", "cuda")
 
 
 def test_without_the_extra_the_refusal_names_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where mobius-onnx is not installed, the sentence says what to install."""
+    """If mobius-onnx is not installed, the message says what to install."""
     monkeypatch.setitem(sys.modules, "mobius", None)
     with pytest.raises(ExportError, match=r"needs mobius: pip install '\.\[families\]'"):
         read_source(source)

@@ -28,7 +28,7 @@ ARCHITECTURES = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
-# What files do not say is the same in all of a family's models.
+# Entries that GGUF files do not have are the same for all models of a family.
 UNSAID = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None},
@@ -38,12 +38,12 @@ UNSAID = {
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def family(request: pytest.FixtureRequest) -> Family:
-    """Each family that has such files."""
+    """Each family that can be read from GGUF files."""
     return named(request.param)
 
 
 def named(name: str) -> Family:
-    """A family as its files have it."""
+    """A family with the entries that its GGUF files imply."""
     family = next(family for family in FAMILIES if family.name == name)
     return replace(family, config={**family.config, **UNSAID[name]})
 
@@ -86,7 +86,7 @@ def write(
             continue
         values = tensor.numpy()
         if family.name.startswith("gemma") and "norm" in name:
-            values = values + 1  # the file has the factors themselves
+            values = values + 1  # the file has the scale, transformers the scale minus one
         if family.name == "gpt2" and values.ndim == 2 and "transformer.h" in name:
             values = values.T
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(values))
@@ -118,7 +118,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, family: Family) -> None:
 
 
 def test_files_hold_what_directories_hold(family: Family, tmp_path: Path) -> None:
-    """A family's GGUF file has the logits of the directory that it was made of, and exports as near to them."""
+    """A family's GGUF file gives the logits of the directory that it was made from, and so does its export."""
     made = exported(family, {}, tmp_path)
     assert made.quality.kl < 1e-6
 
@@ -138,7 +138,7 @@ def exported(family: Family, keys: Mapping[str, Any], tmp_path: Path) -> Manifes
 
 LINEAR = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
-# What is written of rotations and windows, and the configuration that says the same.
+# Keys of rotary embeddings and windows, and the configuration with the same meaning.
 SAID: dict[str, dict[str, Any]] = {
     "gemma2": {"rope_parameters": LINEAR},
     "gemma3": {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}},
@@ -152,7 +152,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_files_say_how_positions_turn(name: str, tmp_path: Path) -> None:
-    """A base and a scaling of the rotation count, and what every file of the family would say changes nothing."""
+    """Keys of base and scaling have an effect, and keys with values that all models of the family share have none."""
     family = named(name)
     family = replace(family, config={**family.config, **SAID[name]})
     assert exported(family, {**ROTATION, **PATTERNS[name]}, tmp_path).quality.kl < 1e-6
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the family's files never say, and what belongs to no layer, ends in one sentence."""
+    """A key that contradicts the family, and a tensor that belongs to no layer, end in one sentence."""
     name, keys, extra, message = REFUSED[case]
     write(named(name), Oracle(make(named(name), tmp_path / "source")), tmp_path / "Tiny.gguf", keys, extra)
     assert message in refusal(tmp_path, capfd)
@@ -212,7 +212,7 @@ def test_lies_cost_no_memory(
 
 
 def refusal(folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """The sentence with which the command line refuses the folder's file; nothing is left."""
+    """The sentence with which the command line refuses the folder's file; nothing is left behind."""
     capfd.readouterr()
     assert main([str(folder / "Tiny.gguf"), str(folder / "out" / "model")]) == 2
     out, error = capfd.readouterr()

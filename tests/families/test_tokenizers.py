@@ -33,7 +33,7 @@ CLASSES = ["LlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"
 
 
 def served(directory: Path) -> Tokenizer:
-    """The service's tokenizer of a directory, as the exporter hands it on."""
+    """The service's tokenizer of a directory that the exporter has read."""
     config = TokenIds.model_validate_json((directory / "config.json").read_text())
     vocabulary = vocabulary_from_directory(directory, config, TokenIds())
     path = directory / "exported.json"
@@ -43,7 +43,7 @@ def served(directory: Path) -> Tokenizer:
 
 
 def check(directory: Path, family: str) -> None:
-    """Every text has the same ids in both."""
+    """Every text has the same ids in both tokenizers."""
     from transformers import AutoTokenizer
 
     (directory / "config.json").write_text(json.dumps({"model_type": family, "bos_token_id": 1, "eos_token_id": 2}))
@@ -56,7 +56,7 @@ def check(directory: Path, family: str) -> None:
 @pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("says", [True, False, None])
 def test_each_kind(kind: str, begins: bool, says: bool | None, tmp_path: Path) -> None:
-    """Of each kind, with a beginning token and without, whatever `add_bos_token` says beside the tokenizer itself."""
+    """Tokenizers of each type, with and without a beginning token, whatever `add_bos_token` says."""
     vocabularies.tokenizer(kind, begins).save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     settings |= {} if says is None else {"add_bos_token": says}
@@ -67,7 +67,7 @@ def test_each_kind(kind: str, begins: bool, says: bool | None, tmp_path: Path) -
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("begins", [True, False])
 def test_each_class(name: str, begins: bool, tmp_path: Path) -> None:
-    """As transformers' own classes make and save them."""
+    """Tokenizers that transformers' own classes make and save."""
     import transformers
 
     kind = "bare" if name in ("LlamaTokenizer", "GemmaTokenizer") else "byte-level"

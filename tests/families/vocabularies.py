@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-# Some of a model's rows have no token: common in real models too.
+# Some rows of the embedding have no token, as in many real models.
 VOCAB = 304
 TOKENS = 300
 

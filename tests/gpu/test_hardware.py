@@ -44,7 +44,7 @@ TEXT = "The lighthouse keeper climbed the stairs each evening, lit the lamp, and
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu():
-    """A GPU, or a failure that says what is missing: these tests are never skipped in silence."""
+    """A GPU, or a failure that says what is missing: these tests are never skipped silently."""
     lacking = lacks_cuda(0)
     if lacking is not None:
         pytest.fail(f"there is no GPU to test on: {lacking}")
@@ -70,7 +70,7 @@ def on_gpu():
 
 
 class Uncaptured(Cuda):
-    """The GPU with every call made anew."""
+    """The GPU without captured graphs."""
 
     def run(self, session, binding, graph):
         super().run(session, binding, None)
@@ -104,7 +104,7 @@ def decode(model, rows, past):
 
 
 def close(one, other):
-    """How far two rows' distributions are from each other, in nats."""
+    """The KL divergence between two rows' distributions, in nats."""
     p, q = (row.astype(np.float64) - np.logaddexp.reduce(row.astype(np.float64)) for row in (one, other))
     return float((np.exp(p) * (p - q)).sum()) < CLOSE
 
@@ -125,22 +125,22 @@ for each in state.get_all_opkernel_def():
 
 
 def test_the_list_of_kernels_is_what_is_registered():
-    """What graphs are checked against is what this onnxruntime lists of its own CUDA provider."""
+    """cuda_kernels.json agrees with the kernels that this onnxruntime lists for its CUDA provider."""
     done = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=False)
-    if done.returncode:  # it asks every provider of the build, and falls over one that cannot be loaded, like TensorRT
+    if done.returncode:  # it asks every provider of the build, and fails if one cannot be loaded, such as TensorRT
         pytest.skip(f"onnxruntime does not list its kernels here: exit code {done.returncode}")
     assert set(json.loads(cuda.KERNELS.read_text())["operators"]) <= set(done.stdout.split())
 
 
 def test_every_node_is_on_the_gpu(directory):
-    """All nodes of the graph go to CUDA, by onnxruntime's own choice."""
+    """All nodes of the graph are assigned to CUDA by onnxruntime itself."""
     session = on_gpu().load(directory / "model.onnx", 1)
     assert session.get_providers()[0] == "CUDAExecutionProvider"
     assert cuda.unsupported(ir.load(directory / "model.onnx")) == []
 
 
 def test_prompts(models, tokens):
-    """A prompt whole, and in chunks of any size, is close to the CPU's."""
+    """Prefill in one call, and in chunks of any size, is close to the CPU's."""
     on_gpu, on_cpu = models
     expected = prompt(on_cpu, 0, tokens)
     for slot, chunk in enumerate([1000, 128, 100, 33]):
@@ -148,7 +148,7 @@ def test_prompts(models, tokens):
 
 
 def test_greedy_text(models, tokens):
-    """Token by token the GPU chooses what the CPU chooses, or what the CPU finds about as likely."""
+    """In each decode step the GPU chooses the CPU's token, or one that is about as likely on the CPU."""
     on_gpu, on_cpu = models
     made = greedy(on_gpu, tokens[:50], 40)
     logits = prompt(on_cpu, 0, tokens[:50])
@@ -159,7 +159,7 @@ def test_greedy_text(models, tokens):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 12])
 def test_a_ragged_batch(models, tokens, count):
-    """Rows of different lengths, some of which sit out, are close to the CPU's."""
+    """Rows of different lengths, some of them idle, are close to the CPU's."""
     lengths = [20 + 17 * slot for slot in range(count)]
     for model in models:
         for slot, length in enumerate(lengths):
@@ -170,7 +170,7 @@ def test_a_ragged_batch(models, tokens, count):
 
 
 def test_kept_prompts_outlast_padded_steps(models, tokens):
-    """Slots beyond a batch keep their prompts: they go on as if nothing had happened."""
+    """Slots outside a batch keep their KV cache, and their sequences continue unchanged."""
     on_gpu, _ = models
     for model in models:
         for slot in range(8):
@@ -183,7 +183,7 @@ def test_kept_prompts_outlast_padded_steps(models, tokens):
 
 
 def test_copies(models, tokens):
-    """A prompt goes on in another slot after a copy."""
+    """A sequence continues in another slot after a copy of its slot."""
     on_gpu, on_cpu = models
     expected = prompt(on_cpu, 0, tokens)
     prompt(on_gpu, 0, tokens[:290])
@@ -192,7 +192,7 @@ def test_copies(models, tokens):
 
 
 def test_captured_or_not(directory, tokens):
-    """Captured graphs give the bits of calls that are made anew, also when they are replayed for longer texts."""
+    """Captured graphs give bit-equal results to calls without capture, also when replayed for longer texts."""
     captured, anew = load(directory, on_gpu()), load(directory, Uncaptured(Driver(0), 0, 8 << 30))
     for length in (20, 150):
         for model in (captured, anew):
@@ -204,7 +204,7 @@ def test_captured_or_not(directory, tokens):
 
 
 def test_results_that_have_grown(directory, tokens):
-    """Steps that were captured give the bits of calls made anew also after a long prompt's scores took more room."""
+    """Captured steps stay bit-equal to calls without capture after a long prompt's scores needed larger buffers."""
     captured, anew = load(directory, on_gpu()), load(directory, Uncaptured(Driver(0), 0, 8 << 30))
     scores = [(0, at) for at in range(100)]
     for step in range(6):
@@ -218,7 +218,7 @@ def test_results_that_have_grown(directory, tokens):
 
 
 def test_the_shortlist(models, tokens):
-    """What comes to the host are the likeliest of the whole row, and its normalizer."""
+    """The host receives the likeliest tokens of the whole row and its log-sum-exp."""
     on_gpu, _ = models
     (row,) = on_gpu.forward(0, [tokens[:60]], [0], [(0, 59)])
     assert isinstance(row, Shortlist)
@@ -229,7 +229,7 @@ def test_the_shortlist(models, tokens):
 
 
 async def test_the_engine(directory, tokens):
-    """Many requests at once, with copies for n and for common beginnings, all end well and as when alone."""
+    """Many concurrent requests, with copied slots for `n` and common prefixes, end with the same results as alone."""
     described = manifest.load(directory)
     tokenizer = Tokenizer(directory / "tokenizer.json", described.special_tokens, described.vocab_size)
     engine = Engine(load(directory, on_gpu()), tokenizer, Scheduler(KVCache(SLOTS), 128), max_waiting=1000)

@@ -32,7 +32,7 @@ FORMS = ["float16", "int4", "int4-int8", "int8"]
 
 @pytest.fixture(scope="module", autouse=True)
 def standin():
-    """The stand-in is preloaded, and onnxruntime takes it for CUDA."""
+    """The stand-in is preloaded, and onnxruntime uses it as CUDA."""
     assert lacks_cuda(0) is None
     assert f"{CUDA_PROVIDER} on stand-in" in provider("auto", 0)
 
@@ -57,7 +57,7 @@ def test_every_node_goes_to_cuda(tmp_path, family, form):
 
 @pytest.mark.parametrize("form", ["float16", "int4-int8"])
 def test_steps_are_captured_once_and_replayed(tmp_path, form, monkeypatch):
-    """Each number of rows is captured once; a replayed step copies nothing but what we copy ourselves."""
+    """Each number of rows is captured once; a replayed step makes only our own copies."""
     directory, log = made(tmp_path, device="cuda", quantization=form), tmp_path / "log"
     described = manifest.load(directory)
     settings = with_device(described, Settings(model_dir=directory, max_running=SLOTS), directory)
@@ -97,7 +97,7 @@ def service(directory, **environment):
 
 
 def test_the_service_starts(tmp_path):
-    """It loads, plans, warms up and serves, all by way of the provider."""
+    """The service loads, plans its memory, warms up and serves with the CUDA provider."""
     command, environment = service(made(tmp_path, device="cuda"))
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
         try:
@@ -114,7 +114,7 @@ def test_the_service_starts(tmp_path):
 
 
 def test_without_a_gpu(tmp_path):
-    """A driver that has no GPU is what the start ends with."""
+    """With a driver but no GPU, the start ends with a message that says so."""
     command, environment = service(made(tmp_path, device="cuda"), STANDIN_NO_GPU="1")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -40,7 +40,7 @@ EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 FIRST, SECOND = (f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("down", "up"))
 EVIL = "model.layers.0.\x1b[31m\nevil"
 HUGE = 1 << 60
-# Some texts take it exponential time, and the library gives up after so many steps.
+# Some texts take this regular expression exponential time; the library gives up after a number of steps.
 EXPLODING = r"(\w+\s?)*$"
 NOT_WHOLE = "not a complete safetensors file"
 NO_TOKENIZER = "tokenizer.json is not a tokenizer"
@@ -48,7 +48,7 @@ QUANTIZED = "weights that are already quantized ({}) are supported only as GGUF"
 
 
 def split(regex: str) -> dict[str, Any]:
-    """A pre-tokenizer that cuts texts by `regex`."""
+    """A pre-tokenizer that splits texts by `regex`."""
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
@@ -59,7 +59,7 @@ def with_one(number: float) -> np.ndarray:
     return made
 
 
-# What stands in place of a directory.
+# Something else in place of a directory.
 PLACES = [
     ("fifo", fifo, "is neither a plain file nor a directory"),
     ("link to itself", loop, "is a link that leads nowhere"),
@@ -77,7 +77,7 @@ LINKS = [
     ("weights lead out", OTHER, "model-1.safetensors leads out of"),
 ]
 
-# A file and what is in it.
+# A file and its content.
 WRITTEN = [
     ("config not JSON", CONFIG, "{", "config.json is not JSON"),
     ("config not text", CONFIG, b"\xff\xfe{}", "config.json is not JSON"),
@@ -162,7 +162,7 @@ LYING_ENTRIES = [
     ),
 ]
 
-# A tensor in the header of a shard, and what that says of it, or whose bytes it says that it has.
+# A tensor in the header of a shard, and changes of its description, or another tensor whose bytes it claims.
 HEADERS = [
     ("offsets beyond", EMBED, {"data_offsets": [0, 1 << 40]}, NOT_WHOLE),
     ("offsets below zero", EMBED, {"data_offsets": [-8, 8]}, NOT_WHOLE),
@@ -219,14 +219,14 @@ JSON = [
         "its tokenizer fails on plain text: Onig: Regex search error",
     ),
 ]
-# The one file to which the index sends all tensors.
+# The one file that the index names for all tensors.
 PLACED = [
     ("path upwards", "../../../../etc/x.safetensors", "leads out of"),
     ("absolute path", "/etc/passwd.safetensors", "leads out of"),
     ("path to what is no safetensors", "/etc/passwd", "expected a safetensors file"),
     ("path with a NUL", "a\0.safetensors", "expected a safetensors file"),
 ]
-# A tensor, in a directory of one file of weights, and what it holds.
+# A tensor in a directory with one weight file, and its values.
 STORED = [
     ("NaN weight", EMBED, with_one(np.nan), "token_embd.weight holds a weight that is"),
     ("infinite bfloat16", NORM, np.full(64, np.inf, ml_dtypes.bfloat16), "output_norm.weight holds a weight that is"),
@@ -249,7 +249,7 @@ CHANGES = [
     ("tokenizer missing", no_tokenizer, "tokenizer.json does not exist"),
 ]
 
-# Each table, and what makes a source of the middle columns of a row.
+# Each table, and the function that makes a source from the middle columns of a row.
 TABLES = {
     "places": (itself, PLACES),
     "fifos": (replaced_by_fifo, FIFOS),
@@ -262,7 +262,7 @@ TABLES = {
     "tensors": (stored, STORED),
     "changes": (hugging_face, CHANGES),
 }
-# Of what claims to be far larger than it is.
+# The tables of sources that claim to be far larger than they are.
 LYING = {
     "lying config": (config, LYING_ENTRIES),
     "lying safetensors headers": (header, LYING_HEADERS),

@@ -84,7 +84,7 @@ LYING_ATTRIBUTES = [
     ("key count of what fits", {"claimed_keys": 1000}, "not a complete GGUF file"),
 ]
 
-# Keys that are added, though the file may have them already.
+# Keys that are added, even if the file has them already.
 ADDED_KEYS = [
     ("key twice", "general.architecture", string("llama"), "'general.architecture' appears twice"),
     ("key that is not UTF-8", b"\xff", u32(1), "a key is not UTF-8"),
@@ -215,7 +215,7 @@ def quantized_norm(model: Gguf) -> None:
 
 
 def endless_key(model: Gguf) -> None:
-    """A key that claims to be of 2^63 bytes."""
+    """A key that claims a length of 2^63 bytes."""
     model.keys.insert(0, (b"", text("a", 2**63)))
 
 
@@ -234,7 +234,7 @@ LYING_CHANGES = [
     ("tensor's name", long_name, "has 5000 bytes"),
 ]
 
-# Each table, and what makes a file of the middle columns of a row.
+# Each table, and the function that makes a file from the middle columns of a row.
 TABLES = {
     "GGUF file": (content, BYTES),
     "GGUF attributes": (attributes, ATTRIBUTES),
@@ -245,7 +245,7 @@ TABLES = {
     "GGUF weights": (poke, WEIGHTS),
     "GGUF changes": (gguf, CHANGES),
 }
-# Of what claims to be far larger than it is.
+# The tables of sources that claim to be far larger than they are.
 LYING = {
     "lying GGUF attributes": (attributes, LYING_ATTRIBUTES),
     "lying GGUF keys": (keys, LYING_KEYS),

@@ -22,7 +22,7 @@ from tests.model_export.gguf_files import Maker
 
 
 class Gone(enum.Enum):
-    """Marks what a row of a table removes."""
+    """Marks an entry that a row of a table removes."""
 
     GONE = enum.auto()
 
@@ -83,7 +83,7 @@ def placed(name: str) -> Maker:
 
 
 def written(name: str, raw: str | bytes) -> Maker:
-    """A maker of the tiny Hugging Face directory with one file written anew."""
+    """A maker of the tiny Hugging Face directory with other content of one file."""
 
     def change(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def single(changes: Mapping[str, np.ndarray]) -> Maker:
 
 
 def header(name: str, change: Any) -> Maker:
-    """A maker of the tiny Hugging Face directory whose first shard describes the tensor `name` otherwise.
+    """A maker of the tiny Hugging Face directory whose first shard has another description of the tensor `name`.
 
     `change` has other entries of its description, is another tensor of the shard whose bytes it has as well, or GONE.
     """
@@ -127,7 +127,7 @@ def header(name: str, change: Any) -> Maker:
 
 
 def header_length(length: int) -> Maker:
-    """A maker of the tiny Hugging Face directory whose first shard lies about the length of its header."""
+    """A maker of the tiny Hugging Face directory whose first shard has a false header length."""
     return rewritten(lambda described: None, length)
 
 
@@ -178,7 +178,7 @@ def leads_out(name: str) -> Maker:
 
 
 def replaced_by_fifo(name: str) -> Maker:
-    """A directory in which a file is a pipe that nobody writes to."""
+    """A directory in which a file is a pipe without a writer."""
 
     def change(path: Path) -> None:
         (path / name).unlink()
@@ -203,7 +203,7 @@ def cut_off(path: Path) -> None:
 
 
 def copied_shard(path: Path) -> None:
-    """The same tensors twice, in files that are found by their names."""
+    """The same tensors in two files, without an index."""
     (path / "model.safetensors.index.json").unlink()
     (path / "model-2.safetensors").write_bytes((path / "model-1.safetensors").read_bytes())
 

@@ -13,7 +13,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def extend(directory: Path, *names: str) -> Path:
-    """Adds special tokens of these names to a Hugging Face directory, behind all others."""
+    """Adds special tokens of these names to a Hugging Face directory, after all others."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -13,7 +13,7 @@ from gguf import GGUFValueType as Value
 
 from tests.model_export import tiny
 
-# Makes a source at a path, and gives the path of what is to be read.
+# Makes a source at a path, and returns the path to read.
 Maker = Callable[[Path], Path]
 
 ALIGNMENT = 32
@@ -30,7 +30,7 @@ FORMS = {
 
 
 def text(value: str | bytes, length: int | None = None) -> bytes:
-    """A string as GGUF has it, or one that lies about its length."""
+    """A string in GGUF's encoding, or one with a false length."""
     raw = value.encode() if isinstance(value, str) else value
     return struct.pack("<Q", len(raw) if length is None else length) + raw
 
@@ -42,14 +42,14 @@ def value(kind: Value, content: Any) -> bytes:
 
 
 def array(kind: Value, items: list[Any], count: int | None = None) -> bytes:
-    """A typed array, or one that lies about its length."""
+    """A typed array, or one with a false length."""
     body = b"".join(text(each) if kind == Value.STRING else struct.pack(FORMS[kind], each) for each in items)
     return struct.pack("<IIQ", Value.ARRAY, kind, len(items) if count is None else count) + body
 
 
 @dataclass
 class Info:
-    """A tensor's description, as the file will state it."""
+    """A tensor's description in the file."""
 
     name: str | bytes
     shape: list[int]
@@ -58,7 +58,7 @@ class Info:
     dimensions: int | None = None
 
     def encode(self) -> bytes:
-        """Its bytes; `dimensions` may lie."""
+        """The bytes of the description; `dimensions` may be false."""
         count = len(self.shape) if self.dimensions is None else self.dimensions
         sides = struct.pack(f"<{len(self.shape)}Q", *self.shape)
         return text(self.name) + struct.pack("<I", count) + sides + struct.pack("<IQ", self.kind, self.offset)
@@ -66,7 +66,7 @@ class Info:
 
 @dataclass
 class Gguf:
-    """A tiny GGUF model in float32, whole until something is changed."""
+    """A tiny GGUF model in float32, valid until a test changes something."""
 
     magic: bytes = b"GGUF"
     version: bytes = struct.pack("<I", 3)
@@ -101,7 +101,7 @@ class Gguf:
 
 
 def whole() -> Gguf:
-    """The tiny model, as it should be."""
+    """The tiny model without a fault."""
     made = Gguf()
     numbers = {
         "context_length": tiny.CONTEXT,

@@ -13,7 +13,7 @@ from service.host.processor import byte_options
 
 
 class Session:
-    """An exported model with keys and values of five rows of 128 positions, kept in place.
+    """An exported model with a KV cache of five rows of 128 positions, updated in place.
 
     `options` are onnxruntime's, by default those that this processor needs.
     """
@@ -41,9 +41,9 @@ class Session:
     def forward(
         self, rows: Sequence[np.ndarray], past: Sequence[int], wanted: Sequence[int] | None = None
     ) -> np.ndarray:
-        """The logits of the `wanted` flat positions, of every valid one by default.
+        """The logits at the `wanted` flat positions, at every valid one by default.
 
-        A graph without lengths of rows takes prompts one by one.
+        A graph without `query_seqlens` runs prompts one by one.
         """
         if not self.ragged and len(rows) > 1 and max(len(row) for row in rows) > 1:
             assert wanted is None

@@ -28,7 +28,7 @@ from tests.model_export.gguf_files import Maker, gguf, whole
 from tests.support.patience import PATIENCE
 
 TABLES = {**bad_gguf.TABLES, **bad_directories.TABLES, **bad_gguf.LYING, **bad_directories.LYING}
-# A table, what is wrong in a row of it, what makes such a source, and what the refusal says.
+# For each row of each table: a function that makes the bad source, and the expected message.
 CASES = [
     pytest.param(make(*changes), message, id=f"{table}-{what}")
     for table, (make, rows) in TABLES.items()
@@ -42,7 +42,7 @@ LYING = [
 
 
 def state(path: Path) -> dict[str, str]:
-    """Every file at and below `path`, and what is in it."""
+    """Every file at and below `path`, with a hash of its content."""
     found = {}
     for each in [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]:
         size = each.lstat().st_size
@@ -52,7 +52,7 @@ def state(path: Path) -> dict[str, str]:
 
 
 def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The sentence with which the command line refuses `source`; nothing has changed and nothing is left."""
+    """The sentence with which the command line refuses `source`; the source has not changed and nothing was written."""
     before = state(source)
     assert main([str(source), str(target / "out" / "model"), *options]) == 2
     captured = capsys.readouterr()
@@ -88,7 +88,7 @@ def test_cut_off_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_whole_sources_export(tmp_path: Path) -> None:
-    """What the bad sources are made from is good: only what was changed can be why they are refused."""
+    """The sources that the bad ones are made from can be exported, so only the change can be the reason."""
     for name, make in {"a": gguf(lambda m: None), "b": hugging_face(), "c": single({})}.items():
         source = make(tmp_path / name)
         assert main([str(source), str(tmp_path / f"{name}.out"), "--quantization=float32"]) == 0
@@ -116,7 +116,7 @@ print([main([source, sys.argv[1]]) for source in sys.argv[2:]])
 
 
 def test_lies_cost_no_memory(tmp_path: Path) -> None:
-    """What claims to be huge is refused for what it is, by a process that may take no more than 200 MiB for all."""
+    """Sources that claim to be huge are refused with the right message by a process that may use only 200 MiB more."""
     sources = [make(tmp_path / str(number)) for number, (make, _) in enumerate(LYING)]
     run = python("-c", LIMITED, str(tmp_path / "out" / "model"), *map(str, sources))
     assert run.stdout == f"{[2] * len(LYING)}\n"
@@ -128,7 +128,7 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs Python to its end."""
+    """Runs Python and waits for its end."""
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False, **options
     )
@@ -136,7 +136,7 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("case", ["cut off", "fifo", "directory", "panic"])
 def test_command_line(case: str, tmp_path: Path) -> None:
-    """The command itself ends with 2 and one line, whatever stands around."""
+    """The command exits with code 2 and prints one line."""
     make = {
         "cut off": content(whole().encode()[:9999]),
         "fifo": fifo,
@@ -154,7 +154,7 @@ def test_command_line(case: str, tmp_path: Path) -> None:
 
 
 def test_pickle_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights that are only there as a pickle are refused with what to do, and the pickle stays closed."""
+    """A source whose weights are only a pickle is refused with advice, and the pickle is not opened."""
     marker, target = tmp_path / "ran", tmp_path / "target"
     target.mkdir()
     source = only_pickle(marker)(tmp_path / "Tiny")
@@ -192,7 +192,7 @@ def with_code(marker: Path, **config: Any) -> Maker:
 
 
 def test_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Code beside a model is never run: an architecture of its own is refused, a known one needs none."""
+    """Code beside a model is never run: an unknown architecture is refused, and a known one does not need code."""
     marker, target = tmp_path / "ran", tmp_path / "target"
     target.mkdir()
     own = with_code(marker, model_type="x")(tmp_path / "Own")

@@ -23,7 +23,7 @@ def run(tmp_path, family="llama", tied=True, **options):
 
 
 def kinds(directory):
-    """The kinds of a graph's nodes, and its inputs and outputs by name."""
+    """The operators of a graph, and its inputs and outputs by name."""
     graph = ir.load(directory / "model.onnx").graph
     named = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     return {node.op_type for node in graph}, named
@@ -35,7 +35,7 @@ FORMS = ["auto", "float16", "int4", "int4-int8", "int8"]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
 def test_every_form_has_kernels(tmp_path, form, family, tied):
-    """Each form for CUDA is of operators that it has, and its keys and values are float16."""
+    """Each form for CUDA has only operators with CUDA kernels, and its KV cache is float16."""
     directory = run(tmp_path, family, tied, device="cuda", quantization=form)
     described = manifest.load(directory)
     assert described.devices == ("cpu", "cuda")
@@ -54,7 +54,7 @@ def test_auto_takes_plain_float16(tmp_path):
 
 
 def test_a_graph_for_the_processor_is_not_for_cuda(tmp_path):
-    """The default export says so, and what would be missing is named."""
+    """The default export is not for CUDA, and `unsupported` names the operators without a kernel."""
     directory = run(tmp_path)
     assert manifest.load(directory).devices == ("cpu",)
     lacking = "; ".join(cuda.unsupported(ir.load(directory / "model.onnx")))
@@ -64,7 +64,7 @@ def test_a_graph_for_the_processor_is_not_for_cuda(tmp_path):
 
 
 def test_what_cuda_cannot_run_is_refused(tmp_path):
-    """Float32 activations have no attention kernel: nothing is written."""
+    """CUDA has no attention kernel for float32 activations: the export fails and writes nothing."""
     with pytest.raises(ExportError, match=r"CUDA cannot run the graph: .*GroupQueryAttention"):
         run(tmp_path, device="cuda", quantization="float32")
     assert not (tmp_path / "model").exists()
@@ -84,7 +84,7 @@ def attention(dtype):
 
 @pytest.mark.parametrize(("dtype", "fine"), [("FLOAT16", True), ("BFLOAT16", True), ("FLOAT", False)])
 def test_types_count(dtype, fine):
-    """An operator that there is for one type may not be there for another."""
+    """An operator with a kernel for one type may have none for another."""
     lacking = cuda.unsupported(attention(ir.DataType[dtype]))
     assert lacking == ([] if fine else ["com.microsoft:GroupQueryAttention has no kernel for T=float, M=int32"])
 

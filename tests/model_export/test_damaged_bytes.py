@@ -16,7 +16,7 @@ from model_export.native.source import DecoderSource
 from tests.model_export import tiny
 from tests.model_export.bad_sources import single
 
-# Numbers at the edge of some type, or that stand for a type or a count in some format.
+# Numbers at the edge of some type, or that are a type or a count in some format.
 EDGES = [
     0,
     1,
@@ -41,7 +41,7 @@ EDGES = [
 
 
 class Whole:
-    """A source that exports, its file to damage, and how many bytes of that are header."""
+    """A valid source, its file to damage, and the number of bytes in the header of that file."""
 
     def __init__(self, source: Path, file: Path, header: int) -> None:
         self.source, self.file, self.raw = source, file, file.read_bytes()
@@ -81,7 +81,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @st.composite
 def damages(draw: st.DrawFn) -> list[tuple[str, float, bool, bytes]]:
-    """What to do, where as a share of the header or of the whole file, and with which bytes."""
+    """A change: its kind, its place as a share of the header or of the file, and its bytes."""
     content = st.one_of(
         st.binary(min_size=1, max_size=9),
         st.builds(
@@ -101,7 +101,7 @@ def damages(draw: st.DrawFn) -> list[tuple[str, float, bool, bytes]]:
 
 
 def damaged(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> bytes:
-    """The bytes of the file after that."""
+    """The bytes of the file after the change."""
     raw = bytearray(whole.raw)
     for what, share, in_header, content in damage:
         at = int(share * (min(whole.header, len(raw)) if in_header else len(raw)))
@@ -118,7 +118,7 @@ def damaged(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> bytes
 
 
 def check(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
-    """Reads the damaged source and all its weights; ExportError is the only way for that to fail."""
+    """Reads the damaged source and all its weights; only ExportError may be raised."""
     whole.file.write_bytes(damaged(whole, damage))
     try:
         source = read_source(whole.source)
@@ -141,7 +141,7 @@ def check(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
 )
 @given(damage=damages())
 def test_damaged_bytes(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
-    """A source with some bytes changed, added or taken away is read, or refused by name."""
+    """A source with some bytes changed, added or removed is read, or refused with its name."""
     check(whole, damage)
 
 
@@ -150,5 +150,5 @@ def test_damaged_bytes(whole: Whole, damage: list[tuple[str, float, bool, bytes]
 @settings(max_examples=5000, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages())
 def test_damaged_bytes_for_long(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
-    """The same, far more often."""
+    """The same with far more examples."""
     check(whole, damage)

@@ -15,7 +15,7 @@ from model_export.verify.verify import kl_divergence
 from service import manifest
 from tests.model_export.session import Session
 
-# Long enough that the mean over its positions says little of any single one: a tenth of a nat is met here and there.
+# Long enough that no single position dominates the mean: at some positions the divergence is a tenth of a nat.
 HELD_OUT = Path(__file__).with_name("held_out.txt").read_text(encoding="utf-8")
 
 
@@ -27,7 +27,7 @@ def session(model_dir: Path) -> Session:
 
 @pytest.fixture(scope="module")
 def tokens(model_dir: Path) -> np.ndarray:
-    """A text that the exporter does not check itself with."""
+    """The tokens of a text that the exporter does not use for its own comparison."""
     return np.array(Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(HELD_OUT).ids)
 
 
@@ -38,19 +38,19 @@ def expected(tokens: np.ndarray) -> Floats:
 
 
 def test_default_model_keeps_its_distribution(session: Session, tokens: np.ndarray, expected: Floats) -> None:
-    """On a held-out text the default model is within 0.005 nats a token of its source."""
+    """On a held-out text the default model is within 0.005 nats per token of its source."""
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= 0.005
 
 
 def test_default_model_keeps_its_distribution_in_prompts(model_dir: Path, tokens: np.ndarray, expected: Floats) -> None:
-    """So is the graph for prompts, and within less than a third of that where its layers are in float32."""
+    """So is the prefill graph; within less than a third of that if its layers are in float32."""
     session = Session(model_dir, rows=1, capacity=640, graph="prompt.onnx")
     in_bytes = manifest.load(model_dir).quantization.prompts == "int8"
     assert kl_divergence(expected, session.forward([tokens], past=[0])) <= (0.005 if in_bytes else 0.0015)
 
 
 def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> None:
-    """Chunks of any size from two tokens on give bit-equal logits."""
+    """Chunks of any size of at least two tokens give bit-equal logits."""
     tokens = tokens[:136]
     whole = session.forward([tokens], past=[0])
     starts = range(0, len(tokens) - 1, 7)
@@ -59,7 +59,7 @@ def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> 
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_default_model_ends_as_told(model_dir: Path) -> None:
+def test_default_model_special_tokens(model_dir: Path) -> None:
     """The default model ends at both its end-of-turn and its end-of-text token, and keeps its 4-bit weights."""
     described = manifest.load(model_dir)
     assert described.id == "SmolLM2-135M-Instruct"

@@ -32,8 +32,8 @@ SMALL_FILES = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 """
-# Waits where a graph is written and would be compared with its source. Whoever runs the tests may ignore signals: so do
-# background jobs of shells, and what `nohup` runs.
+# Waits where a graph has been written and would be compared with its source. The test process may ignore signals, as
+# background jobs of shells and commands under `nohup` do.
 WAITING = """
 import signal
 from model_export import export
@@ -45,7 +45,7 @@ export.verify = lambda *arguments, **options: signal.pause()
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A tiny source in a folder of its own."""
+    """A tiny source in its own folder."""
     (tmp_path / "in").mkdir()
     return tiny.hugging_face(tmp_path / "in" / "Tiny")
 
@@ -120,7 +120,7 @@ def long_name(source: Path) -> Path:
 def test_place_that_will_not_do(
     place: Callable[[Path], Path], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One sentence, and everything is as it was, even where a model directory may be replaced."""
+    """A refusal is one sentence and changes nothing, even with --overwrite."""
     target = place(source)
     before = contents(tmp_path)
     assert main([str(source), str(target), "--overwrite"]) == 2
@@ -132,7 +132,7 @@ def test_place_that_will_not_do(
 
 
 def test_source_in_the_directory_to_replace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Replacing a model directory never takes the source with it."""
+    """Replacing a model directory never removes the source."""
     target = tmp_path / "model"
     assert main([str(tiny.hugging_face(tmp_path / "Tiny")), str(target), "--quantization=float32"]) == 0
     source = tiny.hugging_face(target / "Tiny")
@@ -143,7 +143,7 @@ def test_source_in_the_directory_to_replace(tmp_path: Path, capsys: pytest.Captu
 
 
 def command(source: Path, target: Path, prelude: str) -> subprocess.Popen[str]:
-    """The exporter as a process of its own, after what `prelude` does to that."""
+    """The exporter in a separate process, which runs `prelude` first."""
     return subprocess.Popen(
         [sys.executable, "-c", prelude + EXPORTER, str(source), str(target)],
         stdout=subprocess.PIPE,
@@ -154,7 +154,7 @@ def command(source: Path, target: Path, prelude: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("size", [100, 20_000, 150_000])
 def test_full_disk(size: int, source: Path, tmp_path: Path) -> None:
-    """When there is no room for the weights, or for the tokenizer, one sentence says so and nothing is left."""
+    """If the disk is too full for the weights or the tokenizer, one sentence says so and nothing is left."""
     before = contents(tmp_path)
     process = command(source, tmp_path / "new" / "out", SMALL_FILES.format(size=size))
     output, error = process.communicate(timeout=PATIENCE)
@@ -166,7 +166,7 @@ def test_full_disk(size: int, source: Path, tmp_path: Path) -> None:
 
 
 def test_read_only_parent(source: Path, tmp_path: Path) -> None:
-    """Where nothing may be written, the sentence names the place."""
+    """If the destination is not writable, the message names it."""
     before = contents(tmp_path)
     tmp_path.chmod(0o555)
     process = command(source, tmp_path / "out", AS_ANYBODY)
@@ -180,7 +180,7 @@ def test_read_only_parent(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
-    """An export that is told to end in the middle leaves nothing, not even the folder that it made."""
+    """An export that gets a signal to end leaves nothing behind, not even the folder that it created."""
     before = contents(tmp_path)
     target = tmp_path / "new" / "out"
     process = command(source, target, WAITING)

@@ -34,7 +34,7 @@ def quiet(label: str, total: int) -> Callable[[], object]:
 
 
 def run(source: Path, directory: Path, **options: object) -> Path:
-    """Exports without a bar; tiny random models are sharper than real ones, so the gate is wide."""
+    """Exports without a progress bar, and with a high `max_kl`: random models are sharper than real ones."""
     export(source, directory, Options(**{"max_kl": 0.05} | options), quiet)
     return directory
 
@@ -86,12 +86,12 @@ VARIANTS = {family: {} for family in tiny.FAMILIES} | {
 
 @pytest.fixture(params=VARIANTS)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A tiny source of each kind."""
+    """A tiny source of each variant."""
     return tiny.hugging_face(tmp_path / "Tiny", **{"family": request.param} | VARIANTS[request.param])
 
 
 def test_float32_is_the_source(source: Path, tmp_path: Path) -> None:
-    """In float32 the exported graph computes what the source weights do, up to rounding."""
+    """In float32 the exported graph computes the same as the source weights, up to rounding."""
     session = Session(run(source, tmp_path / "model", quantization="float32"))
     tokens = text(100)
     actual = session.forward([tokens], past=[0])
@@ -131,7 +131,7 @@ def test_gguf_and_hugging_face_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["float32", "int8", "int4-int8"])
 def test_chunks_and_ragged_batches(form: str, tmp_path: Path) -> None:
-    """Prompt chunks of two tokens and more, and rows of other lengths beside it, leave a text's logits bit-equal."""
+    """A text's logits are bit-equal for any prompt chunks of at least two tokens and any lengths of other rows."""
     source = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q4_1)
     session = Session(run(source, tmp_path / "model", quantization=form))
     tokens, other = text(60), text(33, seed=1)
@@ -143,7 +143,7 @@ def test_chunks_and_ragged_batches(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["float32", "int8", "int4-int8"])
 def test_decoding_does_not_depend_on_the_batch(form: str, tmp_path: Path) -> None:
-    """From `min_rows` rows on, a row's decoded logits are bit-equal whatever the other rows are, idle ones included."""
+    """In calls of at least `min_rows` rows, a row's decode step gives bit-equal logits whatever the other rows are."""
     source = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q4_1)
     directory = run(source, tmp_path / "model", quantization=form)
     session, tokens = Session(directory), text(40)
@@ -156,7 +156,7 @@ def test_decoding_does_not_depend_on_the_batch(form: str, tmp_path: Path) -> Non
 
 
 def test_idle_row_keeps_its_cache(tmp_path: Path) -> None:
-    """A row with no valid token leaves its keys and values as they are."""
+    """A row without valid tokens leaves its KV cache unchanged."""
     source = tiny.hugging_face(tmp_path / "Tiny")
     session = Session(run(source, tmp_path / "model", quantization="float32"))
     session.forward([text(10), text(10)], past=[0, 0])
@@ -177,7 +177,7 @@ def test_only_wanted_positions_get_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["float32", "int8"])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "window", "smollm3", "phi3"])
 def test_prompt_graph_is_the_source(variant: str, form: str, tmp_path: Path) -> None:
-    """The graph for prompts is close to the source; any chunks and wanted positions give bit-equal results."""
+    """The prefill graph is close to the source; any chunks and wanted positions give bit-equal results."""
     source = tiny.hugging_face(tmp_path / "Tiny", **{"family": variant} | VARIANTS[variant])
     exported = run(source, tmp_path / "model", quantization="int8", prompts=form)
     assert manifest.load(exported).quantization.prompts == form
@@ -196,7 +196,7 @@ def test_prompt_graph_is_the_source(variant: str, form: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("quantization", "prompts"), [("float32", "float32"), ("int8", "none")])
 def test_no_prompt_graph(quantization: str, prompts: str, tmp_path: Path) -> None:
-    """Float32 matrices need no second graph, and none is made where none is wanted."""
+    """There is no prefill graph for float32 matrices, nor with `--prompts none`."""
     source = tiny.hugging_face(tmp_path / "Tiny")
     described = manifest.load(run(source, tmp_path / "model", quantization=quantization, prompts=prompts))
     assert described.quantization.prompts is None
@@ -204,7 +204,7 @@ def test_no_prompt_graph(quantization: str, prompts: str, tmp_path: Path) -> Non
 
 
 def multiplies_bytes(graph: Path) -> bool:
-    """Whether the layers of a graph for prompts are in 8 bits."""
+    """Whether the layers of a prefill graph are in 8 bits."""
     return any(name.startswith("mixing.") for name in ir.load(graph).graph.initializers)
 
 
@@ -214,7 +214,7 @@ def multiplies_bytes(graph: Path) -> bool:
 def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
     quick: bool, close: bool, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On processors that are quick with bytes prompts are read in bytes, unless that is too far from the source."""
+    """The prefill graph is in 8 bits on processors with 8-bit dot products, unless that is too far from the source."""
 
     def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any) -> manifest.Quality:
         if multiplies_bytes(prompts) and not close:
@@ -229,7 +229,7 @@ def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
 
 
 def test_manifest_describes_the_model(tmp_path: Path) -> None:
-    """The manifest holds what the source and the options say, and its hashes fit the files."""
+    """The manifest has the properties of the source and the options, and its hashes match the files."""
     source = tiny.hugging_face(tmp_path / "Tiny-1M", dtype="bfloat16")
     described = manifest.load(run(source, tmp_path / "model", aliases=("tiny",), owned_by="us"))
     assert (described.id, described.aliases, described.owned_by) == ("Tiny-1M", ("tiny",), "us")
@@ -252,7 +252,7 @@ def broken_gguf(path: Path) -> Path:
 
 
 def broken_config(path: Path, **changes: object) -> Path:
-    """A Hugging Face directory whose configuration does not fit."""
+    """A Hugging Face directory with other entries in its configuration."""
     return tiny.hugging_face(path, **changes)
 
 
@@ -328,7 +328,7 @@ def test_existing_directory_is_kept(tmp_path: Path) -> None:
 
 
 def test_nothing_rounded_offers_no_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where floats as they are come out far from the source, no larger bound is offered: the graph is wrong."""
+    """If a float32 export is far from its source, the graph is wrong, and the message offers no larger bound."""
     right = DecoderSource.logits
     monkeypatch.setattr(DecoderSource, "logits", lambda *arguments: 2 * right(*arguments))
     with pytest.raises(TooFarError, match="nothing was rounded, so the graph does not compute") as refusal:
@@ -337,7 +337,7 @@ def test_nothing_rounded_offers_no_bound(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_graph_that_cannot_run(tmp_path: Path) -> None:
-    """What onnxruntime does not load ends in one sentence."""
+    """A graph that onnxruntime cannot load ends in one sentence."""
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportError, match="onnxruntime cannot run the exported graph: ") as refusal:
         Runner(tmp_path / "model.onnx", 8)
@@ -345,7 +345,7 @@ def test_graph_that_cannot_run(tmp_path: Path) -> None:
 
 
 def test_other_forms_beside_the_weights_do_not_count(tmp_path: Path) -> None:
-    """The source's size is that of the weights that were read."""
+    """The size of the source is that of the weights that were read."""
     source = tiny.hugging_face(tmp_path / "Tiny")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     shutil.copy(source / "model-0.safetensors", source / "consolidated.safetensors")

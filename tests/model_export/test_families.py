@@ -36,7 +36,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence with which the exporter refuses; nothing may be left behind."""
+    """The one sentence with which the exporter refuses a source; nothing may be left behind."""
     assert main([str(source), str(target / "model")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -46,7 +46,7 @@ def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> s
 
 @pytest.mark.parametrize("family", REASONS)
 def test_family_is_refused(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A directory of a family that does not fit the engine is refused by the reason why."""
+    """A directory of a family that the engine cannot run is refused with the reason."""
     source = tiny.hugging_face(tmp_path / "source")
     changes, reason = REASONS[family]
     (source / "config.json").write_text(json.dumps(tiny.config(family, **changes)))
@@ -65,7 +65,7 @@ def test_family_is_refused(family: str, tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_gguf_family_is_refused(family: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """So is a GGUF file, by the name that its kind has there."""
+    """So is a GGUF file, by its `general.architecture`."""
     source = tiny.gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.F32, architecture=family)
     assert reason in refused(source, tmp_path / "out", capsys)
 
@@ -134,7 +134,7 @@ def test_tables_agree() -> None:
 def test_variant_is_refused(
     changes: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A variant of a supported family that the builder does not build is refused by what is different."""
+    """A variant of a supported family that cannot be built is refused, and the message says what is different."""
     family = changes.get("family", "llama")
     source = tiny.hugging_face(tmp_path / "source", family)
     rest = {key: value for key, value in changes.items() if key != "family"}

@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[list[str], FillInTheMiddle]] = {
 
 
 def described(directory: Path, *names: str, **options: object) -> manifest.SpecialTokens:
-    """What the manifest of a tiny model with further tokens says of its special ones."""
+    """The special tokens in the manifest of a tiny model with further tokens."""
     source = extend(tiny.hugging_face(directory / "Tiny"), *names)
     chosen = Options(**{"quantization": "float32"} | options)
     export(source, directory / "model", chosen, lambda label, total: lambda: None)
@@ -50,27 +50,27 @@ def test_marks_by_name(family: str, tmp_path: Path) -> None:
 
 
 def test_no_marks(tmp_path: Path) -> None:
-    """A tokenizer with only some of them has none, and then a file separator ends nothing."""
+    """A tokenizer with only some of the tokens has no marks, and its file separator ends no completion."""
     special = described(tmp_path, "<fim_prefix>", "<fim_suffix>", "<file_sep>")
     assert special.fill_in_the_middle is None
     assert special.end == (0,)
 
 
 def test_ends_of_a_middle(tmp_path: Path) -> None:
-    """Where there are marks, the tokens that such models end a middle with end a completion."""
+    """If the model has the marks, the tokens that end a middle also end every completion."""
     names = [*FAMILIES["StarCoder, Granite"][0], "<file_sep>", "<fim_pad>", "<|other|>"]
     assert described(tmp_path, *names).end == (0, FIRST + 3, FIRST + 4)
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_order_as_asked(order: str, tmp_path: Path) -> None:
-    """The user knows better than the names."""
+    """`--fim-order` overrides the order that follows from the names."""
     marks = described(tmp_path, *FAMILIES["SantaCoder"][0], fim_order=order).fill_in_the_middle
     assert marks == PSM.model_copy(update={"order": order})
 
 
 def test_no_order_without_a_token_for_the_middle() -> None:
-    """Prefix, suffix, middle needs one."""
+    """The order prefix, suffix, middle needs a token before the middle."""
     suffix_first = FAMILIES["Codestral"][1]
     assert reorder(suffix_first, "spm") == suffix_first
     with pytest.raises(ExportError, match="needs a token before the middle"):
@@ -78,7 +78,7 @@ def test_no_order_without_a_token_for_the_middle() -> None:
 
 
 def gguf_vocabulary(path: Path, **ids: int) -> Vocabulary:
-    """The vocabulary of a GGUF file that names tokens of the alphabet by role."""
+    """The vocabulary of a GGUF file that declares letters as special tokens."""
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -96,7 +96,7 @@ def gguf_vocabulary(path: Path, **ids: int) -> Vocabulary:
 
 @pytest.mark.parametrize("names", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")])
 def test_marks_of_gguf_metadata(names: tuple[str, str, str], tmp_path: Path) -> None:
-    """A GGUF file declares them under today's keys or those of older files, whatever the tokens are called."""
+    """A GGUF file may declare the marks under the current keys or those of older files; their names do not matter."""
     vocabulary = gguf_vocabulary(tmp_path / "file.gguf", **dict(zip(names, (7, 8, 9), strict=True)))
     marks = find_marks(vocabulary.tokenizer, vocabulary.marks)
     assert marks == FillInTheMiddle(prefix=7, suffix=8, middle=9, order="psm")
@@ -104,7 +104,7 @@ def test_marks_of_gguf_metadata(names: tuple[str, str, str], tmp_path: Path) -> 
 
 
 def test_ends_of_gguf_metadata(tmp_path: Path) -> None:
-    """Padding, repository and file separators that it declares end a completion; half of the marks are none."""
+    """Declared padding, repository and file separators end a completion; with only half of the marks there are none."""
     vocabulary = gguf_vocabulary(tmp_path / "file.gguf", fim_pre=7, fim_pad=10, fim_rep=11, fim_sep=12)
     assert vocabulary.end == (0, 10, 11, 12)
     assert find_marks(vocabulary.tokenizer, vocabulary.marks) is None

@@ -20,7 +20,7 @@ from tests.model_export.session import Session
 
 SHORT = 1 + np.arange(16, dtype=np.float32) / 8
 
-# What GGUF metadata and config.json say of the same model.
+# The same settings as keys of a GGUF file and as entries of config.json.
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     family: ({}, {}) for family, shape in tiny.FAMILIES.items() if shape.gguf
 } | {
@@ -88,7 +88,7 @@ def test_gguf_and_hugging_face_agree(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["smollm3", "phi3"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> None:
-    """Matrices in blocks stay blocks, where they are cut out of larger ones and where their rows are reordered."""
+    """Matrices in blocks stay blocks when they are cut out of larger ones and when their rows are reordered."""
     source = tiny.gguf(tmp_path / f"Tiny.{kind}.gguf", GGMLQuantizationType[kind], family=family)
     export(source, tmp_path / "model", Options(max_kl=0.05, prompts="none"), lambda label, total: int)
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
@@ -97,7 +97,7 @@ def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> 
     assert np.abs(actual - wanted).mean() < 0.15 * wanted.std()
 
 
-# What would be computed otherwise than the builder does, by the key that says so.
+# Keys that describe a computation that the builder does not have.
 OTHERWISE: dict[str, int | float | bool | str] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
@@ -123,27 +123,27 @@ OTHERWISE: dict[str, int | float | bool | str] = {
 
 @pytest.mark.parametrize("key", OTHERWISE)
 def test_other_computations_are_refused(key: str, tmp_path: Path) -> None:
-    """A file whose layers compute something else is refused by the key that says so."""
+    """A file whose layers compute something else is refused, and the message names the key."""
     path = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries={key: OTHERWISE[key]})
     with pytest.raises(ExportError, match=rf"Tiny.gguf: llama.{re.escape(key)} of .* is not supported"):
         read_source(path)
 
 
 def test_keys_that_change_nothing(tmp_path: Path) -> None:
-    """The same keys are no reason to refuse where they say what is computed anyway."""
+    """The same keys are accepted where their values describe what the builder computes."""
     usual = {"attention.causal": True, "use_parallel_residual": False, "logit_scale": 1.0, "expert_count": 0}
     assert read_source(tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.F32, entries=usual)).origin.name == "Tiny"
 
 
 def parts(folder: Path, keys_first: bool = False) -> list[Path]:
-    """A model in several files, as GGUF's own tools cut it."""
+    """A model in several files, as GGUF's own tools split it."""
     folder.mkdir()
     tiny.gguf(folder / "Tiny-Q8_0.gguf", GGMLQuantizationType.Q8_0, split_max_tensors=8, keys_first=keys_first)
     return sorted(folder.iterdir())
 
 
 def test_first_part_without_tensors(tmp_path: Path) -> None:
-    """The first of several files may hold nothing but keys, alone it is no model."""
+    """The first of several files may have only keys, but without the other files it is no model."""
     first, *rest = parts(tmp_path / "parts", keys_first=True)
     whole = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q8_0)
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
@@ -158,7 +158,7 @@ def test_first_part_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x-00001-of-00000.gguf", "x-00001-of-00001.gguf", "x-٠٠٠٠١-of-٠٠٠٠٢.gguf"])
 def test_odd_names_are_checked(name: str, tmp_path: Path) -> None:
-    """No name keeps a file from being checked."""
+    """A file is checked whatever its name is."""
     path = tiny.gguf(tmp_path / name, GGMLQuantizationType.F32)
     assert read_source(path).dimensions.layers == tiny.LAYERS
     path.write_bytes(path.read_bytes()[:-40])
@@ -167,7 +167,7 @@ def test_odd_names_are_checked(name: str, tmp_path: Path) -> None:
 
 
 def test_parts_keep_their_suffix(tmp_path: Path) -> None:
-    """What is opened is what was named and checked, whatever lies beside it under another suffix."""
+    """The exporter opens the files that it has checked, and none with another suffix beside them."""
     first, *_ = parts(tmp_path / "parts")
     other = first.with_suffix(".bin")
     other.write_bytes(first.read_bytes()[:-40])
@@ -190,7 +190,7 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
 
 
 def test_parts_that_are_not_whole(tmp_path: Path) -> None:
-    """Another part than the first, a missing one and one by another name are refused by what is wrong."""
+    """A part other than the first, a missing part and a renamed part are refused, each with its own message."""
     first, second, last = parts(tmp_path / "parts")
     with pytest.raises(ExportError, match="is part 2 of 3; give the first"):
         read_source(second)
@@ -222,7 +222,7 @@ def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndar
 
 @pytest.mark.parametrize("kind", SCALES_AT)
 def test_other_types_are_dequantized(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of another type exports, and computes what the weights do that its blocks stand for."""
+    """A file of another type can be exported, and computes the same as its dequantized weights."""
     sizes = {"HIDDEN": 256, "INTERMEDIATE": 256, "HEADS": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(tiny, name, size)

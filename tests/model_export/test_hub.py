@@ -26,7 +26,7 @@ NAME = "Somebody/Tiny-1M"
 
 
 class Hub(ThreadingHTTPServer):
-    """The few paths of a hub's interface that the client asks for, over one model in `folder`; `asked` for which."""
+    """The paths of a hub's API that the client uses, for one model in `folder`. `asked` records the requests."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with one tiny model, among whose files are some that nobody should touch."""
+    """A hub with one tiny model, which has some files that must not be downloaded."""
     folder = tiny.hugging_face(tmp_path / "on the hub", "qwen2")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling_tiny.py").write_text("raise SystemExit('code of a model was run')")
@@ -106,7 +106,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def run(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line, with a hub and a cache of its own: the client reads both from its environment, once."""
+    """The command line with another hub and cache, in a new process: the client reads its environment only once."""
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     variables |= {"HF_HUB_ETAG_TIMEOUT": str(PATIENCE)}
     return subprocess.run(
@@ -121,7 +121,7 @@ def run(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 def test_a_name_on_the_hub(hub: Hub, tmp_path: Path) -> None:
-    """A model's name is downloaded, what is needed of it alone, and exported under its own and its owner's name."""
+    """For a model's name only the necessary files are downloaded; the export has its name and its owner's."""
     ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "model"), "--max-kl", "0.05")
     assert ran.returncode == 0, ran.stderr
     described = manifest.load(tmp_path / "model")
@@ -133,7 +133,7 @@ def test_a_name_on_the_hub(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_copy_serves_where_the_hub_cannot_be_reached(hub: Hub, tmp_path: Path) -> None:
-    """What has been downloaded once, here by its revision, needs no network afterwards."""
+    """A model in the cache, here with its revision, can be exported without a network."""
     home = tmp_path / "home"
     first = run(hub.url, home, f"{NAME}@v1", str(tmp_path / "one"), "--max-kl", "0.05")
     assert first.returncode == 0, first.stderr
@@ -143,7 +143,7 @@ def test_a_copy_serves_where_the_hub_cannot_be_reached(hub: Hub, tmp_path: Path)
 
 
 def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) -> None:
-    """A family that is not supported is refused by its configuration alone."""
+    """A family that is not supported is refused after only its configuration was downloaded."""
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
@@ -155,7 +155,7 @@ def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) ->
 
 
 def test_no_configuration(hub: Hub, tmp_path: Path) -> None:
-    """What has no configuration, say GGUF files alone, is refused for that."""
+    """A model without a configuration, for example with only GGUF files, is refused for that reason."""
     (hub.folder / "config.json").unlink()
     ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
     assert ran.returncode == 2
@@ -181,7 +181,7 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, name: str, reason:
 
 
 def test_no_network(tmp_path: Path) -> None:
-    """Where the hub cannot be reached, that is what the sentence says."""
+    """If the hub cannot be reached, the message says so."""
     ran = run("http://127.0.0.1:9", tmp_path / "home", NAME, str(tmp_path / "model"))
     assert ran.returncode == 2
     assert "the hub cannot be reached, and the cache has no complete copy" in ran.stderr
@@ -204,5 +204,5 @@ def test_no_network(tmp_path: Path) -> None:
     ],
 )
 def test_names(source: str, name: HubName | None) -> None:
-    """A name is an owner, a slash and a name; paths are none."""
+    """A name is an owner, a slash and a name; paths are not names."""
     assert hub_name(source) == name

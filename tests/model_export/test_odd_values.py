@@ -32,7 +32,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
 ROTATION = [name for name in Rotation.model_fields if name != "by_layer_type"]
 BY_RULE = {"sliding_window": 24, "use_sliding_window": True}
 WINDOWED = BY_RULE | {"layer_types": ["full_attention", "sliding_attention"]}
-# What is read of a configuration of each family: all that its entries can lead to.
+# Configurations that together use every entry of each family.
 LLAMAS = {name: tiny.config("llama", rope_scaling={"rope_type": name, **more}) for name, more in ROTATIONS.items()}
 CONFIGS = (
     {family: tiny.config(family) for family in NATIVE}
@@ -44,7 +44,7 @@ CONFIGS = (
 
 
 def read(source: Path) -> str:
-    """Reads a source; the sentence by which it is refused, or nothing."""
+    """Reads a source; returns the error message, or an empty text."""
     try:
         read_source(source)
     except ExportError as error:
@@ -66,7 +66,7 @@ def holds(model: type[BaseModel], name: str, value: Any) -> bool:
 
 
 def changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each entry, an odd value, and the configuration with that; the rotation's entries are behind a dot."""
+    """Each entry, an odd value, and the configuration with it; names of the scaling's entries contain a dot."""
     for name in AnyConfig.model_fields:
         for odd in ODD:
             yield name, odd, config | {name: odd}
@@ -78,7 +78,7 @@ def changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_odd_entries(case: str, tmp_path: Path) -> None:
-    """A configuration with one odd entry is read, or refused in one sentence; by its name where the kind is wrong."""
+    """A configuration with one odd entry is read, or refused in one sentence that names an entry of the wrong type."""
     config = CONFIGS[case]
     source = tiny.hugging_face(tmp_path / "Tiny", config["model_type"])
     for name, odd, changed in changes(config):
@@ -91,12 +91,12 @@ def test_odd_entries(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [AnyConfig, Rotation, TokenIds])
 def test_no_entry_is_read_unchecked(model: type[BaseModel]) -> None:
-    """The architecture is read from these entries alone, none of which may be just anything."""
+    """The architecture is read only from these entries, and none of them accepts every value."""
     for name in model.model_fields.keys() - {"by_layer_type"}:
         assert not all(holds(model, name, odd) for odd in ODD), name
 
 
-# Odd values of a key; and a few that are what some key has.
+# Odd values of a key, and a few that are valid for some key.
 ODD_VALUES = [
     *(value(Value.UINT32, number) for number in (0, 1, 5, 2**32 - 1)),
     *(value(Value.INT32, number) for number in (-1, 4)),
@@ -114,7 +114,7 @@ SCALINGS = {"": (), "linear": ("linear", 4.0), "yarn": ("yarn", 4.0, 48)}
 
 
 def file(family: str, scaling: str) -> Gguf:
-    """The tiny model as one of `family`, whose rotation is scaled."""
+    """The tiny model as one of `family`, with this scaling of the rotary embedding."""
     made = whole()
     made.keys = [(str(name).replace("llama.", f"{family}."), raw) for name, raw in made.keys]
     made.set("general.architecture", value(Value.STRING, family))
@@ -126,7 +126,7 @@ def file(family: str, scaling: str) -> Gguf:
 
 PREFIXED = (*gguf_keys.NUMBERS, *gguf_config.SUPPORTED)
 ROTATION_KEYS = [name for name in PREFIXED if name.startswith("rope.")]
-# Which keys of which families: those of no family once, those of the rotation in each of its kinds.
+# The keys to change, by family: keys without a family once, keys of the rotary embedding for each scaling.
 FILES = {
     "llama": ("llama", "", [*gguf_keys.KEYS, *gguf_keys.IDS, *(f"llama.{name}" for name in PREFIXED)]),
     "linear": ("llama", "linear", [f"llama.{name}" for name in ROTATION_KEYS]),
@@ -151,7 +151,7 @@ def test_odd_keys(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", gguf_keys.IDS)
 def test_tokens_beyond(key: str, tmp_path: Path) -> None:
-    """A file's token that the vocabulary lacks is refused before anything is built."""
+    """A special token outside the vocabulary is refused before anything is built."""
     source = tmp_path / "Tiny.gguf"
     made = whole()
     made.set(key, value(Value.UINT32, tiny.VOCAB))

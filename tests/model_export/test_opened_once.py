@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType
 from tests.model_export import tiny
 from tests.support.patience import PATIENCE
 
-# Exports a source and prints how often each of its files was opened. An audit hook hears of what Python opens itself,
-# and of nothing that Rust opens: both functions that do so here, for shards and tokenizers, have stand-ins that count.
+# Exports a source and prints how often each of its files was opened. An audit hook sees the files that Python opens,
+# but not those that Rust opens: the two functions that do, for shards and tokenizers, are replaced by ones that count.
 COUNTED = """
 import collections, json, os, sys, types
 import safetensors, tokenizers
@@ -80,7 +80,7 @@ SOURCES: dict[Callable[[Path], Path], set[str]] = {
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
 def test_each_file_is_opened_once(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    """A whole export, its comparison with the source included, opens no file of it a second time."""
+    """An export, including its comparison with the source, opens each file of the source once."""
     (tmp_path / "source").mkdir()
     source = make(tmp_path / "source")
     run = subprocess.run(

@@ -25,7 +25,7 @@ from tests.model_export.extended import extend
 from tests.model_export.session import Session
 from tests.model_export.test_quantize import blocks, unpack
 
-# Operators of these graphs that onnxruntime has kernels for on GPUs, in float16 and with the attributes given.
+# Operators of these graphs that have kernels for GPUs in onnxruntime, in float16 and with these attributes.
 PORTABLE = {
     "Add",
     "Cast",
@@ -43,9 +43,9 @@ PORTABLE = {
     "SkipSimplifiedLayerNormalization",
     "Split",
 }
-# How far a random model's logits may be off, in parts of their spread; these models are far sharper than real ones.
+# The largest mean logit error in standard deviations; random models have far sharper distributions than real ones.
 OFF = {"float32": 1e-5, "float16": 0.01, "int8": 0.12, "int4": 0.6, "int4-int8": 0.12}
-# Tokens that make the vocabulary a multiple of the 16 numbers that a processor rounds to float16 at a time.
+# With these tokens the vocabulary size is a multiple of 16, the numbers that a processor rounds to float16 at a time.
 FILLERS = [f"<|filler_{index}|>" for index in range(-tiny.VOCAB % 16)]
 
 PRECISIONS = [
@@ -57,7 +57,7 @@ PRECISIONS = [
 
 
 def run(source: Path, directory: Path, **options: object) -> manifest.Manifest:
-    """Exports without a bar and, as random models are sharp, with a wide gate."""
+    """Exports without a progress bar, and with a high `max_kl`, as random models have sharp distributions."""
     return export(source, directory, Options(**{"max_kl": 2.0} | options), lambda label, total: lambda: None)
 
 
@@ -67,7 +67,7 @@ def text(length: int, seed: int = 0) -> np.ndarray:
 
 
 def sources(folder: Path) -> list[Path]:
-    """One of floats with norms of queries and keys, one of floats with biases, one of 4-bit blocks."""
+    """A float source with norms of queries and keys, a float source with biases, and one in 4-bit blocks."""
     return [
         tiny.hugging_face(folder / "Qwen3", "qwen3", tie_word_embeddings=False),
         tiny.hugging_face(folder / "Qwen2", "qwen2"),
@@ -77,7 +77,7 @@ def sources(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("form", "activations"), PRECISIONS)
 def test_close_to_the_source(form: str, activations: str, tmp_path: Path) -> None:
-    """Every precision computes what its source does, as far as its numbers go, and its manifest says which it is."""
+    """Every precision computes the same as its source up to rounding, and its manifest names the precision."""
     for index, source in enumerate(sources(tmp_path)):
         directory = tmp_path / f"model-{index}"
         described = run(source, directory, quantization=form, activations=activations)
@@ -93,7 +93,7 @@ def test_close_to_the_source(form: str, activations: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("form", "activations"), PRECISIONS)
 def test_the_same_bits_in_any_company(form: str, activations: str, tmp_path: Path) -> None:
-    """The service's model gives a sequence the same bits in any chunks, alone and beside others, copied or not."""
+    """The service's model gives a sequence bit-equal logits in any chunks, batches and copied slots."""
     source = extend(tiny.hugging_face(tmp_path / "Tiny"), *FILLERS)
     described = run(source, tmp_path / "model", quantization=form, activations=activations)
     model = Model(tmp_path / "model", described, slots=5, context_length=128, threads=2, batch_invariant=True)
@@ -112,7 +112,7 @@ def test_the_same_bits_in_any_company(form: str, activations: str, tmp_path: Pat
 
 @pytest.mark.parametrize("form", ["float16", "int8", "int4", "int4-int8"])
 def test_float16_takes_operators_that_gpus_have(form: str, tmp_path: Path) -> None:
-    """Such a graph has no operator of the CPU alone, no number in float32, and no second graph."""
+    """A float16 graph has no operator that only the CPU has, no float32 number, and no prefill graph beside it."""
     for index, source in enumerate(sources(tmp_path)):
         directory = tmp_path / f"model-{index}"
         described = run(source, directory, quantization=form, activations="float16")
@@ -128,7 +128,7 @@ def test_float16_takes_operators_that_gpus_have(form: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_output_table_are_quantized(tied: bool, form: str, activations: str, tmp_path: Path) -> None:
-    """Of a model that is almost all vocabulary, 8 bits a weight are left; a tied table is stored once in float16."""
+    """A model that is almost only vocabulary takes 8 bits per weight; in float16 a tied table is stored once."""
     source = tiny.hugging_face(tmp_path / "Tiny", tie_word_embeddings=tied)
     run(source, tmp_path / "model", quantization=form, activations=activations, prompts="none")
     graph = ir.load(tmp_path / "model" / "model.onnx").graph
@@ -141,7 +141,7 @@ def test_embedding_and_output_table_are_quantized(tied: bool, form: str, activat
 
 
 def test_four_bit_blocks_are_kept_in_int4() -> None:
-    """What a source holds in 4-bit blocks of any offset keeps its values; beside float16 its remainders stand apart."""
+    """4-bit blocks with any offset keep their values; with float16 their remainders are a separate matrix."""
     matrix = blocks(-1.237, 0.17)
     np.testing.assert_array_equal(unpack(pack(matrix, "int4")), unpack(pack(matrix, "int4-int8")))
     packed, remainders = pack_with_remainders(matrix, "int4")
@@ -152,7 +152,7 @@ def test_four_bit_blocks_are_kept_in_int4() -> None:
 
 
 def test_rounding_to_four_bits_errs_least() -> None:
-    """The search leaves under 0.92 of the squared error of 15 steps over the range with zero among them; zeros stay."""
+    """The search has under 0.92 of the squared error of rounding to 15 even steps with zero; zeros stay zero."""
     weights = np.random.default_rng(4).normal(0, 1, (64, 320)).astype(np.float32)
     rounded = unpack(pack(weights, "int4")).reshape(weights.shape)
     parts = weights.reshape(64, -1, 32)
@@ -172,7 +172,7 @@ def test_rounding_far_from_zero(offset: float) -> None:
 
 
 def test_auto_takes_four_bits_where_the_source_has_them() -> None:
-    """`auto` goes by the source; plain matrices bring their activations with them."""
+    """`auto` depends on the source; plain matrices decide the type of the activations."""
     assert choose_precision("auto", "auto", "Q4_1") == Precision("int4-int8", "float32")
     assert choose_precision("auto", "float16", "bfloat16") == Precision("int8", "float16")
     assert choose_precision("float16", "auto", "float32") == Precision("float16", "float16")
@@ -188,7 +188,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What does not go together, and what is too far by default, ends in one sentence and leaves nothing."""
+    """Options that cannot be combined, and too large divergences, end in one sentence and write nothing."""
     arguments, message = REFUSED[case]
     source, out = tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "out"
     assert main([str(source), str(out / "model"), *arguments]) == 2
@@ -199,7 +199,7 @@ def test_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_too_far_says_what_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bound that a refusal names lets the same export through."""
+    """With the bound that the error message offers, the same export succeeds."""
     source, arguments = tiny.hugging_face(tmp_path / "Tiny"), ["--quantization", "int4", "--prompts", "none"]
     assert main([str(source), str(tmp_path / "model"), *arguments]) == 2
     bound = capsys.readouterr().err.split("--max-kl ")[1].split()[0]
@@ -207,7 +207,7 @@ def test_too_far_says_what_would_do(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_numbers_beyond_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A weight that float16 does not hold is named, not made infinite."""
+    """A weight outside the range of float16 is an error that names its tensor."""
     source = tiny.hugging_face(tmp_path / "Tiny")
     rewrite(source, "model.norm.weight", lambda scale: scale * 1e6)
     assert main([str(source), str(tmp_path / "out" / "model"), "--quantization", "float16"]) == 2
@@ -224,7 +224,7 @@ def rewrite(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarra
 
 
 def test_perplexity_by_hand() -> None:
-    """Each token but the first counts by what the logits before it say: here 1/2 and 1/8, so 4."""
+    """A token has the probability of the logits before it: here 1/2 and 1/8, so the perplexity is 4."""
     logits = np.log(np.array([[0.25, 0.5, 0.25], [0.125, 0.5, 0.375], [1, 1, 1]], np.float32))
     assert perplexity(logits, np.array([2, 1, 0])) == pytest.approx(4)
 

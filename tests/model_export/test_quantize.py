@@ -10,7 +10,7 @@ from model_export.sources.weights import BLOCK, Blocks, dequantize, stack_rows, 
 
 
 def unpack(packed: Packed) -> np.ndarray:
-    """The weights [rows, blocks, 32] that the operator multiplies with."""
+    """The weights [rows, blocks, 32] that the operator uses."""
     codes, zeros = packed.codes, packed.zero_points
     if packed.bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], BLOCK)
@@ -52,7 +52,7 @@ def test_sixteen_levels_in_int8() -> None:
 
 
 def test_remainders_follow_in_int4() -> None:
-    """In int4-int8, a block's own columns and the remainder that its mean is multiplied with make up the weights."""
+    """In int4-int8 a weight is its own column plus the remainder of its block, which multiplies the block's mean."""
     matrix = blocks(-1.237, 0.17)
     packed = pack(matrix, "int4-int8")
     weights = unpack(packed)
@@ -71,7 +71,7 @@ def test_float_weights_in_int8() -> None:
 
 
 def test_constant_and_zero_blocks() -> None:
-    """A block without a range is kept: all zeros in int8, any constant by its remainder in int4-int8."""
+    """A block of equal weights is exact: all zeros in int8, any constant in int4-int8, by its remainder."""
     zeros = np.zeros((2, 32), np.float32)
     np.testing.assert_array_equal(unpack(pack(zeros, "int8")).reshape(2, 32), zeros)
     constant = unpack(pack(blocks(0.75, 0.0), "int4-int8"))
@@ -80,7 +80,7 @@ def test_constant_and_zero_blocks() -> None:
 
 
 def test_rows_in_eight_bits() -> None:
-    """With one scale a row, weights move by at most half a step of 1/255 of their row's range, zero included."""
+    """With one scale per row, weights move by at most half a step of 1/255 of their row's range, zero included."""
     matrix = np.random.default_rng(5).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
     packed = pack_rows(matrix)
     weights = packed.scales[:, None] * (packed.codes.T - packed.zero_points[:, None].astype(np.float32))
@@ -89,7 +89,7 @@ def test_rows_in_eight_bits() -> None:
 
 
 def test_rows_in_signed_bytes() -> None:
-    """Around zero, weights move by at most half of 1/127 of their row's largest; a row of zeros stays one."""
+    """Around zero, weights move by at most half of 1/127 of their row's largest; a row of zeros stays zero."""
     matrix = np.random.default_rng(6).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
     packed = pack_signed_rows(matrix)
     assert packed.zero_points is None
@@ -102,20 +102,20 @@ def test_rows_in_signed_bytes() -> None:
     ("columns", "size"), [(576, 144), (1536, 256), (2048, 256), (896, 224), (64, 32), (96, 48), (57, 57)]
 )
 def test_columns_mixed_at_a_time(columns: int, size: int) -> None:
-    """The most columns up to 256 that part all of them into an even number of groups; all where there is no such."""
+    """The largest group of at most 256 columns of which an even number makes up all; or else all columns."""
     assert mixed_columns(columns) == size
 
 
 @pytest.mark.parametrize("size", [1, 64, 576])
 def test_mixing_spreads_an_outlier(size: int) -> None:
-    """Mixing keeps lengths and angles, and leaves no column with more than twice its share of any one column."""
+    """Mixing keeps lengths and angles, and spreads a column so that no other gets more than twice the mean share."""
     mix = mixing(size)
     np.testing.assert_allclose(mix @ mix.T, np.eye(size), atol=1e-5)
     assert np.abs(mix).max() <= np.sqrt(2 / size) + 1e-6 or size == 1
 
 
 def test_rows_are_taken_and_stacked_as_blocks() -> None:
-    """Taking and stacking rows commutes with dequantizing; unlike forms meet in float32."""
+    """Taking and stacking rows commutes with dequantizing; different forms are stacked in float32."""
     four, eight = blocks(-1.2, 0.17), blocks(-2.56, 0.02, bits=8)
     order = np.array([3, 0, 5])
     np.testing.assert_array_equal(dequantize(take_rows(four, order)), dequantize(four)[order])

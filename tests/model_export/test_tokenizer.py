@@ -69,19 +69,19 @@ def test_default_tokens(default_tokenizer: Tokenizer, text: str, ids: list[int])
 
 @given(text=st.text(st.characters(max_codepoint=0xFFFF, categories=("L", "M", "N", "P", "S", "Z"))))
 def test_default_round_trip(default_tokenizer: Tokenizer, text: str) -> None:
-    """Text survives encoding and decoding; only rare bytes, of controls and later planes, lack a token."""
+    """Decoding restores the encoded text; only rare bytes, of controls and later planes, have no token."""
     ids = default_tokenizer.encode(text, add_special_tokens=False).ids
     assert default_tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 def test_best_score_merges_first(tmp_path: Path) -> None:
-    """A SentencePiece vocabulary joins the pair with the best score, not the first one."""
+    """A SentencePiece vocabulary joins the pair with the best score, not the first pair."""
     encoded = sentence_piece(tmp_path / "pieces.gguf").tokenizer.encode("abc", add_special_tokens=False)
     assert encoded.tokens == ["▁a", "bc"]
 
 
 def test_unknown_characters_fall_back_to_bytes(tmp_path: Path) -> None:
-    """A character outside a SentencePiece vocabulary becomes its UTF-8 bytes and comes back whole."""
+    """A character outside a SentencePiece vocabulary becomes its UTF-8 bytes, and decoding restores it."""
     tokenizer = sentence_piece(tmp_path / "pieces.gguf").tokenizer
     encoded = tokenizer.encode("aé", add_special_tokens=False)
     assert encoded.tokens == ["▁a", "<0xC3>", "<0xA9>"]
@@ -89,7 +89,7 @@ def test_unknown_characters_fall_back_to_bytes(tmp_path: Path) -> None:
 
 
 def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
-    """A SentencePiece model begins with its bos token unless told otherwise, and ends with its eos token."""
+    """A SentencePiece model begins texts with its bos token by default, and its eos token ends them."""
     vocabulary = sentence_piece(tmp_path / "pieces.gguf")
     assert (vocabulary.bos, vocabulary.add_bos, vocabulary.end) == (1, True, (2,))
     assert vocabulary.tokenizer.encode("<s>a", add_special_tokens=False).ids[0] == 1
@@ -107,13 +107,13 @@ def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
     ],
 )
 def test_how_texts_are_cut(split: str, pieces: list[str]) -> None:
-    """Each kind of byte-level tokenizer cuts a text as its family does before it merges bytes."""
+    """Each type of byte-level tokenizer splits a text as its family does before it merges bytes."""
     cut = _pre_tokenizer(split).pre_tokenize_str("HelloWorld it's 12345?!\n/x")
     assert [piece for piece, _ in cut] == pieces
 
 
 def test_merges_cover_every_split() -> None:
-    """Every way to cut a token into two others is a merge, best token first."""
+    """Every way to split a token into two others is a merge, the best-scored token first."""
     assert merges_by_score(["a", "b", "ab", "aba", "ba"], [0, 0, -1.0, -3.0, -2.0]) == [
         ("a", "b"),
         ("b", "a"),

@@ -29,8 +29,8 @@ VOCAB = len(TOKENS)
 class Shape:
     """How the files of a family differ from Llama's.
 
-    `gguf`: it has GGUF files of its own, with a head's rotary pairs side by side where they are `adjacent`, and with
-    other `names` of tensors.
+    `gguf`: GGUF files have an architecture for the family. In these, the numbers of a rotary pair may be `adjacent`,
+    and tensors may have other `names`.
     """
 
     biases: bool = False
@@ -74,7 +74,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, np.ndarray]:
-    """Random weights under their Hugging Face names, lively enough that a wrong graph shows."""
+    """Random weights under their Hugging Face names, large enough that a wrong graph gives other logits."""
     rng, shape = np.random.default_rng(7), FAMILIES[family]
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -189,8 +189,8 @@ def gguf(
 ) -> Path:
     """Writes a GGUF file of the family, its matrices in `quantization`.
 
-    `entries` are further ones of its metadata, `short_factors` [pairs] LongRoPE's. With `split_max_tensors` the model
-    is in parts of so many tensors, whose names begin with the path's; the first has none with `keys_first`.
+    `entries` are further keys of its metadata, `short_factors` [pairs] those of LongRoPE. With `split_max_tensors` the
+    model is in several files of at most that many tensors; with `keys_first` the first file has no tensors.
     """
     shape = FAMILIES[family]
     writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors, small_first_shard=keys_first)

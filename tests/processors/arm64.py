@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-# What the tests use of the extra `test`, and what its helpers for the launcher use.
+# The packages of the extra `test` that the tests and their helpers for the launcher use.
 TEST_PACKAGES = ("hypothesis", "openai", "pytest", "pytest-asyncio", "pytest-timeout")
 DEBIAN_PACKAGES = ("python3", "libstdc++6")
 GLIBCS = range(5, 37)
@@ -33,7 +33,7 @@ CPU revision\t: 1
 
 
 def make_root(folder: Path) -> str:
-    """Unpacks Debian's Python below `folder`; gives its version, such as 3.11."""
+    """Unpacks Debian's Python below `folder`; returns its version, for example 3.11."""
     state = folder / "apt"
     for part in ("lists/partial", "archives/partial"):
         (state / part).mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def make_root(folder: Path) -> str:
 
 
 def requirements() -> list[str]:
-    """What the service and the exporter depend on, and the tests."""
+    """The dependencies of service, exporter and tests."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
     tests = [item for item in extras["test"] if item.partition("=")[0].partition(">")[0] in TEST_PACKAGES]
@@ -70,7 +70,7 @@ def requirements() -> list[str]:
 
 
 def make_site(folder: Path, version: str) -> None:
-    """Installs the wheels for arm64 and that version of Python into a folder of their own."""
+    """Installs the wheels for arm64 and that version of Python into their own folder."""
     platforms = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in GLIBCS)]
     target = ["--target", folder / "site", "--implementation", "cp", "--python-version", version]
     flags = [*target, "--only-binary=:all:", *(f"--platform={name}" for name in platforms)]

@@ -33,7 +33,7 @@ from tests.support.stack import AUTHORIZED, ServiceThread
 EMULATED = os.environ.get("EMULATED_PROCESSOR")
 SLOTS = 9
 PAIRS = 64
-# Two products of 255 and 127 are more than 16 bits hold.
+# The sum of two products of 255 and 127 exceeds 16 bits.
 LARGEST = 255 * 127
 CLIPPED = 32767
 
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["int4-int8", "int8", "float32"])
 def directory(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model exported in a form, whose graph for prompts, if it has one, is in 8 bits."""
+    """The model exported in a form; its prefill graph, if it has one, is in 8 bits."""
     prompts = "none" if request.param == "float32" else "int8"
     options = Options(quantization=request.param, prompts=prompts, max_kl=0.05)
     target = tmp_path_factory.mktemp("model") / request.param
@@ -85,20 +85,20 @@ def product_of_bytes(options: dict[str, str]) -> int:
 
 
 def test_products_of_bytes_are_exact() -> None:
-    """With the options that sessions are made with, no sum of products of bytes is clipped."""
+    """With the options that every session has, no sum of products of bytes is clipped."""
     assert product_of_bytes(byte_options()) == 2 * PAIRS * LARGEST
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has kernels that clip")
 def test_what_the_processor_says_is_what_it_computes() -> None:
-    """Sums are clipped exactly where the processor says that it has no 8-bit dot products."""
+    """Without the options, sums are clipped exactly on processors without 8-bit dot products."""
     exact = product_of_bytes({}) == 2 * PAIRS * LARGEST
     assert exact == (processor().byte_dot_products or processor().instructions in {"baseline", "AVX"})
 
 
 @pytest.mark.skipif(EMULATED != "Haswell", reason="not emulated: make test-processors")
 def test_the_emulated_kernels_are_those_of_avx2() -> None:
-    """The arithmetic itself shows kernels without dot products: they clip sums of two products at 16 bits."""
+    """The results show that the kernels have no dot products: sums of two products are clipped at 16 bits."""
     assert product_of_bytes({}) == PAIRS * CLIPPED
     assert product_of_bytes({EXACT_BYTES_OPTION: "1"}) == 2 * PAIRS * LARGEST
     assert (processor().instructions, processor().byte_dot_products) == ("AVX2", False)
@@ -106,7 +106,7 @@ def test_the_emulated_kernels_are_those_of_avx2() -> None:
 
 @pytest.mark.skipif(EMULATED != "neoverse-n1", reason="not emulated: make test-processors")
 def test_the_emulated_kernels_are_those_of_arm64() -> None:
-    """Python, numpy and onnxruntime are those of arm64, and the processor tells of its dot products."""
+    """Python, numpy and onnxruntime are those of arm64, and the processor reports its dot products."""
     assert platform.machine() == "aarch64"
     assert (processor().instructions, processor().byte_dot_products) == ("NEON", True)
 
@@ -116,7 +116,7 @@ def test_the_emulated_kernels_are_those_of_arm64() -> None:
     reason="not run: AVX-512 with VNNI",
 )
 def test_dot_products_give_the_bits_of_unsigned_products(source: Path, tmp_path: Path) -> None:
-    """A graph in 8 bits gives the same bits by VNNI as by the unsigned products that other processors take."""
+    """A graph in 8 bits gives bit-equal results with VNNI and with the unsigned products of other processors."""
     options = Options(quantization="int8", prompts="int8", max_kl=0.05)
     export(source, tmp_path / "model", options, lambda *_: lambda: None)
     text = np.random.default_rng(1).integers(0, tiny.VOCAB, 100)
@@ -128,7 +128,7 @@ def test_dot_products_give_the_bits_of_unsigned_products(source: Path, tmp_path:
 
 
 def prompt(model: Model, slot: int, tokens: list[int], cuts: list[int]) -> np.ndarray:
-    """Computes a prompt in a slot, cut at `cuts`; gives the last logits."""
+    """Runs the prefill of a prompt in a slot, split at `cuts`; returns the last logits."""
     for start, end in itertools.pairwise([0, *cuts, len(tokens)]):
         logits = model.forward(slot, [tokens[start:end]], [start], [(0, end - start - 1)])
     return logits[0].copy()
@@ -136,14 +136,14 @@ def prompt(model: Model, slot: int, tokens: list[int], cuts: list[int]) -> np.nd
 
 @pytest.mark.parametrize("cuts", [[64, 128], [2, 100], [138], [43], [33, 35, 99]])
 def test_prompts_in_any_cut(model: Model, tokens: list[int], cuts: list[int]) -> None:
-    """However a prompt is cut into chunks, the bits after it are the same."""
+    """The logits after a prompt are bit-equal for any split into chunks."""
     np.testing.assert_array_equal(prompt(model, 1, tokens, cuts), prompt(model, 0, tokens, []))
 
 
 def test_decoding_alone_and_in_batches(
     model: Model, directory: Path, tokens: list[int], request: pytest.FixtureRequest
 ) -> None:
-    """A token's logits are the same, to the bit, alone and in batches of every size, in every slot."""
+    """A token's logits are bit-equal alone and in batches of every size, in every slot."""
     if platform.machine() == "aarch64" and manifest.load(directory).quantization.weights == "int4-int8":
         reason = "onnxruntime's 4-bit kernels for arm64 compute four rows together in another order than fewer"
         request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
@@ -157,7 +157,7 @@ def test_decoding_alone_and_in_batches(
 
 
 def test_logits_are_the_sources(model: Model, source: Path, tokens: list[int]) -> None:
-    """The exported model correlates with its source computed by numpy; kernels that went wrong would not at all."""
+    """The exported model's logits correlate with its source in numpy, which those of wrong kernels would not."""
     expected = read_source(source).logits(np.array(tokens), lambda: None)[-1]
     actual = prompt(model, 0, tokens, [])
     assert np.corrcoef(expected, actual)[0, 1] > 0.95

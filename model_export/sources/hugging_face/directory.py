@@ -11,7 +11,7 @@ from model_export.errors import ExportError
 from model_export.sources.field_types import parse
 from model_export.sources.files import MIB, plain_file, read_json
 from model_export.sources.hugging_face.config import AnyConfig, TokenIds, read_config
-from model_export.sources.hugging_face.shards import Shard, open_shards
+from model_export.sources.hugging_face.shards import open_shards
 from model_export.sources.weights import LazyTensor
 
 ADAPTER = "adapter_config.json"
@@ -20,26 +20,17 @@ LARGEST_TOKENIZER = 512 * MIB
 
 @dataclass(frozen=True)
 class Directory:
-    """The content of a directory: the `entries` of its config.json, the same parsed as `config`, and its shards.
+    """The content of a directory: the `entries` of its config.json, the same parsed as `config`, and its tensors.
 
-    `generation` has the tokens of generation_config.json.
+    `generation` has the tokens of generation_config.json. The weight files have `size` bytes in all.
     """
 
     path: Path
     entries: Mapping[str, Any]
     config: AnyConfig
     generation: TokenIds
-    shards: tuple[Shard, ...]
-
-    @property
-    def tensors(self) -> dict[str, LazyTensor]:
-        """The tensors of all shards by name; each is read when it is used."""
-        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
-
-    @property
-    def size(self) -> int:
-        """The bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
+    tensors: Mapping[str, LazyTensor]
+    size: int
 
 
 def read_directory(path: Path) -> Directory:
@@ -51,10 +42,10 @@ def read_directory(path: Path) -> Directory:
     config = read_config(str(path / "config.json"), entries)
     if (path / ADAPTER).exists():
         raise ExportError(f"{path} holds an adapter ({ADAPTER}); merge it into its model first")
-    shards = open_shards(path)
+    tensors, size = open_shards(path)
     if not (path / "tokenizer.json").exists():
         raise ExportError(f"{path / 'tokenizer.json'} does not exist; a slow tokenizer has to be converted first")
     plain_file(path, "tokenizer.json", LARGEST_TOKENIZER)
     generation = path / "generation_config.json"
     stored = read_json(path, generation.name) if generation.exists() else {}
-    return Directory(path, entries, config, parse(TokenIds, str(generation), stored), shards)
+    return Directory(path, entries, config, parse(TokenIds, str(generation), stored), tensors, size)

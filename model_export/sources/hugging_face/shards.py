@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,28 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of `size` bytes and its tensors; each is read when it is used."""
+def open_shards(directory: Path) -> tuple[dict[str, LazyTensor], int]:
+    """The tensors of all weight files by name, and the size of these files in bytes.
 
-    path: Path
-    size: int
-    tensors: dict[str, LazyTensor]
-
-
-def open_shards(directory: Path) -> tuple[Shard, ...]:
-    """The weight files. Each is opened once: its header is read, and its tensors stay mapped.
-
-    Raises ExportError where there are none, or where one is not complete or contradicts the index or another file.
+    Each file is opened once: its header is read, and its tensors stay mapped and are read when they are used. Raises
+    ExportError where there are no files, or where one is not complete or contradicts the index or another file.
     """
-    shards: list[Shard] = []
+    tensors: dict[str, LazyTensor] = {}
     file_of: dict[str, Path] = {}
-    for path, expected in _listed(directory).items():
-        shard = _open(path)
-        if missing := sorted(set(expected) - shard.tensors.keys()):
+    files = _listed(directory)
+    for path, expected in files.items():
+        stored = _open(path)
+        if missing := sorted(set(expected) - stored.keys()):
             raise ExportError(f"{path} has no tensor {missing[0]}, expected by {INDEX}")
-        if repeated := sorted(shard.tensors.keys() & file_of.keys()):
+        if repeated := sorted(stored.keys() & tensors.keys()):
             raise ExportError(f"{path} has a tensor {repeated[0]}, which {file_of[repeated[0]].name} has too")
-        file_of |= dict.fromkeys(shard.tensors, path)
-        shards.append(shard)
-    return tuple(shards)
+        file_of |= dict.fromkeys(stored, path)
+        tensors |= stored
+    return tensors, sum(path.stat().st_size for path in files)
 
 
-def _open(path: Path) -> Shard:
-    """Opens a file; the safetensors library itself checks the header against the file."""
+def _open(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file; the safetensors library itself checks the header against the file."""
     tensors = {}
     try:
         file: Any = safe_open(path, "numpy")
@@ -62,7 +54,7 @@ def _open(path: Path) -> Shard:
             tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, file, name))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
-    return Shard(path, path.stat().st_size, tensors)
+    return tensors
 
 
 def _load(file: Any, name: str) -> Floats:
