@@ -71,9 +71,9 @@ Epsilon = Annotated[float, NumberWithin(1e-20, 1.0)]
 RotaryBase = Annotated[float, NumberWithin(1.0, 1e15)]
 Share = Annotated[float, NumberWithin(0.0, 1.0)]
 Scale = Annotated[float, SCALE]
-Scales = Annotated[list[Scale], Strict(), Expected(f"a list, each of {SCALE}")]
+Scales = Annotated[list[Scale], Strict(), Expected(f"a list, each entry {SCALE}")]
 Text = Annotated[str, Strict(), Expected("a text")]
-Texts = Annotated[list[Text], Strict(), Expected("a list, each of a text")]
+Texts = Annotated[list[Text], Strict(), Expected("a list of texts")]
 Flag = Annotated[bool, Strict(), Expected("true or false")]
 
 # The largest table of rotations, in numbers: four million positions of a head of 128.

@@ -90,7 +90,7 @@ WRITTEN = [
         "generation_config.json's eos",
         GENERATION,
         '{"eos_token_id": [{}]}',
-        "generation_config.json: eos_token_id is [{}], expected a whole number within 0..4194303, or a list of such",
+        "generation_config.json: eos_token_id is [{}], expected a whole number within 0..4194303, or a list of them",
     ),
     ("header is not JSON", SHARD, (2).to_bytes(8, "little") + b"{]", f"{SHARD} is {NOT_WHOLE}"),
     ("empty file", SHARD, b"", f"{SHARD} is {NOT_WHOLE}"),

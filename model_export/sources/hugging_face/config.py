@@ -23,9 +23,9 @@ from model_export.sources.field_types import (
 
 TOKEN = IntegerWithin(0, field_types.MOST_TOKENS - 1)
 Token = Annotated[int, TOKEN]
-Tokens = Annotated[Token | Annotated[list[Token | None], Strict()], Expected(f"{TOKEN}, or a list of such")]
+Tokens = Annotated[Token | Annotated[list[Token | None], Strict()], Expected(f"{TOKEN}, or a list of them")]
 Rotates = Annotated[
-    list[Annotated[int, IntegerWithin(0, 1)]], Strict(), Expected(f"a list, each of {IntegerWithin(0, 1)}")
+    list[Annotated[int, IntegerWithin(0, 1)]], Strict(), Expected(f"a list, each entry {IntegerWithin(0, 1)}")
 ]
 
 # The default of entries that may be missing, but not null.
