@@ -36,15 +36,29 @@ class Scrapes:
 
     def scrape(self, times: int = 1) -> None:
         for _ in range(times):
-            try:
-                page = scrape(self._port, METRICS).body.decode()
-            except ConnectionError:
-                page = ""
-            self._series[f"up{{{LABELS}}}"][self.count] = "1" if page else "0"
-            for name, labels, value in SAMPLE.findall(page):
-                if name in NAMES:
-                    self._series[f"{name}{{{', '.join(filter(None, (labels, LABELS)))}}}"][self.count] = value
-            self.count += 1
+            self._record(self._page())
+
+    def scrape_once_it_shows(self, sample: str) -> None:
+        """Waits until the metrics have this sample, and records that scrape."""
+        self._record(eventually(lambda: self._page_with(sample)))
+
+    def _page_with(self, sample: str) -> str:
+        page = self._page()
+        return page if sample in page else ""
+
+    def _page(self) -> str:
+        """The metrics; empty if Envoy does not answer."""
+        try:
+            return scrape(self._port, METRICS).body.decode()
+        except ConnectionError:
+            return ""
+
+    def _record(self, page: str) -> None:
+        self._series[f"up{{{LABELS}}}"][self.count] = "1" if page else "0"
+        for name, labels, value in SAMPLE.findall(page):
+            if name in NAMES:
+                self._series[f"{name}{{{', '.join(filter(None, (labels, LABELS)))}}}"][self.count] = value
+        self.count += 1
 
     def check(self, folder: Path, *expected: tuple[int, str, dict[str, str] | None, str]) -> None:
         """Has promtool see whether after so many scrapes an alert fires: with these labels and this summary, or not."""
@@ -95,8 +109,7 @@ def test_no_replica_and_a_door_that_is_gone(tmp_path: Path) -> None:
         stub.seconds = 60
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(stack.complete, prompt="a") for _ in range(2)]
-            eventually(lambda: len(stub.calls) >= 2)
-            scrapes.scrape()
+            scrapes.scrape_once_it_shows('envoy_http_downstream_rq_active{envoy_http_conn_manager_prefix="public"} 2')
             child.process.kill()
             child.process.wait()
             scrapes.scrape(14)
