@@ -17,7 +17,7 @@ API_KEY = "bench"
 
 
 class PeerError(Exception):
-    """A mistake of a peer, in words for the person at the terminal."""
+    """A peer failed; the message is for the person at the terminal."""
 
 
 class RefusedError(PeerError):

@@ -52,7 +52,7 @@ def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
 
 
 async def cancel(served: Served, plan: Plan) -> list[Outcome]:
-    """How soon a cancelled request frees its slot, beside running streams: in turn during decode and during prefill.
+    """How soon a cancelled request frees its slot beside running streams, alternately in decode and in prefill.
 
     Only the bare engine reports its slots. Figures are the milliseconds until the slot is free, and the steps that
     another stream took meanwhile.

@@ -96,7 +96,7 @@ def _blocks_product(tape: Tape, left: ir.Value, pick: np.random.Generator, bits:
 
 
 def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
-    """Adds the share of its own round's limits that each output rate of ours takes.
+    """Adds, for each of our output rates, its share of the machine limits that were measured in the same round.
 
     A step reads its weights once, for all sequences in it. Arithmetic is only that of the weights: a prompt token
     takes the layers, a generated one the output table as well. Shares are of the fastest kernel that was measured.

@@ -28,7 +28,7 @@ class Setup:
 
     `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` is the folder of
     converted models. Our service computes on `device`, and refuses requests that would wait longer than
-    `queue_seconds`, by default none.
+    `queue_seconds`, an hour by default.
     """
 
     model_dir: Path

@@ -35,9 +35,9 @@ WARM_UP = 0.5
 class Bounds:
     """The largest values of a soak that pass, without its warm-up.
 
-    `rss_slope` is in MiB per minute, fitted over the whole time; `files` and `threads` are the growth from beginning to
-    end, `held` the sequences at the end. `p99_drift` is the second half's 99th percentile of a whole answer's time
-    over the first half's.
+    `rss_slope` is in MiB per minute, fitted over the time after the warm-up. `files` and `threads` are the growth from
+    beginning to end, `held` the sequences at the end. `p99_drift` is the second half's 99th percentile of a whole
+    answer's time over the first half's.
     """
 
     rss_slope: float = 10.0

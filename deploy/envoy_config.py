@@ -71,7 +71,7 @@ def envoy_config(
 
 
 def open_admin(config: dict[str, Any], ports: dict[str, int]) -> None:
-    """Keeps the admin pages and the metrics for Prometheus, which are one of them, as far as `ports` has theirs.
+    """Sets the ports of the admin pages and of the metrics listener, and removes those without an entry in `ports`.
 
     The pages listen on ADMIN_PORT and the metrics on ENVOY_METRICS_PORT; without its port each is removed.
     """

@@ -297,7 +297,7 @@ def announce(options: Options, request: dict[str, Any], answer: Any, logs: Path)
     print(f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\')
     print(f"  -d {shlex.quote(json.dumps(request))}\n")
     print(json.dumps(answer, indent=2, ensure_ascii=False))
-    print(f"\nREST  {rest}/v1/completions\ngRPC  {grpc}\nlogs  {logs}\n\nCtrl-C stops both.")
+    print(f"\nREST  {rest}/v1/completions\ngRPC  {grpc}\nlogs  {logs}\n\nCtrl-C stops everything.")
     print(f"ready rest={rest} grpc={grpc}", flush=True)
 
 

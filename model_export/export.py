@@ -160,7 +160,9 @@ def _prefill_forms(
 def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
     source, target = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ExportError(f"{directory} and the source {path} lie within each other; give a directory beside it")
+        raise ExportError(
+            f"one of {directory} and the source {path} contains the other; give a directory beside the source"
+        )
     if directory.is_symlink():
         raise ExportError(f"{directory} is a link; give the directory that it leads to")
     if not directory.exists():

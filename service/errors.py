@@ -87,4 +87,4 @@ class StartupError(Exception):
 
 
 class ModelDirectoryError(StartupError):
-    """A model directory is incomplete, damaged or not one."""
+    """A model directory is incomplete or damaged, or a directory is not a model directory."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-# How long calls that are ended may take to receive their error.
+# In seconds: the time for the errors of terminated calls to reach their callers.
 LAST_ERRORS_SECONDS = 2.0
 # More concurrent calls than Envoy sends to all replicas. It bounds the memory for callers without Envoy.
 _MAX_CALLS = 8192

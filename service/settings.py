@@ -137,7 +137,8 @@ class Settings(BaseSettings):
     )
     max_running: _MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
     memory_mib: _Positive | None = Field(
-        None, description="Memory for the process, in MiB, which limits the slots; if not set, 3/4 of what is there."
+        None,
+        description="Memory for the process, in MiB, which limits the slots; if not set, 3/4 of the available memory.",
     )
     max_waiting: _Positive = Field(
         1024, description="Most sequences that wait before requests are refused; one caller may have half as many."
@@ -160,7 +161,7 @@ class Settings(BaseSettings):
     )
     batch_invariant: bool = Field(
         True,
-        description="Whether results never depend on the rest of the batch (CPU only); off is faster for one request.",
+        description="Keep results independent of the rest of the batch (CPU only); off is faster for one request.",
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries in a request's `stop`; some editors send 16.")
     max_message_bytes: int = Field(
@@ -176,20 +177,20 @@ class Settings(BaseSettings):
         60.0, description="How long pieces of a stream may wait for a caller that does not read, in seconds."
     )
     watchdog_seconds: _Seconds = Field(
-        30.0, description="Longest duration of one engine step, in seconds; beyond it the process exits with 1."
+        30.0, description="Seconds after which the process exits with 1 when an engine step or the event loop hangs."
     )
     drain_delay_seconds: float = Field(
         5.0,
         ge=0,
         description="How long the service accepts requests after SIGTERM, while health is NOT_SERVING, in seconds.",
     )
-    drain_seconds: float = Field(30.0, ge=0, description="Time for running requests to finish after that, in seconds.")
+    drain_seconds: float = Field(30.0, ge=0, description="Seconds for running requests to finish, after the delay.")
     metrics_host: IPvAnyAddress = Field(_LOOPBACK, description="IP address to serve metrics on, without a key.")
     metrics_port: int = Field(
         9464,
         ge=0,
         le=65535,
-        description="Port to serve metrics on, 0 for none; if the default port is in use, there are no metrics.",
+        description="Port to serve metrics on, 0 for none; if unset and the default is in use, there are no metrics.",
     )
     vllm_metric_names: bool = Field(False, description="Whether metrics also appear under vLLM's names.")
     otlp_endpoint: str | None = Field(

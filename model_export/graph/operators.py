@@ -33,7 +33,7 @@ LinearForm = Form | Literal["int8_rows"]
 
 # Stands in for a smaller maximum of a row, so that a row of zeros can be divided by it.
 _SMALLEST_MAXIMUM = 1e-30
-# The second byte divides a step of the first into this many: its range is one step, the first byte's rounding error.
+# Steps of the second byte in one step of the first: the second byte holds the rounding error of the first.
 _FINE_STEPS = 254
 
 

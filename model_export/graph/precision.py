@@ -30,7 +30,7 @@ class Precision:
 
     @property
     def min_rows(self) -> int:
-        """The fewest rows of a call for which no kernel is chosen that handles a single row only.
+        """The fewest rows of a call that avoid the kernels for a single row.
 
         8-bit blocks with 8-bit activations have one kernel for any number of rows.
         """

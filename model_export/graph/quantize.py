@@ -104,7 +104,7 @@ def pack(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> Packed:
 
 
 def pack_with_remainders(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> tuple[Packed, Floats | None]:
-    """The same, and the remainders of 4-bit blocks [rows, blocks], which multiply the block means, in float or None."""
+    """As `pack`, and the float32 remainders [rows, blocks] of 4-bit blocks, which multiply the block means, or None."""
     if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
         return pack(matrix, form), None
     packed, remainders = _split_int4(matrix)
@@ -204,7 +204,7 @@ def _has_integer_zero_points(matrix: Blocks) -> bool:
 def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
     """8-bit codes, scales and zero points of blocks [..., weights]; their range covers a block's weights and zero.
 
-    A block of 16 evenly spaced weights around zero uses every 17th code: only its offset is rounded.
+    A block of weights on 16 evenly spaced levels around zero uses every 17th code: only its offset is rounded.
     """
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     scales = ((high - low) / 255).astype(np.float32)

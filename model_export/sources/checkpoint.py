@@ -135,7 +135,7 @@ class Checkpoint:
 
 
 def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:
-    """Replaces each matrix that stacks several of a layer's matrices by those."""
+    """Splits each fused matrix of a layer into the matrices that it stacks."""
     shapes = architecture.tensor_shapes()
     for layer in range(architecture.layers):
         for fused, names in architecture.family.fused.items():

@@ -19,7 +19,7 @@ SCALINGS: Mapping[str, ScalingKind] = {name: name for name in get_args(ScalingKi
 
 @dataclass(frozen=True)
 class Biases:
-    """Linear maps with biases: always, or if the `entry` of config.json is true, which is `default` if missing."""
+    """Linear maps with biases: always, or if the `entry` of config.json, by default `default`, is true."""
 
     maps: tuple[str, ...]
     entry: str | None = None
@@ -68,7 +68,7 @@ class Family:
     scalings: Mapping[str, ScalingKind] = field(default_factory=lambda: SCALINGS)
     # The default of the context length before scaling, which is then read only from the top level of config.json.
     original_context: int | None = None
-    # Matrices that stack others, and those others.
+    # Each fused matrix, and the matrices that it stacks.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Whether the numbers of a rotary pair are adjacent in GGUF files, not half a head apart.
     gguf_adjacent_pairs: bool = False

@@ -52,7 +52,7 @@ def verify(
     prefilled = runner.logits(tokens, chunks)
     divergence = kl_divergence(in_one_call, prefilled)
     if not divergence <= max_kl:
-        raise ExportError(f"the exported model gives other logits in chunks: {divergence} nats/token off")
+        raise ExportError(f"the exported model's prefill in chunks is {divergence} nats/token off, more than {max_kl}")
     decoded = min(DECODED, len(tokens) - 1)
     stepwise = runner.logits(tokens, [len(tokens) - decoded] + [1] * decoded)[-decoded:]
     by_model = prefilled if prefill is None else Runner(model, len(tokens)).logits(tokens, chunks)

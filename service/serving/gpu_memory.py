@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.engine.ort.device import Cpu, Cuda, Device, kv_slots, lacks_cuda, no_cuda, power_of_two
+from service.engine.ort.device import Cpu, Cuda, Device, cuda_message, cuda_obstacle, kv_slots, power_of_two
 from service.engine.ort.driver import Driver
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import Manifest
@@ -45,7 +45,7 @@ class GpuPlan:
 
 
 def with_device(manifest: Manifest, settings: Settings, directory: Path) -> Settings:
-    """The settings with `device` resolved to `cpu` or `cuda`; `auto` is the GPU if there is one and the model fits it.
+    """The settings with `device` resolved to `cpu` or `cuda`. `auto` takes a GPU for a model that was exported for it.
 
     Raises StartupError when the settings ask for CUDA and it is not available, and ModelDirectoryError when they do and
     the model was not exported for CUDA.
@@ -56,16 +56,16 @@ def with_device(manifest: Manifest, settings: Settings, directory: Path) -> Sett
 def _choose_device(manifest: Manifest, settings: Settings, directory: Path) -> str:
     if settings.device == "cpu":
         return "cpu"
-    obstacle = lacks_cuda(settings.device_id)
+    obstacle = cuda_obstacle(settings.device_id)
     if obstacle is not None:
         if settings.device == "cuda":
-            raise StartupError(no_cuda(obstacle))
+            raise StartupError(cuda_message(obstacle))
         return "cpu"
     if "cuda" in manifest.devices:
         return "cuda"
     problem = _not_for_cuda(directory)
     if settings.device == "cuda":
-        raise ModelDirectoryError(no_cuda(problem))
+        raise ModelDirectoryError(cuda_message(problem))
     _log.warning(f"the GPU stays unused: {problem}")
     return "cpu"
 
@@ -103,7 +103,7 @@ def place(manifest: Manifest, settings: Settings, context_length: int, slots: in
     fields = {"model": manifest.id, "gpu": driver.name, "slots": planned.slots, "max_running": settings.max_running}
     fields |= {f"{name}_mib": mib(getattr(planned, name)) for name in ("kv", "logits", "session")}
     if planned.slots < slots:
-        _log.warning("the GPU's memory holds fewer slots than the process", budget_mib=allowed // MIB, **fields)
+        _log.warning("the GPU's memory holds fewer slots than the memory budget", budget_mib=allowed // MIB, **fields)
     else:
         _log.info("the GPU's memory holds all slots", budget_mib=allowed // MIB, **fields)
     return Cuda(driver, settings.device_id, planned.session), planned.slots
@@ -114,7 +114,9 @@ def budget(settings: Settings, free: int) -> int:
     if settings.gpu_memory_mib is None:
         return int(DEFAULT_SHARE * free)
     if settings.gpu_memory_mib * MIB > free:
-        message = f"gpu_memory_mib {settings.gpu_memory_mib} is more than the GPU has free, which is {free // MIB}"
+        message = (
+            f"gpu_memory_mib {settings.gpu_memory_mib} is more than the {free // MIB} MiB that are free on the GPU"
+        )
         raise StartupError(f"{message}; allow less (--gpu-memory-mib), or end the other processes on the GPU")
     return settings.gpu_memory_mib * MIB
 

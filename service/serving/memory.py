@@ -21,12 +21,12 @@ DEFAULT_SHARE = 0.75
 # The factors below are upper bounds of measurements with onnxruntime 1.32 on x86-64.
 # Interpreter, libraries, and messages being received and sent.
 _PROCESS = 256 * MIB
-# Per byte of tokenizer.json: vocabulary and merges as objects, and the parsed file while they are planned.
+# Per byte of tokenizer.json: vocabulary and merges as objects, and the parsed file while they are built.
 _TOKENIZER_FACTOR = 20
 # onnxruntime packs the matrices into memory of its own, and keeps the token embeddings of the mapped file as well.
 _WEIGHTS_FACTOR = 1.5
 # A CPU multiplies float16 matrices in float32, and keeps both copies.
-_HALVES_FACTOR = 3.0
+_FLOAT16_FACTOR = 3.0
 # Activations of one position, per square root of the weights of a layer. The arena grows by doubling.
 _ACTIVATIONS_FACTOR = 64
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4-int8": 0.5}
@@ -40,7 +40,7 @@ _RUNNING_TOKEN = 2048
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The most memory that the process takes while `slots` sequences run, each as long as the context.
+    """The most memory that one model takes while `slots` sequences run, each as long as the context.
 
     `kv_slot` is the KV cache of one slot; the model has one slot more than `slots`. `other` is everything else: the
     process itself, tokenizer, activations, and the tokens of running and waiting sequences.
@@ -137,7 +137,7 @@ def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: in
     tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
     return Plan(
         slots=slots,
-        weights=int(stored * (_HALVES_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
+        weights=int(stored * (_FLOAT16_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
         kv_slot=0 if settings.device == "cuda" else context_length * manifest.kv.bytes_per_token,
         logits=rows * manifest.vocab_size * 4,
         other=_PROCESS // models + tokenizer + (settings.prompt_chunk + slots + 1) * activations(manifest) + tokens,

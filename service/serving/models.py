@@ -146,7 +146,7 @@ def _log_plan(planned: PlannedModel) -> None:
         _log.info("the memory budget holds all slots", **fields)
 
 
-def _load(checked: CheckedModel, slots: int, names: tuple[str, ...]) -> ServedModel:
+def _load(checked: CheckedModel, slots: int, aliases: tuple[str, ...]) -> ServedModel:
     directory, manifest, settings = checked.directory, checked.manifest, checked.settings
     length = checked.context_length
     device, slots = gpu_memory.place(manifest, settings, length, slots)
@@ -171,7 +171,7 @@ def _load(checked: CheckedModel, slots: int, names: tuple[str, ...]) -> ServedMo
         max_queue_seconds=settings.max_queue_seconds,
         name=manifest.id,
     )
-    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), names)
+    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), aliases)
 
 
 def warm_up_request(model: ServedModel) -> Request:

@@ -48,7 +48,7 @@ class Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers each connection on a thread. One connection above the limit closes the oldest.
+    """Answers each connection on a thread. A new connection beyond the limit closes the oldest.
 
     So clients that open connections and send nothing cannot block others.
     """

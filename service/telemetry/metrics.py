@@ -89,7 +89,12 @@ _HISTOGRAMS = (
     ("llm_request_duration_seconds", "Duration of completed requests.", ("model",), _REQUEST_BUCKETS),
     ("llm_request_prompt_tokens", "Prompt tokens of completed requests.", ("model",), _TOKEN_BUCKETS),
     ("llm_request_generation_tokens", "Generated tokens of completed requests.", ("model",), _TOKEN_BUCKETS),
-    ("llm_request_longest_tokens", "Tokens of their longest candidate.", ("model",), _TOKEN_BUCKETS),
+    (
+        "llm_request_longest_tokens",
+        "Tokens of the longest candidate of completed requests.",
+        ("model",),
+        _TOKEN_BUCKETS,
+    ),
     ("llm_inter_token_latency_seconds", "Time between a sequence's tokens.", ("model",), _STEP_BUCKETS),
     ("llm_batch_size", "Sequences in a decode step.", ("model",), _ROW_BUCKETS),
     ("llm_step_duration_seconds", "Duration of a step of the engine.", ("model", "kind"), _STEP_BUCKETS),

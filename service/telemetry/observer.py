@@ -44,7 +44,7 @@ class Method:
 class Usage:
     """The parameters and the consumption of a completion request that the engine accepted.
 
-    Seconds count from the begin of the call, and are None for stages that the request did not reach: it waited from
+    Seconds count from the start of the call, and are None for stages that the request did not reach: it waited from
     `queued_seconds` to `started_seconds`, and the first piece of its answer came at `first_token_seconds`. Tokens are
     those of all candidates, shown or not; `longest` counts those of the longest candidate. Of the sequences, `stopped`
     ended at an end token or a stop text, and `cut_off` at their length.
@@ -89,7 +89,7 @@ class Ended:
 
 
 class Observer:
-    """Receives events, and ignores them. The event loop and the step thread call it, so no method may block."""
+    """The base of observers, which ignores all events. Event loop and step thread call it: no method may block."""
 
     def prefill_step(self, seconds: float) -> None:
         """The model has computed a prompt chunk."""

@@ -101,7 +101,7 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
 
 
 def _set_status(span: Span, ended: Ended) -> None:
-    """Failures of the service have an error status; mistakes and cancellations of callers do not."""
+    """Sets an error for failures of the service and passed deadlines, not for callers' mistakes and cancellations."""
     if ended.outcome is not Outcome.COMPLETED:
         span.set_attribute("error.type", ended.refusal.value if ended.refusal else ended.outcome.value)
     if ended.outcome in {Outcome.FAILED, Outcome.DEADLINE}:

@@ -21,7 +21,7 @@ from model_export.graph import cuda
 from service import manifest
 from service.engine.cache import Copy, KVCache
 from service.engine.engine import Engine
-from service.engine.ort.device import Cpu, Cuda, lacks_cuda
+from service.engine.ort.device import Cpu, Cuda, cuda_obstacle
 from service.engine.ort.driver import Driver
 from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole
@@ -45,7 +45,7 @@ TEXT = "The lighthouse keeper climbed the stairs each evening, lit the lamp, and
 @pytest.fixture(scope="session", autouse=True)
 def gpu():
     """A GPU, or a failure that says what is missing: these tests are never skipped silently."""
-    lacking = lacks_cuda(0)
+    lacking = cuda_obstacle(0)
     if lacking is not None:
         pytest.fail(f"there is no GPU to test on: {lacking}")
 

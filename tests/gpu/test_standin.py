@@ -14,7 +14,7 @@ import pytest
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.ort.device import CUDA_PROVIDER, Cuda, lacks_cuda, provider
+from service.engine.ort.device import CUDA_PROVIDER, Cuda, cuda_obstacle, provider
 from service.engine.ort.driver import Driver
 from service.engine.ort.model import Model
 from service.serving.gpu_memory import place, with_device
@@ -33,7 +33,7 @@ FORMS = ["float16", "int4", "int4-int8", "int8"]
 @pytest.fixture(scope="module", autouse=True)
 def standin():
     """The stand-in is preloaded, and onnxruntime uses it as CUDA."""
-    assert lacks_cuda(0) is None
+    assert cuda_obstacle(0) is None
     assert f"{CUDA_PROVIDER} on stand-in" in provider("auto", 0)
 
 

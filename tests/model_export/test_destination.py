@@ -105,10 +105,10 @@ def long_name(source: Path) -> Path:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (inside, "lie within each other"),
-        (itself, "lie within each other"),
-        (around, "lie within each other"),
-        (through_a_link, "lie within each other"),
+        (inside, "contains the other"),
+        (itself, "contains the other"),
+        (around, "contains the other"),
+        (through_a_link, "contains the other"),
         (file, "is not a model directory; refusing to replace it"),
         (below_a_file, "file: "),
         (link, "is a link; give the directory that it leads to"),
@@ -138,7 +138,7 @@ def test_source_in_the_directory_to_replace(tmp_path: Path, capsys: pytest.Captu
     source = tiny.hugging_face(target / "Tiny")
     before = contents(tmp_path)
     assert main([str(source), str(target), "--overwrite"]) == 2
-    assert "lie within each other" in capsys.readouterr().err
+    assert "contains the other" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 

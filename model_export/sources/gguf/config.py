@@ -17,7 +17,7 @@ from model_export.sources.weights import Floats
 LLAMA3_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_short.weight"
 FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, "rope_factors_long.weight")
 
-# The values of keys, where a file has them, with which the builder computes what the file describes.
+# The values of optional keys that the builder supports.
 OFF, ONCE = (0,), (0, 1)
 SUPPORTED: Mapping[str, tuple[float, ...]] = {
     "attn_logit_softcapping": OFF,
@@ -144,5 +144,5 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             scale = rotary.yarn_scale(factor) * metadata.get(scaling + "attn_factor", 1.0)
             return Rotary(rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow), scale)
         case other:
-            known = "none, linear, yarn, llama3 and longrope"
+            known = "none, linear, yarn, and llama3 and longrope by their factor tensors"
             raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")

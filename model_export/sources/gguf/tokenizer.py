@@ -50,7 +50,7 @@ WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
 
 def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
     """The vocabulary in the metadata. Raises ExportError for a tokenizer that is broken or not supported."""
-    with reported_as("its keys make no tokenizer"):
+    with reported_as("its keys do not describe a tokenizer"):
         return _vocabulary(metadata)
 
 

@@ -31,10 +31,7 @@ _NOT_CAPTURED = -1
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Memory at a fixed address of a device, and the host's side of it.
-
-    On the CPU both are the same memory; memory that the host never touches has an empty `host` on a GPU.
-    """
+    """Memory at an address of a device, and the host's side of it: the same on the CPU, perhaps empty on a GPU."""
 
     address: int
     host: Bytes
@@ -106,10 +103,8 @@ class Cpu:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            message = (
-                f"{size >> 20} MiB of address space for the KV cache is not available ({error.strerror}): allow the"
-            )
-            raise StartupError(f"{message} process more (ulimit -v), or lower memory_mib or context_length") from None
+            message = f"{size >> 20} MiB of address space for the KV cache are not available ({error.strerror})"
+            raise StartupError(f"{message}: raise ulimit -v, or lower memory_mib or context_length") from None
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         host = np.frombuffer(memory, np.uint8)
         return Block(host.ctypes.data, host)
@@ -213,9 +208,9 @@ def run_options(graph: int | None) -> ort.RunOptions:
 def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
     """Describes the device that will run the model. Raises StartupError when the wanted one is not available."""
     available = ort.get_available_providers()
-    lacking = "" if wanted == "cpu" else lacks_cuda(index)
+    lacking = "" if wanted == "cpu" else cuda_obstacle(index)
     if wanted == "cuda" and lacking is not None:
-        raise StartupError(no_cuda(lacking))
+        raise StartupError(cuda_message(lacking))
     if lacking is not None:
         if CPU_PROVIDER not in available:
             raise StartupError(f"onnxruntime {ort.__version__} has no {CPU_PROVIDER}, only {', '.join(available)}")
@@ -225,12 +220,12 @@ def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
     return f"onnxruntime {ort.__version__}, {CUDA_PROVIDER} on {driver.name}, {driver.free() >> 20} MiB free"
 
 
-def no_cuda(lacking: str) -> str:
+def cuda_message(lacking: str) -> str:
     """The error message when CUDA is asked for and not available."""
     return f"--device cuda is not available: {lacking}"
 
 
-def lacks_cuda(index: int) -> str | None:
+def cuda_obstacle(index: int) -> str | None:
     """Why onnxruntime cannot use the GPU of that index; None if it can."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         return f"{_package()}; install the extra `gpu` instead of `cpu`: pip install 'completion-service[gpu]'"

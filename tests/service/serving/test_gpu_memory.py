@@ -71,7 +71,7 @@ def test_the_budget():
     """The budget is the configured size, which must be free, or else a share of the free memory."""
     assert gpu_memory.budget(settings(), 10 * GIB) == 9 * GIB
     assert gpu_memory.budget(settings(gpu_memory_mib=2048), 10 * GIB) == 2 * GIB
-    with pytest.raises(StartupError, match="gpu_memory_mib 20480 is more than the GPU has free, which is 10240"):
+    with pytest.raises(StartupError, match="gpu_memory_mib 20480 is more than the 10240 MiB that are free on the GPU"):
         gpu_memory.budget(settings(gpu_memory_mib=20480), 10 * GIB)
 
 
@@ -93,16 +93,16 @@ def test_the_host_plan_has_no_kv_cache_for_a_gpu():
 )
 def test_the_device(monkeypatch, setting, obstacle, devices, device):
     """A model exported for CUDA runs on the GPU if there is one, unless the settings ask for the CPU."""
-    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: obstacle)
+    monkeypatch.setattr(gpu_memory, "cuda_obstacle", lambda index: obstacle)
     assert gpu_memory.with_device(described(devices), settings(device=setting), MODEL).device == device
 
 
 def test_cuda_that_is_not_available(monkeypatch):
     """If there is no GPU, or the model was not exported for one, the error says what to do."""
-    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: f"GPU {index} is not there")
+    monkeypatch.setattr(gpu_memory, "cuda_obstacle", lambda index: f"GPU {index} is not there")
     with pytest.raises(StartupError, match="--device cuda is not available: GPU 3 is not there"):
         gpu_memory.with_device(described(), settings(device="cuda", device_id=3), MODEL)
-    monkeypatch.setattr(gpu_memory, "lacks_cuda", lambda index: None)
+    monkeypatch.setattr(gpu_memory, "cuda_obstacle", lambda index: None)
     message = "m has operators that CUDA has no kernel for; export the model again: .* --device cuda"
     with pytest.raises(ModelDirectoryError, match=message):
         gpu_memory.with_device(described(("cpu",)), settings(device="cuda"), MODEL)

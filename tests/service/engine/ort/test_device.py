@@ -172,7 +172,7 @@ def build(monkeypatch):
 def test_the_package_is_missing(build):
     """The CPU's package is named, and what to install in its place."""
     build(["CPUExecutionProvider"])
-    lacking = device.lacks_cuda(0)
+    lacking = device.cuda_obstacle(0)
     assert lacking.startswith("onnxruntime-gpu is not installed: onnxruntime ")
     assert lacking.endswith("install the extra `gpu` instead of `cpu`: pip install 'completion-service[gpu]'")
 
@@ -181,7 +181,7 @@ def test_the_package_has_no_provider(build, monkeypatch):
     """A build of the right name without CUDA is named with what it has."""
     build(["CPUExecutionProvider"])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
-    assert device.lacks_cuda(0).startswith(
+    assert device.cuda_obstacle(0).startswith(
         "onnxruntime-gpu 9.9 has no CUDAExecutionProvider, only CPUExecutionProvider"
     )
 
@@ -190,7 +190,7 @@ def test_the_driver_is_missing(build, monkeypatch):
     """This machine's own loader says that there is no libcuda."""
     build()
     monkeypatch.setattr(driver, "LIBRARY", "libcuda-that-is-not.so.1")
-    assert device.lacks_cuda(0).startswith("there is no NVIDIA driver here: libcuda-that-is-not.so.1: cannot open")
+    assert device.cuda_obstacle(0).startswith("there is no NVIDIA driver here: libcuda-that-is-not.so.1: cannot open")
 
 
 def test_cuda_libraries_are_missing(build, monkeypatch):
@@ -207,7 +207,7 @@ def test_cuda_libraries_are_missing(build, monkeypatch):
     opened = driver.Driver(0)
     monkeypatch.setattr(device, "Driver", lambda index: opened)
     monkeypatch.setattr(device.ctypes, "CDLL", missing)
-    lacking = device.lacks_cuda(0)
+    lacking = device.cuda_obstacle(0)
     assert "does not work: libcublasLt.so.13: cannot open" in lacking
     assert "come with the extra `gpu`" in lacking
 
