@@ -37,7 +37,7 @@ def no_emulator() -> str | None:
 
 
 def no_debian() -> str | None:
-    """Why what comes in Debian's packages cannot be had here."""
+    """Why Debian's packages cannot be installed here."""
     return None if shutil.which("apt-get") else "no apt-get: its tools are Debian's packages"
 
 

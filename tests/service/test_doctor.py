@@ -140,7 +140,7 @@ def test_cuda_without_a_gpu(model_dir):
     """`device` cuda fails without a GPU, and `auto` takes the CPU."""
     found = examined(model_dir, device="cuda")
     assert failing(found) == ["provider", "memory"]
-    assert "--device cuda cannot be had: onnxruntime-gpu is not installed" in found["provider"].text
+    assert "--device cuda is not available: onnxruntime-gpu is not installed" in found["provider"].text
     assert "pip install 'completion-service[gpu]'" in found["provider"].text
     assert failing(examined(model_dir, device="auto")) == []
 
