@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,9 +186,11 @@ def _neighbours(exact: Floats) -> tuple[Floats, Floats]:
     return below, np.clip(below + 1, 0, 15)
 
 
-def _inverse(values: Floats) -> Floats:
-    """1 / `values`, and 0 where a value is 0."""
-    return np.divide(1, values, out=np.zeros_like(values), where=values != 0)
+def _inverse(values: NDArray[Any]) -> NDArray[Any]:
+    """1 / `values`, in their type, and 0 where a value is 0."""
+    inverse = np.zeros_like(values)
+    np.divide(1, values, out=inverse, where=values != 0)
+    return inverse
 
 
 def _zero_points(matrix: Blocks, largest: int) -> Bytes:
