@@ -10,6 +10,8 @@
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import os

@@ -3,6 +3,8 @@
 It is small on purpose: it shares the cores with what it measures.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import statistics

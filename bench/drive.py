@@ -1,5 +1,7 @@
 """Drives a peer by a load: closed loops, open loops and conversations, all within the event loop's thread."""
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence

@@ -4,6 +4,8 @@ Its continuous batching needs the operator PagedAttention, for which onnxruntime
 static batches: waiting requests of one shape start together, and none joins before all are done.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import shutil

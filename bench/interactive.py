@@ -1,5 +1,7 @@
 """Runs the loads by name: those of `bench.loads`, and those here, whose requests depend on what the peer does."""
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence

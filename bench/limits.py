@@ -1,5 +1,7 @@
 """The machine's limits, memory bandwidth and arithmetic, and how much of both our engine uses."""
 
+from __future__ import annotations
+
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

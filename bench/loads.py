@@ -1,5 +1,7 @@
 """The loads: the requests that each of them sends to a peer, and the figures that it gives."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

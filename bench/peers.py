@@ -1,5 +1,7 @@
 """The ways to reach our own service, each started separately: REST through Envoy, gRPC, and the bare engine."""
 
+from __future__ import annotations
+
 import asyncio
 import sys
 import tempfile

@@ -1,5 +1,7 @@
 """The processes of a peer: started on loopback, watched while they are measured, and always stopped."""
 
+from __future__ import annotations
+
 import http.client
 import tempfile
 import time

@@ -1,5 +1,7 @@
 """Keeps the measurements and shows them: tables of medians and paired ratios, raw JSON, and a plot."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform

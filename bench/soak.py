@@ -5,6 +5,8 @@ service's memory, open files and threads are sampled meanwhile; at the end it is
 sequences that it still held. The exit code is 1 when a bound is broken.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import random

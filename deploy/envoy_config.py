@@ -3,6 +3,8 @@
 It reads no environment variables: see `Options` in deploy/local.py.
 """
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Sequence
 from pathlib import Path

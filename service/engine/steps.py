@@ -10,12 +10,12 @@ from functools import partial
 from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
-from service.engine.meter import Meter
 from service.engine.ort.model import Model
 from service.engine.roster import Roster
 from service.engine.sampler import Row, whole
 from service.engine.scheduler import DecodeBatch, Load, PromptChunk, Scheduler, Step
 from service.engine.sequence import Sequence, sequences_of
+from service.engine.token_timer import TokenTimer
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
 from service.telemetry.log import get_logger
 from service.telemetry.observer import Observer
@@ -65,7 +65,8 @@ class Steps:
     ) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.post: Callable[..., object] | None = None
-        self._meter = Meter(clock)
+        self._observer = Observer()
+        self._timer = TokenTimer(clock)
         self._model = model
         self.scheduler = scheduler
         self._committer = Committer(tokenizer)
@@ -101,7 +102,7 @@ class Steps:
         if step is not None:
             self._publish()
             self.advance(step)
-        self._meter.report()
+        self._timer.report(self._observer)
         self._publish()
         self._flush()
         self.in_turn = False
@@ -152,7 +153,7 @@ class Steps:
 
     def observe(self, observer: Observer) -> None:
         """Reports every step to `observer` from now on."""
-        self._meter.observer = observer
+        self._observer = observer
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -236,10 +237,10 @@ class Steps:
     def _measure(self, step: Step, rows: int, seconds: float) -> None:
         """Reports the time of a step to the observer and to admission."""
         if isinstance(step, DecodeBatch):
-            self._meter.observer.decode_step(rows, seconds)
+            self._observer.decode_step(rows, seconds)
             self._outbox.append(lambda: self._roster.admission.pace.step(rows, seconds))
         elif step.start < step.end:
-            self._meter.observer.prefill_step(seconds)
+            self._observer.prefill_step(seconds)
             self._outbox.append(lambda: self._roster.admission.pace.chunk(step.end - step.start, seconds))
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
@@ -262,7 +263,7 @@ class Steps:
         self.scheduler.commit_chunk(chunk)
         if chunk.end == sequence.prompt_length:
             if group.unstarted == sequence.request.best_of:
-                self._meter.observer.prefill_ended(chunk.end)
+                self._observer.prefill_ended(chunk.end)
             group.unstarted -= 1
             group.logits = whole(logits).copy() if group.unstarted else None
             self.send(sequence, self._committer.begin(sequence))
@@ -285,7 +286,7 @@ class Steps:
             return
         try:
             delta = self._committer.advance(sequence, logits)
-            self._meter.sampled(sequence)
+            self._timer.sampled(sequence)
             self.send(sequence, delta)
         except Exception as error:
             self._note(error)

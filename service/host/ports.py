@@ -12,8 +12,10 @@ _LISTENING = "0A"
 def listener(port: int, proc: Path = Path("/proc")) -> int | None:
     """The id of the process that listens on a TCP port; None if it is not visible, such as another user's process."""
     sockets = {f"socket:[{inode}]" for inode in _inodes(port, proc)}
+    if not sockets:
+        return None
     for process in proc.glob("[0-9]*"):
-        if sockets and not sockets.isdisjoint(_open_files(process)):
+        if not sockets.isdisjoint(_open_files(process)):
             return int(process.name)
     return None
 

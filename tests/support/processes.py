@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from model_export.export import Options, export
 from tests.model_export import tiny
 from tests.support.patience import PATIENCE, PATIENT_SERVICE, eventually
-from tests.support.stack import AUTHORIZED, ROOT, free_ports, wait_until_healthy
+from tests.support.stack import AUTHORIZED, ROOT, free_ports, service_command, wait_until_healthy
 
 TINY = "tiny"
 METADATA = tuple(AUTHORIZED.items())
@@ -121,13 +120,10 @@ def service(
     Without `model_dir` the arguments name its models. `around` is a command, such as strace, that runs the service.
     """
     (port,) = free_ports(1)
-    module = (
-        ["tests.support.faulty_service", fault or "none", str(step_seconds)] if fault or step_seconds else ["service"]
-    )
     flags = ["--port", str(port), "--drain-delay-seconds", "0", "--threads", "1"]
     if model_dir is not None:
         flags += ["--model-dir", str(model_dir)]
-    command = [*around, sys.executable, "-m", *module, *flags, *arguments]
+    command = [*around, *service_command(fault, step_seconds), *flags, *arguments]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         environment = os.environ | PATIENT_SERVICE
         process = subprocess.Popen(command, cwd=ROOT, env=environment, **{"stdout": out, "stderr": err, **popen})

@@ -253,6 +253,13 @@ def wait_until_healthy(channel: grpc.Channel) -> None:
     raise AssertionError("the service ended without being healthy")
 
 
+def service_command(fault: str = "", step_seconds: float = 0.0) -> list[str]:
+    """The command of the service without its flags; by `faulty_service` if it has a fault or slower engine steps."""
+    if not (fault or step_seconds):
+        return [sys.executable, "-m", "service"]
+    return [sys.executable, "-m", "tests.support.faulty_service", fault or "none", str(step_seconds)]
+
+
 class Replica:
     """A service process on a port of its own, to be stopped, killed and started again.
 
@@ -262,18 +269,8 @@ class Replica:
     def __init__(self, model_dir: Path, port: int, folder: Path, *arguments: str, step_seconds: float = 0.0) -> None:
         self.port = port
         self.log = folder / f"service-{port}.log"
-        self._command = [
-            sys.executable,
-            "-m",
-            "tests.support.faulty_service",
-            "none",
-            str(step_seconds),
-            "--model-dir",
-            str(model_dir),
-            "--port",
-            str(port),
-            *arguments,
-        ]
+        flags = ["--model-dir", str(model_dir), "--port", str(port), *arguments]
+        self._command = [*service_command(step_seconds=step_seconds), *flags]
         self.process: subprocess.Popen[bytes]
 
     def start(self) -> None:

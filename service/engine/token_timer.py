@@ -1,4 +1,4 @@
-"""Collects what the step thread measures of each token, and reports it to the observer once a turn."""
+"""Measures when tokens are sampled, and reports them to the observer once a turn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from service.engine.sequence import Sequence
 from service.telemetry.observer import Observer
 
 
-class Meter:
+class TokenTimer:
     """The tokens sampled in one turn, and the seconds since each sequence's previous token, by `clock`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.observer = Observer()
         self._clock = clock
         self._sampled = 0
         self._gaps: list[float] = []
@@ -25,8 +24,8 @@ class Meter:
         sequence.sampled_at = now
         self._sampled += 1
 
-    def report(self) -> None:
+    def report(self, observer: Observer) -> None:
         """Reports this turn's tokens, if there are any."""
         if self._sampled:
-            self.observer.sampled(self._sampled, self._gaps)
+            observer.sampled(self._sampled, self._gaps)
             self._sampled, self._gaps = 0, []
