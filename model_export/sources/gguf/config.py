@@ -10,6 +10,7 @@ from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import NATIVE_GGUF, Family, refusal
 from model_export.sources.field_types import abbreviated
 from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.panics import reported_as
 from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats
 
@@ -50,18 +51,12 @@ SUPPORTED: Mapping[str, tuple[float, ...]] = {
 }
 
 
+@reported_as("the GGUF file describes no model that can be computed")
 def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     """The architecture of a file with these `tensors` and rotary `factors`.
 
     Raises ExportError for an architecture that cannot be built.
     """
-    try:
-        return _architecture(metadata, tensors, factors)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ExportError(f"the GGUF file describes no model that can be computed: {error}") from error
-
-
-def _architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[str, Floats]) -> Architecture:
     name = metadata.require("general.architecture")
     family = NATIVE_GGUF.get(name)
     if family is None:

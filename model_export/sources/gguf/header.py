@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from model_export.errors import ExportError
 from model_export.sources.field_types import abbreviated
@@ -32,6 +32,15 @@ SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
+}
+# The types of tensors that the gguf library can dequantize.
+READABLE = {
+    GGMLQuantizationType[name]
+    for name in (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+    )
 }
 # The fewest bytes of a key with its value, and of a tensor's description.
 SMALLEST_ENTRY, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
@@ -138,25 +147,9 @@ class _Parser:
         self._ensure(count <= MOST_ELEMENTS, f"{key} has {count} elements, expected at most {MOST_ELEMENTS}")
         if element_type == GGUFValueType.STRING:
             self._check_room(count, 8, f"elements of {key}")
-            return self._texts(key, count)
+            return [self._text(f"element {index} of {key}", MOST_NAME) for index in range(count)]
         begin = self._take(count * struct.calcsize(SCALARS[element_type]), key)
         return np.frombuffer(self._data[begin : self._at], SCALARS[element_type])
-
-    def _texts(self, key: str, count: int) -> list[str]:
-        """An array of texts. There may be hundreds of thousands, so that the loop does only what is necessary."""
-        texts, data, length = [], self._data, struct.Struct("<Q").unpack_from
-        for index in range(count):
-            at = self._at + 8
-            try:
-                (size,) = length(data, self._at)
-                if size > min(MOST_NAME, len(data) - at):
-                    raise ValueError
-                texts.append(data[at : at + size].decode())
-            except (struct.error, ValueError):
-                self._text(f"element {index} of {key}", MOST_NAME)  # raises, with a message
-                raise
-            self._at = at + size
-        return texts
 
     def _value_type(self, key: str) -> GGUFValueType:
         number = self._number("<I", f"the type of {key}")
@@ -248,18 +241,3 @@ class _Parser:
 
     def _error(self, problem: str) -> ExportError:
         return ExportError(f"{self._path} is not a complete GGUF file: {problem}")
-
-
-def _readable() -> set[int]:
-    """The types of tensors that the gguf library can dequantize."""
-    readable = set()
-    for dtype, (_, size) in GGML_QUANT_SIZES.items():
-        try:
-            dequantize(np.zeros((1, size), np.uint8), dtype)
-        except NotImplementedError:
-            continue
-        readable.add(int(dtype))
-    return readable
-
-
-READABLE = _readable()

@@ -9,7 +9,6 @@ import numpy as np
 
 from model_export.errors import ExportError
 from model_export.sources import field_types
-from model_export.sources.field_types import IntegerWithin, abbreviated, check_heads, check_rotation, check_type
 from model_export.sources.gguf.header import Header
 from model_export.sources.gguf.metadata import Metadata
 
@@ -20,7 +19,7 @@ KEYS: dict[str, Any] = {
     "tokenizer.ggml.pre": field_types.Text,
     "tokenizer.ggml.add_bos_token": field_types.Flag,
     "tokenizer.ggml.add_space_prefix": field_types.Flag,
-    "split.count": Annotated[int, IntegerWithin(0, 99_999)],
+    "split.count": Annotated[int, field_types.Within(0, 99_999)],
 }
 # These keys follow the name of the architecture.
 NUMBERS: dict[str, Any] = {
@@ -60,7 +59,7 @@ def check_metadata(header: Header) -> None:
     family = metadata.get("general.architecture")
     for key, field_type in {**KEYS, **{f"{family}.{name}": number for name, number in NUMBERS.items()}}.items():
         if key in metadata:
-            check_type(f"{path}: {key}", metadata[key], field_type)
+            field_types.check_type(f"{path}: {key}", metadata[key], field_type)
     _check_sizes(header, f"{family}.")
     if TOKENS in metadata:
         _check_tokens(path, metadata)
@@ -74,12 +73,8 @@ def _check_sizes(header: Header, prefix: str) -> None:
     if heads is None or hidden is None:
         return
     head_dim = metadata.get(f"{prefix}attention.key_length")
-    check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
-    pairs = (head_dim or hidden // heads) // 2
-    check_rotation(str(path), metadata.get(f"{prefix}context_length"), 2 * pairs)
-    for tensor in header.tensors:
-        if tensor.name == "rope_freqs.weight" and tensor.shape != (pairs,):
-            raise ExportError(f"{path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {[pairs]}")
+    field_types.check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
+    field_types.check_rotation(str(path), metadata.get(f"{prefix}context_length"), head_dim or hidden // heads)
 
 
 def _check_tokens(path: Path, metadata: Metadata) -> None:
@@ -89,10 +84,14 @@ def _check_tokens(path: Path, metadata: Metadata) -> None:
     ids: dict[str, int] = {}
     for index, token in enumerate(tokens):
         if (first := ids.setdefault(token, index)) != index:
-            raise ExportError(f"{path}: {TOKENS} holds {abbreviated(token)} twice, as {first} and as {index}")
+            raise ExportError(
+                f"{path}: {TOKENS} holds {field_types.abbreviated(token)} twice, as {first} and as {index}"
+            )
     for key in IDS:
         if key in metadata:
-            check_type(f"{path}: {key}", metadata[key], Annotated[int, IntegerWithin(0, len(tokens) - 1)])
+            field_types.check_type(
+                f"{path}: {key}", metadata[key], Annotated[int, field_types.Within(0, len(tokens) - 1)]
+            )
     for key, kinds in {"tokenizer.ggml.scores": "f", "tokenizer.ggml.token_type": "iu"}.items():
         if key in metadata:
             _check_numbers(path, key, metadata[key], kinds, len(tokens))
@@ -102,7 +101,7 @@ def _check_tokens(path: Path, metadata: Metadata) -> None:
 
 def _texts(path: Path, key: str, value: object) -> list[str]:
     if not isinstance(value, list):
-        actual = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else abbreviated(value)
+        actual = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else field_types.abbreviated(value)
         raise ExportError(f"{path}: {key} is {actual}, expected an array of texts")
     return value
 

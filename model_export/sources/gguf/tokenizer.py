@@ -48,13 +48,9 @@ SPLITS = {
 WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
 
 
+@reported_as("its keys do not describe a tokenizer")
 def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
     """The vocabulary in the metadata. Raises ExportError for a tokenizer that is broken or not supported."""
-    with reported_as("its keys do not describe a tokenizer"):
-        return _vocabulary(metadata)
-
-
-def _vocabulary(metadata: Metadata) -> Vocabulary:
     model = metadata.require("tokenizer.ggml.model")
     split = metadata.get("tokenizer.ggml.pre", "default")
     if model == "gpt2":
