@@ -25,51 +25,39 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class IntegerWithin:
-    """Marks an integer within `low`..`high`."""
-
-    low: int
-    high: int
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        number = core_schema.int_schema(strict=True, ge=self.low, le=self.high)
-        return core_schema.custom_error_schema(number, "expected", custom_error_message=str(self))
-
-    def __str__(self) -> str:
-        return f"a whole number within {self.low}..{self.high}"
-
-
-@dataclass(frozen=True)
-class NumberWithin:
-    """Marks a finite number within `low`..`high`."""
+class Within:
+    """Marks a number within `low`..`high`: a whole number if these are whole, or else a finite one."""
 
     low: float
     high: float
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        number = core_schema.float_schema(strict=True, ge=self.low, le=self.high, allow_inf_nan=False)
+        schema: Any = core_schema.int_schema if source is int else core_schema.float_schema
+        number = schema(strict=True, ge=self.low, le=self.high)
         return core_schema.custom_error_schema(number, "expected", custom_error_message=str(self))
 
     def __str__(self) -> str:
+        if isinstance(self.low, int):
+            return f"a whole number within {self.low}..{self.high}"
         return f"a number within {self.low:g}..{self.high:g}"
 
 
 MOST_LAYERS, MOST_TOKENS = 1024, 1 << 22
 SMALLEST_HEAD = 2
-SCALE = NumberWithin(1e-3, 1e6)
+SCALE = Within(1e-3, 1e6)
 
 # The bounds are several times the sizes of the largest models, and small enough that checks within them cost little.
-Layers = Annotated[int, IntegerWithin(1, MOST_LAYERS)]
-Hidden = Annotated[int, IntegerWithin(1, 1 << 17)]
-Intermediate = Annotated[int, IntegerWithin(1, 1 << 20)]
-Heads = Annotated[int, IntegerWithin(1, 4096)]
-HeadDim = Annotated[int, IntegerWithin(SMALLEST_HEAD, 4096)]
-VocabSize = Annotated[int, IntegerWithin(1, MOST_TOKENS)]
-Context = Annotated[int, IntegerWithin(2, 1 << 22)]
-Window = Annotated[int, IntegerWithin(0, 1 << 31)]
-Epsilon = Annotated[float, NumberWithin(1e-20, 1.0)]
-RotaryBase = Annotated[float, NumberWithin(1.0, 1e15)]
-Share = Annotated[float, NumberWithin(0.0, 1.0)]
+Layers = Annotated[int, Within(1, MOST_LAYERS)]
+Hidden = Annotated[int, Within(1, 1 << 17)]
+Intermediate = Annotated[int, Within(1, 1 << 20)]
+Heads = Annotated[int, Within(1, 4096)]
+HeadDim = Annotated[int, Within(SMALLEST_HEAD, 4096)]
+VocabSize = Annotated[int, Within(1, MOST_TOKENS)]
+Context = Annotated[int, Within(2, 1 << 22)]
+Window = Annotated[int, Within(0, 1 << 31)]
+Epsilon = Annotated[float, Within(1e-20, 1.0)]
+RotaryBase = Annotated[float, Within(1.0, 1e15)]
+Share = Annotated[float, Within(0.0, 1.0)]
 Scale = Annotated[float, SCALE]
 Scales = Annotated[list[Scale], Strict(), Expected(f"a list, each entry {SCALE}")]
 Text = Annotated[str, Strict(), Expected("a text")]

@@ -17,7 +17,7 @@ from model_export.opening import read_source
 from model_export.sources.families import NATIVE
 from model_export.sources.gguf import config as gguf_config
 from model_export.sources.gguf import keys as gguf_keys
-from model_export.sources.hugging_face.config import AnyConfig, Rotation, TokenIds
+from model_export.sources.hugging_face.config import Config, Rotation, TokenIds
 from tests.model_export import tiny
 from tests.model_export.gguf_files import Gguf, array, value, whole
 
@@ -67,7 +67,7 @@ def holds(model: type[BaseModel], name: str, value: Any) -> bool:
 
 def changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Each entry, an odd value, and the configuration with it; names of the scaling's entries contain a dot."""
-    for name in AnyConfig.model_fields:
+    for name in Config.model_fields:
         for odd in ODD:
             yield name, odd, config | {name: odd}
     scaling = config.get("rope_scaling")
@@ -85,11 +85,11 @@ def test_odd_entries(case: str, tmp_path: Path) -> None:
         (source / "config.json").write_text(json.dumps(changed))
         refusal = read(source)
         part, _, entry = name.rpartition(".")
-        if not holds(Rotation if part else AnyConfig, entry, odd):
+        if not holds(Rotation if part else Config, entry, odd):
             assert f"{name} is " in refusal, (name, odd)
 
 
-@pytest.mark.parametrize("model", [AnyConfig, Rotation, TokenIds])
+@pytest.mark.parametrize("model", [Config, Rotation, TokenIds])
 def test_no_entry_is_read_unchecked(model: type[BaseModel]) -> None:
     """The architecture is read only from these entries, and none of them accepts every value."""
     for name in model.model_fields.keys() - {"by_layer_type"}:

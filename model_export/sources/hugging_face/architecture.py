@@ -11,29 +11,25 @@ from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import NATIVE, Family, ScalingKind, Windows, refusal
-from model_export.sources.hugging_face.config import AnyConfig, Config, Rotation
+from model_export.sources.hugging_face.config import Config, Rotation
+from model_export.sources.panics import reported_as
 from model_export.sources.rotary import Rotary
 
 # Two names of one function.
 ACTIVATIONS = ("silu", "swish")
 
 
-def read_architecture(config: AnyConfig, entries: Mapping[str, Any]) -> Architecture:
+@reported_as("config.json describes no model that can be computed")
+def read_architecture(config: Config, entries: Mapping[str, Any]) -> Architecture:
     """The architecture that `config` describes; `entries` are those of its file.
 
     Raises ExportError for an architecture that cannot be built.
     """
-    if not isinstance(config, Config):
+    family = NATIVE.get(config.model_type)
+    if family is None:
         raise refusal(config.model_type, entries)
     if config.hidden_act not in ACTIVATIONS:
         raise ExportError(f"activation {config.hidden_act!r} is not supported; supported is silu")
-    try:
-        return _architecture(config, NATIVE[config.model_type])
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ExportError(f"config.json describes no model that can be computed: {error}") from error
-
-
-def _architecture(config: Config, family: Family) -> Architecture:
     heads = config.num_attention_heads
     head_dim = config.head_dim or family.head_dim or config.hidden_size // heads
     rotation = _rotary(config, family, head_dim)
@@ -180,11 +176,10 @@ def _yarn(config: Config, scaling: Rotation, size: int, base: float, original: i
         raise ExportError("YaRN with mscale or without truncate is not supported")
     if "factor" not in scaling.model_fields_set:
         raise ExportError("config.json has no factor, which its rotary scaling needs")
-    factor = _factor(config, scaling.factor, original)
+    factor = scaling.factor or config.max_position_embeddings / original
     beta_fast, beta_slow = scaling.beta_fast or 32.0, scaling.beta_slow or 1.0
     frequencies = rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow)
-    scale = scaling.attention_factor
-    return Rotary(frequencies, rotary.yarn_scale(factor) if scale is None else scale)
+    return Rotary(frequencies, scaling.attention_factor or rotary.yarn_scale(factor))
 
 
 def _longrope(config: Config, scaling: Rotation, size: int, base: float, original: int) -> Rotary:
@@ -193,12 +188,6 @@ def _longrope(config: Config, scaling: Rotation, size: int, base: float, origina
     for name, values in (("short_factor", short), ("long_factor", long)):
         if len(values) != size // 2:
             raise ExportError(f"config.json's {name} has {len(values)} entries, expected {size // 2}")
-    scale = scaling.attention_factor
-    if scale is None:
-        scale = rotary.longrope_scale(_factor(config, scaling.factor, original), original)
+    factor = scaling.factor or config.max_position_embeddings / original
+    scale = scaling.attention_factor or rotary.longrope_scale(factor, original)
     return Rotary(rotary.plain(size, base, np.array(short, np.float32)), scale, longest=original)
-
-
-def _factor(config: Config, factor: float | None, original: int) -> float:
-    """How many times the context is as long as the original one."""
-    return float(config.max_position_embeddings / original if factor is None else factor)

@@ -11,25 +11,23 @@ from pydantic_core import PydanticCustomError
 from model_export.errors import ExportError
 from model_export.sources import field_types
 from model_export.sources.families import NATIVE
-from model_export.sources.field_types import (
-    BY_LAYER_TYPE,
-    Expected,
-    IntegerWithin,
-    abbreviated,
-    check_heads,
-    check_rotation,
-    parse,
-)
 
-TOKEN = IntegerWithin(0, field_types.MOST_TOKENS - 1)
+TOKEN = field_types.Within(0, field_types.MOST_TOKENS - 1)
 Token = Annotated[int, TOKEN]
-Tokens = Annotated[Token | Annotated[list[Token | None], Strict()], Expected(f"{TOKEN}, or a list of them")]
+Tokens = Annotated[Token | Annotated[list[Token | None], Strict()], field_types.Expected(f"{TOKEN}, or a list of them")]
 Rotates = Annotated[
-    list[Annotated[int, IntegerWithin(0, 1)]], Strict(), Expected(f"a list, each entry {IntegerWithin(0, 1)}")
+    list[Annotated[int, field_types.Within(0, 1)]],
+    Strict(),
+    field_types.Expected(f"a list, each entry {field_types.Within(0, 1)}"),
 ]
 
 # The default of entries that may be missing, but not null.
 MISSING: Any = None
+# The entries that `native` needs for every family that it builds.
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
+    "max_position_embeddings",
+)
 # Entries with which transformers opens other files or code from a hub, and the values that are harmless.
 CODE: Mapping[str, tuple[object, ...]] = {
     "transformers_weights": (),
@@ -64,7 +62,7 @@ class Scaling(Entries):
     beta_fast: field_types.Scale | None = None
     beta_slow: field_types.Scale | None = None
     truncate: field_types.Flag | None = True
-    mscale: Annotated[float, field_types.NumberWithin(0.0, field_types.SCALE.high)] | None = None
+    mscale: Annotated[float, field_types.Within(0.0, field_types.SCALE.high)] | None = None
     short_factor: field_types.Scales | None = None
     long_factor: field_types.Scales | None = None
     low_freq_factor: field_types.Scale | None = None
@@ -83,7 +81,7 @@ class Rotation(Scaling):
         if not isinstance(entries, dict):
             raise PydanticCustomError("expected", "an object")
         layer_types = {name for name, entry in entries.items() if isinstance(entry, dict)} - Scaling.model_fields.keys()
-        return {**entries, BY_LAYER_TYPE: {name: entries[name] for name in sorted(layer_types)}}
+        return {**entries, field_types.BY_LAYER_TYPE: {name: entries[name] for name in sorted(layer_types)}}
 
 
 # An empty object means the same as null.
@@ -97,7 +95,7 @@ class TokenIds(Entries):
     eos_token_id: Tokens | None = None
 
 
-class AnyConfig(TokenIds):
+class Config(TokenIds):
     """The configuration of any family, with every name that families have for the same number."""
 
     model_type: field_types.Text = MISSING
@@ -129,7 +127,7 @@ class AnyConfig(TokenIds):
     final_logit_softcapping: field_types.Scale | None = None
     sliding_window: field_types.Window | None = None
     use_sliding_window: field_types.Flag | None = False
-    max_window_layers: Annotated[int, IntegerWithin(0, field_types.MOST_LAYERS)] | None = 28
+    max_window_layers: Annotated[int, field_types.Within(0, field_types.MOST_LAYERS)] | None = 28
     layer_types: field_types.Texts | None = None
     no_rope_layers: Rotates | None = None
     no_rope_layer_interval: field_types.Layers | None = None
@@ -138,50 +136,41 @@ class AnyConfig(TokenIds):
     partial_rotary_factor: field_types.Share | None = None
     rope_scaling: RotationOrNone = None
     rope_parameters: RotationOrNone = None
-    text_config: Annotated[dict[str, Any], Strict(), Expected("an object")] | None = None
+    text_config: Annotated[dict[str, Any], Strict(), field_types.Expected("an object")] | None = None
 
 
-class Config(AnyConfig):
-    """The configuration of a family that `native` builds, which must have all sizes."""
+def read_config(where: str, entries: Mapping[str, Any]) -> Config:
+    """The `entries` of a config.json.
 
-    model_type: field_types.Text
-    num_hidden_layers: field_types.Layers
-    hidden_size: field_types.Hidden
-    intermediate_size: field_types.Intermediate
-    num_attention_heads: field_types.Heads
-    vocab_size: field_types.VocabSize
-    max_position_embeddings: field_types.Context
-
-
-def read_config(where: str, entries: Mapping[str, Any]) -> AnyConfig:
-    """The `entries` of a config.json; a Config if `native` builds the family.
-
-    Raises ExportError where an entry has the wrong type, is out of range, or contradicts another.
+    Raises ExportError where an entry has the wrong type, is out of range, or contradicts another, and where a family
+    that `native` builds lacks a size.
     """
-    config = parse(Config if str(entries.get("model_type")) in NATIVE else AnyConfig, where, entries)
+    config = field_types.parse(Config, where, entries)
+    missing = [name for name in SIZES if name not in entries]
+    if config.model_type in NATIVE and missing:
+        raise ExportError(f"{where} has no {missing[0]}")
     _check(where, entries, config)
     for part in (entries.get("text_config"), entries.get("vision_config")):
         if isinstance(part, dict):
-            _check(where, part, parse(AnyConfig, where, part))
+            _check(where, part, field_types.parse(Config, where, part))
     return config
 
 
-def _check(where: str, entries: Mapping[str, Any], config: AnyConfig) -> None:
-    _check_order(f"{where}: rope_scaling", config.rope_scaling)
-    _check_order(f"{where}: rope_parameters", config.rope_parameters)
+def _check(where: str, entries: Mapping[str, Any], config: Config) -> None:
+    for name, rotation in {"rope_scaling": config.rope_scaling, "rope_parameters": config.rope_parameters}.items():
+        low, high = (rotation.low_freq_factor, rotation.high_freq_factor) if rotation else (None, None)
+        if low is not None and high is not None and low >= high:
+            problem = f"low_freq_factor is {low}, expected less than high_freq_factor, {high}"
+            raise ExportError(f"{where}: {name}: {problem}")
     for name, harmless in CODE.items():
         if (value := entries.get(name)) is not None and value not in harmless:
-            raise ExportError(f"{where}: {name} is {abbreviated(value)}, which may name other files or code; remove it")
+            raise ExportError(
+                f"{where}: {name} is {field_types.abbreviated(value)}, which may name other files or code; remove it"
+            )
     if method := entries.get("quantization_config") or entries.get("compression_config"):
         by = method.get("quant_method") if isinstance(method, dict) else method
         raise ExportError(f"{where}: weights that are already quantized ({by}) are supported only as GGUF")
     heads, hidden = config.num_attention_heads or config.n_head, config.hidden_size or config.n_embd
     if heads and hidden:
-        check_heads(where, hidden, heads, config.num_key_value_heads or heads, config.head_dim)
-        check_rotation(where, config.max_position_embeddings, config.head_dim or hidden // heads)
-
-
-def _check_order(where: str, rotation: Rotation | None) -> None:
-    low, high = (rotation.low_freq_factor, rotation.high_freq_factor) if rotation else (None, None)
-    if low is not None and high is not None and low >= high:
-        raise ExportError(f"{where}: low_freq_factor is {low}, expected less than high_freq_factor, {high}")
+        field_types.check_heads(where, hidden, heads, config.num_key_value_heads or heads, config.head_dim)
+        field_types.check_rotation(where, config.max_position_embeddings, config.head_dim or hidden // heads)

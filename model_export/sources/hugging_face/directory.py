@@ -10,7 +10,7 @@ from typing import Any
 from model_export.errors import ExportError
 from model_export.sources.field_types import parse
 from model_export.sources.files import MIB, plain_file, read_json
-from model_export.sources.hugging_face.config import AnyConfig, TokenIds, read_config
+from model_export.sources.hugging_face.config import Config, TokenIds, read_config
 from model_export.sources.hugging_face.shards import open_shards
 from model_export.sources.weights import LazyTensor
 
@@ -27,7 +27,7 @@ class Directory:
 
     path: Path
     entries: Mapping[str, Any]
-    config: AnyConfig
+    config: Config
     generation: TokenIds
     tensors: Mapping[str, LazyTensor]
     size: int
