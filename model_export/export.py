@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os.path
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -96,9 +95,21 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             context_length=source.dimensions.context_length,
             vocab_size=source.dimensions.vocab_size,
             special_tokens=special_tokens,
-            kv=_kv_layout(source, precision),
+            kv=manifest.KVLayout(
+                layers=layers,
+                kv_heads=source.dimensions.kv_heads,
+                head_dim=source.dimensions.head_dim,
+                dtype=precision.activations,
+            ),
             devices=devices,
-            quantization=_quantization(source, precision, prefill_form),
+            quantization=manifest.Quantization(
+                weights=precision.form,
+                activations=precision.activations,
+                prompts=prefill_form,
+                source=source.origin.weights,
+                min_rows=precision.min_rows,
+                min_logits=precision.min_logits,
+            ),
             quality=quality,
             files=files,
         )
@@ -165,11 +176,9 @@ def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
         )
     if directory.is_symlink():
         raise ExportError(f"{directory} is a link; give the directory that it leads to")
-    if not directory.exists():
-        return
-    if not overwrite:
+    if directory.exists() and not overwrite:
         raise ExportError(f"{directory} exists; give --overwrite to replace it")
-    if not (directory / manifest.FILE_NAME).is_file():
+    if directory.exists() and not (directory / manifest.FILE_NAME).is_file():
         raise ExportError(f"{directory} is not a model directory; refusing to replace it")
 
 
@@ -178,11 +187,11 @@ def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
     name = None if path.exists() else hub_name(str(path))
     if name is not None:
         path = download(name)
-        options = dataclasses.replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
+        options = replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
     return path, read_source(path), options
 
 
-@contextmanager
+@contextlib.contextmanager
 def _written_at_once(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that takes its place at the end, and is removed when anything fails."""
     created = [parent for parent in directory.parents if not parent.exists()]
@@ -201,39 +210,11 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
         if replaced.exists():
             replaced.rename(directory)
         shutil.rmtree(work, ignore_errors=True)
-        _remove_empty(created)
+        with contextlib.suppress(OSError):  # a parent that is not empty stays, and so do those around it
+            for parent in created:
+                parent.rmdir()
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    """Removes directories in the order given, the innermost first, up to the first that is not empty."""
-    for directory in directories:
-        try:
-            directory.rmdir()
-        except OSError:
-            break
-
-
-def _kv_layout(source: Source, precision: Precision) -> manifest.KVLayout:
-    dimensions = source.dimensions
-    return manifest.KVLayout(
-        layers=dimensions.layers,
-        kv_heads=dimensions.kv_heads,
-        head_dim=dimensions.head_dim,
-        dtype=precision.activations,
-    )
-
-
-def _quantization(source: Source, precision: Precision, prefill_form: PrefillForm | None) -> manifest.Quantization:
-    return manifest.Quantization(
-        weights=precision.form,
-        activations=precision.activations,
-        prompts=prefill_form,
-        source=source.origin.weights,
-        min_rows=precision.min_rows,
-        min_logits=precision.min_logits,
-    )
 
 
 def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.SpecialTokens:

@@ -9,6 +9,7 @@ compares the file with the installed onnxruntime-gpu.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,16 @@ def add_shortlist(model: ir.Model) -> None:
     vocabulary = logits.shape[1]
     assert isinstance(vocabulary, int)
     count = min(TOP_LOGITS, vocabulary)
-    tape = Tape()
-    top, ids = tape.op_multi_out("TopK", [logits, _constant(graph, "shortlist.size", count)], num_outputs=2)
-    peak = tape.op("Gather", [top, _constant(graph, "shortlist.first", 0)], {"axis": 1})
+    tape = Tape(graph)
+    size, first, axis = (
+        tape.initializer(ir.tensor(np.array([number], np.int64), name=f"shortlist.{name}"))
+        for name, number in (("size", count), ("first", 0), ("axis", 1))
+    )
+    top, ids = tape.op_multi_out("TopK", [logits, size], num_outputs=2)
+    peak = tape.op("Gather", [top, first], {"axis": 1})
     weights = tape.op("Exp", [tape.op("Sub", [logits, peak])])
-    total = tape.op("ReduceSum", [weights, _constant(graph, "shortlist.axis", 1)], {"keepdims": 1})
+    total = tape.op("ReduceSum", [weights, axis], {"keepdims": 1})
     normalizer = tape.op("Add", [tape.op("Log", [total]), peak])
-    graph.extend(tape.nodes)
     outputs = {"top_logits": (top, count), "top_ids": (ids, count), "log_sum_exp": (normalizer, 1)}
     for name, (value, columns) in outputs.items():
         value.name, value.shape = name, ir.Shape(["R", columns])
@@ -48,31 +52,23 @@ def add_shortlist(model: ir.Model) -> None:
         graph.outputs.append(value)
 
 
-def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.array([number], np.int64), name=name))
-    graph.register_initializer(value)
-    return value
-
-
 def unsupported(model: ir.Model) -> list[str]:
     """The operators and types that CUDA has no kernel for, one sentence each; empty when CUDA can run the graph."""
     operators = json.loads(KERNELS.read_text(encoding="utf-8"))["operators"]
     types = {value: _type(value) for value in (*model.graph.inputs, *model.graph.initializers.values())}
-    problems: dict[str, None] = {}
-    for node in model.graph.all_nodes():
-        name = f"{node.domain}:{node.op_type}".removeprefix(":")
-        operator = operators.get(f"{node.domain}:{node.op_type}")
-        opset = model.opset_imports.get(node.domain, 1)
-        problem = f"{name} has no kernel" if operator is None else _missing_kernel(node, name, operator, opset, types)
-        if problem:
-            problems[problem] = None
-    return list(problems)
+    opsets = model.opset_imports
+    problems = [_missing_kernel(node, operators, opsets.get(node.domain, 1), types) for node in model.graph.all_nodes()]
+    return list(dict.fromkeys(problem for problem in problems if problem))
 
 
 def _missing_kernel(
-    node: ir.Node, name: str, operator: Any, opset: int, types: dict[ir.Value, str | None]
+    node: ir.Node, operators: Mapping[str, Any], opset: int, types: dict[ir.Value, str | None]
 ) -> str | None:
     """Why CUDA cannot run a node, or None. Adds the types of the node's outputs to `types`."""
+    name = f"{node.domain}:{node.op_type}".removeprefix(":")
+    operator = operators.get(f"{node.domain}:{node.op_type}")
+    if operator is None:
+        return f"{name} has no kernel"
     schemas = [schema for schema in operator["schemas"] if schema[0] <= opset]
     if not schemas:
         return f"{name} is not in opset {opset}"
