@@ -11,7 +11,6 @@ from model_export.sources.families import NATIVE_GGUF, Family, refusal
 from model_export.sources.field_types import abbreviated
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.panics import reported_as
-from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats
 
 # Tensors that divide the rotary frequencies: Llama 3's, and LongRoPE's within and beyond the original context.
@@ -107,7 +106,7 @@ def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerA
     )
 
 
-def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[str, Floats]) -> Rotary:
+def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[str, Floats]) -> rotary.Rotary:
     scaling = f"{family.gguf}.rope.scaling."
     base = float(metadata.get(f"{family.gguf}.rope.freq_base", 10000.0))
     size = rotary.checked_size(metadata.get(f"{family.gguf}.rope.dimension_count", head_dim), head_dim)
@@ -123,12 +122,12 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             raise ExportError(f"{scaling}factor beside a tensor {SHORT_FACTORS} is not supported")
         factor = metadata.require(f"{family.gguf}.context_length") / original
         scale = metadata.get(scaling + "attn_factor") or rotary.longrope_scale(factor, original)
-        return Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
+        return rotary.Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
     match metadata.get(scaling + "type", "linear" if scaling + "factor" in metadata else "none"):
         case "none":
-            return Rotary(plain)
+            return rotary.Rotary(plain)
         case "linear":
-            return Rotary(plain / float(metadata.require(scaling + "factor")))
+            return rotary.Rotary(plain / float(metadata.require(scaling + "factor")))
         case "yarn":
             if LLAMA3_FACTORS in factors:
                 raise ExportError(f"YaRN beside a tensor {LLAMA3_FACTORS} is not supported")
@@ -137,7 +136,9 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             beta_fast = float(metadata.get(scaling + "yarn_beta_fast", 32))
             beta_slow = float(metadata.get(scaling + "yarn_beta_slow", 1))
             scale = rotary.yarn_scale(factor) * metadata.get(scaling + "attn_factor", 1.0)
-            return Rotary(rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow), scale)
+            return rotary.Rotary(
+                rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow), scale
+            )
         case other:
             known = "none, linear, yarn, and llama3 and longrope by their factor tensors"
             raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")

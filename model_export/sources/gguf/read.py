@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
-from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.sources import weights
@@ -21,10 +20,18 @@ from model_export.sources.gguf.header import Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
-from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, LazyTensor, Matrix, take_rows
+from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
+
+# The types whose blocks are kept as they are: the bits of a code, and the code of a weight of 0, None where each block
+# has a minimum.
+BLOCK_TYPES: Mapping[GGMLQuantizationType, tuple[int, int | None]] = {
+    GGMLQuantizationType.Q4_0: (4, 8),
+    GGMLQuantizationType.Q4_1: (4, None),
+    GGMLQuantizationType.Q8_0: (8, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,13 @@ def _main_type(tensors: Collection[Tensor]) -> str:
 
 
 def _lazy(tensor: Tensor, architecture: Architecture) -> LazyTensor:
-    order = _half_split_order(tensor.name, architecture)
-    if order is None:
+    """The tensor as it is; where pairs to rotate are adjacent rows of it, they are moved half a head apart."""
+    layer_tensor = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
         return LazyTensor(tensor.shape, partial(_load, tensor))
+    heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
+    rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)
+    order = rows.swapaxes(1, 2).reshape(-1)
     return LazyTensor(tensor.shape, lambda: take_rows(_load(tensor), order))
 
 
@@ -122,38 +133,18 @@ def _name(name: str, architecture: Architecture) -> str:
     return name
 
 
-def _half_split_order(name: str, architecture: Architecture) -> NDArray[np.int64] | None:
-    """The order of rows that moves rotary pairs from adjacent rows to half a head apart; None where none is needed."""
-    layer_tensor = name.rpartition(".")[0].rpartition(".")[2]
-    if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
-        return None
-    heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
-    rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)
-    return rows.swapaxes(1, 2).reshape(-1)
-
-
 def _load(tensor: Tensor) -> Matrix:
-    match tensor.dtype:
-        case GGMLQuantizationType.Q4_0:
-            scales, codes = _split(tensor, scalars=1)
-            return Blocks(_nibbles(codes), scales[..., 0], -8 * scales[..., 0], bits=4)
-        case GGMLQuantizationType.Q4_1:
-            scales, codes = _split(tensor, scalars=2)
-            return Blocks(_nibbles(codes), scales[..., 0], scales[..., 1], bits=4)
-        case GGMLQuantizationType.Q8_0:
-            scales, codes = _split(tensor, scalars=1)
-            return Blocks(codes ^ np.uint8(0x80), scales[..., 0], -128 * scales[..., 0], bits=8)
-        case dtype:
-            return dequantize(tensor.data, dtype).astype(np.float32, copy=False)
+    """A matrix. Each of its blocks begins with a scale and perhaps a minimum in float16, before the bytes of its codes.
 
-
-def _split(tensor: Tensor, scalars: int) -> tuple[Floats, Bytes]:
-    """The leading float16 scalars of a tensor's blocks [rows, blocks, scalars], and the bytes of their codes."""
+    In 4 bits, the first 16 codes are the low halves of the bytes, the other 16 the high halves.
+    """
+    if tensor.dtype not in BLOCK_TYPES:
+        return dequantize(tensor.data, tensor.dtype).astype(np.float32, copy=False)
+    bits, zero = BLOCK_TYPES[tensor.dtype]
     data = tensor.data.reshape(tensor.shape[0], tensor.shape[-1] // BLOCK, -1)
-    header = np.ascontiguousarray(data[..., : 2 * scalars]).view(np.float16).astype(np.float32)
-    return header, np.ascontiguousarray(data[..., 2 * scalars :])
-
-
-def _nibbles(codes: Bytes) -> Bytes:
-    """The codes of blocks: the first 16 are the low halves of the bytes, the other 16 the high halves."""
-    return np.concatenate([codes & 15, codes >> 4], axis=-1)
+    scalars = np.ascontiguousarray(data[..., : -4 * bits]).view(np.float16).astype(np.float32)
+    codes = np.ascontiguousarray(data[..., -4 * bits :])
+    # Bytes are signed, the codes of blocks are not.
+    codes = codes ^ np.uint8(0x80) if bits == 8 else np.concatenate([codes & 15, codes >> 4], axis=-1)
+    minimums = scalars[..., 1] if zero is None else -zero * scalars[..., 0]
+    return Blocks(codes, scalars[..., 0], minimums, bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -14,11 +15,14 @@ from model_export.sources.vocabulary import Vocabulary, end_tokens
 
 CONTROL, USER_DEFINED = 3, 4
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-# The name of the key in older files, and the current one, which overrides it.
+# The keys of older files, then the current ones, which override them; and the part that each token precedes.
 MARK_KEYS = {
-    "prefix": ("prefix", "fim_pre"),
-    "suffix": ("suffix", "fim_suf"),
-    "middle": ("middle", "fim_mid"),
+    "prefix": "prefix",
+    "suffix": "suffix",
+    "middle": "middle",
+    "fim_pre": "prefix",
+    "fim_suf": "suffix",
+    "fim_mid": "middle",
 }
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -60,21 +64,17 @@ def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
     else:
         raise ExportError(f"tokenizer model {model!r} is not supported; supported are gpt2 and llama")
     _add_special_tokens(tokenizer, metadata)
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_KEYS]
+    ids: dict[str, Any] = {
+        name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", *END_KEYS, *MARK_KEYS)
+    }
     bos_by_default = model == "llama" or split in WHOLE_WORDS_FIRST
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
     return Vocabulary(
         tokenizer=tokenizer,
-        bos=bos,
-        add_bos=bos is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
-        end=end_tokens(tokenizer, ids),
-        marks=_marks(metadata),
+        bos=ids["bos"],
+        add_bos=ids["bos"] is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
+        end=end_tokens(tokenizer, [ids[name] for name in END_KEYS]),
+        marks={part: ids[name] for name, part in MARK_KEYS.items() if ids[name] is not None},
     )
-
-
-def _marks(metadata: Metadata) -> dict[str, int]:
-    keys = [(part, f"tokenizer.ggml.{name}_token_id") for part, names in MARK_KEYS.items() for name in names]
-    return {part: metadata[key] for part, key in keys if key in metadata}
 
 
 def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
