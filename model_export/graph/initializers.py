@@ -53,8 +53,7 @@ class Initializers:
     def view(self, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """A second value over the bytes of `value` in the file, in another shape."""
         stored = value.const_value
-        if not isinstance(stored, ir.ExternalTensor):
-            raise TypeError(f"{value.name} is not in the data file")
+        assert isinstance(stored, ir.ExternalTensor)
         return self._external(name, stored.offset, stored.length, stored.dtype, shape)
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:

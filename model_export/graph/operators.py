@@ -50,7 +50,7 @@ class StoredBlocks:
 Table = StoredBlocks | ir.Value
 
 
-class Operators:
+class Operators(Tape):
     """Appends nodes to a graph and their weights to its data file.
 
     The matrices of `linear` are stored in the form `form`, those of `table` and `head` in the form `tables`. Everything
@@ -59,32 +59,25 @@ class Operators:
     """
 
     def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
+        super().__init__()
+        # The type of the activations and of the KV cache.
+        self.floats = data.floats
         self._data = data
         self._form = form
         self._tables = tables
         self._portable = data.floats == ir.DataType.FLOAT16
         self._mixings: dict[int, ir.Value] = {}
         self._block_means: dict[int, ir.Value] = {}
-        self._tape = Tape()
-
-    @property
-    def floats(self) -> ir.DataType:
-        """The type of the activations and of the KV cache."""
-        return self._data.floats
-
-    @property
-    def nodes(self) -> list[ir.Node]:
-        return list(self._tape.nodes)
 
     def apply(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Adds a node with one output and returns that."""
-        return self._tape.op(operator, inputs, attributes, domain=domain)
+        return self.op(operator, inputs, attributes, domain=domain)
 
     def apply_many(
         self, operator: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> list[ir.Value]:
         """Adds a node with several outputs and returns those."""
-        return list(self._tape.op_multi_out(operator, inputs, attributes, num_outputs=outputs, domain=domain))
+        return list(self.op_multi_out(operator, inputs, attributes, num_outputs=outputs, domain=domain))
 
     def vector(self, name: str, values: Floats) -> ir.Value:
         return self._data.add(name, values)

@@ -33,37 +33,28 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from model_export.graph.initializers import Initializers
 from model_export.graph.interface import Interface
-from model_export.graph.operators import CONTRIB, LinearForm, Operators, Table
-from model_export.graph.quantize import Form
-from model_export.sources.checkpoint import Architecture, Checkpoint
+from model_export.graph.operators import CONTRIB, Operators
+from model_export.sources.checkpoint import Checkpoint
 from model_export.sources.weights import stack_rows
 
 
-def build_graph(
-    checkpoint: Checkpoint,
-    layers: LinearForm,
-    tables: Form,
-    data: Initializers,
-    on_layer: Callable[[], object],
-    *,
-    prefill: bool,
-) -> ir.Model:
-    """See Source.build."""
-    decoder = _Decoder(checkpoint, Operators(data, layers, tables), prefill=prefill)
-    logits = decoder.logits(on_layer)
-    return decoder.interface.model(logits, checkpoint.architecture.vocab_size, data, checkpoint.origin.name)
+class Decoder:
+    """Builds the nodes of the prefill graph or the decode graph between the inputs and outputs of `interface`."""
 
-
-class _Decoder:
     def __init__(self, checkpoint: Checkpoint, operators: Operators, *, prefill: bool) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.operators = operators
         self.prefill = prefill
         self.interface = Interface(operators)
-        self.rotary_caches = _rotary_caches(self.architecture, operators)
+        rotary = self.architecture.rotary
+        angles = np.outer(np.arange(self.architecture.context_length), rotary.frequencies)
+        # Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale.
+        self.rotary_caches = [
+            operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
+            operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
+        ]
 
     def logits(self, on_layer: Callable[[], object]) -> ir.Value:
         """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows."""
@@ -85,13 +76,10 @@ class _Decoder:
             hidden, residual = self._add_and_norm(added, residual, next_norm)
             on_layer()
         wanted = hidden if self.prefill else self.interface.wanted_positions(hidden)
-        return self._head(wanted, table)
-
-    def _head(self, hidden: ir.Value, embedding: Table) -> ir.Value:
-        """The logits of `hidden` [R, columns]. In the prefill graph R is small, so two-byte products cost little."""
         tied = self.architecture.tied_embedding
         matrix = self.checkpoint.matrix("token_embd.weight" if tied else "output.weight")
-        return self.operators.head(hidden, "output.weight", matrix, embedding if tied else None, two_bytes=self.prefill)
+        # In the prefill graph R is small, so two-byte products cost little.
+        return self.operators.head(wanted, "output.weight", matrix, table if tied else None, two_bytes=self.prefill)
 
     def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
         """The output [B, S, heads * head_dim] of a layer's attention."""
@@ -143,13 +131,3 @@ class _Decoder:
 
     def _vector(self, name: str) -> ir.Value:
         return self.operators.vector(name, self.checkpoint.floats(name))
-
-
-def _rotary_caches(architecture: Architecture, operators: Operators) -> list[ir.Value]:
-    """Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale."""
-    rotary = architecture.rotary
-    angles = np.outer(np.arange(architecture.context_length), rotary.frequencies)
-    return [
-        operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
-        operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
-    ]

@@ -62,8 +62,7 @@ def _linear(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
 def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
     mean_square = np.mean(np.square(values), axis=-1, keepdims=True)
     scale = np.sqrt(mean_square + np.float32(checkpoint.architecture.norm_epsilon))
-    normed: Floats = (values / scale * checkpoint.floats(f"{name}.weight")).astype(np.float32)
-    return normed
+    return np.asarray(values / scale * checkpoint.floats(f"{name}.weight"), np.float32)
 
 
 def _rotate(vectors: Floats, rotary: Rotary) -> Floats:
@@ -80,5 +79,4 @@ def _rotate(vectors: Floats, rotary: Rotary) -> Floats:
 
 def _softmax(scores: Floats) -> Floats:
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares: Floats = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
-    return shares
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float32)

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from model_export.graph.initializers import Initializers
-from model_export.graph.operators import LinearForm
+from model_export.graph.operators import LinearForm, Operators
 from model_export.graph.quantize import Form
 from model_export.graph.source import Dimensions
-from model_export.native.graph import build_graph
+from model_export.native.graph import Decoder
 from model_export.native.reference import reference_logits
 from model_export.sources.checkpoint import Checkpoint, Origin
 from model_export.sources.weights import Floats
@@ -46,7 +46,9 @@ class DecoderSource:
     def build(
         self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
-        return build_graph(self.checkpoint, layers, tables, data, on_layer, prefill=prefill)
+        decoder = Decoder(self.checkpoint, Operators(data, layers, tables), prefill=prefill)
+        logits = decoder.logits(on_layer)
+        return decoder.interface.model(logits, self.dimensions.vocab_size, data, self.origin.name)
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         return reference_logits(self.checkpoint, tokens, on_layer)
