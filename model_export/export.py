@@ -25,6 +25,7 @@ from model_export.graph.source import Source
 from model_export.opening import read_source
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.sources.hugging_face.hub import download, hub_name
+from model_export.sources.vocabulary import Vocabulary
 from model_export.verify.verify import verify
 from service import manifest
 from service.host.processor import processor
@@ -69,17 +70,16 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
-    special_tokens = _special_tokens(source, options.fim_order)
+    vocabulary = source.origin.vocabulary
+    special_tokens = _special_tokens(vocabulary, options.fim_order)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
-        model = work / manifest.MODEL_FILE
         with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
             on_layer = progress("building", layers)
             graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
             devices = _prepare_for(options.device, graph)
-            ir.save(graph, model)
-        text = source.origin.vocabulary.tokenizer.to_str(pretty=True)
-        (work / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
+            ir.save(graph, work / manifest.MODEL_FILE)
+        (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
         prefill_form, quality = _add_prefill_graph(source, precision, options, work, progress)
         files = {
             file.name: manifest.FileEntry(bytes=file.stat().st_size, sha256=manifest.file_sha256(file))
@@ -217,10 +217,8 @@ def _written_at_once(directory: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _special_tokens(source: Source, order: Order | Literal["auto"]) -> manifest.SpecialTokens:
-    vocabulary = source.origin.vocabulary
-    token_id = vocabulary.tokenizer.token_to_id
-    end_of_text = token_id("<|endoftext|>")
+def _special_tokens(vocabulary: Vocabulary, order: Order | Literal["auto"]) -> manifest.SpecialTokens:
+    end_of_text = vocabulary.tokenizer.token_to_id("<|endoftext|>")
     marks = reorder(find_marks(vocabulary.tokenizer, vocabulary.marks), order)
     end = set(vocabulary.end) if marks is None else {*vocabulary.end, *end_of_middle(vocabulary.tokenizer)}
     return manifest.SpecialTokens(

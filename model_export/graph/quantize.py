@@ -92,8 +92,7 @@ def mixing(size: int) -> Floats:
     cosines = np.cos(np.pi / size * np.outer(columns + 0.5, columns)) * np.sqrt(2 / size)
     cosines[:, 0] /= np.sqrt(2)
     signs = np.random.Generator(np.random.Philox(size)).choice([-1.0, 1.0], size)
-    mix: Floats = (signs[:, None] * cosines).astype(np.float32)
-    return mix
+    return np.asarray(signs[:, None] * cosines, np.float32)
 
 
 def pack(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> Packed:
@@ -117,7 +116,7 @@ def block_means(columns: int) -> Floats:
 
 
 def _pack_int8(matrix: Matrix) -> Packed:
-    if isinstance(matrix, Blocks) and _has_integer_zero_points(matrix):
+    if isinstance(matrix, Blocks) and np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0):
         codes, scales, zeros = matrix.codes, matrix.scales, _zero_points(matrix, 255)
     else:
         codes, scales, zeros = _round_to_nearest(dequantize(matrix).reshape(matrix.shape[0], -1, BLOCK))
@@ -154,22 +153,19 @@ def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
 
 
 def _round_to_int4(weights: Floats) -> Packed:
-    codes, scales, zeros = _least_squares_int4(weights.reshape(len(weights), -1, BLOCK))
-    return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
-
-
-def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """4-bit codes, scales and zero points of `blocks` [rows, blocks, 32], the best of several clipped ranges.
+    """Packs `weights` [rows, columns] in 4 bits, each block in the best of several clipped ranges.
 
     For each range the weights are rounded to codes, and the scale is the one with the least squared error for them.
     """
+    blocks = weights.reshape(len(weights), -1, BLOCK)
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     best = np.full(low.shape, np.inf, np.float32)
     codes, scales, zeros = np.zeros(blocks.shape, np.uint8), np.zeros_like(low), np.zeros(low.shape, np.uint8)
     for clip in RANGES:
         scale = clip * (high - low) / 15
         inverse = _inverse(scale)
-        for zero in _neighbours(-clip * low * inverse):
+        below = np.clip(np.floor(-clip * low * inverse), 0, 15)
+        for zero in (below, np.clip(below + 1, 0, 15)):
             steps = np.clip(np.rint(blocks * inverse[..., None]), -zero[..., None], 15 - zero[..., None])
             squares = np.square(steps).sum(axis=-1)
             fitted = np.divide((blocks * steps).sum(axis=-1), squares, out=np.zeros_like(scale), where=squares != 0)
@@ -177,13 +173,7 @@ def _least_squares_int4(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:
             better = error < best
             best[better], scales[better], zeros[better] = error[better], fitted[better], zero[better]
             codes[better] = (steps + zero[..., None])[better]
-    return codes, scales, zeros
-
-
-def _neighbours(exact: Floats) -> tuple[Floats, Floats]:
-    """The integer zero points below and above."""
-    below = np.clip(np.floor(exact), 0, 15)
-    return below, np.clip(below + 1, 0, 15)
+    return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
 
 
 def _inverse(values: NDArray[Any]) -> NDArray[Any]:
@@ -197,10 +187,6 @@ def _zero_points(matrix: Blocks, largest: int) -> Bytes:
     """The nearest integer zero point of each block."""
     exact = np.divide(-matrix.minimums, matrix.scales, out=np.zeros_like(matrix.scales), where=matrix.scales != 0)
     return np.clip(np.rint(exact), 0, largest).astype(np.uint8)
-
-
-def _has_integer_zero_points(matrix: Blocks) -> bool:
-    return bool(np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0))
 
 
 def _round_to_nearest(blocks: Floats) -> tuple[Bytes, Floats, Bytes]:

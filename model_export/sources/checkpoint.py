@@ -53,19 +53,8 @@ class Architecture:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the architecture, by name."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "token_embd.weight": (self.vocab_size, self.hidden_size),
-            "output_norm.weight": (self.hidden_size,),
-        }
-        if not self.tied_embedding:
-            shapes["output.weight"] = (self.vocab_size, self.hidden_size)
-        for layer in range(self.layers):
-            shapes |= {f"blk.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
-        return shapes
-
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, query, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
+        in_layer: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (hidden,),
             "attn_q.weight": (query, hidden),
             "attn_k.weight": (kv, hidden),
@@ -76,9 +65,17 @@ class Architecture:
             "ffn_up.weight": (self.intermediate_size, hidden),
             "ffn_down.weight": (hidden, self.intermediate_size),
         }
-        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in self.biases}
+        in_layer |= {f"{name}.bias": in_layer[f"{name}.weight"][:1] for name in self.biases}
         if self.family.qk_norm:
-            shapes |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+            in_layer |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (self.vocab_size, hidden),
+            "output_norm.weight": (hidden,),
+        }
+        if not self.tied_embedding:
+            shapes["output.weight"] = (self.vocab_size, hidden)
+        for layer in range(self.layers):
+            shapes |= {f"blk.{layer}.{name}": shape for name, shape in in_layer.items()}
         return shapes
 
 

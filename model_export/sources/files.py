@@ -20,7 +20,10 @@ def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
     block), or where the file has more than `largest` bytes.
     """
     path = directory / name
-    if not _within(directory, path):
+    home, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    # The files of `directory`, a snapshot of the Hugging Face cache, are links to blobs beside the snapshots.
+    is_blob = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not target.is_relative_to(home) and not is_blob:
         raise ExportError(f"{path} leads out of {directory}; refusing to read it")
     if not path.exists():
         raise ExportError(f"{path} does not exist")
@@ -30,14 +33,6 @@ def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
     if largest is not None and size > largest:
         raise ExportError(f"{path} has {size} bytes, expected at most {largest}")
     return path
-
-
-def _within(directory: Path, path: Path) -> bool:
-    """Whether `path` is in `directory`, or a blob that `directory`, a snapshot of the Hugging Face cache, links to."""
-    home, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
-    if target.is_relative_to(home):
-        return True
-    return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
 
 
 def read_json(directory: Path, name: str, largest: int = 16 * MIB) -> dict[str, Any]:

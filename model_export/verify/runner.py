@@ -78,8 +78,7 @@ class Runner:
         binding.bind_output("logits")
         with reported_as(_CANNOT_RUN):
             session.run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+        return np.asarray(binding.get_outputs()[-1].numpy(), np.float32)
 
 
 def _session(graph: Path) -> onnxruntime.InferenceSession:

@@ -13,7 +13,6 @@ from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import NATIVE, Family, ScalingKind, Windows, refusal
 from model_export.sources.hugging_face.config import Config, Rotation
 from model_export.sources.panics import reported_as
-from model_export.sources.rotary import Rotary
 
 # Two names of one function.
 ACTIVATIONS = ("silu", "swish")
@@ -114,7 +113,7 @@ def _default_layer_types(config: Config, windows: Windows, rotates: list[bool]) 
     return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
 
 
-def _rotary(config: Config, family: Family, head_dim: int) -> Rotary:
+def _rotary(config: Config, family: Family, head_dim: int) -> rotary.Rotary:
     """The rotation with the scaling in `rope_scaling`, or in `rope_parameters`, where newer configurations have it."""
     scaling = config.rope_scaling or config.rope_parameters or Rotation()
     if scaling.by_layer_type:
@@ -124,15 +123,15 @@ def _rotary(config: Config, family: Family, head_dim: int) -> Rotary:
     plain = rotary.plain(size, base)
     match _scaling_kind(scaling, family):
         case "default":
-            return Rotary(plain)
+            return rotary.Rotary(plain)
         case "dynamic":  # not scaled within `max_position_embeddings`, which is the context length here
             _needed(scaling, "factor")
-            return Rotary(plain)
+            return rotary.Rotary(plain)
         case "linear":
-            return Rotary(plain / _needed(scaling, "factor"))
+            return rotary.Rotary(plain / _needed(scaling, "factor"))
         case "llama3":
             factor, low, high = (_needed(scaling, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-            return Rotary(rotary.llama3(plain, factor, low, high, _original(config, scaling, family)))
+            return rotary.Rotary(rotary.llama3(plain, factor, low, high, _original(config, scaling, family)))
         case "yarn":
             return _yarn(config, scaling, size, base, _original(config, scaling, family))
         case "longrope":
@@ -171,7 +170,7 @@ def _original(config: Config, scaling: Rotation, family: Family) -> int:
     return int(config.entry(name, scaling.entry(name, config.max_position_embeddings)))
 
 
-def _yarn(config: Config, scaling: Rotation, size: int, base: float, original: int) -> Rotary:
+def _yarn(config: Config, scaling: Rotation, size: int, base: float, original: int) -> rotary.Rotary:
     if not scaling.truncate or scaling.mscale:
         raise ExportError("YaRN with mscale or without truncate is not supported")
     if "factor" not in scaling.model_fields_set:
@@ -179,10 +178,10 @@ def _yarn(config: Config, scaling: Rotation, size: int, base: float, original: i
     factor = scaling.factor or config.max_position_embeddings / original
     beta_fast, beta_slow = scaling.beta_fast or 32.0, scaling.beta_slow or 1.0
     frequencies = rotary.yarn(size, base, factor, original, beta_fast=beta_fast, beta_slow=beta_slow)
-    return Rotary(frequencies, scaling.attention_factor or rotary.yarn_scale(factor))
+    return rotary.Rotary(frequencies, scaling.attention_factor or rotary.yarn_scale(factor))
 
 
-def _longrope(config: Config, scaling: Rotation, size: int, base: float, original: int) -> Rotary:
+def _longrope(config: Config, scaling: Rotation, size: int, base: float, original: int) -> rotary.Rotary:
     """The rotation by the short factors, up to the original context; a longer text would need other cached keys."""
     short, long = _needed(scaling, "short_factor"), _needed(scaling, "long_factor")
     for name, values in (("short_factor", short), ("long_factor", long)):
@@ -190,4 +189,4 @@ def _longrope(config: Config, scaling: Rotation, size: int, base: float, origina
             raise ExportError(f"config.json's {name} has {len(values)} entries, expected {size // 2}")
     factor = scaling.factor or config.max_position_embeddings / original
     scale = scaling.attention_factor or rotary.longrope_scale(factor, original)
-    return Rotary(rotary.plain(size, base, np.array(short, np.float32)), scale, longest=original)
+    return rotary.Rotary(rotary.plain(size, base, np.array(short, np.float32)), scale, longest=original)
