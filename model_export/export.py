@@ -74,7 +74,8 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
     special_tokens = _special_tokens(vocabulary, options.fim_order)
     with _written_at_once(directory) as work:
         layers = source.dimensions.layers
-        with Initializers(work / manifest.WEIGHTS_FILE, precision.activations) as data:
+        with (work / manifest.WEIGHTS_FILE).open("wb") as file:
+            data = Initializers(file, precision.activations)
             on_layer = progress("building", layers)
             graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
             devices = _prepare_for(options.device, graph)
@@ -142,7 +143,8 @@ def _add_prefill_graph(
     forms = _prefill_forms(options.prompts, precision, source)
     for form in forms:
         graph = work / manifest.PROMPT_MODEL_FILE
-        with Initializers(work / manifest.PROMPT_WEIGHTS_FILE) as data:
+        with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
+            data = Initializers(file)
             matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
             on_layer = progress(f"building the prefill graph, {form}", layers)
             ir.save(source.build(matrices, precision.form, data, on_layer, prefill=True), graph)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,17 +22,10 @@ class Initializers:
     `floats` is the floating-point type in which the graph computes and its float arrays are stored.
     """
 
-    def __init__(self, path: Path, activations: Activations = "float32") -> None:
+    def __init__(self, file: BufferedWriter, activations: Activations = "float32") -> None:
         self.floats = ir.DataType.FLOAT16 if activations == "float16" else ir.DataType.FLOAT
-        self._path = path
-        self._file = path.open("wb")
+        self._file = file
         self._values: list[ir.Value] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     @property
     def used(self) -> list[ir.Value]:
@@ -63,9 +57,10 @@ class Initializers:
     def _external(
         self, name: str, offset: int | None, length: int | None, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        file, directory = self._path.name, self._path.parent
-        tensor = ir.ExternalTensor(file, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=directory)
-        return self._declare(tensor)
+        path = Path(self._file.name)
+        return self._declare(
+            ir.ExternalTensor(path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent)
+        )
 
     def _declare(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.val(tensor.name, const_value=tensor)

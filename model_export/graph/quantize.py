@@ -68,8 +68,7 @@ def pack_rows(weights: Floats) -> PackedRows:
 def pack_signed_rows(weights: Floats) -> PackedRows:
     """The same with signed codes around zero, which processors multiply fastest with unsigned bytes."""
     scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
-    inverse = _inverse(scales)
-    codes = np.rint(weights * inverse[:, None]).astype(np.int8)
+    codes = np.rint(weights * _inverse(scales)[:, None]).astype(np.int8)
     return PackedRows(np.ascontiguousarray(codes.T), scales, None)
 
 

@@ -140,8 +140,9 @@ def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> N
                 continue
             rows = {name: shapes[name][0] for name in (f"blk.{layer}.{part}.weight" for part in names)}
             if tensor.shape[0] != sum(rows.values()):
-                problem = f"has {tensor.shape[0]} rows, expected {sum(rows.values())}"
-                raise ExportError(f"tensor blk.{layer}.{fused}.weight {problem}")
+                raise ExportError(
+                    f"tensor blk.{layer}.{fused}.weight has {tensor.shape[0]} rows, expected {sum(rows.values())}"
+                )
             start = 0
             for name, size in rows.items():
                 tensors[name] = tensor.rows(start, start + size)

@@ -60,21 +60,16 @@ def check_metadata(header: Header) -> None:
     for key, field_type in {**KEYS, **{f"{family}.{name}": number for name, number in NUMBERS.items()}}.items():
         if key in metadata:
             field_types.check_type(f"{path}: {key}", metadata[key], field_type)
-    _check_sizes(header, f"{family}.")
+    heads, hidden = metadata.get(f"{family}.attention.head_count"), metadata.get(f"{family}.embedding_length")
+    if heads is not None and hidden is not None:
+        head_dim = metadata.get(f"{family}.attention.key_length")
+        kv_heads = metadata.get(f"{family}.attention.head_count_kv", heads)
+        field_types.check_heads(str(path), hidden, heads, kv_heads, head_dim)
+        field_types.check_rotation(str(path), metadata.get(f"{family}.context_length"), head_dim or hidden // heads)
     if TOKENS in metadata:
         _check_tokens(path, metadata)
     if not header.tensors and metadata.get("split.count", 0) <= 1:  # the first of several files may have only keys
         raise ExportError(f"{path} is not a complete GGUF file: it has no tensors")
-
-
-def _check_sizes(header: Header, prefix: str) -> None:
-    path, metadata = header.path, header.metadata
-    heads, hidden = metadata.get(f"{prefix}attention.head_count"), metadata.get(f"{prefix}embedding_length")
-    if heads is None or hidden is None:
-        return
-    head_dim = metadata.get(f"{prefix}attention.key_length")
-    field_types.check_heads(str(path), hidden, heads, metadata.get(f"{prefix}attention.head_count_kv", heads), head_dim)
-    field_types.check_rotation(str(path), metadata.get(f"{prefix}context_length"), head_dim or hidden // heads)
 
 
 def _check_tokens(path: Path, metadata: Metadata) -> None:

@@ -77,8 +77,7 @@ def _parts(path: Path) -> list[Path]:
     count = int(part["count"])
     if int(part["number"]) != 1:
         raise ExportError(f"{path} is part {int(part['number'])} of {count}; give the first")
-    names = (f"{part['name']}-{number:05}-of-{count:05}{path.suffix}" for number in range(1, count + 1))
-    parts = [path.with_name(name) for name in names]
+    parts = [path.with_name(f"{part['name']}-{number:05}-of-{count:05}{path.suffix}") for number in range(1, count + 1)]
     for file in parts:
         if not file.is_file():
             raise ExportError(f"{file} does not exist, one of the {count} parts of the model")

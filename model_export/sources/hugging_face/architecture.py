@@ -60,7 +60,11 @@ def _attention(config: Config, family: Family, context: int) -> tuple[LayerAtten
     rotates, windows = _rotates(config, family), family.windows
     if windows is None:
         return tuple(LayerAttention(None, rotated) for rotated in rotates)
-    window, listed = _window(config, windows), config.layer_types if windows.reads_layer_types else None
+    has_window = config.use_sliding_window or not windows.opt_in
+    window = config.entry("sliding_window", windows.size) if has_window else None
+    if window == 0:
+        raise ExportError("config.json's sliding_window is 0, expected at least 1")
+    listed = config.layer_types if windows.reads_layer_types else None
     layer_types = _default_layer_types(config, windows, rotates) if listed is None else listed
     _check_layers(config, len(layer_types))
     if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
@@ -77,15 +81,6 @@ def _attention(config: Config, family: Family, context: int) -> tuple[LayerAtten
 def _check_layers(config: Config, listed: int) -> None:
     if listed != (layers := config.num_hidden_layers):
         raise ExportError(f"config.json lists {listed} layers, expected num_hidden_layers, {layers}")
-
-
-def _window(config: Config, windows: Windows) -> int | None:
-    if windows.opt_in and not config.use_sliding_window:
-        return None
-    window: int | None = config.entry("sliding_window", windows.size)
-    if window == 0:
-        raise ExportError("config.json's sliding_window is 0, expected at least 1")
-    return window
 
 
 def _rotates(config: Config, family: Family) -> list[bool]:

@@ -25,7 +25,11 @@ Rotates = Annotated[
 MISSING: Any = None
 # The entries that `native` needs for every family that it builds.
 SIZES = (
-    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
     "max_position_embeddings",
 )
 # Entries with which transformers opens other files or code from a hub, and the values that are harmless.

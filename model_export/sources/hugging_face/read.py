@@ -17,7 +17,7 @@ from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
 from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
-from model_export.sources.weights import LazyTensor, dequantize
+from model_export.sources.weights import dequantize
 
 MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -53,7 +53,8 @@ def read_hugging_face(directory: Directory) -> Checkpoint:
     }
     split_fused(tensors, architecture)
     if architecture.tied_embedding and "output.weight" in tensors:
-        if _are_equal(tensors.get("token_embd.weight"), tensors["output.weight"]):
+        embedding, output = tensors.get("token_embd.weight"), tensors["output.weight"]
+        if embedding is not None and np.array_equal(dequantize(embedding.load()), dequantize(output.load())):
             del tensors["output.weight"]
         else:  # two different matrices in the file are not tied, whatever config.json says
             architecture = replace(architecture, tied_embedding=False)
@@ -69,10 +70,6 @@ def directory_origin(directory: Directory, ids: TokenIds) -> Origin:
         size=directory.size,
         vocabulary=vocabulary_from_directory(directory.path, ids, directory.generation),
     )
-
-
-def _are_equal(one: LazyTensor | None, other: LazyTensor) -> bool:
-    return one is not None and np.array_equal(dequantize(one.load()), dequantize(other.load()))
 
 
 def _gguf_name(name: str) -> str:
