@@ -18,7 +18,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass(eq=False, slots=True)
-class Call:
+class RpcCall:
     """A call; `began` is on the monotonic clock, `identifiers` are the metadata that identify its answer.
 
     `trace` are the caller's traceparent and tracestate. `caller` may use no model until the call is authenticated;
@@ -57,4 +57,4 @@ class Call:
             self._generation.end(error)
 
 
-current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
+current_call: contextvars.ContextVar[RpcCall] = contextvars.ContextVar("current_call")

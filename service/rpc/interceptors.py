@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 
 from service.errors import EngineFaultError, InvalidRequestError, ServiceError, SlowReaderError
 from service.rpc import tasks, wire
-from service.rpc.calls import Call, Context, current_call
+from service.rpc.calls import Context, RpcCall, current_call
 from service.rpc.keys import UNAUTHENTICATED, KeyRing
 from service.rpc.quota import Meter
 from service.rpc.running import Running
@@ -114,7 +114,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise InvalidRequestError(f"The request has {len(data)} bytes, and may have {wire.LARGE}.")
         return await self._workers.run(caller.identity, lambda: wire.parse(deserialize, data))
 
-    async def _send(self, message: Any, call: Call, context: Context) -> None:
+    async def _send(self, message: Any, call: RpcCall, context: Context) -> None:
         """Sends a message, and before the first one the answer's headers: until then Envoy may ask another replica."""
         try:
             async with asyncio.timeout(self._send_timeout):
@@ -129,7 +129,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None
 
     @asynccontextmanager
-    async def _call(self, method: Method, context: Context) -> AsyncIterator[Call]:
+    async def _call(self, method: Method, context: Context) -> AsyncIterator[RpcCall]:
         """Surrounds a call: sets its request id and caller, reports its end, and aborts it with the error's status."""
         public = method.service == _HEALTH
         observers = () if public else self._observers
@@ -156,7 +156,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not public:
                     self._report(method, call, finished=finished, late=_late(context))
 
-    async def _refuse(self, error: Exception, call: Call, context: Context) -> None:
+    async def _refuse(self, error: Exception, call: RpcCall, context: Context) -> None:
         """Ends a call with its error's status, or without one if the caller has left."""
         code, message = _explain(error)
         _without_frames(error)
@@ -168,7 +168,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.InternalError:  # the caller has left
             raise asyncio.CancelledError from None
 
-    def _admit(self, method: Method, call: Call, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
+    def _admit(self, method: Method, call: RpcCall, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
         """Authenticates the caller, and counts the call. Raises the error that refuses the call."""
         # A header that comes twice is one with a comma, as HTTP has it.
         values = [value for key, value in metadata if key == "authorization"]
@@ -180,7 +180,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             call.headers = self._meter.headers(caller.identity, caller.quota)
 
-    def _report(self, method: Method, call: Call, *, finished: bool, late: bool) -> None:
+    def _report(self, method: Method, call: RpcCall, *, finished: bool, late: bool) -> None:
         """Reports a call's end to the observers and the log; `late` if its deadline had passed."""
         seconds = time.monotonic() - call.began
         code = grpc.StatusCode.OK if finished else _left(late)
@@ -208,10 +208,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _log.info("call", **fields, seconds=round(seconds, 4), **call.notes)
 
 
-def _begin(metadata: dict[str, str]) -> Call:
+def _begin(metadata: dict[str, str]) -> RpcCall:
     """A call that begins now, set as the current one."""
     request_id = _request_id(metadata.get("x-request-id"))
-    call = Call(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
+    call = RpcCall(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
     call.identifiers = (("x-request-id", request_id),)
     current_call.set(call)
     return call
@@ -250,7 +250,7 @@ def _method(path: str, handler: Any) -> Method:
     return Method(service, name, kinds.get((requests, responses), "bidi_stream"))
 
 
-async def _send_headers(call: Call, context: Context) -> None:
+async def _send_headers(call: RpcCall, context: Context) -> None:
     """Sends the answer's headers, once."""
     if call.headers:
         await context.send_initial_metadata(call.headers)
@@ -262,7 +262,7 @@ def _request_id(proposed: str | None) -> str:
     return proposed if proposed and _REQUEST_ID.match(proposed) else str(uuid.uuid4())
 
 
-def _take_client_request_id(call: Call, client_id: str | None) -> None:
+def _take_client_request_id(call: RpcCall, client_id: str | None) -> None:
     """Records the caller's own id of its request, which the answer returns. Raises InvalidRequestError if invalid."""
     if not client_id:
         return

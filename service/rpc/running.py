@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from service.errors import AuthenticationError, OverloadedError
-from service.rpc.calls import Call
+from service.rpc.calls import RpcCall
 from service.telemetry.observer import Method
 
 # Methods whose calls last as long as their callers like.
@@ -26,7 +26,7 @@ class Running:
 
     def __init__(self) -> None:
         self.lasting_calls: Counter[str] = Counter()
-        self._calls: dict[str, set[Call]] = defaultdict(set)
+        self._calls: dict[str, set[RpcCall]] = defaultdict(set)
         self._held: Counter[str] = Counter()
 
     @property
@@ -53,7 +53,7 @@ class Running:
             self.lasting_calls[method.name] -= 1
 
     @contextmanager
-    def admitted(self, identity: str, call: Call) -> Iterator[None]:
+    def admitted(self, identity: str, call: RpcCall) -> Iterator[None]:
         """Surrounds a caller's call. Raises OverloadedError if the caller has too many open."""
         calls = self._calls[identity]
         if len(calls) >= _MAX_PER_CALLER:

@@ -18,7 +18,7 @@ from service.engine.generation import Generation
 from service.errors import ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
 from service.rpc import render
-from service.rpc.calls import Call, Context, current_call
+from service.rpc.calls import Context, RpcCall, current_call
 from service.rpc.checks import model_missing, shown
 from service.rpc.deadline import Deadline
 from service.rpc.interceptors import failure
@@ -204,7 +204,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
                 _fill(usage, generation, call)
 
     @contextmanager
-    def _charged(self, call: Call, tokens: int, sequences: int) -> Iterator[None]:
+    def _charged(self, call: RpcCall, tokens: int, sequences: int) -> Iterator[None]:
         """Charges a call's caller, and refunds at the end what the call's usage does not contain."""
         caller = call.caller
         try:
@@ -243,7 +243,7 @@ def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> 
     )
 
 
-def _fill(usage: Usage, generation: Generation, call: Call) -> None:
+def _fill(usage: Usage, generation: Generation, call: RpcCall) -> None:
     """Copies a generation's counts and times into `usage`."""
     usage.cached_tokens = generation.cached_tokens
     usage.completion_tokens = generation.completion_tokens
