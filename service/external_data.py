@@ -45,18 +45,16 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """The fields of a message that hold bytes; the others are skipped."""
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at)
-        length = 0
+        tag, at = varint(data, at)
         match tag & 7:
             case 0:
-                _, at = _varint(data, at)
-                continue
+                length, at = 0, varint(data, at)[1]
             case 1:
                 length = 8
             case 5:
                 length = 4
             case 2:
-                length, at = _varint(data, at)
+                length, at = varint(data, at)
             case wire_type:
                 raise ValueError(f"wire type {wire_type} at byte {at}")
         if at + length > len(data):
@@ -66,14 +64,14 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += length
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
+def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The number at `at`, of at most 10 bytes, and the position after it. Raises ValueError if it does not end."""
+    value = shift = 0
+    while at < len(data) and shift < 70:
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
+        shift += 7
     raise ValueError(f"a number without end at byte {at}")

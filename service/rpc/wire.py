@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor
 
 from service.errors import InvalidRequestError
+from service.external_data import varint
 
 # In bytes. Smaller messages are parsed on the event loop, without counting.
 LARGE = 64 << 10
@@ -25,16 +26,21 @@ _NUMBER = 9
 
 def parse(deserialize: Any, data: bytes) -> Any:
     """The message. Raises InvalidRequestError if it has too many parts or is not of the method's type."""
-    if len(data) > LARGE:
-        _weigh(data, deserialize.__self__.DESCRIPTOR)
     try:
+        if len(data) > LARGE:
+            _weigh(data, deserialize.__self__.DESCRIPTOR)
         return deserialize(data)
+    except InvalidRequestError:
+        raise
     except Exception:
         raise InvalidRequestError("The request is not a valid protobuf message of the method's type.") from None
 
 
 def _weigh(data: bytes, descriptor: Descriptor) -> None:
-    """Raises InvalidRequestError if a message has too many fields at all depths; the parser checks their form."""
+    """Raises InvalidRequestError if a message has too many fields at all depths, ValueError if a number does not end.
+
+    The parser checks the form of the rest.
+    """
     parts, size = 0, len(data)
     within: list[tuple[int, int, Descriptor]] = [(0, size, descriptor)]
     known: dict[Descriptor, dict[int, Descriptor]] = {}
@@ -42,11 +48,11 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
         at, end, message = within.pop()
         inner = known.get(message) or known.setdefault(message, _messages(message))
         while at < end:
-            tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+            tag, at = (data[at], at + 1) if data[at] < 0x80 else varint(data, at)
             wire_type = tag & 7
             if wire_type == _DELIMITED:
                 parts += 2
-                length, at = (data[at], at + 1) if at < size and data[at] < 0x80 else _varint(data, at)
+                length, at = (data[at], at + 1) if at < size and data[at] < 0x80 else varint(data, at)
                 if length == _NUMBER and at < size and data[at] & 7 == _FIXED64:
                     parts += 1  # the message holds nothing else
                 elif length and tag >> 3 in inner:
@@ -54,7 +60,7 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
                 at += length
             elif wire_type == _VARINT:
                 parts += 1
-                at = at + 1 if at < size and data[at] < 0x80 else _varint(data, at)[1]
+                at = at + 1 if at < size and data[at] < 0x80 else varint(data, at)[1]
             elif wire_type in {_FIXED64, _FIXED32}:
                 parts += 1
                 at += 8 if wire_type == _FIXED64 else 4
@@ -67,16 +73,3 @@ def _weigh(data: bytes, descriptor: Descriptor) -> None:
 def _messages(descriptor: Descriptor) -> dict[int, Descriptor]:
     """The types of a message's fields that are messages, by field number."""
     return {field.number: field.message_type for field in descriptor.fields if field.message_type is not None}
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number and the position after it; bytes beyond the end count as zero."""
-    value = shift = 0
-    while at < len(data):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80 or shift > 63:
-            break
-        shift += 7
-    return value, at
