@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 from completion.v1 import completion_pb2 as pb
@@ -21,107 +20,85 @@ _FINISH_REASONS = {
 _FINISH_NAMES = {_FINISH_REASONS[reason]: reason.value for reason in FinishReason}
 
 
-class _UsageCounter(TokenCounts):
-    """Counts a request's tokens, those of its prompts included."""
+class _Messages:
+    """What whole and streamed answers have in common: the request, and its token counts so far."""
 
     def __init__(self, request: Request) -> None:
-        super().__init__()
-        self._prompt = sum(len(prompt.token_ids) for prompt in request.prompts)
+        self._request = request
+        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in request.prompts)
+        self._counts = TokenCounts()
 
-    def usage(self) -> pb.Usage:
-        """The usage so far."""
-        completion = self.completion
-        usage = pb.Usage(
-            prompt_tokens=self._prompt, completion_tokens=completion, total_tokens=self._prompt + completion
-        )
-        if cached := self.cached:
+    def usage_message(self) -> pb.CreateCompletionResponse:
+        """A message without choices, with the usage so far: the last one of a stream."""
+        message, completion = self._message(), self._counts.completion
+        total = self._prompt_tokens + completion
+        usage = pb.Usage(prompt_tokens=self._prompt_tokens, completion_tokens=completion, total_tokens=total)
+        if cached := self._counts.cached:
             usage.prompt_tokens_details.cached_tokens = cached
-        return usage
+        message.usage.CopyFrom(usage)
+        return message
+
+    def _message(self) -> pb.CreateCompletionResponse:
+        return pb.CreateCompletionResponse(
+            id=self._request.id,
+            object="text_completion",
+            created=self._request.created,
+            model=self._request.model,
+        )
+
+    def _add_choice(
+        self,
+        message: pb.CreateCompletionResponse,
+        index: int,
+        text: str,
+        tokens: Iterable[Token],
+        finish: FinishReason | None,
+    ) -> None:
+        choice = message.choices.add(text=text, index=index, finish_reason=_FINISH_REASONS[finish])
+        if self._request.logprobs is None:
+            choice.no_logprobs = NULL_VALUE
+        else:
+            _add_scores(choice.logprobs, tokens)
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """One candidate's answer, joined from its pieces."""
-
-    texts: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    mean_logprob: float = 0.0
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.tokens += delta.tokens
-        self.finish_reason = delta.finish_reason
-        self.mean_logprob = delta.mean_logprob or 0.0
-
-
-class Answer:
+class Answer(_Messages):
     """A complete answer, joined from its pieces."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
-        self._usage = _UsageCounter(request)
-        self._candidates = [[_Candidate() for _ in range(request.best_of)] for _ in request.prompts]
+        super().__init__(request)
+        self._pieces: list[list[list[Delta]]] = [[[] for _ in range(request.best_of)] for _ in request.prompts]
 
     def add(self, delta: Delta) -> None:
         """Adds a piece."""
-        self._usage.add(delta)
-        self._candidates[delta.prompt_index][delta.candidate].add(delta)
+        self._counts.add(delta)
+        self._pieces[delta.prompt_index][delta.candidate].append(delta)
 
     def response(self) -> pb.CreateCompletionResponse:
         """The answer, with the `n` candidates of the highest mean log probability; equal ones stay in order."""
-        response = _response(self._request)
-        for candidates in self._candidates:
-            ranked = sorted(candidates, key=lambda candidate: -candidate.mean_logprob)[: self._request.n]
-            for candidate in ranked:
-                text, index = "".join(candidate.texts), len(response.choices)
-                choice = _choice(self._request, index, text, candidate.tokens, candidate.finish_reason)
-                response.choices.append(choice)
-        response.usage.CopyFrom(self._usage.usage())
+        response = self.usage_message()
+        for candidates in self._pieces:
+            ranked = sorted(candidates, key=lambda pieces: -(pieces[-1].mean_logprob or 0.0))
+            for pieces in ranked[: self._request.n]:
+                text = "".join(piece.text for piece in pieces)
+                tokens = (token for piece in pieces for token in piece.tokens)
+                self._add_choice(response, len(response.choices), text, tokens, pieces[-1].finish_reason)
         return response
 
 
-class Pieces:
+class Pieces(_Messages):
     """Makes the messages of a streamed answer."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._usage = _UsageCounter(request)
 
     def message(self, delta: Delta) -> pb.CreateCompletionResponse:
         """The message of one piece."""
-        self._usage.add(delta)
-        response = _response(self._request)
+        self._counts.add(delta)
+        message = self.usage_message() if self._request.continuous_usage else self._message()
         index = delta.prompt_index * self._request.n + delta.candidate
-        response.choices.append(_choice(self._request, index, delta.text, delta.tokens, delta.finish_reason))
-        if self._request.continuous_usage:
-            response.usage.CopyFrom(self._usage.usage())
-        return response
-
-    def usage_message(self) -> pb.CreateCompletionResponse:
-        """The last message, without choices."""
-        response = _response(self._request)
-        response.usage.CopyFrom(self._usage.usage())
-        return response
+        self._add_choice(message, index, delta.text, delta.tokens, delta.finish_reason)
+        return message
 
 
-def _response(request: Request) -> pb.CreateCompletionResponse:
-    return pb.CreateCompletionResponse(
-        id=request.id, object="text_completion", created=request.created, model=request.model
-    )
-
-
-def _choice(request: Request, index: int, text: str, tokens: Sequence[Token], finish: FinishReason | None) -> pb.Choice:
-    choice = pb.Choice(text=text, index=index, finish_reason=_FINISH_REASONS[finish])
-    if request.logprobs is None:
-        choice.no_logprobs = NULL_VALUE
-    else:
-        choice.logprobs.CopyFrom(_logprobs(tokens))
-    return choice
-
-
-def _logprobs(tokens: Iterable[Token]) -> pb.Logprobs:
-    message = pb.Logprobs()
+def _add_scores(message: pb.Logprobs, tokens: Iterable[Token]) -> None:
+    message.SetInParent()  # even without a token
     for token in tokens:
         message.tokens.append(token.text)
         message.text_offset.append(token.offset)
@@ -132,7 +109,6 @@ def _logprobs(tokens: Iterable[Token]) -> pb.Logprobs:
         score.logprob = token.logprob
         for text, logprob in token.top:
             top.alternatives.alternatives.add(token=text).score.logprob = logprob
-    return message
 
 
 def event(message: pb.CreateCompletionResponse, *, usage_key: bool) -> bytes:
