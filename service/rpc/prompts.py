@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import TypeVar, overload
+from typing import Any, TypeVar
 
 from completion.v1 import completion_pb2 as pb
 from google.protobuf import struct_pb2
@@ -37,7 +37,7 @@ def parse_prompts(
     json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
     if typed and json_set:
         raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
-    items = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
+    items: Sequence[Any] = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
     if len(items) > MAX_PROMPTS:
         raise at_most("prompt", "prompts", len(items), MAX_PROMPTS, "array_above_max_length")
     if len(items) * best_of > MAX_SEQUENCES:
@@ -46,10 +46,12 @@ def parse_prompts(
     prompts = []
     for item in items:
         if isinstance(item, str):
-            prompt = _text(item, tokenizer, context_length)
+            check_characters("prompt", item, context_length)
+            prompt = tokenizer.prompt(item)
         else:
             check_context(len(item), max_tokens, context_length)
-            prompt = _tokens(item, tokenizer)
+            # The tokens of JSON are checked only now, so that too many are refused unread.
+            prompt = _tokens(map(_json_token, item) if json_set else item, tokenizer)
         check_context(len(prompt.token_ids), max_tokens, context_length)
         prompts.append(prompt)
     return tuple(prompts)
@@ -67,16 +69,16 @@ def check_context(length: int, max_tokens: int, context_length: int) -> None:
 
 
 def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Sequence[int]]:
-    if form == "text":
-        return [request.text]
-    if form == "tokens":
-        return [request.tokens.ids]
-    if form == "texts":
-        return request.texts.texts
-    return [prompt.ids for prompt in request.token_batch.prompts]
+    prompts: dict[str, Sequence[Any]] = {
+        "text": [request.text],
+        "tokens": [request.tokens.ids],
+        "texts": request.texts.texts,
+        "token_batch": [prompt.ids for prompt in request.token_batch.prompts],
+    }
+    return prompts[form]
 
 
-def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[int]]:
+def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[struct_pb2.Value]]:
     json_type = value.WhichOneof("kind")
     if json_type == "string_value":
         return [value.string_value]
@@ -87,37 +89,16 @@ def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[int]]:
     if json_types == {"string_value"}:
         return [item.string_value for item in items]
     if json_types == {"list_value"}:
-        return [_JsonTokens(item.list_value.values) for item in items]
+        return [item.list_value.values for item in items]
     if json_types <= {"number_value", "bool_value"}:
-        return [_JsonTokens(items)]
+        return [items]
     raise invalid("prompt", f"expected {_FORMS}, but got a mixture.", "invalid_type")
 
 
-class _JsonTokens(Sequence[int]):
-    """The token ids of a JSON array. Each is checked only when it is read, so that too many are refused unread."""
-
-    def __init__(self, values: Sequence[struct_pb2.Value]) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            return _JsonTokens(self._values[index])
-        value = self._values[index]
-        if value.WhichOneof("kind") != "number_value" or not value.number_value.is_integer():
-            raise invalid("prompt", "token ids must be integers.", "invalid_type")
-        return int(value.number_value)
-
-
-def _text(text: str, tokenizer: Tokenizer, context_length: int) -> Prompt:
-    check_characters("prompt", text, context_length)
-    return tokenizer.prompt(text)
+def _json_token(value: struct_pb2.Value) -> int:
+    if value.WhichOneof("kind") != "number_value" or not value.number_value.is_integer():
+        raise invalid("prompt", "token ids must be integers.", "invalid_type")
+    return int(value.number_value)
 
 
 def check_characters(name: str, text: str, context_length: int) -> None:
