@@ -24,8 +24,8 @@ class RpcCall:
     `trace` are the caller's traceparent and tracestate. `caller` may use no model until the call is authenticated;
     `model` is the id of the requested model. `headers` are sent before the answer's first message, or with the error.
     `notes` go into the call's line in the log: never content, keys, or names in clear. `usage` are the counts of a
-    completion request, once the engine has accepted it; `error` is what ended the call, even if gRPC can no longer
-    send it; `stalled` says that the caller did not read.
+    completion request that has ended, if the engine had accepted it; `error` is what ended the call, even if gRPC can
+    no longer send it; `stalled` says that the caller did not read.
     `hold` counts bytes of an answer that is kept whole until it is sent; it raises OverloadedError.
     """
 

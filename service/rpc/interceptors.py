@@ -7,7 +7,7 @@ import inspect
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -118,7 +118,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Sends a message, and before the first one the answer's headers: until then Envoy may ask another replica."""
         try:
             async with asyncio.timeout(self._send_timeout):
-                await _send_headers(call, context)
+                if call.headers:
+                    await context.send_initial_metadata(call.headers)
+                    call.headers = ()
                 await context.write(message)
         except TimeoutError:
             call.stalled = True
@@ -142,9 +144,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         with ExitStack() as held:
             try:
                 if not public:
-                    _take_client_request_id(call, dict(metadata).get("x-client-request-id"))
+                    self._admit(call, metadata, held)
                     context.set_trailing_metadata(call.identifiers)
-                    self._admit(method, call, metadata, held)
                 held.enter_context(self._running.lasting(method))
                 yield call
                 finished = True
@@ -158,7 +159,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _refuse(self, error: Exception, call: RpcCall, context: Context) -> None:
         """Ends a call with its error's status, or without one if the caller has left."""
-        code, message = _explain(error)
+        code, message = explain(error)
         _without_frames(error)
         metadata = (*call.identifiers, *call.headers, *trailing_metadata(code, message, error))
         if call.stalled:
@@ -168,8 +169,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.InternalError:  # the caller has left
             raise asyncio.CancelledError from None
 
-    def _admit(self, method: Method, call: RpcCall, metadata: Iterable[tuple[str, str]], held: ExitStack) -> None:
-        """Authenticates the caller, and counts the call. Raises the error that refuses the call."""
+    def _admit(self, call: RpcCall, metadata: Sequence[tuple[str, str]], held: ExitStack) -> None:
+        """Authenticates the caller, and counts the call. Raises the error that refuses the call.
+
+        It also records the caller's own id of its request, which the answer returns.
+        """
+        client_id = dict(metadata).get("x-client-request-id")
+        if client_id:
+            if not _CLIENT_REQUEST_ID.fullmatch(client_id):
+                message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
+                raise InvalidRequestError(message)
+            call.identifiers += (("x-client-request-id", client_id),)
+            call.notes["client_request_id"] = client_id
         # A header that comes twice is one with a comma, as HTTP has it.
         values = [value for key, value in metadata if key == "authorization"]
         caller = self._keys.authenticate(",".join(values) if values else None)
@@ -183,17 +194,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _report(self, method: Method, call: RpcCall, *, finished: bool, late: bool) -> None:
         """Reports a call's end to the observers and the log; `late` if its deadline had passed."""
         seconds = time.monotonic() - call.began
-        code = grpc.StatusCode.OK if finished else _left(late)
-        unexpected = False
-        if call.error is not None:
-            code = status_of(call.error, call.request_id)[0]
-            unexpected = not isinstance(call.error, ServiceError | EngineFaultError)
+        begun = call.usage is not None
+        code, outcome, refusal = outcome_of(call.error, begun=begun, finished=finished, late=late)
+        unexpected = not isinstance(call.error, ServiceError | EngineFaultError | None)
         fields: dict[str, object] = {"method": f"/{method.service}/{method.name}", "code": code.name}
         fields |= {"caller": call.caller.name, "request_id": call.request_id}
         ended = None
         if method.name in _COMPLETIONS:
-            begun = call.usage is not None
-            outcome, refusal = outcome_of(call.error, begun=begun, finished=finished, late=late)
             status = code.value[0]
             ended = Ended(
                 method, call.request_id, outcome, refusal, status, seconds, call.usage, call.trace, call.model
@@ -210,9 +217,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 def _begin(metadata: dict[str, str]) -> RpcCall:
     """A call that begins now, set as the current one."""
-    request_id = _request_id(metadata.get("x-request-id"))
-    call = RpcCall(time.monotonic(), request_id, {name: metadata[name] for name in _TRACE if name in metadata})
-    call.identifiers = (("x-request-id", request_id),)
+    proposed = metadata.get("x-request-id", "")
+    request_id = proposed if _REQUEST_ID.match(proposed) else str(uuid.uuid4())
+    trace = {name: metadata[name] for name in _TRACE if name in metadata}
+    call = RpcCall(time.monotonic(), request_id, trace, (("x-request-id", request_id),))
     current_call.set(call)
     return call
 
@@ -231,11 +239,6 @@ async def _only(context: Context) -> bytes:
     return data
 
 
-def _left(late: bool) -> grpc.StatusCode:
-    """The status of a call that ended without an answer or an error."""
-    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-
-
 def _late(context: Context) -> bool:
     """Whether the deadline has passed. The caller cancels by its own clock, which may be slightly ahead of ours."""
     left = context.time_remaining()
@@ -250,35 +253,7 @@ def _method(path: str, handler: Any) -> Method:
     return Method(service, name, kinds.get((requests, responses), "bidi_stream"))
 
 
-async def _send_headers(call: RpcCall, context: Context) -> None:
-    """Sends the answer's headers, once."""
-    if call.headers:
-        await context.send_initial_metadata(call.headers)
-        call.headers = ()
-
-
-def _request_id(proposed: str | None) -> str:
-    """The caller's request id if it is valid, else a new one."""
-    return proposed if proposed and _REQUEST_ID.match(proposed) else str(uuid.uuid4())
-
-
-def _take_client_request_id(call: RpcCall, client_id: str | None) -> None:
-    """Records the caller's own id of its request, which the answer returns. Raises InvalidRequestError if invalid."""
-    if not client_id:
-        return
-    if not _CLIENT_REQUEST_ID.fullmatch(client_id):
-        message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
-        raise InvalidRequestError(message)
-    call.identifiers += (("x-client-request-id", client_id),)
-    call.notes["client_request_id"] = client_id
-
-
-def failure(error: Exception) -> pb.Error:
-    """The error to send inside a stream that has begun, where HTTP cannot show gRPC's status."""
-    return _explain(error)[1]
-
-
-def _explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
+def explain(error: Exception) -> tuple[grpc.StatusCode, pb.Error]:
     """The status and the error to send for an exception, which ends the call; an unexpected one is logged."""
     call = current_call.get()
     call.error = error

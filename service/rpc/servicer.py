@@ -21,7 +21,7 @@ from service.rpc import render
 from service.rpc.calls import Context, RpcCall, current_call
 from service.rpc.checks import model_missing, shown
 from service.rpc.deadline import Deadline
-from service.rpc.interceptors import failure
+from service.rpc.interceptors import explain
 from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import Meter
@@ -162,7 +162,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         except Exception as error:
             if not begun:
                 raise
-            yield render.error_event(failure(error))
+            yield render.error_event(explain(error)[1])
 
     async def _parse(
         self, request: pb.CreateCompletionRequest, deadline: Deadline, *, streaming: bool
@@ -195,13 +195,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             model.engine.submit(request, deadline.left) as generation,
             deadline.ending(generation),
         ):
-            usage = call.usage = _usage(request, model.id, sequences, prompt_tokens)
             call.generates(generation)
             try:
                 yield generation
             finally:
                 call.generates(None)
-                _fill(usage, generation, call)
+                call.usage = _usage(request, model.id, generation, call.began)
 
     @contextmanager
     def _charged(self, call: RpcCall, tokens: int, sequences: int) -> Iterator[None]:
@@ -230,7 +229,9 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         return model
 
 
-def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> Usage:
+def _usage(request: Request, model: str, generation: Generation, began: float) -> Usage:
+    """The parameters, counts and times of a request that has ended; its call began at `began`."""
+    started, first = generation.started_at, generation.first_piece_at
     return Usage(
         id=request.id,
         model=model,
@@ -238,23 +239,17 @@ def _usage(request: Request, model: str, sequences: int, prompt_tokens: int) -> 
         temperature=request.sampling.temperature,
         top_p=request.sampling.top_p,
         n=request.n,
-        sequences=sequences,
-        prompt_tokens=prompt_tokens,
+        sequences=len(request.prompts) * request.best_of,
+        prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts),
+        cached_tokens=generation.cached_tokens,
+        completion_tokens=generation.completion_tokens,
+        longest=generation.longest,
+        stopped=generation.finished[FinishReason.STOP],
+        cut_off=generation.finished[FinishReason.LENGTH],
+        queued_seconds=generation.queued_at - began,
+        started_seconds=None if started is None else started - began,
+        first_token_seconds=None if first is None else first - began,
     )
-
-
-def _fill(usage: Usage, generation: Generation, call: RpcCall) -> None:
-    """Copies a generation's counts and times into `usage`."""
-    usage.cached_tokens = generation.cached_tokens
-    usage.completion_tokens = generation.completion_tokens
-    usage.longest = generation.longest
-    usage.stopped = generation.finished[FinishReason.STOP]
-    usage.cut_off = generation.finished[FinishReason.LENGTH]
-    usage.queued_seconds = generation.queued_at - call.began
-    if generation.started_at is not None:
-        usage.started_seconds = generation.started_at - call.began
-    if generation.first_piece_at is not None:
-        usage.first_token_seconds = generation.first_piece_at - call.began
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from completion.v1 import completion_pb2 as pb
-from google.protobuf import any_pb2
+from google.protobuf.any import pack
 from google.protobuf.struct_pb2 import NULL_VALUE
 from google.rpc import status_pb2
 
@@ -42,7 +43,7 @@ class _Row:
 
 
 # By exact type: a subclass needs a row of its own.
-_TABLE: dict[type[ServiceError], _Row] = {
+_TABLE: dict[type[Exception], _Row] = {
     InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", Refusal.INVALID),
     # The outcome is that of a key which was revoked while the engine worked on the request.
     AuthenticationError: _Row(
@@ -56,62 +57,59 @@ _TABLE: dict[type[ServiceError], _Row] = {
     DeadlineError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "server_error", Refusal.DEADLINE, Outcome.DEADLINE),
     SlowReaderError: _Row(grpc.StatusCode.ABORTED, "server_error", None, Outcome.SLOW_READER),
 }
+_UNEXPECTED = _Row(grpc.StatusCode.INTERNAL, "server_error", None)
 
 
 def status_of(error: Exception, request_id: str) -> tuple[grpc.StatusCode, pb.Error]:
     """The status and the error to send for an exception; an unexpected one reveals only the request id."""
+    row = _TABLE.get(type(error), _UNEXPECTED)
     if isinstance(error, ServiceError):
-        row = _TABLE[type(error)]
         return row.code, error_message(error.message, row.type, error.param, error.code)
     message = f"The server had an error while processing your request. Request id: {request_id}."
-    return grpc.StatusCode.INTERNAL, error_message(message, "server_error", None, None)
+    return row.code, error_message(message, row.type, None, None)
 
 
 def error_message(message: str, openai_type: str, param: str | None, code: str | None) -> pb.Error:
     """An error with its four fields, null where None."""
-    error = pb.Error(message=message, type=openai_type)
-    if param is None:
-        error.no_param = NULL_VALUE
-    else:
-        error.param = param
-    if code is None:
-        error.no_code = NULL_VALUE
-    else:
-        error.code = code
-    return error
+    fields: dict[str, Any] = {"no_param": NULL_VALUE} if param is None else {"param": param}
+    fields |= {"no_code": NULL_VALUE} if code is None else {"code": code}
+    return pb.Error(message=message, type=openai_type, **fields)
 
 
 def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) -> Metadata:
     """The status's detail and, for an overload, when to retry."""
-    detail = any_pb2.Any()
-    detail.Pack(pb.ErrorResponse(error=error))
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=[detail])
+    details = [pack(pb.ErrorResponse(error=error))]
+    status = status_pb2.Status(code=code.value[0], message=error.message, details=details)
     metadata: Metadata = (("grpc-status-details-bin", status.SerializeToString()),)
     if isinstance(cause, OverloadedError):
         milliseconds = f"{max(1, math.ceil(cause.retry_after * 1000))}"
-        metadata += (("retry-after", f"{max(1, math.ceil(cause.retry_after))}"), ("retry-after-ms", milliseconds))
-        metadata += (("grpc-retry-pushback-ms", milliseconds),)
+        metadata += (
+            ("retry-after", f"{max(1, math.ceil(cause.retry_after))}"),
+            ("retry-after-ms", milliseconds),
+            ("grpc-retry-pushback-ms", milliseconds),
+        )
     if isinstance(cause, AuthenticationError):
         metadata += (("www-authenticate", "Bearer"),)
     return metadata
 
 
-def outcome_of(error: Exception | None, *, begun: bool, finished: bool, late: bool) -> tuple[Outcome, Refusal | None]:
-    """How a completion request ended, and why it was refused, if it was.
+def outcome_of(
+    error: Exception | None, *, begun: bool, finished: bool, late: bool
+) -> tuple[grpc.StatusCode, Outcome, Refusal | None]:
+    """How a call ended: its status, and for a completion request its outcome and why it was refused, if it was.
 
     `begun`: the engine accepted the request. Without an error the call `finished` or was cancelled; `late`: its
     deadline had passed.
     """
-    if error is None:
-        if finished:
-            return Outcome.COMPLETED, None
-        return Outcome.DEADLINE if late else Outcome.CANCELLED, None
-    if not isinstance(error, ServiceError):
-        return Outcome.FAILED, None
-    row = _TABLE[type(error)]
-    if row.refusal is not None and not begun:
-        return Outcome.REFUSED, row.refusal
-    return row.outcome, None
+    if error is not None:
+        row = _TABLE.get(type(error), _UNEXPECTED)
+        refused = row.refusal is not None and not begun
+        return (row.code, Outcome.REFUSED, row.refusal) if refused else (row.code, row.outcome, None)
+    if finished:
+        return grpc.StatusCode.OK, Outcome.COMPLETED, None
+    if late:
+        return grpc.StatusCode.DEADLINE_EXCEEDED, Outcome.DEADLINE, None
+    return grpc.StatusCode.CANCELLED, Outcome.CANCELLED, None
 
 
 def summary(ended: Ended) -> dict[str, object]:
@@ -123,9 +121,8 @@ def summary(ended: Ended) -> dict[str, object]:
         fields["reason"] = ended.refusal.value
     usage = ended.usage
     if usage is not None:
-        waited = None
-        if usage.queued_seconds is not None and usage.started_seconds is not None:
-            waited = round(usage.started_seconds - usage.queued_seconds, 4)
+        started = usage.started_seconds
+        waited = None if started is None else round(started - usage.queued_seconds, 4)
         first = None if usage.first_token_seconds is None else round(usage.first_token_seconds, 4)
         fields |= {
             "sequences": usage.sequences,

@@ -40,7 +40,7 @@ class Method:
     kind: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """The parameters and the consumption of a completion request that the engine accepted.
 
@@ -58,14 +58,14 @@ class Usage:
     n: int
     sequences: int
     prompt_tokens: int
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    longest: int = 0
-    stopped: int = 0
-    cut_off: int = 0
-    queued_seconds: float | None = None
-    started_seconds: float | None = None
-    first_token_seconds: float | None = None
+    cached_tokens: int
+    completion_tokens: int
+    longest: int
+    stopped: int
+    cut_off: int
+    queued_seconds: float
+    started_seconds: float | None
+    first_token_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)

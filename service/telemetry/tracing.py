@@ -55,7 +55,7 @@ class Tracing(Observer):
     def _add_stages(self, ended: Ended, context: Context, began: int, now: int) -> None:
         """Adds a child span for each stage that the request reached."""
         usage = ended.usage
-        if usage is None or usage.queued_seconds is None:
+        if usage is None:
             return
         marks = [usage.queued_seconds, usage.started_seconds, usage.first_token_seconds]
         times = [began + _nanoseconds(mark) for mark in marks if mark is not None]
