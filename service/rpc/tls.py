@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,88 +27,72 @@ def load(settings: Settings) -> Rotation | None:
         return None
     if certificate is None or key is None:
         raise StartupError("TLS needs both --tls-certificate and --tls-key; --tls-client-ca is only for use with them")
-    return Rotation(Files(certificate, key, client_ca))
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of the certificate, its key, and the authority of callers' certificates."""
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None
-
-    def stamp(self) -> Stamp:
-        """Identifies the files' contents without reading them. Raises OSError."""
-        stats = (path.stat() for path in (self.certificate, self.key, self.client_ca) if path is not None)
-        return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
-
-    def read(self) -> grpc.ServerCertificateConfiguration:
-        """Reads the files and checks that they belong together. Raises StartupError."""
-        pair = (_pem(self.key, "PRIVATE KEY"), _pem(self.certificate, "CERTIFICATE"))
-        authority = None if self.client_ca is None else _pem(self.client_ca, "CERTIFICATE")
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # An empty password from `str()`: a key that needs one is refused, not asked for at the terminal.
-            context.load_cert_chain(self.certificate, self.key, password=str)
-            if authority is not None:
-                context.load_verify_locations(cadata=authority.decode())
-        except (OSError, ValueError) as error:
-            raise StartupError(f"TLS files {self.certificate} and {self.key} cannot be used: {error}") from None
-        return grpc.ssl_server_certificate_configuration([pair], authority)
-
-    def expires(self) -> float:
-        """When the first certificate of the chain expires, in Unix seconds. Raises StartupError."""
-        try:
-            chain = x509.load_pem_x509_certificates(self.certificate.read_bytes())
-        except (OSError, ValueError) as error:
-            raise StartupError(f"TLS file {self.certificate} cannot be read: {error}") from None
-        return min(certificate.not_valid_after_utc for certificate in chain).timestamp()
+    return Rotation(certificate, key, client_ca)
 
 
 class Rotation:
     """Checks the files at each new connection; invalid ones change nothing, and are logged once.
 
-    New connections use whatever certificate is in the files now; open ones keep theirs. `expires` is when the current
-    certificate expires, in Unix seconds.
+    `client_ca` is the file of the authority of callers' certificates. New connections use whatever certificate is in
+    the files now; open ones keep theirs. `expires` is when the first certificate of the current chain expires, in Unix
+    seconds.
     """
 
-    def __init__(self, files: Files) -> None:
-        self._files = files
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
         self._lock = threading.Lock()
-        self._first = files.read()
-        self._stamp: Stamp | None = files.stamp()
-        self.expires = files.expires()
+        self._first, self.expires = self._read()
+        self._stamp: Stamp | None = self._stamp_now()
 
     def credentials(self) -> grpc.ServerCredentials:
         """The credentials to open a port with."""
         # The stubs do not know that None means no change.
         fetch: Any = self.fetch
-        return grpc.dynamic_ssl_server_credentials(self._first, fetch, self._files.client_ca is not None)
+        return grpc.dynamic_ssl_server_credentials(self._first, fetch, self._client_ca is not None)
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """The new configuration, or None if the current one stays. gRPC calls it on its own threads."""
         with self._lock:
+            stamp = None
             try:
-                stamp = self._files.stamp()
-            except OSError as error:
-                self._keep(None, error)
-                return None
-            if stamp == self._stamp:
-                return None
-            try:
-                loaded, expires = self._files.read(), self._files.expires()
-            except StartupError as error:
-                self._keep(stamp, error)
-                return None
-            self._stamp, self.expires = stamp, expires
-            _log.info("the TLS files have changed: new connections get the new certificate")
+                stamp = self._stamp_now()
+                if stamp == self._stamp:
+                    return None
+                loaded, self.expires = self._read()
+            except (OSError, StartupError) as error:
+                if stamp != self._stamp:
+                    _log.warning("the TLS files are not valid, and the old ones stay", error=str(error))
+                loaded = None
+            else:
+                _log.info("the TLS files have changed: new connections get the new certificate")
+            self._stamp = stamp
             return loaded
 
-    def _keep(self, stamp: Stamp | None, error: Exception) -> None:
-        if stamp != self._stamp:
-            _log.warning("the TLS files are not valid, and the old ones stay", error=str(error))
-        self._stamp = stamp
+    def _stamp_now(self) -> Stamp:
+        """Identifies the files' contents without reading them. Raises OSError."""
+        stats = (path.stat() for path in (self._certificate, self._key, self._client_ca) if path is not None)
+        return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+    def _read(self) -> tuple[grpc.ServerCertificateConfiguration, float]:
+        """Reads the files, checks that they belong together, and finds when they expire. Raises StartupError."""
+        pair = (_pem(self._key, "PRIVATE KEY"), _pem(self._certificate, "CERTIFICATE"))
+        authority = None if self._client_ca is None else _pem(self._client_ca, "CERTIFICATE")
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # An empty password from `str()`: a key that needs one is refused, not asked for at the terminal.
+            context.load_cert_chain(self._certificate, self._key, password=str)
+            if authority is not None:
+                context.load_verify_locations(cadata=authority.decode())
+        except (OSError, ValueError) as error:
+            raise StartupError(f"TLS files {self._certificate} and {self._key} cannot be used: {error}") from None
+        try:
+            chain = x509.load_pem_x509_certificates(pair[1])
+        except ValueError as error:
+            raise StartupError(f"TLS file {self._certificate} cannot be read: {error}") from None
+        expires = min(certificate.not_valid_after_utc for certificate in chain).timestamp()
+        return grpc.ssl_server_certificate_configuration([pair], authority), expires
 
 
 def _pem(path: Path, label: str) -> bytes:
