@@ -22,12 +22,13 @@ _Answer: TypeAlias = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Implements grpc.health.v1.Health. A watcher that does not read delays no other."""
+    """Implements grpc.health.v1.Health. A watcher that does not read delays no other. `watches` are open."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
-        self._watches: set[asyncio.Event] = set()
+        self._changed = asyncio.Event()  # of the statuses that are current; there is another for the next ones
         self._over = False
+        self.watches = 0
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Answer:  # noqa: N802
         status = self._statuses.get(request.service)
@@ -42,24 +43,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, _: Context
     ) -> AsyncIterator[_Answer]:
-        changed, last = asyncio.Event(), None
-        self._watches.add(changed)
+        last = None
+        self.watches += 1
         try:
             while not self._over:
-                changed.clear()
+                changed = self._changed
                 status = self._statuses.get(request.service, _Answer.SERVICE_UNKNOWN)
-                if status != last:
+                if status == last:
+                    await changed.wait()
+                else:  # the status may change while the caller reads this one
                     last = status
                     yield _Answer(status=status)
-                    continue  # the status may have changed in the meantime
-                await changed.wait()
         finally:
-            self._watches.discard(changed)
-
-    @property
-    def watches(self) -> int:
-        """The number of open watches."""
-        return len(self._watches)
+            self.watches -= 1
 
     def end_watches(self) -> None:
         """Ends every watch; otherwise callers could delay the drain without limit."""
@@ -73,5 +69,5 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._wake()
 
     def _wake(self) -> None:
-        for changed in self._watches:
-            changed.set()
+        self._changed.set()
+        self._changed = asyncio.Event()
