@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import protovalidate
 from buf.validate import validate_pb2
 from completion.v1 import completion_pb2 as pb
 
 from service.errors import InvalidRequestError
-from service.rpc.checks import at_most, invalid, model_missing, not_finite, out_of_range, shortest, shown
+from service.rpc.checks import at_most, invalid, model_missing, out_of_range, shown
 
 _VALIDATOR = protovalidate.Validator()
 _REQUEST = pb.CreateCompletionRequest.DESCRIPTOR
@@ -70,8 +71,10 @@ def _leaf(path: Any) -> Any:
 def _number(name: str, value: float, limits: Any) -> InvalidRequestError:
     """The error for a number outside limits: Int32Rules or FloatRules."""
     if not math.isfinite(value):
-        return not_finite(name, value)
-    number_type, text = ("integer", str(value)) if isinstance(value, int) else ("decimal", shortest(value))
+        text = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        return invalid(name, f"must be a finite number, but got {text} instead.", "invalid_value")
+    # A decimal is shown as the caller wrote it: floats arrive in single precision.
+    number_type, text = ("integer", str(value)) if isinstance(value, int) else ("decimal", str(np.float32(value)))
     low, high = limits.WhichOneof("greater_than"), limits.WhichOneof("less_than")
     if high and value > getattr(limits, high):
         return out_of_range(name, number_type, "above maximum", f"<= {getattr(limits, high):g}", text)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from service.errors import InvalidRequestError
 
 
-def integer(name: str, value: int, low: int, high: int) -> int:
-    """`value`, if it is within `low`..`high`."""
-    if value < low:
-        raise out_of_range(name, "integer", "below minimum", f">= {low}", str(value))
+def check_maximum(name: str, value: int, high: int) -> None:
+    """Raises InvalidRequestError if an integer is above `high`; the contract's own rules have the lower bound."""
     if value > high:
         raise out_of_range(name, "integer", "above maximum", f"<= {high}", str(value))
-    return value
 
 
 def out_of_range(name: str, number_type: str, problem: str, expected: str, value: str) -> InvalidRequestError:
@@ -23,17 +16,6 @@ def out_of_range(name: str, number_type: str, problem: str, expected: str, value
     message = f"Invalid '{name}': {number_type} {problem} value. Expected a value {expected}, but got {value} instead."
     code = f"{number_type}_{'below_min' if problem == 'below minimum' else 'above_max'}_value"
     return InvalidRequestError(message, param=name, code=code)
-
-
-def not_finite(name: str, value: float) -> InvalidRequestError:
-    """The refusal of NaN and infinities."""
-    shown_value = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return invalid(name, f"must be a finite number, but got {shown_value} instead.", "invalid_value")
-
-
-def shortest(value: float) -> str:
-    """A number as the caller wrote it: floats arrive in single precision."""
-    return str(np.float32(value))
 
 
 def model_missing() -> InvalidRequestError:

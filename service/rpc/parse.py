@@ -12,7 +12,7 @@ from completion.v1 import completion_pb2 as pb
 from service.errors import InvalidRequestError
 from service.manifest import Manifest
 from service.rpc import bounds
-from service.rpc.checks import integer, invalid, shown
+from service.rpc.checks import check_maximum, invalid, shown
 from service.rpc.prompts import check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
@@ -49,11 +49,13 @@ def parse(
         bounds.check(pb.CreateCompletionRequest(model=request.model, stop=stop))
     max_tokens = request.max_tokens if request.HasField("max_tokens") else 16
     n, best_of = _candidates(request, streaming=streaming)
-    include_usage, continuous_usage = _stream_options(request, streaming=streaming)
+    if request.HasField("stream_options") and not streaming:
+        raise invalid("stream_options", "only allowed when 'stream' is true.", "invalid_value")
     sampling = _sampling(request, manifest.vocab_size)
     stop_token_ids = _stop_token_ids(request, manifest)
-    min_tokens = integer("min_tokens", request.min_tokens, 0, max_tokens)
-    _check_user(request.user)
+    check_maximum("min_tokens", request.min_tokens, max_tokens)
+    if any(character < " " or character == "\x7f" for character in request.user):
+        raise invalid("user", "must not contain control characters.", "invalid_value")
     suffix = _suffix(request, manifest)
     check_characters("suffix", suffix, limits.context_length)
     prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens)
@@ -71,13 +73,13 @@ def parse(
         n=n,
         best_of=best_of,
         stream=streaming,
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
+        include_usage=request.stream_options.include_usage,
+        continuous_usage=request.stream_options.continuous_usage_stats,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         echo=request.echo,
         stop=stop,
         stop_token_ids=stop_token_ids,
-        min_tokens=min_tokens,
+        min_tokens=request.min_tokens,
         sampling=sampling,
     )
     check_size(parsed)
@@ -96,12 +98,6 @@ def _candidates(request: pb.CreateCompletionRequest, *, streaming: bool) -> tupl
         problem = f"Results cannot be streamed when best_of is greater than 1, but got {best_of} instead."
         raise invalid("best_of", problem, "invalid_value")
     return n, best_of
-
-
-def _stream_options(request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[bool, bool]:
-    if request.HasField("stream_options") and not streaming:
-        raise invalid("stream_options", "only allowed when 'stream' is true.", "invalid_value")
-    return request.stream_options.include_usage, request.stream_options.continuous_usage_stats
 
 
 def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
@@ -148,14 +144,9 @@ def _logit_bias(request: pb.CreateCompletionRequest, vocabulary: int) -> dict[in
 
 def _stop_token_ids(request: pb.CreateCompletionRequest, manifest: Manifest) -> frozenset[int]:
     for token in request.stop_token_ids:
-        integer("stop_token_ids", token, 0, manifest.vocab_size - 1)
+        check_maximum("stop_token_ids", token, manifest.vocab_size - 1)
     end = () if request.ignore_eos else manifest.special_tokens.end
     return frozenset([*request.stop_token_ids, *end])
-
-
-def _check_user(user: str) -> None:
-    if any(character < " " or character == "\x7f" for character in user):
-        raise invalid("user", "must not contain control characters.", "invalid_value")
 
 
 def _suffix(request: pb.CreateCompletionRequest, manifest: Manifest) -> str:
