@@ -23,9 +23,10 @@ class Deadline:
         """No call takes longer than `longest` seconds; one that answers by `events` must report its end as an event."""
         left = context.time_remaining()
         self._at = None if left is None else time.monotonic() + left
-        self._longest = longest
-        self._longest_at = current_call.get().began + longest
-        self._events = events
+        message = f"The request took longer than {longest:g} seconds, the longest it may."
+        self._ends = [(current_call.get().began + longest, message)]
+        if self._at is not None and events:
+            self._ends.append((self._at, "The request took longer than it may."))
 
     @property
     def left(self) -> float | None:
@@ -35,10 +36,7 @@ class Deadline:
     @contextmanager
     def ending(self, generation: Generation) -> Iterator[None]:
         """Has a generation fail just before the call has taken too long; gRPC itself keeps its callers' deadlines."""
-        ends = [(self._longest_at, f"The request took longer than {self._longest:g} seconds, the longest it may.")]
-        if self._at is not None and self._events:
-            ends.append((self._at, "The request took longer than it may."))
-        at, message = min(ends)
+        at, message = min(self._ends)
         if math.isinf(at):
             yield
             return

@@ -12,8 +12,14 @@ _TEXT, _SCORED, _ALTERNATIVE = 4, 64, 32
 
 
 def answer_bytes(request: Request) -> int:
-    """The estimated maximum size of the answer, in bytes."""
-    return sum(map(sum, _parts(request)))
+    """The estimated maximum size of the answer, in bytes: of each prompt's choices, the texts and the scores."""
+    per_score = 0 if request.logprobs is None else _SCORED + _ALTERNATIVE * (request.logprobs + 1)
+    size = 0
+    for prompt in request.prompts:
+        text = request.max_tokens * _TEXT + (len(prompt.text.encode()) if request.echo else 0)
+        scored = request.max_tokens + (len(prompt.token_ids) if request.echo else 0)
+        size += request.n * (text + scored * per_score)
+    return size
 
 
 def check_size(request: Request) -> None:
@@ -28,14 +34,3 @@ def check_size(request: Request) -> None:
         f"request, or without echo or logprobs."
     )
     raise invalid("n", problem, "answer_too_large")
-
-
-def _parts(request: Request) -> list[tuple[int, int]]:
-    """The bytes of text and the bytes of scores of each prompt's choices."""
-    per_score = 0 if request.logprobs is None else _SCORED + _ALTERNATIVE * (request.logprobs + 1)
-    parts = []
-    for prompt in request.prompts:
-        echoed = len(prompt.text.encode()) if request.echo else 0
-        scored = request.max_tokens + (len(prompt.token_ids) if request.echo else 0)
-        parts.append((request.n * (echoed + request.max_tokens * _TEXT), request.n * scored * per_score))
-    return parts
