@@ -10,7 +10,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -49,7 +49,8 @@ class Tracing(Observer):
         )
         if span.is_recording():
             self._add_stages(ended, set_span_in_context(span), began, now)
-            _set_status(span, ended)
+            if ended.outcome in {Outcome.FAILED, Outcome.DEADLINE}:  # not callers' mistakes and cancellations
+                span.set_status(Status(StatusCode.ERROR))
         span.end(now)
 
     def _add_stages(self, ended: Ended, context: Context, began: int, now: int) -> None:
@@ -81,6 +82,8 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         "completion.outcome": ended.outcome.value,
         "completion.request_id": ended.request_id,
     }
+    if ended.outcome is not Outcome.COMPLETED:
+        attributes["error.type"] = ended.refusal.value if ended.refusal else ended.outcome.value
     if ended.model:
         attributes["gen_ai.request.model"] = ended.model
     usage = ended.usage
@@ -98,14 +101,6 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
             "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
         }
     return attributes
-
-
-def _set_status(span: Span, ended: Ended) -> None:
-    """Sets an error for failures of the service and passed deadlines, not for callers' mistakes and cancellations."""
-    if ended.outcome is not Outcome.COMPLETED:
-        span.set_attribute("error.type", ended.refusal.value if ended.refusal else ended.outcome.value)
-    if ended.outcome in {Outcome.FAILED, Outcome.DEADLINE}:
-        span.set_status(Status(StatusCode.ERROR))
 
 
 def _nanoseconds(seconds: float) -> int:
