@@ -20,6 +20,10 @@ _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _SENTENCEPIECE_SPACE = "\u2581"
 # A text that tokenizers do not merge with the text after it; `_encode_further` checks this.
 _START = "\0"
+# GPT-2's table for byte-level vocabularies: printable characters stand for their bytes, others for the rest.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_REST = sorted(set(range(256)) - set(_PRINTABLE))
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_REST)}
 
 
 class Tokenizer:
@@ -161,16 +165,6 @@ def readable(token: bytes) -> str:
         return token.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-
-def _byte_characters() -> dict[str, int]:
-    """The printable characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTE_OF_CHARACTER = _byte_characters()
 
 
 class Detokenizer:

@@ -90,11 +90,7 @@ class Transcript:
 
     def finish(self) -> Piece:
         """Everything that is held back, without an unfinished character."""
-        tokens = [held.token for held in self._tokens]
-        offsets = [self._start + held.start for held in self._tokens]
-        text, self._text = self._text, ""
-        self._tokens.clear()
-        return Piece(text, tuple(zip(map(readable, tokens), offsets, strict=True)))
+        return self._end(list(self._tokens), len(self._text), stopped=False)
 
     def _release(self, safe: int) -> Piece:
         """Releases the tokens that end within the first `safe` characters."""
@@ -114,10 +110,14 @@ class Transcript:
     def _cut(self, stop: int) -> Piece:
         """Releases the text before the stop text at `stop`, and ends."""
         kept = [held for held in self._tokens if held.start < stop]
-        tokens = [(readable(held.token), self._start + held.start) for held in kept]
         last = kept[-1] if kept else None
         if last is not None and (last.end is None or last.end > stop):
-            tokens[-1] = (self._text[max(last.start, 0) : stop], tokens[-1][1])
-        text, self._text = self._text[:stop], ""
+            last.token = self._text[max(last.start, 0) : stop].encode()
+        return self._end(kept, stop, stopped=True)
+
+    def _end(self, kept: list[_Held], length: int, *, stopped: bool) -> Piece:
+        """The last piece: the tokens `kept`, and the first `length` characters of the held text."""
+        tokens = tuple((readable(held.token), self._start + held.start) for held in kept)
+        text, self._text = self._text[:length], ""
         self._tokens.clear()
-        return Piece(text, tuple(tokens), stopped=True)
+        return Piece(text, tokens, stopped)
