@@ -30,7 +30,8 @@ class _Messages:
 
     def usage_message(self) -> pb.CreateCompletionResponse:
         """A message without choices, with the usage so far: the last one of a stream."""
-        message, completion = self._message(), self._counts.completion
+        message = self._message()
+        completion = self._counts.completion
         total = self._prompt_tokens + completion
         usage = pb.Usage(prompt_tokens=self._prompt_tokens, completion_tokens=completion, total_tokens=total)
         if cached := self._counts.cached:
