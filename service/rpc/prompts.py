@@ -69,13 +69,13 @@ def check_context(length: int, max_tokens: int, context_length: int) -> None:
 
 
 def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Sequence[int]]:
-    prompts: dict[str, Sequence[Any]] = {
-        "text": [request.text],
-        "tokens": [request.tokens.ids],
-        "texts": request.texts.texts,
-        "token_batch": [prompt.ids for prompt in request.token_batch.prompts],
-    }
-    return prompts[form]
+    if form == "text":
+        return [request.text]
+    if form == "tokens":
+        return [request.tokens.ids]
+    if form == "texts":
+        return request.texts.texts
+    return [prompt.ids for prompt in request.token_batch.prompts]
 
 
 def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[struct_pb2.Value]]:
