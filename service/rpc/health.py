@@ -22,11 +22,14 @@ _Answer: TypeAlias = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Implements grpc.health.v1.Health. A watcher that does not read delays no other. `watches` are open."""
+    """Implements grpc.health.v1.Health. A watcher that does not read delays no other.
+
+    `watches` is the number of open watches.
+    """
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
-        self._changed = asyncio.Event()  # of the statuses that are current; there is another for the next ones
+        self._changed = asyncio.Event()  # set at the next change, which replaces it
         self._over = False
         self.watches = 0
 
