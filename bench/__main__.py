@@ -17,20 +17,20 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import genai, interactive, limits, llama_cpp, loads, peers, report, soak
+from bench import drive, genai, limits, loads, peers, report, soak
 from bench.client import PeerError
-from bench.drive import Figure, Outcome
 from bench.loads import Plan
-from bench.peers import Served, Setup, Start
+from bench.peers import Served, Setup
 from bench.processes import memory
+from bench.report import Figure, Outcome
 from deploy import local
 from service import manifest
 from service.errors import StartupError
@@ -40,22 +40,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Peer:
-    """One thing to measure: its name in tables, how to start it, and the loads that it can take."""
+    """One thing to measure: its name in tables, how to start it, its loads, and fields of Setup that differ for it."""
 
     title: str
-    start: Start
+    start: Callable[[Setup], AbstractContextManager[Served]]
     loads: Sequence[str] = loads.COMPARED
+    setup: Mapping[str, Any] = field(default_factory=dict)
 
 
 PEERS = {
-    "rest": Peer(report.PRODUCT, peers.replicas_through_envoy),
+    "rest": Peer(report.PRODUCT, peers.product),
     "grpc": Peer(report.GRPC, peers.grpc_direct),
     "engine": Peer(report.ENGINE, peers.bare_engine, (*loads.COMPARED, "cancel")),
-    "llama-q4_1": Peer("llama.cpp, same GGUF", llama_cpp.same_file),
-    "llama-q8_0": Peer("llama.cpp, Q8_0", llama_cpp.q8_0),
+    "llama-q4_1": Peer("llama.cpp, same GGUF", peers.llama_cpp),
+    "llama-q8_0": Peer("llama.cpp, Q8_0", peers.llama_cpp, setup={"requantized": True}),
     "genai": Peer("onnxruntime-genai", genai.static_batches, ("closed", "ttft")),
-    "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.on_cuda(peers.replicas_through_envoy)),
-    "engine-cuda": Peer(f"{report.ENGINE}, CUDA", peers.on_cuda(peers.bare_engine)),
+    "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.product, setup={"device": "cuda"}),
+    "engine-cuda": Peer(f"{report.ENGINE}, CUDA", peers.bare_engine, setup={"device": "cuda"}),
 }
 # Every machine can run these.
 USUAL_PEERS = [name for name in PEERS if not name.endswith("-cuda")]
@@ -64,7 +65,13 @@ USUAL_PEERS = [name for name in PEERS if not name.endswith("-cuda")]
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    options = _parser().parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=RUNS, default="compare", help="what to run (%(default)s)")
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
+    options = parser.parse_args()
     try:
         RUNS[options.what](options)
     except KeyboardInterrupt:
@@ -74,8 +81,10 @@ def main() -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    named = [PEERS[name] for name in options.peers]
-    chosen = [replace(peer, loads=[load for load in options.loads if load in peer.loads]) for peer in named]
+    chosen = [
+        replace(PEERS[name], loads=[load for load in options.loads if load in PEERS[name].loads])
+        for name in options.peers
+    ]
     results = _measure(options, [peer for peer in chosen if peer.loads], machine="limits" in options.loads)
     setup = _setup(options)
     limits.relate(results, setup.model_dir, setup.weights, _plan(options, setup.model_dir))
@@ -87,21 +96,21 @@ def _limits(options: argparse.Namespace) -> None:
 
 
 def _growth(options: argparse.Namespace) -> None:
-    curves = [Peer(report.GRPC, peers.grpc_direct, [curve]) for curve in options.curves]
-    _measure(options, curves, slots=max(loads.GROWTH_SIZES)).finish()
+    room = {"slots": max(loads.GROWTH_SIZES)}
+    _measure(options, [Peer(report.GRPC, peers.grpc_direct, [curve], room) for curve in options.curves]).finish()
 
 
 def _overload(options: argparse.Namespace) -> None:
     options.rounds = 1
-    product = Peer(report.PRODUCT, peers.replicas_through_envoy, ["overload"])
-    _measure(options, [product], slots=loads.CALLERS, queue_seconds=loads.QUEUE_SECONDS).finish()
+    limited = {"slots": loads.CALLERS, "queue_seconds": loads.QUEUE_SECONDS}
+    _measure(options, [Peer(report.PRODUCT, peers.product, ["overload"], limited)]).finish()
 
 
 def _scaling(options: argparse.Namespace) -> None:
     plain = [_replicas(count) for count in options.replicas]
     pairs = [(_replicas(count, affinity=True), _replicas(count)) for count in options.replicas if count > 1]
     chosen = [*plain, *(affine for affine, _ in pairs)]
-    results = _measure(options, chosen, slots=loads.CALLERS)
+    results = _measure(options, chosen)
     results.finish()
     pairs += [(peer, plain[0]) for peer in chosen[1:]]
     for table in (*results.tables("callers"), *results.tables("sessions")):
@@ -113,12 +122,12 @@ def _scaling(options: argparse.Namespace) -> None:
 
 def _replicas(count: int, affinity: bool = False) -> Peer:
     title = f"{count} {'replica' if count == 1 else 'replicas'}{', affinity' if affinity else ''}"
-    start = partial(peers.replicas_through_envoy, count=count, affinity=affinity)
-    return Peer(title, start, ("callers", "sessions"))
+    setup = {"slots": loads.CALLERS, "replicas": count, "affinity": affinity}
+    return Peer(title, peers.product, ("callers", "sessions"), setup)
 
 
 def _soak(options: argparse.Namespace) -> None:
-    if not soak.run(options.minutes, options.seed, soak.Bounds()):
+    if not soak.run(options.minutes, options.seed, soak.BOUNDS):
         raise PeerError("the soak broke its bounds")
 
 
@@ -132,33 +141,26 @@ RUNS = {
 }
 
 
-def _measure(
-    options: argparse.Namespace, chosen: Sequence[Peer], machine: bool = False, **changes: Any
-) -> report.Results:
-    """Measures in every round the machine's limits, if `machine`, and the chosen peers.
-
-    `changes` replaces fields of the peers' Setup.
-    """
+def _measure(options: argparse.Namespace, chosen: Sequence[Peer], machine: bool = False) -> report.Results:
+    """Measures in every round the machine's limits, if `machine`, and the chosen peers."""
     results = report.Results(options.out, vars(options))
     for number in range(1, options.rounds + 1):
         if machine:
             results.add(number, report.MACHINE, "limits", limits.measure(options.threads))
         for peer in chosen:
-            progress = f"round {number} of {options.rounds}: {peer.title}: {', '.join(peer.loads)}"
-            print(progress, file=sys.stderr, flush=True)
-            setup = replace(_setup(options), **changes)
+            measured = ", ".join(peer.loads)
+            print(f"round {number} of {options.rounds}: {peer.title}: {measured}", file=sys.stderr, flush=True)
+            setup = replace(_setup(options), **peer.setup)
+            plan = _plan(options, setup.model_dir)
             with peer.start(setup) as served:
-                for load, outcome in asyncio.run(interactive.run(served, peer.loads, _plan(options, setup.model_dir))):
+                for load, outcome in asyncio.run(drive.run(served, peer.loads, plan)):
                     results.add(number, peer.title, load, outcome)
                 if served.processes:
-                    results.add(number, peer.title, ", ".join(peer.loads), _peak_memory(served))
+                    peak = sum(memory(pid) for pid in served.processes) / 2**20
+                    most = Figure("memory, most resident, all processes", peak, "MiB", "less")
+                    results.add(number, peer.title, measured, Outcome([most]))
             results.save()
     return results
-
-
-def _peak_memory(served: Served) -> Outcome:
-    peak = sum(memory(pid) for pid in served.processes.values()) / 2**20
-    return Outcome([Figure("memory, most resident, all processes", peak, "MiB", "less")])
 
 
 def _setup(options: argparse.Namespace) -> Setup:
@@ -166,7 +168,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         model_dir=local.model_dir(local.Options.from_environment()),
         weights=options.weights or local.default_weights(),
         threads=options.threads,
-        slots=max(*options.concurrency, loads.CHATS, interactive.STREAMS + 1),
+        slots=max(*options.concurrency, loads.CHATS, drive.STREAMS + 1),
         context=loads.longest_sequence(options.prompt_tokens, options.new_tokens),
         cache=ROOT / ".cache" / "bench",
         flash_attention=options.flash_attention,
@@ -174,11 +176,10 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 
 def _plan(options: argparse.Namespace, model_dir: Path) -> Plan:
-    values = {field.name: getattr(options, field.name) for field in fields(Plan) if hasattr(options, field.name)}
     return Plan(
         tokenizer=Tokenizer.from_file(str(model_dir / manifest.TOKENIZER_FILE)),
         context=manifest.load(model_dir).context_length,
-        **values,
+        **{each.name: getattr(options, each.name) for each in fields(Plan) if hasattr(options, each.name)},
     )
 
 
@@ -260,16 +261,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "folder for the raw JSON and the plots (%(default)s)",
     },
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", nargs="?", choices=RUNS, default="compare", help="what to run (%(default)s)")
-    for name, settings in OPTIONS.items():
-        parser.add_argument(name, **settings)
-    return parser
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 API_KEY = "bench"
 
@@ -41,11 +42,6 @@ class Job:
     reuse: bool = False
     session: str | None = None
     follow_ups: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def expected_tokens(self) -> int:
-        """The tokens of a complete answer, over all choices."""
-        return len(self.prompts) * self.n * self.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +78,6 @@ class Timing:
         return self.at[0] - self.began
 
     @property
-    def duration(self) -> float:
-        """Seconds from sending to the last piece."""
-        return self.at[-1] - self.began
-
-    @property
     def gaps(self) -> list[float]:
         """Seconds between pieces."""
         return [after - before for before, after in pairwise(self.at)]
@@ -111,33 +102,15 @@ async def timed(stream: Stream, job: Job, turn: int = 0) -> Timing:
             at.append(time.perf_counter())
             texts.append(piece.text)
         tokens, cached = piece.tokens or tokens, piece.cached or cached
-    if tokens != job.expected_tokens:
-        raise PeerError(f"an answer has {tokens} tokens, {job.expected_tokens} were asked for")
+    expected = len(job.prompts) * job.n * job.new_tokens
+    if tokens != expected:
+        raise PeerError(f"an answer has {tokens} tokens, {expected} were asked for")
     return Timing(began, tuple(at), tokens, cached, "".join(texts), sum(map(len, job.prompts)), turn)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """The value that `percent` of `values` do not exceed, interpolated linearly between neighbours."""
-    if len(values) < 2:
-        return values[0]
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-@asynccontextmanager
-async def post(port: int, body: Mapping[str, Any], session: str | None = None) -> AsyncIterator[asyncio.StreamReader]:
-    """Sends a completion request over a connection of its own, and gives the reader of the raw HTTP/1.1 answer."""
-    data = json.dumps(body).encode()
-    session_header = f"X-Session-Id: {session}\r\n" if session else ""
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{session_header}\r\n"
-    )
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(head.encode() + data)
-        yield reader
-    finally:
-        writer.close()
+    return float(np.percentile(values, percent))
 
 
 def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> Stream:
@@ -158,7 +131,16 @@ def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> St
             "stream_options": {"include_usage": True},
             **({} if job.reuse else uncached or {}),
         }
-        async with post(port, body, job.session) as reader:
+        data = json.dumps(body).encode()
+        session_header = f"X-Session-Id: {job.session}\r\n" if job.session else ""
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {API_KEY}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+            f"Connection: close\r\n{session_header}\r\n"
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with closing(writer):
+            writer.write(head.encode() + data)
             status = await reader.readline()
             if b" 429 " in status:
                 raise RefusedError("the peer refused a request: it is overloaded")

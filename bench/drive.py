@@ -1,85 +1,37 @@
-"""Drives a peer by a load: closed loops, open loops and conversations, all within the event loop's thread."""
+"""Drives a peer by the loads, all within the event loop's thread.
+
+Most loads are data of `bench.loads`. The requests of `stall`, `cancel` and `overload` depend on what the peer does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from bench.client import Job, PeerError, RefusedError, Stream, Timing, timed
+from bench import loads
+from bench.client import Job, PeerError, RefusedError, Stream, Timing, percentile, timed
+from bench.loads import Load, Plan, Run, jobs
 from bench.peers import Served
+from bench.processes import memory
+from bench.report import Figure, Outcome
+from service.engine.engine import Engine
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number. `better` says which direction is better: "more", "less", or "" for a number that only explains."""
-
-    name: str
-    value: float
-    unit: str
-    better: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a load: its figures, and the requests behind them.
-
-    `size` is what a curve is drawn against, such as the requests at once; None where the load has only one size.
-    """
-
-    figures: list[Figure]
-    timings: list[Timing] = field(default_factory=list)
-    size: float | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished load: the timings of its answers, and the seconds that each refusal took.
-
-    `began` is a moment of the timings' clock; `resident` is the service's memory afterwards, in bytes.
-    """
-
-    began: float
-    timings: Sequence[Timing]
-    refusals: Sequence[float] = ()
-    resident: int = 0
-
-    @property
-    def output_rate(self) -> float:
-        """Generated tokens per second, from the first request sent to the last token received."""
-        return sum(timing.tokens for timing in self.timings) / self.seconds
-
-    @property
-    def seconds(self) -> float:
-        """From the first request sent to the last token received."""
-        return max(timing.at[-1] for timing in self.timings) - self.began
-
-
-# Unit, which direction is better (see Figure), and how the number follows from a run.
-Metric = tuple[str, str, Callable[[Run], float]]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests and the figures that follow from them.
-
-    In a closed loop, `concurrency` callers send the requests one after the other. In an open loop, `moments` holds the
-    second at which each request arrives, whether or not earlier ones are done. Refusals are errors unless `refusable`.
-    """
-
-    work: Sequence[Job]
-    metrics: Mapping[str, Metric]
-    concurrency: int = 1
-    moments: Sequence[float] = ()
-    size: float | None = None
-    refusable: bool = False
+STREAMS = 4
+CANCELLATIONS = 8
+CANCEL_PROMPT = 1024
+CANCEL_STREAM_TOKENS = 600
+OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
+# Until every stream has sent the first two pieces, streams still start; the pieces after them are undisturbed.
+STARTING_PIECES = 2
+QUIET_PIECES = 64
+POLL_SECONDS = 0.0005
+PATIENCE_SECONDS = 30.0
 
 
 async def measure(served: Served, load: Load, tokenizer: Tokenizer) -> Outcome:
@@ -93,28 +45,25 @@ async def drive(served: Served, load: Load, tokenizer: Tokenizer) -> Run:
     """Sends all requests of the load and waits for every answer."""
     timings: list[Timing] = []
     refusals: list[float] = []
-    queue = list(reversed(load.work))
+    callers = asyncio.Semaphore(load.concurrency)
 
     async def arrive(moment: float, job: Job) -> None:
         await asyncio.sleep(moment)
-        sent = time.perf_counter()
-        try:
-            timings.extend(await converse(served.stream, job, tokenizer))
-        except RefusedError:
-            if not load.refusable:
-                raise
-            refusals.append(time.perf_counter() - sent)
-
-    async def caller() -> None:
-        while queue:
-            await arrive(0, queue.pop())
+        async with callers:
+            sent = time.perf_counter()
+            try:
+                timings.extend(await converse(served.stream, job, tokenizer))
+            except RefusedError:
+                if not load.refusable:
+                    raise
+                refusals.append(time.perf_counter() - sent)
 
     began = time.perf_counter()
-    if load.moments:
-        await together(arrive(moment, job) for moment, job in zip(load.moments, load.work, strict=True))
-    else:
-        await together(caller() for _ in range(load.concurrency))
-    return Run(began, timings, refusals, served.resident())
+    async with together() as tasks:
+        for moment, job in zip(load.moments or [0.0] * len(load.work), load.work, strict=True):
+            tasks.create_task(arrive(moment, job))
+    resident = sum(memory(pid, "VmRSS") for pid in served.processes[:1])
+    return Run(began, timings, refusals, resident)
 
 
 async def converse(stream: Stream, job: Job, tokenizer: Tokenizer) -> list[Timing]:
@@ -130,7 +79,7 @@ async def converse(stream: Stream, job: Job, tokenizer: Tokenizer) -> list[Timin
 
 
 @asynccontextmanager
-async def background(stream: Stream, work: Iterable[Job], pieces: int) -> AsyncIterator[list[list[float]]]:
+async def background(stream: Stream, work: Sequence[Job], pieces: int) -> AsyncIterator[list[list[float]]]:
     """Runs requests beside the block, from when each has sent `pieces` pieces; gives the lists of their pieces' times.
 
     Raises PeerError when one of them ends before the block does.
@@ -139,34 +88,123 @@ async def background(stream: Stream, work: Iterable[Job], pieces: int) -> AsyncI
     async def listen(job: Job, at: list[float]) -> None:
         async for _ in stream(job):
             at.append(time.perf_counter())  # noqa: PERF401 - others read the list meanwhile
+        raise PeerError("a background stream ended too early: nothing ran beside what was measured")
 
-    jobs = list(work)
-    arrived: list[list[float]] = [[] for _ in jobs]
-    tasks = [asyncio.create_task(listen(job, at)) for job, at in zip(jobs, arrived, strict=True)]
-    try:
-        while min(map(len, arrived)) < pieces:
-            _require_running(tasks)
+    arrived: list[list[float]] = [[] for _ in work]
+    async with together() as group:
+        tasks = [group.create_task(listen(job, at)) for job, at in zip(work, arrived, strict=True)]
+        while min(map(len, arrived)) < pieces:  # noqa: ASYNC110 - an event at every piece would cost the streams time
             await asyncio.sleep(0.005)
         yield arrived
-        _require_running(tasks)
-    finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _require_running(tasks: Iterable[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        if task.done():
-            task.result()
-            raise PeerError("a background stream ended too early: nothing ran beside what was measured")
-
-
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure ends the others."""
+@asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """Waits for the tasks of a group at the end of the block; the first failure ends the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item) for item in work]
+            yield group
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+
+
+async def stall(served: Served, plan: Plan) -> list[Outcome]:
+    """How a long prompt delays running streams: the time between their pieces before it and during its prefill."""
+    streams = jobs(plan, "stall", STREAMS, plan.prompt_tokens, loads.STALL_TOKENS)
+    (long,) = jobs(plan, "stall prompt", 1, loads.STALL_PROMPT, 1)
+    async with background(served.stream, streams, STARTING_PIECES + QUIET_PIECES) as arrived:
+        timing = await timed(served.stream, long)
+    settled = max(at[STARTING_PIECES - 1] for at in arrived)
+    quiet = [gap for at in arrived for gap in _gaps_within(at, settled, timing.began)]
+    busy = [gap for at in arrived for gap in _gaps_within([*at, max(at[-1], timing.at[0])], timing.began, timing.at[0])]
+    figures = [
+        Figure("undisturbed between tokens, p50", 1000 * percentile(quiet, 50), "ms", "less"),
+        Figure("undisturbed between tokens, p95", 1000 * percentile(quiet, 95), "ms", "less"),
+        Figure("beside a 2000-token prompt, p50", 1000 * percentile(busy, 50), "ms", "less"),
+        Figure("beside a 2000-token prompt, p95", 1000 * percentile(busy, 95), "ms", "less"),
+        Figure("beside a 2000-token prompt, longest", 1000 * max(busy), "ms", "less"),
+        Figure("2000-token prompt beside streams, time to first token", timing.first, "s", "less"),
+    ]
+    # The streams' pieces too, as times relative to the long prompt's sending.
+    return [Outcome(figures, [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)])]
+
+
+def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
+    """The gaps that overlap the time from `start` to `end`, and not only by touching it."""
+    return [after - before for before, after in pairwise(at) if after > start and before < end]
+
+
+async def cancel(served: Served, plan: Plan) -> list[Outcome]:
+    """How soon a cancelled request frees its slot beside running streams, alternately in decode and in prefill.
+
+    Only the bare engine reports its slots. Figures are the milliseconds until the slot is free, and the steps that
+    another stream took meanwhile.
+    """
+    waits, steps = [], []
+    streams = jobs(plan, "cancel", STREAMS, plan.prompt_tokens, CANCEL_STREAM_TOKENS)
+    cancelled = jobs(plan, "cancelled", CANCELLATIONS, CANCEL_PROMPT, plan.new_tokens)
+    async with background(served.stream, streams, 1) as arrived:
+        for number, job in enumerate(cancelled):
+            # In decode it has sent its first piece.
+            async with background(served.stream, [job], 1 if number % 2 == 0 else 0):
+                await wait_for_slots(served.engine, STREAMS + 1)
+                began, pieces_before = time.perf_counter(), len(arrived[0])
+            await wait_for_slots(served.engine, STREAMS)
+            waits.append(1000 * (time.perf_counter() - began))
+            steps.append(len(arrived[0]) - pieces_before)
+    figures = [
+        Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
+        Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
+        Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
+    ]
+    return [Outcome(figures)]
+
+
+async def overload(served: Served, plan: Plan) -> list[Outcome]:
+    """Offers OVERLOADS times the sustainable rate, which it measures first."""
+    work = jobs(plan, "sustainable", 4 * loads.CALLERS, loads.CALLER_PROMPT, loads.CALLER_TOKENS)
+    run = await drive(served, Load(work, {}, loads.CALLERS), plan.tokenizer)
+    sustainable = len(work) / run.seconds
+    return [
+        await measure(served, loads.offered(plan, share, sustainable * share), plan.tokenizer) for share in OVERLOADS
+    ]
+
+
+async def wait_for_slots(engine: Engine | None, held: int) -> None:
+    """Waits until exactly `held` slots of the engine are in use. Raises PeerError after PATIENCE_SECONDS."""
+    assert engine is not None, "only the bare engine reports its slots"
+    deadline = time.perf_counter() + PATIENCE_SECONDS
+    while engine.stats.running != held:
+        if time.perf_counter() > deadline:
+            raise PeerError(f"{engine.stats.running} slots were held for {PATIENCE_SECONDS} s, not {held}")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+INTERACTIVE = {"stall": stall, "cancel": cancel, "overload": overload}
+
+
+async def run(served: Served, names: Sequence[str], plan: Plan) -> list[tuple[str, Outcome]]:
+    """Drives a peer by the named loads, one after the other, after a short request that warms it up.
+
+    Raises PeerError when a load takes longer than the plan's limit.
+    """
+    if served.engine is not None:
+        served.engine.start(asyncio.get_running_loop())
+    await timed(served.stream, jobs(plan, "warm-up", 1, 16, 8)[0])
+    table = loads.table(plan)
+    outcomes = []
+    for name in names:
+        try:
+            async with asyncio.timeout(plan.limit):
+                if name in INTERACTIVE:
+                    results = await INTERACTIVE[name](served, plan)
+                else:
+                    results = [await measure(served, load, plan.tokenizer) for load in table[name]]
+        except TimeoutError:
+            raise PeerError(f"the load {name} did not end within {plan.limit} s") from None
+        outcomes += [(name, outcome) for outcome in results]
+    if served.engine is not None:
+        await wait_for_slots(served.engine, 0)  # no request may outlive the event loop
+    return outcomes

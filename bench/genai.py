@@ -13,14 +13,15 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-from onnx_ir.tape import Tape
+import onnx
 
 from bench.client import Job, PeerError, Piece
 from bench.peers import Served, Setup
+from bench.processes import optional_package
 from service import manifest
 
 # A batch waits this long for the requests that one client sends at once.
@@ -30,7 +31,11 @@ GATHER_SECONDS = 0.02
 @contextmanager
 def static_batches(setup: Setup) -> Iterator[Served]:
     """A batcher that is fed with token ids; it gives no text, which spares it the decoding."""
-    yield Served(_Batcher(_load(_converted(setup), setup.threads), setup.slots).stream)
+    genai = optional_package("onnxruntime_genai", "onnxruntime-genai")
+    config = genai.Config(str(_converted(setup)))
+    options = {"intra_op_num_threads": setup.threads, "inter_op_num_threads": 1}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    yield Served(_Batcher(genai, genai.Model(config), setup.slots).stream)
 
 
 @dataclass(eq=False)
@@ -49,7 +54,8 @@ class _Waiting:
 class _Batcher:
     """Runs waiting requests of one shape in a thread, one batch after the other, while any request waits."""
 
-    def __init__(self, model: Any, slots: int) -> None:
+    def __init__(self, genai: ModuleType, model: Any, slots: int) -> None:
+        self._genai = genai
         self._model = model
         self._slots = slots
         self._waiting: list[_Waiting] = []
@@ -78,14 +84,12 @@ class _Batcher:
                 _deliver(batch, error)
 
     def _generate(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
-        import onnxruntime_genai  # noqa: PLC0415 - see _load
-
         prompt, new = batch[0].shape
-        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        parameters = self._genai.GeneratorParams(self._model)
         length = prompt + new
         # An answer cannot end before min_length.
         parameters.set_search_options(batch_size=len(batch), min_length=length, max_length=length, do_sample=False)
-        generator = onnxruntime_genai.Generator(self._model, parameters)
+        generator = self._genai.Generator(self._model, parameters)
         generator.append_tokens(np.array([waiting.job.prompts[0] for waiting in batch], np.int32))
         for count in range(1, new + 1):
             generator.generate_next_token()
@@ -97,19 +101,6 @@ def _deliver(batch: list[_Waiting], piece: Piece | Exception) -> None:
         waiting.arrived.put_nowait(piece)
 
 
-def _load(folder: Path, threads: int) -> Any:
-    try:
-        import onnxruntime_genai  # noqa: PLC0415 - only this peer needs it
-    except ImportError:
-        raise PeerError(
-            "onnxruntime-genai is missing: `make bench` installs it, or leave it out with --peers"
-        ) from None
-    config = onnxruntime_genai.Config(str(folder))
-    options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    return onnxruntime_genai.Model(config)
-
-
 def _converted(setup: Setup) -> Path:
     """A model directory for onnxruntime-genai, made once for each export."""
     described = manifest.load(setup.model_dir)
@@ -118,70 +109,60 @@ def _converted(setup: Setup) -> Path:
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model = ir.load(setup.model_dir / manifest.MODEL_FILE)
-        _adapt(model.graph, described.vocab_size)
-        ir.save(model, partial / manifest.MODEL_FILE)
+        model = onnx.load(setup.model_dir / manifest.MODEL_FILE, load_external_data=False)
+        model.graph.CopyFrom(_adapted(model.graph))
+        onnx.save(model, partial / manifest.MODEL_FILE)
         shutil.copyfile(setup.model_dir / manifest.WEIGHTS_FILE, partial / manifest.WEIGHTS_FILE)
         (partial / "genai_config.json").write_text(json.dumps(_config(described, model.graph), indent=2))
         partial.rename(folder)
     return folder
 
 
-def _adapt(graph: ir.Graph, vocabulary: int) -> None:
-    """Takes lengths from an attention mask [B, total], and outputs logits [B, 1, vocabulary] of the last position."""
-    inputs = {value.name: value for value in graph.inputs}
-    mask = ir.val("attention_mask", ir.DataType.INT64, ["B", "total_length"])
-    one, last = _constant(graph, "one", np.array([1])), _constant(graph, "last", np.array(-1))
-    head = Tape()
-    valid = head.op("Sub", [head.op("ReduceSum", [mask, one], {"keepdims": 0}), one])
-    lengths = {
-        "seqlens_k": head.op("Cast", [valid], {"to": ir.DataType.INT32.value}),
-        "total_sequence_length": head.op(
-            "Cast", [head.op("Shape", [mask], {"start": 1})], {"to": ir.DataType.INT32.value}
-        ),
-    }
-    graph.insert_before(graph[0], list(head.nodes))
-    for name, value in lengths.items():
-        ir.convenience.replace_all_uses_with(inputs[name], value)
-    for use in list(inputs["query_seqlens"].uses()):
-        use.node.replace_input_with(use.idx, None)
-    _take_last_position(graph, inputs["logits_idx"], last)
-    _unsqueeze_logits(graph, one, vocabulary)
-    for name in (*lengths, "query_seqlens", "logits_idx"):
-        graph.inputs.remove(inputs[name])
-    graph.inputs.insert(1, mask)
+# Computes inputs of our graph from an attention mask. Wanted is the last of each row's S positions.
+HEAD = """
+head (int64[B, S] input_ids, int64[B, total_length] attention_mask)
+  => (int32[B] query_seqlens, int32[B] seqlens_k, int32[1] total_sequence_length, int64[R] logits_idx) {
+    head_one = Constant<value_ints = [1]>()
+    head_rows = Shape<start = 0, end = 1>(input_ids)
+    head_width = Shape<start = 1>(input_ids)
+    head_width_int32 = Cast<to = 6>(head_width)
+    query_seqlens = Expand(head_width_int32, head_rows)
+    head_lengths = ReduceSum<keepdims = 0>(attention_mask, head_one)
+    head_ends = Sub(head_lengths, head_one)
+    seqlens_k = Cast<to = 6>(head_ends)
+    head_total = Shape<start = 1>(attention_mask)
+    total_sequence_length = Cast<to = 6>(head_total)
+    head_last = Sub(head_width, head_one)
+    head_positions = Mul(head_rows, head_width)
+    head_first = Squeeze(head_last)
+    head_limit = Squeeze(head_positions)
+    head_step = Squeeze(head_width)
+    logits_idx = Range(head_first, head_limit, head_step)
+}"""
+# Gives each row's logits a position of their own, as onnxruntime-genai expects.
+TAIL = """
+tail (float[R, V] logits) => (float[B, 1, V] last_logits) {
+    tail_one = Constant<value_ints = [1]>()
+    last_logits = Unsqueeze(logits, tail_one)
+}"""
 
 
-def _take_last_position(graph: ir.Graph, wanted: ir.Value, last: ir.Value) -> None:
-    """Replaces the Gather of wanted positions from the flattened rows by one of the last position."""
-    (use,) = wanted.uses()
-    gather, flatten = use.node, use.node.inputs[0].producer()
-    tape = Tape()
-    hidden = tape.op("Gather", [flatten.inputs[0], last], {"axis": 1})
-    graph.insert_before(gather, list(tape.nodes))
-    ir.convenience.replace_all_uses_with(gather.outputs[0], hidden)
-    graph.remove([gather, flatten])
+def _adapted(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """Our graph between HEAD and TAIL."""
+    head, tail = onnx.parser.parse_graph(HEAD), onnx.parser.parse_graph(TAIL)
+    known = {value.name for value in (*head.input, *head.output)}
+    return onnx.helper.make_graph(
+        [*head.node, *graph.node, *tail.node],
+        graph.name,
+        [*head.input, *(value for value in graph.input if value.name not in known)],
+        [*tail.output, *(value for value in graph.output if value.name != "logits")],
+        graph.initializer,
+    )
 
 
-def _unsqueeze_logits(graph: ir.Graph, axis: ir.Value, vocabulary: int) -> None:
-    flat = graph.outputs[0]
-    flat.name, flat.shape = "last_logits", None
-    tape = Tape()
-    logits = tape.op("Unsqueeze", [flat, axis])
-    logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["B", 1, vocabulary])
-    graph.extend(list(tape.nodes))
-    graph.outputs[0] = logits
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray[Any, np.dtype[np.int64]]) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value
-
-
-def _config(described: manifest.Manifest, graph: ir.Graph) -> dict[str, Any]:
-    attention = next(node for node in graph if node.op_type == "GroupQueryAttention")
-    heads = attention.attributes["num_heads"].as_int()
+def _config(described: manifest.Manifest, graph: onnx.GraphProto) -> dict[str, Any]:
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    heads = next(attribute.i for attribute in attributes if attribute.name == "num_heads")
     decoder = {
         "filename": manifest.MODEL_FILE,
         "head_size": described.kv.head_dim,
@@ -197,7 +178,7 @@ def _config(described: manifest.Manifest, graph: ir.Graph) -> dict[str, Any]:
             "past_value_names": "past_value.%d",
         },
         "outputs": {
-            "logits": "logits",
+            "logits": "last_logits",
             "present_key_names": "present_key.%d",
             "present_value_names": "present_value.%d",
         },

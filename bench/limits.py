@@ -10,23 +10,29 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.tape import Tape
 
-from bench.drive import Figure, Outcome
 from bench.loads import Plan
-from bench.report import MACHINE, OURS, Results
+from bench.report import MACHINE, OURS, Figure, Outcome, Results
 from service import manifest
 
 BUFFER_BYTES = 1 << 29
 ROWS, COLUMNS, INNER = 512, 2048, 2048
 BLOCK = 32
 REPEATS = 5
-INT8_ACTIVATIONS = 4
 BANDWIDTH = "memory bandwidth, read"
 ARITHMETIC = "arithmetic"
-KERNELS = ("float32", "int8 blocks", "int4 blocks", "int8 x uint8")
+# The matrix products: the types that each takes and gives, its operator, and its constant matrices. Level 4 of accuracy
+# is that of activations in 8 bits.
+BLOCKS = f"com.microsoft.MatMulNBits<K = {INNER}, N = {COLUMNS}, block_size = {BLOCK}, accuracy_level = 4, bits ="
+KERNELS = {
+    "float32": ("float", "float", "MatMul", ["floats"]),
+    "int8 blocks": ("float", "float", f"{BLOCKS} 8>", ["bytes", "scales"]),
+    "int4 blocks": ("float", "float", f"{BLOCKS} 4>", ["halves", "scales"]),
+    "int8 x uint8": ("uint8", "int32", "MatMulInteger", ["sevens"]),
+}
 
 
 def measure(threads: int) -> Outcome:
@@ -64,37 +70,24 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 
 def _matrix_product(kernel: str) -> bytes:
-    """A model that multiplies its input [ROWS, INNER] with a constant matrix."""
-    tape = Tape()
-    pick = np.random.default_rng(2)
-    kind = ir.DataType.UINT8 if kernel == "int8 x uint8" else ir.DataType.FLOAT
-    left = ir.val("left", kind, [ROWS, INNER])
-    result = ir.DataType.FLOAT
-    if kernel == "float32":
-        right = tape.initializer(ir.tensor(pick.random((INNER, COLUMNS), np.float32), name="right"))
-        output = tape.op("MatMul", [left, right])
-    elif kernel == "int8 x uint8":
+    """A model that multiplies its input `left` [ROWS, INNER] with a constant matrix."""
+    pick, blocks = np.random.default_rng(2), INNER // BLOCK
+    matrices = {
+        "floats": pick.random((INNER, COLUMNS), np.float32),
+        "bytes": pick.integers(0, 256, (COLUMNS, blocks, BLOCK), np.uint8),
+        "halves": pick.integers(0, 256, (COLUMNS, blocks, BLOCK // 2), np.uint8),
+        "scales": pick.random((COLUMNS, blocks), np.float32),
         # 7-bit weights, as a product of two bytes must not overflow its 16-bit half sums.
-        right = tape.initializer(ir.tensor(pick.integers(-64, 64, (INNER, COLUMNS), np.int8), name="right"))
-        output, result = tape.op("MatMulInteger", [left, right]), ir.DataType.INT32
-    else:
-        output = _blocks_product(tape, left, pick, bits=8 if kernel.startswith("int8") else 4)
-    output.name, output.dtype, output.shape = "product", result, ir.Shape([ROWS, COLUMNS])
-    graph = ir.Graph(
-        [left], [output], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 21, "com.microsoft": 1}
-    )
-    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-
-
-def _blocks_product(tape: Tape, left: ir.Value, pick: np.random.Generator, bits: int) -> ir.Value:
-    codes = ir.tensor(pick.integers(0, 256, (COLUMNS, INNER // BLOCK, BLOCK * bits // 8), np.uint8), name="codes")
-    scales = ir.tensor(pick.random((COLUMNS, INNER // BLOCK), np.float32), name="scales")
-    return tape.op(
-        "MatMulNBits",
-        [left, tape.initializer(codes), tape.initializer(scales)],
-        {"K": INNER, "N": COLUMNS, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS},
-        domain="com.microsoft",
-    )
+        "sevens": pick.integers(-64, 64, (INNER, COLUMNS), np.int8),
+    }
+    taken, given, operator, names = KERNELS[kernel]
+    text = f"""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        graph ({taken}[{ROWS}, {INNER}] left) => ({given}[{ROWS}, {COLUMNS}] product) {{
+            product = {operator}(left, {", ".join(names)})
+        }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(matrices[name], name) for name in names)
+    return model.SerializeToString()
 
 
 def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, takewhile
 from statistics import mean, median
 
 from tokenizers import Tokenizer
 
-from bench.client import Job, percentile
-from bench.drive import Load, Metric, Run
+from bench.client import Job, Timing, percentile
 
 # Control tokens and single bytes have ids below this one.
 _FIRST_WORD = 1000
@@ -38,8 +37,47 @@ class Plan:
     limit: float
 
 
+@dataclass(frozen=True)
+class Run:
+    """One finished load: the timings of its answers, and the seconds that each refusal took.
+
+    `began` is a moment of the timings' clock; `resident` is the memory of the peer's first process
+    afterwards, in bytes; 0 for a peer in this process.
+    """
+
+    began: float
+    timings: Sequence[Timing]
+    refusals: Sequence[float] = ()
+    resident: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """From the first request sent to the last token received."""
+        return max(timing.at[-1] for timing in self.timings) - self.began
+
+
+# Unit, which direction is better (see Figure), and how the number follows from a run.
+Metric = tuple[str, str, Callable[[Run], float]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests and the figures that follow from them.
+
+    In a closed loop, `concurrency` callers send the requests one after the other. In an open loop, `moments` holds the
+    second at which each request arrives, whether or not earlier ones are done: `concurrency` is the number of all
+    requests. Refusals are errors unless `refusable`.
+    """
+
+    work: Sequence[Job]
+    metrics: Mapping[str, Metric]
+    concurrency: int = 1
+    moments: Sequence[float] = ()
+    size: float | None = None
+    refusable: bool = False
+
+
 TTFT_PROMPT = 512
-TTFT_REQUESTS = 5
 CHATS = 8
 CHAT_TURNS = 4
 SYSTEM_TOKENS = 256
@@ -66,7 +104,7 @@ ARRIVAL_SECONDS = 22.0
 SETTLE_SECONDS = 7.0
 
 METRICS: dict[str, Metric] = {
-    "output rate": ("tokens/s", "more", lambda run: run.output_rate),
+    "output rate": ("tokens/s", "more", lambda run: sum(t.tokens for t in run.timings) / run.seconds),
     "time to first token, p50": ("s", "less", lambda run: median(t.first for t in run.timings)),
     "time to first token, p95": ("s", "less", lambda run: percentile([t.first for t in run.timings], 95)),
     "between tokens, p50": ("ms", "less", lambda run: 1000 * percentile(_gaps(run), 50)),
@@ -76,7 +114,7 @@ METRICS: dict[str, Metric] = {
         "less",
         lambda run: 1000 * percentile([t.seconds_per_token for t in run.timings], 95),
     ),
-    "answer, p95": ("s", "less", lambda run: percentile([t.duration for t in run.timings], 95)),
+    "answer, p95": ("s", "less", lambda run: percentile([t.at[-1] - t.began for t in run.timings], 95)),
     "time to first token from turn 2 on, p50": (
         "s",
         "less",
@@ -87,6 +125,12 @@ METRICS: dict[str, Metric] = {
         "of prompt tokens",
         "more",
         lambda run: sum(t.cached for t in run.timings) / sum(t.prompt_tokens for t in run.timings),
+    ),
+    # All choices of a request generate one token each in this time.
+    "a token": (
+        "ms",
+        "less",
+        lambda run: 1000 * median((t.at[-1] - t.at[0]) / (GROWTH_TOKENS - 1) for t in run.timings),
     ),
     "resident": ("MiB", "less", lambda run: run.resident / 2**20),
     "refused": ("of requests", "", lambda run: len(run.refusals) / (len(run.timings) + len(run.refusals))),
@@ -102,106 +146,93 @@ def _metrics(*names: str) -> dict[str, Metric]:
     return {name: METRICS[name] for name in names}
 
 
-CLOSED_LOOP = _metrics("output rate", "time to first token, p50", "between tokens, p50", "between tokens, p95")
-CHAT = _metrics("output rate", "time to first token from turn 2 on, p50", "prompt tokens from cache, mean")
-SESSIONS = _metrics("prefix-cache hit rate", "output rate", "time to first token from turn 2 on, p50")
-OVERLOAD = _metrics(
-    "refused", "time to first token, p50", "time to first token, p95", "answer, p95", "refusal, p95", "resident"
-)
-GROWTH = {
-    **_metrics("output rate", "time to first token, p50"),
-    # All choices of a request generate one token each in this time.
-    "a token": (
-        "ms",
-        "less",
-        lambda run: 1000 * median((t.at[-1] - t.at[0]) / (GROWTH_TOKENS - 1) for t in run.timings),
-    ),
-    **_metrics("resident"),
-}
+def table(plan: Plan) -> dict[str, list[Load]]:
+    """The loads by name: for each of its sizes, where it has several, its requests and its figures."""
+    chats = _conversations(plan, "chat", CHATS * prompts(plan, "chat system", 1, SYSTEM_TOKENS))
+    sessions = _conversations(plan, "sessions", prompts(plan, "sessions system", CHATS, SYSTEM_TOKENS))
+    callers = jobs(plan, "callers", 2 * CALLERS, CALLER_PROMPT, CALLER_TOKENS)
+    growth = _metrics("output rate", "time to first token, p50", "a token", "resident")
+    batches = {size: prompts(plan, f"growth {size}", size, GROWTH_PROMPT) for size in GROWTH_SIZES}
+    longest = plan.context - GROWTH_TOKENS
+    lengths = [*(length for length in GROWTH_PROMPTS if length < longest), longest]
+    return {
+        # A number of requests keeps running until all work is done.
+        "closed": [
+            Load(
+                jobs(plan, f"closed {size}", max(4, size * plan.requests_each), plan.prompt_tokens, plan.new_tokens),
+                _metrics("output rate", "time to first token, p50", "between tokens, p50", "between tokens, p95"),
+                concurrency=size,
+                size=size,
+            )
+            for size in plan.concurrency
+        ],
+        # The first token of a long prompt on an idle server.
+        "ttft": [Load(jobs(plan, "ttft", 5, TTFT_PROMPT, 1), _metrics("time to first token, p50"))],
+        # Conversations that begin with the same system prompt.
+        "chat": [
+            Load(
+                chats,
+                _metrics("output rate", "time to first token from turn 2 on, p50", "prompt tokens from cache, mean"),
+                CHATS,
+            )
+        ],
+        "open": [_open_loop(plan)],
+        # Growth: requests of one prompt each, more and more of them at once.
+        "concurrency": [
+            Load([Job((prompt,), GROWTH_TOKENS) for prompt in batch], growth, concurrency=size, size=size)
+            for size, batch in batches.items()
+        ],
+        # Growth: one request whose prompt gets longer, up to the context.
+        "prompt-length": [
+            Load(jobs(plan, f"growth to {length}", 1, length, GROWTH_TOKENS), growth, size=length) for length in lengths
+        ],
+        # Growth: one request of more and more prompts.
+        "prompts": [Load([Job(tuple(batch), GROWTH_TOKENS)], growth, size=size) for size, batch in batches.items()],
+        # Growth: one request of one prompt and more and more choices.
+        "choices": [
+            Load([Job((batch[0],), GROWTH_TOKENS, n=size)], growth, size=size) for size, batch in batches.items()
+        ],
+        # Scaling: callers that never pause, each request in its own session.
+        "callers": [
+            Load(
+                [replace(job, session=f"one-{number}") for number, job in enumerate(callers)],
+                _metrics("output rate"),
+                CALLERS,
+            )
+        ],
+        # Conversations with a system prompt each: prefix-cache hits.
+        "sessions": [
+            Load(
+                sessions,
+                _metrics("prefix-cache hit rate", "output rate", "time to first token from turn 2 on, p50"),
+                CHATS,
+            )
+        ],
+    }
 
 
-def closed(plan: Plan) -> list[Load]:
-    """Keeps a number of requests running until all work is done: output tokens per second."""
-    counts = {size: max(4, size * plan.requests_each) for size in plan.concurrency}
-    shape = (plan.prompt_tokens, plan.new_tokens)
-    return [
-        Load(jobs(plan, f"closed {size}", requests, *shape), CLOSED_LOOP, size, size=size)
-        for size, requests in counts.items()
-    ]
+COMPARED = ("closed", "ttft", "chat", "open", "stall")
+CURVES = ("concurrency", "prompt-length", "prompts", "choices")
 
 
-def ttft(plan: Plan) -> list[Load]:
-    """The first token of a long prompt on an idle server."""
-    return [Load(jobs(plan, "ttft", TTFT_REQUESTS, TTFT_PROMPT, 1), _metrics("time to first token, p50"))]
-
-
-def chat(plan: Plan) -> list[Load]:
-    """Conversations that begin with the same system prompt and send the whole conversation again with every turn."""
-    pick = _random(plan, "chat")
-    system = _prompt(plan, pick, SYSTEM_TOKENS)
-    return [Load([_conversation(plan, pick, system) for _ in range(CHATS)], CHAT, CHATS)]
-
-
-def sessions(plan: Plan) -> list[Load]:
-    """Conversations as in `chat`, each in its own session and with its own system prompt: prefix-cache hits."""
-    pick = _random(plan, "sessions")
-    chats = [_conversation(plan, pick, _prompt(plan, pick, SYSTEM_TOKENS)) for _ in range(CHATS)]
-    return [Load([replace(job, session=f"chat-{number}") for number, job in enumerate(chats)], SESSIONS, CHATS)]
-
-
-def open_loop(plan: Plan) -> list[Load]:
+def _open_loop(plan: Plan) -> Load:
     """Requests that arrive at random moments, whether or not earlier ones are done: how many meet the objective."""
-    pick = _random(plan, "arrivals")
+    pick = random.Random(f"{plan.seed} arrivals")
     moments = list(accumulate(pick.expovariate(plan.rate) for _ in range(plan.arrivals)))
     work = jobs(plan, "open", plan.arrivals, plan.prompt_tokens, plan.new_tokens // 2)
-
-    def goodput(run: Run) -> float:
-        met = [t.first <= plan.ttft_objective and t.seconds_per_token <= plan.itl_objective for t in run.timings]
-        return sum(met) / moments[-1]
-
-    metrics = {
-        "goodput": ("requests/s", "more", goodput),
+    metrics: dict[str, Metric] = {
+        "goodput": (
+            "requests/s",
+            "more",
+            lambda run: (
+                sum(t.first <= plan.ttft_objective and t.seconds_per_token <= plan.itl_objective for t in run.timings)
+                / moments[-1]
+            ),
+        ),
         "arrivals": ("requests/s", "", lambda run: len(run.timings) / moments[-1]),
         **_metrics("time to first token, p95", "mean between tokens, p95"),
     }
-    return [Load(work, metrics, moments=moments)]
-
-
-def concurrency(plan: Plan) -> list[Load]:
-    """Growth: requests of one prompt each, more and more of them at once."""
-    return [
-        Load(jobs(plan, f"growth {size}", size, GROWTH_PROMPT, GROWTH_TOKENS), GROWTH, size, size=size)
-        for size in GROWTH_SIZES
-    ]
-
-
-def prompt_length(plan: Plan) -> list[Load]:
-    """Growth: one request whose prompt gets longer, up to the context."""
-    longest = plan.context - GROWTH_TOKENS
-    lengths = [*(length for length in GROWTH_PROMPTS if length < longest), longest]
-    return [Load(jobs(plan, f"growth {length}", 1, length, GROWTH_TOKENS), GROWTH, size=length) for length in lengths]
-
-
-def prompts(plan: Plan) -> list[Load]:
-    """Growth: one request of more and more prompts."""
-    work = {size: jobs(plan, f"growth prompts {size}", size, GROWTH_PROMPT, GROWTH_TOKENS) for size in GROWTH_SIZES}
-    return [
-        Load([Job(tuple(job.prompts[0] for job in single), GROWTH_TOKENS)], GROWTH, size=size)
-        for size, single in work.items()
-    ]
-
-
-def choices(plan: Plan) -> list[Load]:
-    """Growth: one request of one prompt and more and more choices."""
-    work = jobs(plan, "growth choices", len(GROWTH_SIZES), GROWTH_PROMPT, GROWTH_TOKENS)
-    return [Load([replace(job, n=size)], GROWTH, size=size) for size, job in zip(GROWTH_SIZES, work, strict=True)]
-
-
-def callers(plan: Plan) -> list[Load]:
-    """Scaling: callers that never pause, each request in its own session."""
-    work = jobs(plan, "callers", 2 * CALLERS, CALLER_PROMPT, CALLER_TOKENS)
-    sessions = [replace(job, session=f"one-{number}") for number, job in enumerate(work)]
-    return [Load(sessions, _metrics("output rate"), CALLERS)]
+    return Load(work, metrics, concurrency=len(work), moments=moments)
 
 
 def offered(plan: Plan, share: float, rate: float) -> Load:
@@ -209,7 +240,7 @@ def offered(plan: Plan, share: float, rate: float) -> Load:
 
     Goodput counts the answers that ended from SETTLE_SECONDS to ARRIVAL_SECONDS and kept OVERLOAD_OBJECTIVE.
     """
-    pick = _random(plan, f"overload {share}")
+    pick = random.Random(f"{plan.seed} overload {share}")
     endless = accumulate(pick.expovariate(rate) for _ in count())
     moments = list(takewhile(lambda moment: moment < ARRIVAL_SECONDS, endless))
     work = jobs(plan, f"overload {share}", len(moments), CALLER_PROMPT, CALLER_TOKENS)
@@ -221,25 +252,10 @@ def offered(plan: Plan, share: float, rate: float) -> Load:
     metrics = {
         "offered": ("requests/s", "", lambda _: rate),
         "goodput": ("requests/s", "more", goodput),
-        **OVERLOAD,
+        **_metrics("refused", "time to first token, p50", "time to first token, p95"),
+        **_metrics("answer, p95", "refusal, p95", "resident"),
     }
-    return Load(work, metrics, moments=moments, size=share, refusable=True)
-
-
-LOADS: dict[str, Callable[[Plan], list[Load]]] = {
-    "closed": closed,
-    "ttft": ttft,
-    "chat": chat,
-    "open": open_loop,
-    "concurrency": concurrency,
-    "prompt-length": prompt_length,
-    "prompts": prompts,
-    "choices": choices,
-    "callers": callers,
-    "sessions": sessions,
-}
-COMPARED = ("closed", "ttft", "chat", "open", "stall")
-CURVES = ("concurrency", "prompt-length", "prompts", "choices")
+    return Load(work, metrics, concurrency=len(work), moments=moments, size=share, refusable=True)
 
 
 def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:
@@ -249,22 +265,23 @@ def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:
 
 
 def jobs(plan: Plan, load: str, count: int, prompt_tokens: int, new_tokens: int) -> list[Job]:
-    """Requests with random prompts that share no beginning, the same for every peer and round."""
-    pick = _random(plan, load)
-    return [Job((_prompt(plan, pick, prompt_tokens),), new_tokens) for _ in range(count)]
+    """Requests with one random prompt each."""
+    return [Job((prompt,), new_tokens) for prompt in prompts(plan, load, count, prompt_tokens)]
 
 
-def _conversation(plan: Plan, pick: random.Random, system: tuple[int, ...]) -> Job:
-    """A system prompt with the first of CHAT_TURNS questions; the other questions follow."""
-    first, *others = (_prompt(plan, pick, USER_TOKENS) for _ in range(CHAT_TURNS))
-    return Job((system + first,), REPLY_TOKENS, reuse=True, follow_ups=tuple(others))
-
-
-def _prompt(plan: Plan, pick: random.Random, length: int) -> tuple[int, ...]:
+def prompts(plan: Plan, load: str, count: int, tokens: int) -> list[tuple[int, ...]]:
+    """Random prompts that share no beginning, the same for every peer and round."""
+    pick = random.Random(f"{plan.seed} {load}")
     vocabulary = plan.tokenizer.get_vocab_size()
-    low = min(_FIRST_WORD, vocabulary // 2)
-    return tuple(pick.randrange(low, vocabulary) for _ in range(length))
+    words = range(min(_FIRST_WORD, vocabulary // 2), vocabulary)
+    return [tuple(pick.choices(words, k=tokens)) for _ in range(count)]
 
 
-def _random(plan: Plan, load: str) -> random.Random:
-    return random.Random(f"{plan.seed} {load}")
+def _conversations(plan: Plan, load: str, systems: Sequence[tuple[int, ...]]) -> list[Job]:
+    """A conversation in its own session for each system prompt; it sends everything before with every turn."""
+    questions = prompts(plan, f"{load} questions", CHAT_TURNS * len(systems), USER_TOKENS)
+    turns = [questions[number :: len(systems)] for number in range(len(systems))]
+    return [
+        Job((system + first,), REPLY_TOKENS, reuse=True, session=f"{load}-{number}", follow_ups=tuple(others))
+        for number, (system, (first, *others)) in enumerate(zip(systems, turns, strict=True))
+    ]

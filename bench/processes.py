@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
+import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from types import ModuleType
 
 from bench.client import API_KEY, PeerError
 from deploy.local import Child
@@ -32,10 +34,18 @@ def running(name: str, command: list[str]) -> Iterator[Child]:
             child.stop()
 
 
-def wait_until(ready: Callable[[], bool], child: Child) -> None:
-    """Returns once `ready`. Raises PeerError when the process ends before, or is not ready within START_SECONDS."""
+def wait_for_answer(child: Child, port: int, path: str, content: str = "") -> None:
+    """Returns once a GET of `path` on loopback is answered with 200 and has `content`.
+
+    Raises PeerError when the process ends before, or gives no such answer within START_SECONDS.
+    """
     deadline = time.monotonic() + START_SECONDS
-    while not ready():
+    while True:
+        with suppress(OSError, HTTPException), closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", path, headers={"authorization": f"Bearer {API_KEY}"})
+            answer = connection.getresponse()
+            if answer.status == 200 and content in answer.read().decode():
+                return
         if child.process.poll() is not None:
             raise PeerError(f"{child.name} did not start")
         if time.monotonic() > deadline:
@@ -43,27 +53,12 @@ def wait_until(ready: Callable[[], bool], child: Child) -> None:
         time.sleep(0.1)
 
 
-def get(port: int, path: str) -> tuple[int, bytes]:
-    """The status and body of a GET on loopback; status 0 when the connection fails."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+def optional_package(module: str, title: str) -> ModuleType:
+    """A package that only one peer needs. Raises PeerError where it is missing."""
     try:
-        connection.request("GET", path, headers={"authorization": f"Bearer {API_KEY}"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        connection.close()
-
-
-def answers(port: int, path: str) -> bool:
-    """Whether GET of `path` is answered with 200."""
-    return get(port, path)[0] == 200
-
-
-def healthy(admin_port: int) -> int:
-    """The number of replicas that Envoy sends requests to."""
-    return int(get(admin_port, "/stats?filter=^cluster.service.membership_healthy$")[1].rpartition(b": ")[2])
+        return importlib.import_module(module)
+    except ImportError:
+        raise PeerError(f"{title} is missing: `make bench` installs it, or leave its peers out with --peers") from None
 
 
 def memory(pid: int, field: str = "VmHWM") -> int:

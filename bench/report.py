@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.client import Timing
-from bench.drive import Figure, Outcome
+from service.host.processor import processor
 
 PRODUCT = "REST through Envoy"
 GRPC = "gRPC direct"
 ENGINE = "bare engine"
 OURS = (PRODUCT, GRPC, ENGINE)
 MACHINE = "the machine"
-VECTOR_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 PLOT_COLUMNS = 4
 
 # A table: the name of the load and of the figure. A row of it: the size (see Outcome) and the peer.
 Table = tuple[str, str]
 Row = tuple[float | None, str]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number. `better` says which direction is better: "more", "less", or "" for a number that only explains."""
+
+    name: str
+    value: float
+    unit: str
+    better: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a load: its figures, and the requests behind them.
+
+    `size` is what a curve is drawn against, such as the requests at once; None where the load has only one size.
+    """
+
+    figures: list[Figure]
+    timings: list[Timing] = field(default_factory=list)
+    size: float | None = None
 
 
 class Results:
@@ -35,7 +55,7 @@ class Results:
         self._path = folder / time.strftime("%Y%m%d-%H%M%S.json", time.gmtime())
         self._about = {
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": machine(),
+            "machine": f"{os.cpu_count()} cores, {processor()}",
             "options": dict(options),
         }
         self._measured: list[dict[str, Any]] = []
@@ -50,7 +70,11 @@ class Results:
                 "load": load,
                 "size": outcome.size,
                 "figures": [asdict(figure) for figure in outcome.figures],
-                "requests": [_raw(timing) for timing in outcome.timings],
+                # Pieces came at these seconds after the request began.
+                "requests": [
+                    {"tokens": t.tokens, "cached": t.cached, "pieces": [round(at - t.began, 4) for at in t.at]}
+                    for t in outcome.timings
+                ],
             }
         )
         for figure in outcome.figures:
@@ -100,12 +124,11 @@ class Results:
 
     def _plot(self) -> None:
         """A panel for each figure that depends on a size: the median for each peer, with every round as a point."""
-        curves: dict[Table, dict[str, dict[float, list[float]]]] = {}
-        for table, rows in self._tables.items():
-            for (size, peer), by_round in rows.items():
-                if size is not None and _any_figure(rows).better:
-                    line = curves.setdefault(table, {}).setdefault(peer, {})
-                    line[size] = [figure.value for figure in by_round.values()]
+        curves = {
+            table: rows
+            for table, rows in self._tables.items()
+            if _any_figure(rows).better and all(size is not None for size, _ in rows)
+        }
         if not curves:
             return
         from matplotlib.figure import Figure as Drawing  # noqa: PLC0415 - slow to import, and only needed at the end
@@ -113,13 +136,18 @@ class Results:
         lines_of_panels = -(-len(curves) // PLOT_COLUMNS)
         drawing = Drawing(figsize=(5 * PLOT_COLUMNS, 4 * lines_of_panels), layout="tight")
         panels = drawing.subplots(lines_of_panels, PLOT_COLUMNS, squeeze=False)
-        for panel, (table, peers) in zip(panels.flat, curves.items(), strict=False):
-            for peer, by_size in peers.items():
+        for panel, (table, rows) in zip(panels.flat, curves.items(), strict=False):
+            for peer in {peer: None for _, peer in rows}:
+                by_size = {
+                    size: [figure.value for figure in by_round.values()]
+                    for (size, name), by_round in rows.items()
+                    if name == peer
+                }
                 (line,) = panel.plot(list(by_size), [median(values) for values in by_size.values()], label=peer)
                 points = [(size, value) for size, values in by_size.items() for value in values]
                 panel.scatter(*zip(*points, strict=True), s=12, color=line.get_color())
             panel.set_xscale("log", base=2)
-            panel.set(xlabel=table[0], ylabel=f"{table[1]} [{_any_figure(self._tables[table]).unit}]", ylim=(0, None))
+            panel.set(xlabel=table[0], ylabel=f"{table[1]} [{_any_figure(rows).unit}]", ylim=(0, None))
             panel.legend()
         drawing.suptitle(self._about["machine"], fontsize=9)
         drawing.savefig(self._path.with_suffix(".png"), dpi=120)
@@ -138,21 +166,3 @@ def _any_figure(rows: Mapping[Row, Mapping[int, Figure]]) -> Figure:
 
 def _ratio(above: Figure, below: Figure) -> float:
     return above.value / below.value if below.value else float("inf")
-
-
-def _raw(timing: Timing) -> dict[str, Any]:
-    """A request's times in seconds after it began, to a tenth of a millisecond."""
-    return {
-        "tokens": timing.tokens,
-        "cached": timing.cached,
-        "pieces": [round(moment - timing.began, 4) for moment in timing.at],
-    }
-
-
-def machine() -> str:
-    """The machine in a line, with the vector sets that decide which kernels run."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    sets = [name for name in VECTOR_SETS if name in fields.get("flags", fields.get("Features", "")).split()]
-    name = fields.get("model name", "processor unknown")
-    return f"{platform.machine()}, {os.cpu_count()} cores, {name} ({', '.join(sets)})"

@@ -13,13 +13,15 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.client import PeerError, percentile, post
+import httpx2
+
+from bench.client import API_KEY, PeerError, percentile
 from bench.drive import together
 from bench.peers import services_behind_envoy
 from bench.processes import memory
@@ -32,21 +34,33 @@ ANSWER_SECONDS = 120
 # Caches, arenas and pools fill for some ninety seconds: this share of the time is not judged.
 WARM_UP = 0.5
 
+# The largest figures of a soak that pass, without its warm-up. The slope is fitted over the time after the warm-up, and
+# growth is from that time's beginning to its end. The drift is the second half's 99th percentile of a whole answer's
+# time over the first half's.
+BOUNDS = {
+    "RSS slope, MiB/min": 10.0,
+    "open files, growth": 8,
+    "threads, growth": 2,
+    "sequences held at the end": 0,
+    "p99 drift": 2.0,
+}
 
-@dataclass(frozen=True)
-class Bounds:
-    """The largest values of a soak that pass, without its warm-up.
-
-    `rss_slope` is in MiB per minute, fitted over the time after the warm-up. `files` and `threads` are the growth from
-    beginning to end, `held` the sequences at the end. `p99_drift` is the second half's 99th percentile of a whole
-    answer's time over the first half's.
-    """
-
-    rss_slope: float = 10.0
-    files: int = 8
-    threads: int = 2
-    held: int = 0
-    p99_drift: float = 2.0
+PROMPTS = tuple("Once upon a time " * times for times in (1, 1, 2, 8, 30))
+EXTRAS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0},
+    {"logprobs": 3},
+    {"stop": ["\n", "the"]},
+    {"echo": True},
+)
+# Of each kind of request its share in percent, the status that it must get, and the sets of fields of which it has one.
+KINDS: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
+    "whole": (40, 200, [{"max_tokens": 16, "temperature": 0}]),
+    "stream": (25, 200, [{"stream": True, "ignore_eos": True}]),
+    "batch": (10, 200, [{"prompt": [text, f"{text}there", "Hello"], "n": n} for text in PROMPTS for n in (1, 2)]),
+    "leaves": (15, 200, [{"stream": part < 7, "ignore_eos": True, "max_tokens": 400} for part in range(10)]),
+    "refused": (10, 400, [{"temperature": 3}, {"max_tokens": 10**6}, {"prompt": [[10**6]]}, {"stop": [""]}]),
+}
 
 
 @dataclass(frozen=True)
@@ -61,20 +75,16 @@ class Sample:
 
 @dataclass
 class Record:
-    """The observations of a soak: outcomes by kind, and when each whole answer was asked for and how long it took."""
+    """The observations of a soak: outcomes by kind, and when each whole answer was asked for and how long it took.
 
+    Times are in seconds, and moments count from `began`, on the monotonic clock.
+    """
+
+    began: float = field(default_factory=time.monotonic)
     outcomes: Counter[str] = field(default_factory=Counter)
     latencies: list[tuple[float, float]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A soak's figures, and the broken bounds in words."""
-
-    figures: dict[str, float]
-    broken: list[str]
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -82,8 +92,8 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
-    """The record's figures, compared with the bounds."""
+def judge(record: Record, held: int, bounds: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    """The record's figures, and in words those that exceed their bounds and the answers that were not expected."""
     start = WARM_UP * record.samples[-1].at
     samples = [sample for sample in record.samples if sample.at >= start]
     middle = (start + samples[-1].at) / 2
@@ -100,21 +110,13 @@ def judge(record: Record, held: int, bounds: Bounds) -> Verdict:
         "p99 of whole answers, first half, s": percentile(first_half, 99),
         "p99 drift": percentile(second_half, 99) / percentile(first_half, 99),
     }
-    limits = {
-        "RSS slope, MiB/min": bounds.rss_slope,
-        "open files, growth": bounds.files,
-        "threads, growth": bounds.threads,
-        "sequences held at the end": bounds.held,
-        "p99 drift": bounds.p99_drift,
-    }
     broken = [
-        f"{name}: {figures[name]:.2f}, at most {most} allowed" for name, most in limits.items() if figures[name] > most
+        f"{name}: {figures[name]:.2f}, at most {most} allowed" for name, most in bounds.items() if figures[name] > most
     ]
-    broken += [f"unexpected: {what}" for what in record.unexpected[:10]]
-    return Verdict(figures, broken)
+    return figures, [*broken, *(f"unexpected: {what}" for what in record.unexpected[:10])]
 
 
-def run(minutes: float, seed: int, bounds: Bounds) -> bool:
+def run(minutes: float, seed: int, bounds: Mapping[str, float]) -> bool:
     """Soaks the product for `minutes`, prints outcomes and figures, and returns whether all bounds hold."""
     model_dir = local.model_dir(local.Options.from_environment())
     arguments = ["--model-dir", str(model_dir), "--max-running", "8", "--context-length", "1024"]
@@ -122,13 +124,13 @@ def run(minutes: float, seed: int, bounds: Bounds) -> bool:
         record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
         service.stop()
         held = _held(service.log)
-    verdict = judge(record, held, bounds)
+    figures, broken = judge(record, held, bounds)
     print(f"{minutes:g} minutes, seed {seed}: {dict(sorted(record.outcomes.items()))}")
-    for name, value in verdict.figures.items():
+    for name, value in figures.items():
         print(f"{name:40} {value:10.2f}")
-    for problem in verdict.broken:
+    for problem in broken:
         print(f"BROKEN {problem}")
-    return not verdict.broken
+    return not broken
 
 
 def _held(log: Path) -> int:
@@ -148,75 +150,46 @@ def take_sample(pid: int, at: float) -> Sample:
 
 
 async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
-    record, began = Record(), time.monotonic()
-    clients = [_client(port, record, began, seconds, f"{seed} {i}") for i in range(CLIENTS)]
-    await together([_watch(service, record, began, seconds), *clients])
+    record = Record()
+    # Every request has a connection of its own.
+    headers = {"Authorization": f"Bearer {API_KEY}", "Connection": "close"}
+    opened = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=None, trust_env=False)
+    async with opened as client, together() as tasks:
+        tasks.create_task(_watch(service, record, seconds))
+        for number in range(CLIENTS):
+            tasks.create_task(_send(client, record, seconds, random.Random(f"{seed} {number}")))
     await asyncio.sleep(1)  # cancelled requests are freed within a step
     return record
 
 
-async def _watch(service: local.Child, record: Record, began: float, seconds: float) -> None:
+async def _watch(service: local.Child, record: Record, seconds: float) -> None:
     """Samples the service every SAMPLE_SECONDS. Raises PeerError when it ends."""
-    while time.monotonic() < began + seconds:
+    while time.monotonic() < record.began + seconds:
         await asyncio.sleep(SAMPLE_SECONDS)
         if service.process.poll() is not None:
             raise PeerError("the service ended during the soak")
-        record.samples.append(take_sample(service.process.pid, time.monotonic() - began))
+        record.samples.append(take_sample(service.process.pid, time.monotonic() - record.began))
 
 
-async def _client(port: int, record: Record, began: float, seconds: float, seed: str) -> None:
+async def _send(client: httpx2.AsyncClient, record: Record, seconds: float, draw: random.Random) -> None:
     """Sends one request after the other, of random kinds."""
-    draw = random.Random(seed)
-    kinds = {"whole": 40, "stream": 25, "batch": 10, "leaves": 15, "refused": 10}
-    while (now := time.monotonic() - began) < seconds:
-        (kind,) = draw.choices(list(kinds), list(kinds.values()))
-        body, expected = _request(draw, kind)
-        status, data = await _exchange(port, body, leave_after=draw.uniform(0, 1) if kind == "leaves" else None)
-        record.outcomes[f"{kind} {status or 'left'}"] += 1
+    shares = [share for share, _, _ in KINDS.values()]
+    while (now := time.monotonic() - record.began) < seconds:
+        (kind,) = draw.choices(list(KINDS), shares)
+        _, expected, fields = KINDS[kind]
+        body = {"model": local.MODEL, "prompt": draw.choice(PROMPTS), "max_tokens": draw.randrange(4, 32)}
+        body |= draw.choice(EXTRAS) | draw.choice(fields)
+        try:
+            async with asyncio.timeout(draw.uniform(0, 1) if kind == "leaves" else ANSWER_SECONDS):
+                answer = await client.post("/v1/completions", json=body)
+        except TimeoutError:
+            if kind != "leaves":
+                raise PeerError(f"a request got no answer within {ANSWER_SECONDS} s") from None
+            record.outcomes["leaves left"] += 1
+            continue
+        record.outcomes[f"{kind} {answer.status_code}"] += 1
         if kind == "whole":
-            record.latencies.append((now, time.monotonic() - began - now))
-        if kind != "leaves" and (status != expected or (kind == "stream" and not data.rstrip().endswith(b"[DONE]"))):
-            record.unexpected.append(f"{kind} got {status}: {data[-200:]!r}")
-
-
-def _request(draw: random.Random, kind: str) -> tuple[dict[str, Any], int]:
-    """A request of this kind, and the status that it must get."""
-    prompt = "Once upon a time " * draw.choice((1, 1, 2, 8, 30))
-    body: dict[str, Any] = {"model": local.MODEL, "prompt": prompt, "max_tokens": draw.randrange(4, 32)}
-    body |= draw.choice(({}, {"temperature": 0}, {"logprobs": 3}, {"stop": ["\n", "the"]}, {"echo": True}))
-    if kind == "whole":
-        body |= {"max_tokens": 16, "temperature": 0}
-    elif kind == "batch":
-        body |= {"prompt": [prompt, f"{prompt}there", "Hello"], "n": draw.randrange(1, 3)}
-    elif kind in {"stream", "leaves"}:
-        body |= {"stream": kind == "stream" or draw.random() < 0.7, "ignore_eos": True}
-        body |= {"max_tokens": 400} if kind == "leaves" else {}
-    elif kind == "refused":
-        body |= draw.choice(({"temperature": 3}, {"max_tokens": 10**6}, {"prompt": [[10**6]]}, {"stop": [""]}))
-        return body, 400
-    return body, 200
-
-
-async def _exchange(port: int, body: dict[str, Any], leave_after: float | None) -> tuple[int, bytes]:
-    """The status and body of an answer; status 0 where the caller left before."""
-    try:
-        async with asyncio.timeout(leave_after or ANSWER_SECONDS), post(port, body) as reader:
-            answer = await reader.read()
-    except TimeoutError:
-        if leave_after is None:
-            raise PeerError(f"a request got no answer within {ANSWER_SECONDS} s") from None
-        return 0, b""
-    headers, _, content = answer.partition(b"\r\n\r\n")
-    if b"transfer-encoding: chunked" in headers.lower():
-        content = unchunked(content)
-    return int(headers.split(b" ", 2)[1]), content
-
-
-def unchunked(data: bytes) -> bytes:
-    """The content of a chunked body."""
-    content = b""
-    while data:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        content, data = content + data[:length], data[length + 2 :]
-    return content
+            record.latencies.append((now, time.monotonic() - record.began - now))
+        cut_off = kind == "stream" and not answer.content.rstrip().endswith(b"[DONE]")
+        if kind != "leaves" and (answer.status_code != expected or cut_off):
+            record.unexpected.append(f"{kind} got {answer.status_code}: {answer.content[-200:]!r}")

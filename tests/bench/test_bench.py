@@ -12,12 +12,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from bench import client, drive, interactive, loads, peers
+from bench import client, drive, loads, peers
 from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
-from bench.drive import Figure, Load, Outcome, Run
-from bench.loads import Plan
+from bench.loads import Load, Plan, Run
 from bench.peers import Served
-from bench.report import PRODUCT, Results
+from bench.report import PRODUCT, Figure, Outcome, Results
 from service.manifest import TOKENIZER_FILE
 from tests.support.patience import PATIENCE
 
@@ -132,7 +131,7 @@ async def test_loads_on_the_real_engine(load: str, plan: Plan, model_dir: Path, 
     """Every request of a load is answered in full, and every figure is a number above zero."""
     setup = peers.Setup(model_dir, tmp_path / "unused.gguf", threads=2, slots=4, context=64, cache=tmp_path)
     with peers.bare_engine(setup) as served:
-        ((name, outcome),) = await interactive.run(served, [load], plan)
+        ((name, outcome),) = await drive.run(served, [load], plan)
     assert name == load
     assert len(outcome.timings) == 4
     assert all(figure.value > 0 for figure in outcome.figures)
@@ -173,7 +172,7 @@ async def test_sessions_count_what_caches_held(plan: Plan) -> None:
         seen.setdefault(job.session, []).append(length)
         yield Piece("x" * 10, job.new_tokens, length // 2)
 
-    ((_, outcome),) = await interactive.run(Served(stream), ["sessions"], plan)
+    ((_, outcome),) = await drive.run(Served(stream), ["sessions"], plan)
     del seen[None]  # the warm-up
     assert outcome.figures[0].value == pytest.approx(0.5, abs=0.01)
     assert len(seen) == loads.CHATS
