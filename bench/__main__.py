@@ -58,8 +58,6 @@ PEERS = {
     "rest-cuda": Peer(f"{report.PRODUCT}, CUDA", peers.product, setup={"device": "cuda"}),
     "engine-cuda": Peer(f"{report.ENGINE}, CUDA", peers.bare_engine, setup={"device": "cuda"}),
 }
-# Every machine can run these.
-USUAL_PEERS = [name for name in PEERS if not name.endswith("-cuda")]
 
 
 def main() -> None:
@@ -195,7 +193,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--peers": {
         "nargs": "+",
         "choices": PEERS,
-        "default": USUAL_PEERS,
+        "default": [name for name in PEERS if not name.endswith("-cuda")],
         "help": "the peers to measure (all but those on CUDA)",
     },
     "--loads": {"nargs": "+", "choices": COMPARED, "default": COMPARED, "help": "the loads to measure them by (all)"},

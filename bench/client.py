@@ -148,16 +148,12 @@ def rest(port: int, model: str, uncached: Mapping[str, Any] | None = None) -> St
                 raise PeerError(f"the answer was {status!r}: {(await reader.read(2000))!r}")
             async for line in reader:
                 if line.startswith(b"data: {"):
-                    yield _piece(json.loads(line.removeprefix(b"data: ")))
+                    event = json.loads(line.removeprefix(b"data: "))
+                    if "error" in event:
+                        raise PeerError(f"the stream ended with {event['error']}")
+                    usage = event.get("usage") or {}
+                    text = "".join(choice["text"] for choice in event["choices"]) if event["choices"] else None
+                    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+                    yield Piece(text, usage.get("completion_tokens", 0), cached)
 
     return stream
-
-
-def _piece(event: dict[str, Any]) -> Piece:
-    """The piece in one event of the stream."""
-    if "error" in event:
-        raise PeerError(f"the stream ended with {event['error']}")
-    usage = event.get("usage") or {}
-    text = "".join(choice["text"] for choice in event["choices"]) if event["choices"] else None
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return Piece(text, usage.get("completion_tokens", 0), cached)

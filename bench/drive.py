@@ -23,14 +23,9 @@ from bench.report import Figure, Outcome
 from service.engine.engine import Engine
 
 STREAMS = 4
-CANCELLATIONS = 8
-CANCEL_PROMPT = 1024
-CANCEL_STREAM_TOKENS = 600
-OVERLOADS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 # Until every stream has sent the first two pieces, streams still start; the pieces after them are undisturbed.
 STARTING_PIECES = 2
 QUIET_PIECES = 64
-POLL_SECONDS = 0.0005
 PATIENCE_SECONDS = 30.0
 
 
@@ -119,16 +114,20 @@ async def stall(served: Served, plan: Plan) -> list[Outcome]:
     settled = max(at[STARTING_PIECES - 1] for at in arrived)
     quiet = [gap for at in arrived for gap in _gaps_within(at, settled, timing.began)]
     busy = [gap for at in arrived for gap in _gaps_within([*at, max(at[-1], timing.at[0])], timing.began, timing.at[0])]
-    figures = [
-        Figure("undisturbed between tokens, p50", 1000 * percentile(quiet, 50), "ms", "less"),
-        Figure("undisturbed between tokens, p95", 1000 * percentile(quiet, 95), "ms", "less"),
-        Figure("beside a 2000-token prompt, p50", 1000 * percentile(busy, 50), "ms", "less"),
-        Figure("beside a 2000-token prompt, p95", 1000 * percentile(busy, 95), "ms", "less"),
-        Figure("beside a 2000-token prompt, longest", 1000 * max(busy), "ms", "less"),
-        Figure("2000-token prompt beside streams, time to first token", timing.first, "s", "less"),
+    return [
+        Outcome(
+            [
+                Figure("undisturbed between tokens, p50", 1000 * percentile(quiet, 50), "ms", "less"),
+                Figure("undisturbed between tokens, p95", 1000 * percentile(quiet, 95), "ms", "less"),
+                Figure("beside a 2000-token prompt, p50", 1000 * percentile(busy, 50), "ms", "less"),
+                Figure("beside a 2000-token prompt, p95", 1000 * percentile(busy, 95), "ms", "less"),
+                Figure("beside a 2000-token prompt, longest", 1000 * max(busy), "ms", "less"),
+                Figure("2000-token prompt beside streams, time to first token", timing.first, "s", "less"),
+            ],
+            # The streams' pieces too, as times relative to the long prompt's sending.
+            [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)],
+        )
     ]
-    # The streams' pieces too, as times relative to the long prompt's sending.
-    return [Outcome(figures, [timing, *(replace(timing, at=tuple(at), tokens=len(at)) for at in arrived)])]
 
 
 def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
@@ -143,10 +142,9 @@ async def cancel(served: Served, plan: Plan) -> list[Outcome]:
     another stream took meanwhile.
     """
     waits, steps = [], []
-    streams = jobs(plan, "cancel", STREAMS, plan.prompt_tokens, CANCEL_STREAM_TOKENS)
-    cancelled = jobs(plan, "cancelled", CANCELLATIONS, CANCEL_PROMPT, plan.new_tokens)
+    streams = jobs(plan, "cancel", STREAMS, plan.prompt_tokens, new_tokens=600)
     async with background(served.stream, streams, 1) as arrived:
-        for number, job in enumerate(cancelled):
+        for number, job in enumerate(jobs(plan, "cancelled", 8, prompt_tokens=1024, new_tokens=plan.new_tokens)):
             # In decode it has sent its first piece.
             async with background(served.stream, [job], 1 if number % 2 == 0 else 0):
                 await wait_for_slots(served.engine, STREAMS + 1)
@@ -154,21 +152,25 @@ async def cancel(served: Served, plan: Plan) -> list[Outcome]:
             await wait_for_slots(served.engine, STREAMS)
             waits.append(1000 * (time.perf_counter() - began))
             steps.append(len(arrived[0]) - pieces_before)
-    figures = [
-        Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
-        Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
-        Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
+    return [
+        Outcome(
+            [
+                Figure("cancel to freed slot, p50", percentile(waits, 50), "ms", "less"),
+                Figure("cancel to freed slot, longest", max(waits), "ms", "less"),
+                Figure("cancel to freed slot, most steps", max(steps), "steps", "less"),
+            ]
+        )
     ]
-    return [Outcome(figures)]
 
 
 async def overload(served: Served, plan: Plan) -> list[Outcome]:
-    """Offers OVERLOADS times the sustainable rate, which it measures first."""
+    """Offers half to three times the sustainable rate, which it measures first."""
     work = jobs(plan, "sustainable", 4 * loads.CALLERS, loads.CALLER_PROMPT, loads.CALLER_TOKENS)
     run = await drive(served, Load(work, {}, loads.CALLERS), plan.tokenizer)
     sustainable = len(work) / run.seconds
     return [
-        await measure(served, loads.offered(plan, share, sustainable * share), plan.tokenizer) for share in OVERLOADS
+        await measure(served, loads.offered(plan, share, sustainable * share), plan.tokenizer)
+        for share in (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
     ]
 
 
@@ -179,7 +181,7 @@ async def wait_for_slots(engine: Engine | None, held: int) -> None:
     while engine.stats.running != held:
         if time.perf_counter() > deadline:
             raise PeerError(f"{engine.stats.running} slots were held for {PATIENCE_SECONDS} s, not {held}")
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(0.0005)
 
 
 INTERACTIVE = {"stall": stall, "cancel": cancel, "overload": overload}

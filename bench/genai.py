@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +25,7 @@ from service import manifest
 
 # A batch waits this long for the requests that one client sends at once.
 GATHER_SECONDS = 0.02
+_Waiting = tuple[Job, "asyncio.Queue[Piece | Exception]"]
 
 
 @contextmanager
@@ -38,19 +38,6 @@ def static_batches(setup: Setup) -> Iterator[Served]:
     yield Served(_Batcher(genai, genai.Model(config), setup.slots).stream)
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """A request, and the event loop's queue of its pieces; an error ends the queue."""
-
-    job: Job
-    arrived: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The tokens of its prompt and of its answer."""
-        return len(self.job.prompts[0]), self.job.new_tokens
-
-
 class _Batcher:
     """Runs waiting requests of one shape in a thread, one batch after the other, while any request waits."""
 
@@ -58,16 +45,17 @@ class _Batcher:
         self._genai = genai
         self._model = model
         self._slots = slots
+        # Each request with the event loop's queue of its pieces; an error ends the queue.
         self._waiting: list[_Waiting] = []
         self._batches: asyncio.Task[None] | None = None
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
-        waiting = _Waiting(job)
-        self._waiting.append(waiting)
+        arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._waiting.append((job, arrived))
         if self._batches is None or self._batches.done():
             self._batches = asyncio.create_task(self._run())
         for _ in range(job.new_tokens):
-            piece = await waiting.arrived.get()
+            piece = await arrived.get()
             if isinstance(piece, Exception):
                 raise PeerError(f"onnxruntime-genai failed: {piece}") from piece
             yield piece
@@ -75,8 +63,8 @@ class _Batcher:
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(GATHER_SECONDS)
-            shape = self._waiting[0].shape
-            batch = [waiting for waiting in self._waiting if waiting.shape == shape][: self._slots]
+            first, _ = self._waiting[0]
+            batch = [(job, arrived) for job, arrived in self._waiting if _shape(job) == _shape(first)][: self._slots]
             self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
             try:
                 await asyncio.to_thread(self._generate, batch, asyncio.get_running_loop())
@@ -84,21 +72,26 @@ class _Batcher:
                 _deliver(batch, error)
 
     def _generate(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
-        prompt, new = batch[0].shape
+        prompt, new = _shape(batch[0][0])
         parameters = self._genai.GeneratorParams(self._model)
         length = prompt + new
         # An answer cannot end before min_length.
         parameters.set_search_options(batch_size=len(batch), min_length=length, max_length=length, do_sample=False)
         generator = self._genai.Generator(self._model, parameters)
-        generator.append_tokens(np.array([waiting.job.prompts[0] for waiting in batch], np.int32))
+        generator.append_tokens(np.array([job.prompts[0] for job, _ in batch], np.int32))
         for count in range(1, new + 1):
             generator.generate_next_token()
             loop.call_soon_threadsafe(_deliver, batch, Piece("", count))
 
 
 def _deliver(batch: list[_Waiting], piece: Piece | Exception) -> None:
-    for waiting in batch:
-        waiting.arrived.put_nowait(piece)
+    for _, arrived in batch:
+        arrived.put_nowait(piece)
+
+
+def _shape(job: Job) -> tuple[int, int]:
+    """The tokens of its prompt and of its answer."""
+    return len(job.prompts[0]), job.new_tokens
 
 
 def _converted(setup: Setup) -> Path:
@@ -163,26 +156,6 @@ def _adapted(graph: onnx.GraphProto) -> onnx.GraphProto:
 def _config(described: manifest.Manifest, graph: onnx.GraphProto) -> dict[str, Any]:
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     heads = next(attribute.i for attribute in attributes if attribute.name == "num_heads")
-    decoder = {
-        "filename": manifest.MODEL_FILE,
-        "head_size": described.kv.head_dim,
-        "hidden_size": heads * described.kv.head_dim,
-        "num_attention_heads": heads,
-        "num_hidden_layers": described.kv.layers,
-        "num_key_value_heads": described.kv.kv_heads,
-        "session_options": {"provider_options": []},
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key.%d",
-            "past_value_names": "past_value.%d",
-        },
-        "outputs": {
-            "logits": "last_logits",
-            "present_key_names": "present_key.%d",
-            "present_value_names": "present_value.%d",
-        },
-    }
     return {
         "model": {
             "type": "llama",
@@ -191,7 +164,26 @@ def _config(described: manifest.Manifest, graph: onnx.GraphProto) -> dict[str, A
             "pad_token_id": 0,
             "context_length": described.context_length,
             "vocab_size": described.vocab_size,
-            "decoder": decoder,
+            "decoder": {
+                "filename": manifest.MODEL_FILE,
+                "head_size": described.kv.head_dim,
+                "hidden_size": heads * described.kv.head_dim,
+                "num_attention_heads": heads,
+                "num_hidden_layers": described.kv.layers,
+                "num_key_value_heads": described.kv.kv_heads,
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key.%d",
+                    "past_value_names": "past_value.%d",
+                },
+                "outputs": {
+                    "logits": "last_logits",
+                    "present_key_names": "present_key.%d",
+                    "present_value_names": "present_value.%d",
+                },
+            },
         },
         "search": {
             "do_sample": False,

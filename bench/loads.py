@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, count, takewhile
 from statistics import mean, median
 
@@ -96,9 +96,8 @@ GROWTH_PROMPTS = (128, 256, 512, 1024, 2048, 4096)
 CALLERS = 16
 CALLER_PROMPT = 64
 CALLER_TOKENS = 32
-# The wait that an overloaded service may allow, and the time to the first token that an answer must keep to count.
+# The wait that an overloaded service may allow. Answers count whose first token comes within twice that time.
 QUEUE_SECONDS = 4.0
-OVERLOAD_OBJECTIVE = 2 * QUEUE_SECONDS
 # Requests arrive until ARRIVAL_SECONDS. Answers count that end after SETTLE_SECONDS: from then on the queue is full.
 ARRIVAL_SECONDS = 22.0
 SETTLE_SECONDS = 7.0
@@ -148,13 +147,9 @@ def _metrics(*names: str) -> dict[str, Metric]:
 
 def table(plan: Plan) -> dict[str, list[Load]]:
     """The loads by name: for each of its sizes, where it has several, its requests and its figures."""
-    chats = _conversations(plan, "chat", CHATS * prompts(plan, "chat system", 1, SYSTEM_TOKENS))
-    sessions = _conversations(plan, "sessions", prompts(plan, "sessions system", CHATS, SYSTEM_TOKENS))
-    callers = jobs(plan, "callers", 2 * CALLERS, CALLER_PROMPT, CALLER_TOKENS)
     growth = _metrics("output rate", "time to first token, p50", "a token", "resident")
     batches = {size: prompts(plan, f"growth {size}", size, GROWTH_PROMPT) for size in GROWTH_SIZES}
     longest = plan.context - GROWTH_TOKENS
-    lengths = [*(length for length in GROWTH_PROMPTS if length < longest), longest]
     return {
         # A number of requests keeps running until all work is done.
         "closed": [
@@ -171,7 +166,7 @@ def table(plan: Plan) -> dict[str, list[Load]]:
         # Conversations that begin with the same system prompt.
         "chat": [
             Load(
-                chats,
+                _conversations(plan, "chat", CHATS * prompts(plan, "chat system", 1, SYSTEM_TOKENS)),
                 _metrics("output rate", "time to first token from turn 2 on, p50", "prompt tokens from cache, mean"),
                 CHATS,
             )
@@ -184,7 +179,8 @@ def table(plan: Plan) -> dict[str, list[Load]]:
         ],
         # Growth: one request whose prompt gets longer, up to the context.
         "prompt-length": [
-            Load(jobs(plan, f"growth to {length}", 1, length, GROWTH_TOKENS), growth, size=length) for length in lengths
+            Load(jobs(plan, f"growth to {length}", 1, length, GROWTH_TOKENS), growth, size=length)
+            for length in (*(length for length in GROWTH_PROMPTS if length < longest), longest)
         ],
         # Growth: one request of more and more prompts.
         "prompts": [Load([Job(tuple(batch), GROWTH_TOKENS)], growth, size=size) for size, batch in batches.items()],
@@ -195,7 +191,10 @@ def table(plan: Plan) -> dict[str, list[Load]]:
         # Scaling: callers that never pause, each request in its own session.
         "callers": [
             Load(
-                [replace(job, session=f"one-{number}") for number, job in enumerate(callers)],
+                [
+                    Job((prompt,), CALLER_TOKENS, session=f"one-{number}")
+                    for number, prompt in enumerate(prompts(plan, "callers", 2 * CALLERS, CALLER_PROMPT))
+                ],
                 _metrics("output rate"),
                 CALLERS,
             )
@@ -203,7 +202,7 @@ def table(plan: Plan) -> dict[str, list[Load]]:
         # Conversations with a system prompt each: prefix-cache hits.
         "sessions": [
             Load(
-                sessions,
+                _conversations(plan, "sessions", prompts(plan, "sessions system", CHATS, SYSTEM_TOKENS)),
                 _metrics("prefix-cache hit rate", "output rate", "time to first token from turn 2 on, p50"),
                 CHATS,
             )
@@ -220,42 +219,62 @@ def _open_loop(plan: Plan) -> Load:
     pick = random.Random(f"{plan.seed} arrivals")
     moments = list(accumulate(pick.expovariate(plan.rate) for _ in range(plan.arrivals)))
     work = jobs(plan, "open", plan.arrivals, plan.prompt_tokens, plan.new_tokens // 2)
-    metrics: dict[str, Metric] = {
-        "goodput": (
-            "requests/s",
-            "more",
-            lambda run: (
-                sum(t.first <= plan.ttft_objective and t.seconds_per_token <= plan.itl_objective for t in run.timings)
-                / moments[-1]
+    return Load(
+        work,
+        {
+            "goodput": (
+                "requests/s",
+                "more",
+                lambda run: (
+                    sum(
+                        t.first <= plan.ttft_objective and t.seconds_per_token <= plan.itl_objective
+                        for t in run.timings
+                    )
+                    / moments[-1]
+                ),
             ),
-        ),
-        "arrivals": ("requests/s", "", lambda run: len(run.timings) / moments[-1]),
-        **_metrics("time to first token, p95", "mean between tokens, p95"),
-    }
-    return Load(work, metrics, concurrency=len(work), moments=moments)
+            "arrivals": ("requests/s", "", lambda run: len(run.timings) / moments[-1]),
+            **_metrics("time to first token, p95", "mean between tokens, p95"),
+        },
+        concurrency=len(work),
+        moments=moments,
+    )
 
 
 def offered(plan: Plan, share: float, rate: float) -> Load:
     """`rate` requests per second at random moments, `share` times the sustainable rate; a refused one is not repeated.
 
-    Goodput counts the answers that ended from SETTLE_SECONDS to ARRIVAL_SECONDS and kept OVERLOAD_OBJECTIVE.
+    Goodput counts the answers that ended from SETTLE_SECONDS to ARRIVAL_SECONDS and kept 2 * QUEUE_SECONDS
+    to the first token.
     """
     pick = random.Random(f"{plan.seed} overload {share}")
     endless = accumulate(pick.expovariate(rate) for _ in count())
     moments = list(takewhile(lambda moment: moment < ARRIVAL_SECONDS, endless))
     work = jobs(plan, f"overload {share}", len(moments), CALLER_PROMPT, CALLER_TOKENS)
-
-    def goodput(run: Run) -> float:
-        ended = [t for t in run.timings if SETTLE_SECONDS <= t.at[-1] - run.began < ARRIVAL_SECONDS]
-        return sum(t.first <= OVERLOAD_OBJECTIVE for t in ended) / (ARRIVAL_SECONDS - SETTLE_SECONDS)
-
-    metrics = {
-        "offered": ("requests/s", "", lambda _: rate),
-        "goodput": ("requests/s", "more", goodput),
-        **_metrics("refused", "time to first token, p50", "time to first token, p95"),
-        **_metrics("answer, p95", "refusal, p95", "resident"),
-    }
-    return Load(work, metrics, concurrency=len(work), moments=moments, size=share, refusable=True)
+    return Load(
+        work,
+        {
+            "offered": ("requests/s", "", lambda _: rate),
+            "goodput": (
+                "requests/s",
+                "more",
+                lambda run: (
+                    sum(
+                        t.first <= 2 * QUEUE_SECONDS
+                        for t in run.timings
+                        if SETTLE_SECONDS <= t.at[-1] - run.began < ARRIVAL_SECONDS
+                    )
+                    / (ARRIVAL_SECONDS - SETTLE_SECONDS)
+                ),
+            ),
+            **_metrics("refused", "time to first token, p50", "time to first token, p95"),
+            **_metrics("answer, p95", "refusal, p95", "resident"),
+        },
+        concurrency=len(work),
+        moments=moments,
+        size=share,
+        refusable=True,
+    )
 
 
 def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:

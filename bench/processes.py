@@ -15,7 +15,6 @@ from bench.client import API_KEY, PeerError
 from deploy.local import Child
 
 START_SECONDS = 180
-TAIL_LINES = 30
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def running(name: str, command: list[str]) -> Iterator[Child]:
         except Exception as error:
             code = child.process.poll()
             state = "still running" if code is None else f"ended with exit code {code}"
-            tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-30:])
             raise PeerError(f"{error or repr(error)}\n\n{name} ({state}), its last output:\n{tail}") from error
         finally:
             child.stop()

@@ -105,22 +105,18 @@ class Results:
     def finish(self) -> None:
         """Prints the tables, saves the measurements and draws the plot."""
         print(f"{self._about['machine']}; began {self._about['began']}")
-        for table in self._tables:
-            self._print(table)
+        for table, rows in self._tables.items():
+            print(f"\n{': '.join(table)} [{_any_figure(rows).unit}]")
+            for (size, peer), by_round in sorted(rows.items(), key=lambda row: row[0][0] or 0):
+                values = [figure.value for figure in by_round.values()]
+                label = peer if size is None else f"{size:g}: {peer}"
+                line = f"  {label:32} {median(values):10.4g}  {min(values):.4g}..{max(values):.4g}"
+                if _any_figure(rows).better and peer != PRODUCT:
+                    ratios = self.ratios(table, (size, PRODUCT), (size, peer))
+                    line = f"{line:66}{'ours is ' + times_as_good(ratios) if ratios else ''}"
+                print(line.rstrip())
         print(f"\nraw measurements: {self.save()}")
         self._plot()
-
-    def _print(self, table: Table) -> None:
-        rows = self._tables[table]
-        print(f"\n{': '.join(table)} [{_any_figure(rows).unit}]")
-        for (size, peer), by_round in sorted(rows.items(), key=lambda row: row[0][0] or 0):
-            values = [figure.value for figure in by_round.values()]
-            label = peer if size is None else f"{size:g}: {peer}"
-            line = f"  {label:32} {median(values):10.4g}  {min(values):.4g}..{max(values):.4g}"
-            if _any_figure(rows).better and peer != PRODUCT:
-                ratios = self.ratios(table, (size, PRODUCT), (size, peer))
-                line = f"{line:66}{'ours is ' + times_as_good(ratios) if ratios else ''}"
-            print(line.rstrip())
 
     def _plot(self) -> None:
         """A panel for each figure that depends on a size: the median for each peer, with every round as a point."""

@@ -119,8 +119,8 @@ def judge(record: Record, held: int, bounds: Mapping[str, float]) -> tuple[dict[
 def run(minutes: float, seed: int, bounds: Mapping[str, float]) -> bool:
     """Soaks the product for `minutes`, prints outcomes and figures, and returns whether all bounds hold."""
     model_dir = local.model_dir(local.Options.from_environment())
-    arguments = ["--model-dir", str(model_dir), "--max-running", "8", "--context-length", "1024"]
-    with services_behind_envoy(arguments) as (http_port, (service,), _):
+    flags = ["--model-dir", str(model_dir), "--max-running", "8", "--context-length", "1024"]
+    with services_behind_envoy(flags) as (http_port, (service,), _):
         record = asyncio.run(_soak(http_port, service, 60 * minutes, seed))
         service.stop()
         held = _held(service.log)
@@ -151,10 +151,16 @@ def take_sample(pid: int, at: float) -> Sample:
 
 async def _soak(port: int, service: local.Child, seconds: float, seed: int) -> Record:
     record = Record()
-    # Every request has a connection of its own.
-    headers = {"Authorization": f"Bearer {API_KEY}", "Connection": "close"}
-    opened = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=None, trust_env=False)
-    async with opened as client, together() as tasks:
+    async with (
+        httpx2.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            # Every request has a connection of its own.
+            headers={"Authorization": f"Bearer {API_KEY}", "Connection": "close"},
+            timeout=None,
+            trust_env=False,
+        ) as client,
+        together() as tasks,
+    ):
         tasks.create_task(_watch(service, record, seconds))
         for number in range(CLIENTS):
             tasks.create_task(_send(client, record, seconds, random.Random(f"{seed} {number}")))
