@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from tokenizers import Tokenizer
 
 from bench import drive, genai, limits, loads, peers, report, soak
 from bench.client import PeerError
-from bench.loads import Plan
 from bench.peers import Served, Setup
 from bench.processes import memory
 from bench.report import Figure, Outcome
@@ -85,7 +84,7 @@ def _compare(options: argparse.Namespace) -> None:
     ]
     results = _measure(options, [peer for peer in chosen if peer.loads], machine="limits" in options.loads)
     setup = _setup(options)
-    limits.relate(results, setup.model_dir, setup.weights, _plan(options, setup.model_dir))
+    limits.relate(results, setup.model_dir, setup.weights, options)
     results.finish()
 
 
@@ -149,7 +148,11 @@ def _measure(options: argparse.Namespace, chosen: Sequence[Peer], machine: bool 
             measured = ", ".join(peer.loads)
             print(f"round {number} of {options.rounds}: {peer.title}: {measured}", file=sys.stderr, flush=True)
             setup = replace(_setup(options), **peer.setup)
-            plan = _plan(options, setup.model_dir)
+            plan = argparse.Namespace(
+                **vars(options),
+                tokenizer=Tokenizer.from_file(str(setup.model_dir / manifest.TOKENIZER_FILE)),
+                context=manifest.load(setup.model_dir).context_length,
+            )
             with peer.start(setup) as served:
                 for load, outcome in asyncio.run(drive.run(served, peer.loads, plan)):
                     results.add(number, peer.title, load, outcome)
@@ -170,14 +173,6 @@ def _setup(options: argparse.Namespace) -> Setup:
         context=loads.longest_sequence(options.prompt_tokens, options.new_tokens),
         cache=ROOT / ".cache" / "bench",
         flash_attention=options.flash_attention,
-    )
-
-
-def _plan(options: argparse.Namespace, model_dir: Path) -> Plan:
-    return Plan(
-        tokenizer=Tokenizer.from_file(str(model_dir / manifest.TOKENIZER_FILE)),
-        context=manifest.load(model_dir).context_length,
-        **{each.name: getattr(options, each.name) for each in fields(Plan) if hasattr(options, each.name)},
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from bench import loads
 from bench.client import Job, PeerError, RefusedError, Stream, Timing, percentile, timed
-from bench.loads import Load, Plan, Run, jobs
+from bench.loads import Load, Run, jobs
 from bench.peers import Served
 from bench.processes import memory
 from bench.report import Figure, Outcome
@@ -105,7 +106,7 @@ async def together() -> AsyncIterator[asyncio.TaskGroup]:
         raise failures.exceptions[0] from None
 
 
-async def stall(served: Served, plan: Plan) -> list[Outcome]:
+async def stall(served: Served, plan: Namespace) -> list[Outcome]:
     """How a long prompt delays running streams: the time between their pieces before it and during its prefill."""
     streams = jobs(plan, "stall", STREAMS, plan.prompt_tokens, loads.STALL_TOKENS)
     (long,) = jobs(plan, "stall prompt", 1, loads.STALL_PROMPT, 1)
@@ -135,7 +136,7 @@ def _gaps_within(at: list[float], start: float, end: float) -> list[float]:
     return [after - before for before, after in pairwise(at) if after > start and before < end]
 
 
-async def cancel(served: Served, plan: Plan) -> list[Outcome]:
+async def cancel(served: Served, plan: Namespace) -> list[Outcome]:
     """How soon a cancelled request frees its slot beside running streams, alternately in decode and in prefill.
 
     Only the bare engine reports its slots. Figures are the milliseconds until the slot is free, and the steps that
@@ -163,7 +164,7 @@ async def cancel(served: Served, plan: Plan) -> list[Outcome]:
     ]
 
 
-async def overload(served: Served, plan: Plan) -> list[Outcome]:
+async def overload(served: Served, plan: Namespace) -> list[Outcome]:
     """Offers half to three times the sustainable rate, which it measures first."""
     work = jobs(plan, "sustainable", 4 * loads.CALLERS, loads.CALLER_PROMPT, loads.CALLER_TOKENS)
     run = await drive(served, Load(work, {}, loads.CALLERS), plan.tokenizer)
@@ -187,7 +188,7 @@ async def wait_for_slots(engine: Engine | None, held: int) -> None:
 INTERACTIVE = {"stall": stall, "cancel": cancel, "overload": overload}
 
 
-async def run(served: Served, names: Sequence[str], plan: Plan) -> list[tuple[str, Outcome]]:
+async def run(served: Served, names: Sequence[str], plan: Namespace) -> list[tuple[str, Outcome]]:
     """Drives a peer by the named loads, one after the other, after a short request that warms it up.
 
     Raises PeerError when a load takes longer than the plan's limit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import timeit
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -14,7 +15,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bench.loads import Plan
 from bench.report import MACHINE, OURS, Figure, Outcome, Results
 from service import manifest
 
@@ -91,7 +91,7 @@ def _matrix_product(kernel: str) -> bytes:
     return model.SerializeToString()
 
 
-def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None:
+def relate(results: Results, model_dir: Path, weights: Path, options: Namespace) -> None:
     """Adds, for each of our output rates, its share of the machine limits that were measured in the same round.
 
     A step reads its weights once, for all sequences in it. Arithmetic is only that of the weights: a prompt token
@@ -99,10 +99,10 @@ def relate(results: Results, model_dir: Path, weights: Path, plan: Plan) -> None
     """
     stored = _bytes_per_step(model_dir) / 1e9
     layers, table = _multiply_adds(weights)
-    per_token = (layers * (1 + plan.prompt_tokens / plan.new_tokens) + table) / 1e9
+    per_token = (layers * (1 + options.prompt_tokens / options.new_tokens) + table) / 1e9
     bandwidths = results.values(("limits", BANDWIDTH), (None, MACHINE))
     kernels = [results.values(("limits", f"{ARITHMETIC}, {kernel}"), (None, MACHINE)) for kernel in KERNELS]
-    for peer, concurrency, number in product(OURS, plan.concurrency, bandwidths):
+    for peer, concurrency, number in product(OURS, options.concurrency, bandwidths):
         row = (concurrency, peer)
         rates, gaps = (results.values(("closed", name), row) for name in ("output rate", "between tokens, p50"))
         if number in rates:

@@ -1,40 +1,22 @@
-"""The loads: the requests that each of them sends to a peer, and the figures that it gives."""
+"""The loads: the requests that each of them sends to a peer, and the figures that it gives.
+
+A plan is the size of the loads: the options of `python -m bench`, whose help says what each means, with the `tokenizer`
+of the model and `context`, its longest sequence in tokens.
+"""
 
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, takewhile
 from statistics import mean, median
 
-from tokenizers import Tokenizer
-
 from bench.client import Job, Timing, percentile
 
 # Control tokens and single bytes have ids below this one.
 _FIRST_WORD = 1000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The size of the loads; the flags of `python -m bench` say what each field means. Times are in seconds.
-
-    `context` is the longest sequence of the model, in tokens.
-    """
-
-    tokenizer: Tokenizer
-    context: int
-    concurrency: Sequence[int]
-    requests_each: int
-    prompt_tokens: int
-    new_tokens: int
-    rate: float
-    arrivals: int
-    ttft_objective: float
-    itl_objective: float
-    seed: int
-    limit: float
 
 
 @dataclass(frozen=True)
@@ -145,7 +127,7 @@ def _metrics(*names: str) -> dict[str, Metric]:
     return {name: METRICS[name] for name in names}
 
 
-def table(plan: Plan) -> dict[str, list[Load]]:
+def table(plan: Namespace) -> dict[str, list[Load]]:
     """The loads by name: for each of its sizes, where it has several, its requests and its figures."""
     growth = _metrics("output rate", "time to first token, p50", "a token", "resident")
     batches = {size: prompts(plan, f"growth {size}", size, GROWTH_PROMPT) for size in GROWTH_SIZES}
@@ -214,7 +196,7 @@ COMPARED = ("closed", "ttft", "chat", "open", "stall")
 CURVES = ("concurrency", "prompt-length", "prompts", "choices")
 
 
-def _open_loop(plan: Plan) -> Load:
+def _open_loop(plan: Namespace) -> Load:
     """Requests that arrive at random moments, whether or not earlier ones are done: how many meet the objective."""
     pick = random.Random(f"{plan.seed} arrivals")
     moments = list(accumulate(pick.expovariate(plan.rate) for _ in range(plan.arrivals)))
@@ -241,7 +223,7 @@ def _open_loop(plan: Plan) -> Load:
     )
 
 
-def offered(plan: Plan, share: float, rate: float) -> Load:
+def offered(plan: Namespace, share: float, rate: float) -> Load:
     """`rate` requests per second at random moments, `share` times the sustainable rate; a refused one is not repeated.
 
     Goodput counts the answers that ended from SETTLE_SECONDS to ARRIVAL_SECONDS and kept 2 * QUEUE_SECONDS
@@ -283,12 +265,12 @@ def longest_sequence(prompt_tokens: int, new_tokens: int) -> int:
     return max(STALL_PROMPT + 1, TTFT_PROMPT + 1, prompt_tokens + max(new_tokens, STALL_TOKENS), chat_tokens)
 
 
-def jobs(plan: Plan, load: str, count: int, prompt_tokens: int, new_tokens: int) -> list[Job]:
+def jobs(plan: Namespace, load: str, count: int, prompt_tokens: int, new_tokens: int) -> list[Job]:
     """Requests with one random prompt each."""
     return [Job((prompt,), new_tokens) for prompt in prompts(plan, load, count, prompt_tokens)]
 
 
-def prompts(plan: Plan, load: str, count: int, tokens: int) -> list[tuple[int, ...]]:
+def prompts(plan: Namespace, load: str, count: int, tokens: int) -> list[tuple[int, ...]]:
     """Random prompts that share no beginning, the same for every peer and round."""
     pick = random.Random(f"{plan.seed} {load}")
     vocabulary = plan.tokenizer.get_vocab_size()
@@ -296,7 +278,7 @@ def prompts(plan: Plan, load: str, count: int, tokens: int) -> list[tuple[int, .
     return [tuple(pick.choices(words, k=tokens)) for _ in range(count)]
 
 
-def _conversations(plan: Plan, load: str, systems: Sequence[tuple[int, ...]]) -> list[Job]:
+def _conversations(plan: Namespace, load: str, systems: Sequence[tuple[int, ...]]) -> list[Job]:
     """A conversation in its own session for each system prompt; it sends everything before with every turn."""
     questions = prompts(plan, f"{load} questions", CHAT_TURNS * len(systems), USER_TOKENS)
     turns = [questions[number :: len(systems)] for number in range(len(systems))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from argparse import Namespace
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from tokenizers.models import BPE
 
 from bench import client, drive, loads, peers
 from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
-from bench.loads import Load, Plan, Run
+from bench.loads import Load, Run
 from bench.peers import Served
 from bench.report import PRODUCT, Figure, Outcome, Results
 from service.manifest import TOKENIZER_FILE
@@ -108,10 +109,10 @@ def test_ratios_are_taken_within_a_round(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def plan(model_dir: Path) -> Plan:
+def plan(model_dir: Path) -> Namespace:
     """A short load."""
-    return Plan(
-        Tokenizer.from_file(str(model_dir / TOKENIZER_FILE)),
+    return Namespace(
+        tokenizer=Tokenizer.from_file(str(model_dir / TOKENIZER_FILE)),
         context=64,
         concurrency=(2,),
         requests_each=1,
@@ -127,7 +128,7 @@ def plan(model_dir: Path) -> Plan:
 
 
 @pytest.mark.parametrize("load", ["closed", "open"])
-async def test_loads_on_the_real_engine(load: str, plan: Plan, model_dir: Path, tmp_path: Path) -> None:
+async def test_loads_on_the_real_engine(load: str, plan: Namespace, model_dir: Path, tmp_path: Path) -> None:
     """Every request of a load is answered in full, and every figure is a number above zero."""
     setup = peers.Setup(model_dir, tmp_path / "unused.gguf", threads=2, slots=4, context=64, cache=tmp_path)
     with peers.bare_engine(setup) as served:
@@ -137,7 +138,7 @@ async def test_loads_on_the_real_engine(load: str, plan: Plan, model_dir: Path, 
     assert all(figure.value > 0 for figure in outcome.figures)
 
 
-def test_goodput_counts_what_came_in_time(plan: Plan) -> None:
+def test_goodput_counts_what_came_in_time(plan: Namespace) -> None:
     """Of four answers one ended before the queue was full, and one's first token came too late."""
     settled, began = loads.SETTLE_SECONDS, 100.0
 
@@ -163,7 +164,7 @@ def test_ratios_of_replicas_are_taken_within_a_round(tmp_path: Path) -> None:
     assert results.ratios(("callers", "output rate"), (None, "two"), (None, "one")) == [1.5, 1.5]
 
 
-async def test_sessions_count_what_caches_held(plan: Plan) -> None:
+async def test_sessions_count_what_caches_held(plan: Namespace) -> None:
     """A cache that holds half of each prompt gives a hit rate of one half; every chat keeps its session and grows."""
     seen: dict[str | None, list[int]] = {}
 
