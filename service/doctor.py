@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from service.engine.ort.device import provider
+from service.engine.ort.availability import provider
 from service.errors import StartupError
 from service.host import ports
 from service.host.processor import processor
@@ -16,7 +16,7 @@ from service.rpc import tls
 from service.rpc.keys import KeyRing
 from service.server import check_host, check_tracing
 from service.serving import gpu_memory, memory, models
-from service.serving.models import CheckedModel
+from service.serving.models import ReadModel
 from service.settings import ModelSettings, Settings
 
 
@@ -47,14 +47,14 @@ def examine(settings: Settings) -> Iterator[Finding]:
     configured = settings.configured_models()
     for device, index in dict.fromkeys((model.settings.device, model.settings.device_id) for model in configured):
         yield _finding("provider", provider, device, index)
-    checked: list[CheckedModel] = []
+    found: list[ReadModel] = []
     for model in configured:
-        yield _finding("model", _model, model, checked)
-    if len(checked) < len(configured):
+        yield _finding("model", _model, model, found)
+    if len(found) < len(configured):
         yield from (Finding(name, False, "not checked, because a model failed") for name in ("names", "memory"))
         return
-    yield _finding("names", _names, checked, settings)
-    yield from _memory(checked, settings)
+    yield _finding("names", _names, found, settings)
+    yield from _memory(found, settings)
 
 
 def _finding(name: str, check: Callable[..., str], *arguments: object) -> Finding:
@@ -119,32 +119,37 @@ def _traces(settings: Settings) -> str:
     return f"sent to {settings.otlp_endpoint}" if settings.otlp_endpoint else "off"
 
 
-def _model(configured: ModelSettings, checked: list[CheckedModel]) -> str:
-    """Appends a model that passes to `checked`."""
-    model = models.check(configured)
-    checked.append(model)
+def _model(configured: ModelSettings, found: list[ReadModel]) -> str:
+    """Appends a model that passes to `found`."""
+    model = models.read(configured)
+    models.check_files(model)
+    found.append(model)
     return f"{model.manifest.id} in {model.directory}: the hashes of {len(model.manifest.files)} files match"
 
 
-def _names(checked: list[CheckedModel], settings: Settings) -> str:
-    return "; ".join(" = ".join((name, *names)) for name, names in models.aliases(checked, settings.alias).items())
+def _names(found: list[ReadModel], settings: Settings) -> str:
+    return "; ".join(" = ".join((name, *names)) for name, names in models.aliases(found, settings.alias).items())
 
 
-def _memory(checked: list[CheckedModel], settings: Settings) -> Iterator[Finding]:
+def _memory(found: list[ReadModel], settings: Settings) -> Iterator[Finding]:
     """One finding per model, or a single one when the memory cannot be divided."""
     try:
-        planned = models.divide_memory(models.choose_devices(checked), settings)
-        texts = [_slots(model) for model in planned]
+        planned = models.divide_memory(models.choose_devices(found), settings)
+        texts = [_positions(model, settings) for model in planned]
     except StartupError as error:
         yield Finding("memory", False, str(error))
         return
-    for model, text in zip(checked, texts, strict=True):
-        yield Finding("memory", True, text if len(checked) == 1 else f"{model.manifest.id}: {text}")
+    for model, text in zip(found, texts, strict=True):
+        yield Finding("memory", True, text if len(found) == 1 else f"{model.manifest.id}: {text}")
 
 
-def _slots(planned: models.PlannedModel) -> str:
-    model, max_running = planned.checked, planned.checked.settings.max_running
-    _, slots = gpu_memory.place(model.manifest, model.settings, model.context_length, planned.plan.slots)
-    sizes = f"{memory.mib(planned.plan.total)} of {planned.budget // memory.MIB} MiB"
-    fewer = "" if slots == max_running else ": fewer run at once than max_running"
-    return f"{slots} of {max_running} slots, {sizes}{fewer}"
+def _positions(planned: models.PlannedModel, settings: Settings) -> str:
+    model, plan = planned.read, planned.plan
+    _, slots, length = gpu_memory.place(model.manifest, model.settings, plan)
+    own = model.manifest.context_length
+    context = f"max_model_len {length}" + (f" of the model's {own}" if length < own else "")
+    return (
+        f"{plan.positions} positions in {slots} slots: {plan.typical_requests} requests of {memory.TYPICAL} tokens at"
+        f" once; {context}; {memory.mib(plan.weights)} MiB of weights and {memory.mib(plan.kv)} of KV cache,"
+        f" {memory.mib(plan.total)} of {memory.mib(memory.allowed(settings))} MiB in all"
+    )

@@ -20,6 +20,7 @@ PROMPT_WEIGHTS_FILE = "prompt.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION: Final = 1
 LARGEST_MANIFEST = 1 << 20
+_HINT = "export the model again: python -m model_export SOURCE DIRECTORY"
 
 
 class _Record(BaseModel):
@@ -170,51 +171,63 @@ class Manifest(_Record):
         (directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load(directory: Path) -> Manifest:
-    """Reads the manifest of `directory` and checks the size and hash of every file that it lists.
+def read(directory: Path) -> Manifest:
+    """Reads the manifest of `directory`, and checks that every file that it lists is there, with the listed size.
 
     Raises ModelDirectoryError, which names the file, what was expected and what was found.
     """
     path = directory / FILE_NAME
-    hint = "export the model again: python -m model_export SOURCE DIRECTORY"
     try:
         if path.exists() and not path.is_file():  # opening a pipe would block until it has a writer
-            raise ModelDirectoryError(f"{path} is not a plain file; {hint}")
+            raise ModelDirectoryError(f"{path} is not a plain file; {_HINT}")
         if (size := path.stat().st_size) > LARGEST_MANIFEST:
-            raise ModelDirectoryError(f"{path} has {size} bytes, expected at most {LARGEST_MANIFEST}; {hint}")
+            raise ModelDirectoryError(f"{path} has {size} bytes, expected at most {LARGEST_MANIFEST}; {_HINT}")
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ModelDirectoryError(f"{path} does not exist; {hint}") from None
+        raise ModelDirectoryError(f"{path} does not exist; {_HINT}") from None
     except OSError as error:
-        raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {hint}") from None
+        raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {_HINT}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {hint}") from None
+        raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {_HINT}") from None
     needed = {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
     if manifest.quantization.prompts:
         needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE}
     if missing := needed - set(manifest.files):
-        raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {hint}")
+        raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {_HINT}")
     for name, entry in manifest.files.items():
-        _check_file(directory, name, entry, hint)
+        _check_size(directory, name, entry)
     return manifest
 
 
-def _check_file(directory: Path, name: str, entry: FileEntry, hint: str) -> None:
+def load(directory: Path) -> Manifest:
+    """Reads the manifest of `directory`, and checks size and hash of every file. Raises ModelDirectoryError."""
+    manifest = read(directory)
+    check_hashes(directory, manifest)
+    return manifest
+
+
+def check_hashes(directory: Path, manifest: Manifest) -> None:
+    """Raises ModelDirectoryError when a file's SHA-256 is not the listed one."""
+    for name, entry in manifest.files.items():
+        path = directory / name
+        digest = file_sha256(path)
+        if digest != entry.sha256:
+            raise ModelDirectoryError(f"{path} has SHA-256 {digest}, expected {entry.sha256}; {_HINT}")
+
+
+def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
     path = directory / name
     if "\0" in name or Path(os.path.realpath(path)).parent != Path(os.path.realpath(directory)):
         raise ModelDirectoryError(f"{path} is outside the model directory {directory}; refusing to load it")
     if not path.is_file():
-        raise ModelDirectoryError(f"{path} does not exist; {hint}")
+        raise ModelDirectoryError(f"{path} does not exist; {_HINT}")
     if path.stat().st_nlink > 1:
         raise ModelDirectoryError(f"{path} has other names (hard links) that could change it; copy it instead")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {hint}")
-    digest = file_sha256(path)
-    if digest != entry.sha256:
-        raise ModelDirectoryError(f"{path} has SHA-256 {digest}, expected {entry.sha256}; {hint}")
+        raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {_HINT}")
 
 
 def check_external_data(directory: Path, manifest: Manifest) -> None:

@@ -63,7 +63,7 @@ async def serve(settings: Settings) -> None:
 
 async def _end_when_hung(server: Server, model: ServedModel, seconds: float) -> None:
     """Watches a model's engine. When a step never ends, every call gets an error, and the process exits with 1."""
-    await watchdog.hung(lambda: model.engine.turn, seconds)
+    await watchdog.hung(lambda: model.engine.running_step, seconds)
     _log.critical("the engine hangs", model=model.id, seconds=seconds, **dataclasses.asdict(model.engine.stats))
     server.abandon()
     await asyncio.sleep(LAST_ERRORS_SECONDS)

@@ -256,10 +256,11 @@ class Server:
         self._reload_requested.set()
 
     async def _warm_up(self) -> None:
-        """Runs a request of the service's own on each model, one after the other, before the service is ready."""
+        """Runs requests of the service's own on each model, one after the other, before the service is ready."""
         for model in self.models:
             try:
-                await model.engine.warm_up(models.warm_up_request(model))
+                for request in models.warm_up_requests(model):
+                    await model.engine.warm_up(request)
             except (EngineFaultError, UnavailableError):
                 await self._stop(0)
                 message = f"the model {model.id} cannot answer: the warm-up request failed; the log has the cause"

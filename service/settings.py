@@ -62,6 +62,7 @@ class ModelTable(BaseModel):
     max_waiting: _Positive | None = None
     max_queue_seconds: _Seconds | None = None
     prompt_chunk: _PromptChunk | None = None
+    step_seconds: _Seconds | None = None
     threads: _Positive | None = None
     batch_invariant: bool | None = None
 
@@ -133,12 +134,12 @@ class Settings(BaseSettings):
         description="GPU memory for the model, in MiB, which limits the slots; if not set, 9/10 of the free memory.",
     )
     context_length: _ContextLength | None = Field(
-        None, description="Most tokens of prompt and completion together; if not set, as many as the model supports."
+        None, description="Most tokens of prompt and completion together; if not set, as many as the memory holds."
     )
     max_running: _MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
     memory_mib: _Positive | None = Field(
         None,
-        description="Memory for the process, in MiB, which limits the slots; if not set, 3/4 of the available memory.",
+        description="Memory for the process, in MiB; if not set, 3/4 of the memory, or 9/10 of what is free if less.",
     )
     max_waiting: _Positive = Field(
         1024, description="Most sequences that wait before requests are refused; one caller may have half as many."
@@ -155,6 +156,9 @@ class Settings(BaseSettings):
     )
     prompt_chunk: _PromptChunk = Field(
         128, description="Most prompt tokens in one step; running streams wait for such a step between two tokens."
+    )
+    step_seconds: _Seconds = Field(
+        0.5, description="Longest step with prompt tokens while streams run, in seconds; chunks shrink to at least 16."
     )
     threads: _Positive = Field(
         len(os.sched_getaffinity(0)), description="Compute threads of each model; the number of physical cores is best."

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 # Both watchdogs check this many times in the time limit. They count checks instead of reading the clock, so that a
 # process that was stopped for a while, and then continues, does not count as hung.
 _CHECKS = 10
+# A step may take this many times as long as expected: other processes may take the cores meanwhile.
+_PATIENCE = 4.0
 
 
-async def hung(turn: Callable[[], int | None], seconds: float) -> None:
-    """Returns when one turn of the engine has lasted `seconds`, or up to a fifth longer.
+class Step(Protocol):
+    """A step of the engine that runs, which is `expected` to take that many seconds; 0 if nothing is known yet."""
 
-    `turn` returns the number of the current turn, or None while the engine idles.
+    @property
+    def expected(self) -> float: ...
+
+
+async def hung(step: Callable[[], Step | None], seconds: float) -> None:
+    """Returns when one step of the engine has lasted `seconds`, or up to a fifth longer.
+
+    A step that is expected to take long may last several times as long as that. `step` returns the step that runs, or
+    None while the engine idles.
     """
-    previous, unchanged = turn(), 0
-    while unchanged < _CHECKS:
+    previous, unchanged, allowed = step(), 0, _CHECKS
+    while unchanged < allowed:
         await asyncio.sleep(seconds / _CHECKS)
-        current = turn()
-        unchanged = unchanged + 1 if current is not None and current == previous else 0
+        current = step()
+        unchanged = unchanged + 1 if current is not None and current is previous else 0
+        if current is not None:
+            allowed = math.ceil(_CHECKS * max(1.0, _PATIENCE * current.expected / seconds))
         previous = current
 
 

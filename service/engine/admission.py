@@ -17,21 +17,53 @@ _LEAST_RETRY = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Queued work: sequences, their prompt tokens that need a prefill, and the tokens that they may generate."""
+    """Queued work: sequences, the prompt tokens to prefill, the most tokens to generate, and positions to take."""
 
     sequences: int = 0
     prompt_tokens: float = 0
     new_tokens: float = 0
+    positions: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.sequences + other.sequences,
             self.prompt_tokens + other.prompt_tokens,
             self.new_tokens + other.new_tokens,
+            self.positions + other.positions,
+        )
+
+    def __mul__(self, share: float) -> Work:
+        """A share of this work, of whole sequences."""
+        return Work(
+            math.ceil(self.sequences * share),
+            self.prompt_tokens * share,
+            self.new_tokens * share,
+            self.positions * share,
         )
 
     def __sub__(self, other: Work) -> Work:
-        return self + Work(-other.sequences, -other.prompt_tokens, -other.new_tokens)
+        return self + other * -1
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What one caller could take now: `slots`, and `positions` of the KV cache.
+
+    `ends` has for each running sequence within how many decode steps it ends, and the positions that it frees then.
+    """
+
+    slots: int
+    positions: int
+    ends: tuple[tuple[int, int], ...] = ()
+
+    def steps_until(self, positions: float) -> int:
+        """The decode steps until a sequence of that many positions can have a slot, or until nothing runs any more."""
+        slots, free, steps = self.slots, self.positions, 0
+        for end, freed in sorted(self.ends):
+            if slots and free >= positions:
+                break
+            slots, free, steps = slots + 1, free + freed, end
+        return steps
 
 
 @dataclass(slots=True)
@@ -59,10 +91,12 @@ class Pace:
         self._step = _Mean(0.0)
         self._token = _Mean(0.0)
         self._used = _Mean(1.0)
+        self._chunk = _Mean(math.inf)
 
     def chunk(self, tokens: int, seconds: float) -> None:
         """Records a prompt chunk."""
         self._prompt_token.add(seconds, tokens)
+        self._chunk.add(tokens, 1)
 
     def step(self, rows: int, seconds: float) -> None:
         """Records a decode step of `rows` sequences."""
@@ -73,9 +107,10 @@ class Pace:
         """Records that a sequence ended by itself after `generated` of `allowed` tokens."""
         self._used.add(generated, allowed)
 
-    def prompts(self, tokens: float) -> float:
-        """Seconds for the prefill of this many tokens."""
-        return tokens * self._prompt_token.value
+    def prompts(self, tokens: float, *, beside: bool = False) -> float:
+        """Seconds for the prefill of this many tokens; `beside` running sequences a decode step follows each chunk."""
+        steps = tokens / self._chunk.value * self._step.value if beside else 0.0
+        return tokens * self._prompt_token.value + steps
 
     def generation(self, allowed: float) -> float:
         """Seconds to decode what sequences will use of `allowed` tokens, in batches as large as the recent ones."""
@@ -96,23 +131,26 @@ def work_ahead(mine: Work, others: Iterable[Work], pace: Pace) -> Work:
     seconds = pace.total(mine)
     for other in others:
         needed = pace.total(other)
-        share = min(1.0, seconds / needed) if needed else 0.0
-        total += Work(math.ceil(other.sequences * share), other.prompt_tokens * share, other.new_tokens * share)
+        total += other * (min(1.0, seconds / needed) if needed else 0.0)
     return total
 
 
-def queue_seconds(ahead: Work, room: int, next_end: int, pace: Pace) -> float:
-    """Estimated seconds until a new request gets a slot, given the queued work `ahead` of it and `room` free slots.
+def queue_seconds(ahead: Work, positions: float, space: Space, pace: Pace) -> float:
+    """Estimated seconds until a new request of `positions` gets a slot, given the queued work `ahead` of it.
 
-    If a slot is free, only the prefills ahead delay it. If none is, the first slot becomes free within `next_end`
-    decode steps; from then on all slots are in use, and become free at the pace of the work.
+    If slots and memory are free for all, only the prefills ahead delay it. If not, the first that waits gets a slot
+    when running sequences have ended; from then on all are in use, and become free at the pace of the work.
     """
-    seconds = pace.prompts(ahead.prompt_tokens)
-    if ahead.sequences < room:
+    seconds = pace.prompts(ahead.prompt_tokens, beside=bool(space.ends))
+    needed = ahead.positions + positions
+    if ahead.sequences < space.slots and needed <= space.positions:
         return seconds
-    seconds += pace.steps(next_end)
+    first = ahead.positions / ahead.sequences if ahead.sequences else positions
+    seconds += pace.steps(space.steps_until(first))
     if ahead.sequences:
-        seconds += pace.generation(ahead.new_tokens * (ahead.sequences - room) / ahead.sequences)
+        without_slot = (ahead.sequences - space.slots) / ahead.sequences
+        without_memory = (needed - space.positions) / needed
+        seconds += pace.generation(ahead.new_tokens * min(1.0, max(0.0, without_slot, without_memory)))
     return seconds
 
 
@@ -125,16 +163,18 @@ class Ticket:
 
 
 class Admission:
-    """The limits of the queue: estimated seconds of wait, and waiting sequences, both for each caller.
+    """The limits of the queue: estimated seconds of wait, waiting sequences, and their prompt tokens, for each caller.
 
     Invariants: `_queued` is the sum of all tickets by identity, without identities that have nothing waiting. A caller
-    may have at most as many sequences waiting as there are places left, so that one caller leaves half to the others.
+    may have at most as many sequences waiting as there are places left, so that one caller leaves half to the others;
+    and of the tokens of prompts, which take memory, at most half.
     """
 
-    def __init__(self, max_sequences: int, max_seconds: float) -> None:
+    def __init__(self, max_sequences: int, max_seconds: float, max_tokens: float = math.inf) -> None:
         self.pace = Pace()
         self.max_sequences = max_sequences
         self.max_seconds = max_seconds
+        self.max_tokens = max_tokens
         self._queued: dict[str, Work] = {}
 
     @property
@@ -142,28 +182,34 @@ class Admission:
         """The queued work, by caller."""
         return dict(self._queued)
 
-    def wait(self, identity: str, room: int, next_end: int) -> float:
-        """Estimated seconds that a request of this caller would wait."""
+    def wait(self, identity: str, space: Space, positions: float = 1) -> float:
+        """Estimated seconds that a request of this caller, which takes `positions`, would wait."""
         mine = self._queued.get(identity, Work())
         others = (work for other, work in self._queued.items() if other != identity)
-        return queue_seconds(work_ahead(mine, others, self.pace), room, next_end, self.pace)
+        return queue_seconds(work_ahead(mine, others, self.pace), positions, space, self.pace)
 
-    def check(self, identity: str, room: int, next_end: int, deadline: float | None) -> None:
+    def check(self, identity: str, space: Space, deadline: float | None, positions: float = 1) -> None:
         """Raises OverloadedError when the queue is too long, DeadlineError when the wait exceeds the deadline.
 
-        `deadline` is the caller's, in seconds from now; None means no deadline.
+        `deadline` is the caller's, in seconds from now; None means no deadline. `positions` are those of the request,
+        as far as they are known.
         """
-        seconds = self.wait(identity, room, next_end)
+        seconds = self.wait(identity, space, positions)
         if seconds > self.max_seconds:
             raise OverloadedError(
                 f"The service is overloaded: the wait is about {math.ceil(seconds)} s, and at most "
                 f"{self.max_seconds:g} s are allowed. Please retry later.",
                 retry_after=max(_LEAST_RETRY, seconds),
             )
-        mine = self._queued.get(identity, Work()).sequences
-        every = sum(work.sequences for work in self._queued.values())
-        if mine + every >= self.max_sequences:
-            message = f"The service is overloaded: too many sequences are waiting, {mine} of them yours."
+        mine, every = self._queued.get(identity, Work()), sum(self._queued.values(), Work())
+        if mine.sequences + every.sequences >= self.max_sequences:
+            message = f"The service is overloaded: too many sequences are waiting, {mine.sequences} of them yours."
+            raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
+        if mine.prompt_tokens + every.prompt_tokens >= self.max_tokens:
+            message = (
+                f"The service is overloaded: prompts of {every.prompt_tokens:.0f} tokens are waiting, "
+                f"{mine.prompt_tokens:.0f} of them yours, and at most {self.max_tokens:.0f} may. Please retry later."
+            )
             raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
         if deadline is not None and deadline < seconds:
             raise DeadlineError(f"The deadline is in {deadline:.3g} s, and the wait alone is about {seconds:.3g} s.")

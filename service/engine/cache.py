@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.engine.budget import Budget, Share
+
 # A prompt with fewer positions than this is computed again rather than kept: that is cheaper.
 _WORTH_KEEPING = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """An order to copy the first `length` positions of slot `source` to slot `target`."""
+    """An order to make slot `target` hold the first `length` positions of slot `source`, and no more.
+
+    What else the target held is given back to the system, and if it `moves`, all that the source held as well. With the
+    source as the target nothing is copied: the slot keeps its first `length` positions.
+    """
 
     source: int
     target: int
     length: int
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +44,34 @@ class Reuse:
 
 @dataclass(slots=True)
 class _Slot:
-    """One slot: its first `valid` positions come from `prompt`; `used` orders slots by their last use."""
+    """One slot: its first `valid` positions come from `prompt`; `used` orders slots by their last use.
+
+    While it is held, its sequence has taken memory for `taken` positions.
+    """
 
     identity: str = ""
     prompt: Sequence[int] = ()
     valid: int = 0
     used: int = 0
+    taken: int = 0
 
 
 class KVCache:
-    """The slots of the KV cache, one for each running sequence; free slots are the prefix cache.
+    """The slots of the KV cache, one for each running sequence, and the memory of their positions.
+
+    Free slots are the prefix cache. A sequence takes memory for all its positions when it gets its slot; prefixes are
+    kept in what is left.
 
     Invariants: held slots are 0..held - 1, so that one call of the model covers them; the free slots keep the prompts
-    of ended sequences until the slots are needed, the least recently used first; only positions of a prefill are ever
-    reused; a request never reuses a prompt of another identity.
+    of ended sequences until the slots or their memory are needed, the least recently used first; only positions of a
+    prefill are ever reused; a request never reuses a prompt of another identity.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, share: Share | None = None) -> None:
+        """Without a share of a budget, memory is no limit."""
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0
+        self.share = share or Share(Budget())
         self.held = 0
         self.reuse = Reuse(0, 0)
 
@@ -69,25 +85,46 @@ class KVCache:
         """How many slots are not held."""
         return len(self._slots) - self.held
 
-    def allocate(self, prompt: Sequence[int], identity: str, recompute: int) -> Allocation:
+    def allocate(
+        self, prompt: Sequence[int], identity: str, recompute: int, positions: int | None = None
+    ) -> Allocation | None:
         """Gives the next slot to a sequence, with the longest prefix of its prompt that any slot has.
 
-        The last `recompute` tokens of the prompt are always computed again. At least one slot must be free.
+        The last `recompute` tokens of the prompt are always computed again. At least one slot must be free. The
+        sequence takes memory for `positions`, by default those of the prompt; None means that it has to wait for it.
         """
-        slot = self.held
+        slot, taken = self.held, len(prompt) if positions is None else positions
+        missing = self.share.take(taken)
+        if missing is None:
+            return None
         source, cached = self._longest_match(prompt, identity, len(prompt) - recompute)
-        copies = []
+        had = self._slots[slot].valid
+        if source == slot:  # what it keeps becomes a part of what the sequence has taken
+            missing -= self.share.rounded(had)
+        copies, missing = self._give_up(missing, but=source)
         if source != slot:
             copies += self._keep(slot, spare=source)
-            if cached:
-                copies.append(Copy(source, slot, cached))
+        if cached and source != slot:
+            moves = missing > 0
+            copies.append(Copy(source, slot, cached, moves))
+            if moves:
+                self._slots[source].valid = 0
+        elif cached < had:
+            copies.append(Copy(slot, slot, cached))
         if cached:
             self._touch(source)
         self.reuse = Reuse(self.reuse.prompt_tokens + len(prompt), self.reuse.cached_tokens + cached)
-        self._slots[slot] = _Slot(identity, prompt, cached)
+        self._slots[slot] = _Slot(identity, prompt, cached, taken=self.share.rounded(taken))
         self._touch(slot)
         self.held += 1
+        self._settle()
         return Allocation(slot, cached, tuple(copies))
+
+    def evict(self, positions: int) -> tuple[Copy, ...]:
+        """Gives up prefixes of at least `positions` positions, or all of them."""
+        copies, _ = self._give_up(positions)
+        self._settle()
+        return tuple(copies)
 
     def record(self, slot: int, valid: int) -> None:
         """Notes that the first `valid` positions of the slot's prompt are computed."""
@@ -101,12 +138,32 @@ class KVCache:
         self.held -= 1
         last = self.held
         if slot == last:
-            return ()
-        copies = self._keep(slot, spare=last)
-        copies.append(Copy(last, slot, last_length))
-        self._slots[slot] = self._slots[last]
-        self._slots[last] = _Slot()
+            copies = [Copy(slot, slot, self._slots[slot].valid)]
+        else:
+            copies = self._keep(slot, spare=last)
+            copies.append(Copy(last, slot, last_length, moves=True))
+            self._slots[slot] = self._slots[last]
+            self._slots[last] = _Slot()
+        self._settle()
         return tuple(copies)
+
+    def _settle(self) -> None:
+        """Tells the share what the slots hold and keep."""
+        held, free = self._slots[: self.held], self._slots[self.held :]
+        self.share.settle(sum(slot.taken for slot in held), sum(self.share.rounded(slot.valid) for slot in free))
+
+    def _give_up(self, positions: int, but: int = -1) -> tuple[list[Copy], int]:
+        """Empties free slots, the least recently used first, without slot `but`, until that many positions are free.
+
+        Returns the copies, and how many positions are still missing.
+        """
+        copies = []
+        for slot in sorted(range(self.held, len(self._slots)), key=lambda slot: self._slots[slot].used):
+            if positions > 0 and slot != but and self._slots[slot].valid:
+                positions -= self.share.rounded(self._slots[slot].valid)
+                self._slots[slot].valid = 0
+                copies.append(Copy(slot, slot, 0))
+        return copies, positions
 
     def _longest_match(self, prompt: Sequence[int], identity: str, limit: int) -> tuple[int, int]:
         best, longest = -1, 1  # from 2: a prompt of one token runs in another kernel, so longer prompts cannot reuse it

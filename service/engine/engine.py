@@ -14,10 +14,11 @@ from service.engine.admission import Admission, Pace, Work
 from service.engine.cache import Reuse
 from service.engine.generation import Generation
 from service.engine.ort.model import Model
+from service.engine.published import RunningStep
 from service.engine.roster import Roster
 from service.engine.scheduler import Scheduler
 from service.engine.steps import STOPPED, Steps
-from service.errors import SlowReaderError, UnavailableError
+from service.errors import EngineDiedError, EngineFaultError, InvalidRequestError, SlowReaderError, UnavailableError
 from service.telemetry.log import get_logger
 from service.telemetry.observer import Observer
 from service.text.tokenizer import Tokenizer
@@ -65,14 +66,16 @@ class Engine:
         *,
         max_waiting: int,
         max_queue_seconds: float = math.inf,
+        max_waiting_tokens: float = math.inf,
         send_timeout: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         name: str = "",
     ) -> None:
         self.slots = scheduler.slots
+        self.positions = scheduler.positions
         self.prompt_chunk = scheduler.prompt_chunk
         self.died = asyncio.Event()
-        self._roster = Roster(Admission(max_waiting, max_queue_seconds))
+        self._roster = Roster(Admission(max_waiting, max_queue_seconds, max_waiting_tokens))
         self.steps = Steps(model, tokenizer, scheduler, roster=self._roster, clock=clock, name=name)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.send_timeout = send_timeout
@@ -102,9 +105,11 @@ class Engine:
         """The step thread."""
         try:
             self.steps.run()
-        except Exception:
+        except Exception as error:
             self._log.critical("the engine has died", exc_info=True)
             assert self.steps.post is not None
+            if not isinstance(error, EngineDiedError):  # which no single request has caused
+                self.steps.post(self._blame_running)
             self.steps.post(self._end_dead_engine)
 
     def _end_dead_engine(self) -> None:
@@ -127,25 +132,45 @@ class Engine:
         self.steps.commands.put(self.steps.scheduler.forget_reuse)
 
     def abandon(self) -> None:
-        """Ends every request with UnavailableError from the event loop, because the step thread hangs."""
+        """Ends every request from the event loop, because the step thread hangs.
+
+        Those in the step that hangs get EngineFaultError, which asks for no retry, and all others UnavailableError.
+        """
+        self._blame_running()
         for generation in self._roster:
             generation.fail(UnavailableError(STOPPED))
 
-    def check(self, identity: str, deadline: float | None = None) -> None:
-        """Raises what `submit` would raise for a request of this caller, before the request is parsed."""
+    def _blame_running(self) -> None:
+        """Ends the requests in the running step: it may be one of them that ends the process, here and elsewhere."""
+        running = self.steps.running
+        for generation in running.requests if running else ():
+            generation.fail(EngineFaultError("the process ends during a step with this request"))
+
+    def check(self, identity: str, deadline: float | None = None, positions: float = 1) -> None:
+        """Raises what `submit` would raise for a request of this caller, before the request is parsed.
+
+        `positions` are what the request will take of the KV cache, as far as it is known.
+        """
         published = self.steps.published
         if published.stopping:
             raise UnavailableError(STOPPED)
-        load = published.load
-        self.admission.check(identity, load.room_for(identity), load.next_end, deadline)
+        self.admission.check(identity, published.load.space(identity), deadline, positions)
 
     def submit(self, request: Request, deadline: float | None = None) -> Generation:
         """Queues a request. `deadline` is the caller's, in seconds from now; None means no deadline.
 
-        Raises OverloadedError when the queue is too long, DeadlineError when the deadline is shorter than the
-        estimated wait, UnavailableError after `stop`. A request that is refused never reaches the step thread.
+        Raises InvalidRequestError when one of its sequences is larger than the whole KV cache, OverloadedError when the
+        queue is too long, DeadlineError when the deadline is shorter than the estimated wait, UnavailableError after
+        `stop`. A request that is refused never reaches the step thread.
         """
-        self.check(request.identity, deadline)
+        longest = max(len(prompt.token_ids) for prompt in request.prompts) + request.max_tokens
+        if longest > self.positions:
+            message = (
+                f"A prompt and its completion can have {self.positions} tokens together, because the KV cache has no"
+                f" more positions; you asked for {longest}. Please shorten the prompt or max_tokens."
+            )
+            raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
+        self.check(request.identity, deadline, longest)
         return self._submit(request)
 
     def _submit(self, request: Request) -> Generation:
@@ -163,9 +188,14 @@ class Engine:
         self.steps.commands.put(partial(self.steps.end, generation))
 
     @property
-    def turn(self) -> int | None:
-        """The number of the running step, or None between steps. The same number for a long time means a hang."""
-        return self.steps.turns if self.steps.in_turn else None
+    def running_step(self) -> RunningStep | None:
+        """The step that runs, or None between steps. The same one for longer than it is expected to take may hang."""
+        return self.steps.running
+
+    @property
+    def free_positions(self) -> int:
+        """The positions of the KV cache that no sequence held at the latest step."""
+        return self.steps.published.load.positions
 
     @property
     def stats(self) -> Stats:
@@ -199,4 +229,5 @@ def _work(request: Request) -> Iterator[Work]:
     """The work of each of a request's sequences; the first candidate of a prompt does the prefill for all."""
     for prompt in request.prompts:
         for candidate in range(request.best_of):
-            yield Work(1, 0 if candidate else len(prompt.token_ids), request.max_tokens)
+            length = len(prompt.token_ids)
+            yield Work(1, 0 if candidate else length, request.max_tokens, length + request.max_tokens)

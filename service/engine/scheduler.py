@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from service.engine.admission import Space
 from service.engine.cache import Copy, KVCache, Reuse
 from service.engine.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """Prefill of tokens `start`..`end` of one sequence's prompt, after `copies`.
-
-    `start` equals `end` when a sibling's prefill serves the whole prompt.
-    """
-
-    sequence: Sequence
-    start: int
-    end: int
-    copies: tuple[Copy, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeBatch:
-    """One token for each row; row i is the sequence in slot i, None where that sequence takes no part in this step."""
-
-    rows: tuple[Sequence | None, ...]
-
+from service.engine.step import HALF_SPEED, DecodeBatch, PromptChunk, Step
+from service.engine.step_times import StepTimes
 
 # The kernels compute in tiles of this many tokens. A prompt gives the same bits however it is cut into chunks, unless a
 # tile is left with one token. The end of a prompt is therefore recomputed with at least _RECOMPUTE tokens.
@@ -36,23 +20,19 @@ _TILE = 128
 _RECOMPUTE = 2
 # In tokens. A call has a fixed cost, so smaller chunks would hardly be faster; the setting allows none smaller either.
 _LEAST_CHUNK = 16
-# After this many positions a prompt token's attention takes about as long as its matrix products (default model, CPU).
-_HALF_SPEED = 1280
-
 # In prompt tokens: a decoded token takes about as long as a prefill of three (default model, CPU, 8 rows or more).
 _GENERATED_COST = 3
 # One slot in this many is reserved for callers who hold none, because a long answer is never interrupted.
 _SLOTS_PER_RESERVED = 16
-
-Step = PromptChunk | DecodeBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """How busy a scheduler is: sequences `running`, which have a slot, and `waiting`, which have none yet.
 
-    `holding` are the callers that hold slots: each of them could take `room` more, any other caller `first_room`.
-    Within `next_end` decode steps the first of the running sequences ends.
+    `holding` are the callers that hold slots: each of them could take `room` more, any other caller `first_room`; and
+    their sequences `positions` positions of the KV cache. `ends` has for each running sequence within how many decode
+    steps it ends, and the positions that it frees then.
     """
 
     running: int
@@ -60,11 +40,12 @@ class Load:
     room: int
     first_room: int
     holding: frozenset[str]
-    next_end: int
+    positions: int
+    ends: tuple[tuple[int, int], ...]
 
-    def room_for(self, identity: str) -> int:
-        """How many slots the caller could take now."""
-        return self.room if identity in self.holding else self.first_room
+    def space(self, identity: str) -> Space:
+        """What the caller could take now."""
+        return Space(self.room if identity in self.holding else self.first_room, self.positions, self.ends)
 
 
 @dataclass(slots=True)
@@ -89,14 +70,21 @@ class Scheduler:
     caller with nothing waiting that sends a request starts level with the waiting callers: idle time earns no credit.
     The requests of one caller are served in their order.
 
+    A sequence whose turn it is and whose positions do not fit the memory stops all that wait behind it, so that it
+    cannot starve.
+
     Invariants: `holders[i]` is the sequence in slot i; at most one sequence per caller is in prefill; a caller is known
     exactly as long as it has sequences; only callers who held no slot get a reserved one; while sequences decode, a
     decode step follows each prompt chunk that runs the model.
     """
 
-    def __init__(self, cache: KVCache, prompt_chunk: int) -> None:
+    def __init__(self, cache: KVCache, prompt_chunk: int, step_seconds: float = math.inf) -> None:
+        """While sequences decode, a prompt chunk is short enough to take `step_seconds`, as far as `times` knows."""
         self._cache = cache
         self._prompt_chunk = prompt_chunk
+        self._step_seconds = step_seconds
+        self.times = StepTimes()
+        self._blocked: _Caller | None = None
         self._reserved = cache.free // _SLOTS_PER_RESERVED
         self._callers: dict[str, _Caller] = {}
         self._holders: list[Sequence] = []
@@ -112,6 +100,19 @@ class Scheduler:
     def slots(self) -> int:
         """The number of slots: as many sequences can run at once."""
         return self._cache.slots
+
+    @property
+    def positions(self) -> int:
+        """The most positions that sequences can hold together."""
+        return self._cache.share.positions
+
+    def connect(self, wake: Callable[[], None], evict: Callable[[int], None]) -> None:
+        """Sets what is called, on any thread, when memory is free again, or is needed by another model; see Share."""
+        self._cache.share.wake, self._cache.share.evict = wake, evict
+
+    def evict(self, positions: int) -> tuple[Copy, ...]:
+        """Gives up cached prefixes of at least `positions` positions, or all."""
+        return self._cache.evict(positions)
 
     @property
     def holders(self) -> tuple[Sequence, ...]:
@@ -147,7 +148,8 @@ class Scheduler:
             room=general,
             first_room=max(general, min(1, free)),
             holding=frozenset(identity for identity, caller in self._callers.items() if caller.held),
-            next_end=min((holder.request.max_tokens - holder.generated for holder in self._holders), default=0),
+            positions=self._cache.share.free,
+            ends=tuple((holder.request.max_tokens - holder.generated, holder.positions) for holder in self._holders),
         )
 
     def add(self, sequences: Seq[Sequence]) -> None:
@@ -196,6 +198,9 @@ class Scheduler:
             caller.held -= 1
             copies = self._release(sequence)
         elif sequence in caller.waiting:
+            if caller is self._blocked and sequence is caller.waiting[0]:
+                self._blocked = None
+                self._cache.share.stop_waiting()
             caller.waiting.remove(sequence)
             self._waiting -= 1
         if not (caller.waiting or caller.held):
@@ -228,17 +233,16 @@ class Scheduler:
 
     def _next_chunk(self, decoding: bool) -> PromptChunk | None:
         ready = [caller for caller in self._callers.values() if self._may_advance(caller)]
-        if not ready:
-            return None
-        caller = min(ready, key=lambda candidate: candidate.served)
-        copies: tuple[Copy, ...] = ()
-        if caller.prompting is None:
-            caller.prompting, copies = self._admit(caller.waiting.popleft())
-            caller.held += 1
-            self._waiting -= 1
-        sequence = caller.prompting
-        length = self._chunk_length(sequence, decoding)
-        return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
+        for caller in sorted(ready, key=lambda candidate: candidate.served):
+            copies: tuple[Copy, ...] = ()
+            if caller.prompting is None and self._blocked in (None, caller):
+                copies = self._admit(caller)
+                self._blocked = caller if caller.prompting is None else None
+            sequence = caller.prompting
+            if sequence is not None:
+                length = self._chunk_length(sequence, decoding)
+                return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
+        return None
 
     def _may_advance(self, caller: _Caller) -> bool:
         """Whether a caller has a sequence in prefill, or one waiting and a slot that it may take."""
@@ -248,30 +252,41 @@ class Scheduler:
     def _chunk_length(self, sequence: Sequence, decoding: bool) -> int:
         """The length of a sequence's next prompt chunk, chosen so that no tile is left with one token.
 
-        While sequences decode, chunks shrink with the position, so that each takes about as long as the first.
+        While sequences decode, chunks shrink with the position, so that each takes about as long as the first, and none
+        is expected to take longer than `step_seconds`, unless even the smallest does.
         """
         remaining, most = sequence.prompt_length - sequence.computed, self._prompt_chunk
         if decoding:
-            most = max(_LEAST_CHUNK, most * _HALF_SPEED // (_HALF_SPEED + sequence.computed))
+            most = most * HALF_SPEED // (HALF_SPEED + sequence.computed)
+            most = max(_LEAST_CHUNK, min(most, self.times.longest_chunk(sequence.computed, self._step_seconds)))
         length = min(most, remaining)
         while length > 1 and (length % _TILE == 1 or remaining - length == 1):
             length -= 1
         return length
 
-    def _admit(self, sequence: Sequence) -> tuple[Sequence, tuple[Copy, ...]]:
+    def _admit(self, caller: _Caller) -> tuple[Copy, ...]:
+        """Gives a slot to the caller's next sequence, whose prefill begins after the copies, if its positions fit."""
+        sequence = caller.waiting[0]
         if sequence.needs_prompt_scores:
             recompute = sequence.prompt_length
         elif sequence.group.logits is not None:
             recompute = 0
         else:
             recompute = min(_RECOMPUTE, sequence.prompt_length)
-        allocation = self._cache.allocate(sequence.group.prompt.token_ids, sequence.request.identity, recompute)
+        allocation = self._cache.allocate(
+            sequence.group.prompt.token_ids, sequence.request.identity, recompute, sequence.positions
+        )
+        if allocation is None:
+            return ()
         sequence.slot = allocation.slot
         # A single token would have a tile to itself: compute the one before it again.
         cached, rest = allocation.cached, sequence.prompt_length - allocation.cached
         sequence.computed = sequence.cached = max(0, cached - 1) if rest == 1 else cached
         self._holders.append(sequence)
-        return sequence, allocation.copies
+        caller.prompting = caller.waiting.popleft()
+        caller.held += 1
+        self._waiting -= 1
+        return allocation.copies
 
     def _decode_batch(self) -> DecodeBatch:
         rows = [sequence if sequence.decoding else None for sequence in self._holders]

@@ -63,6 +63,11 @@ class Sequence:
         return len(self.group.prompt.token_ids)
 
     @property
+    def positions(self) -> int:
+        """The most positions of the KV cache that it can come to take."""
+        return self.prompt_length + self.request.max_tokens
+
+    @property
     def generated(self) -> int:
         """The number of tokens generated so far, with the end token and tokens of stop text."""
         return len(self.tokens) - self.prompt_length

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from service.engine.cache import Reuse
 from service.engine.commit import Committer
 from service.engine.generation import Generation
 from service.engine.ort.model import Model
+from service.engine.published import Published, RunningStep
 from service.engine.roster import Roster
 from service.engine.sampler import Row, whole
-from service.engine.scheduler import DecodeBatch, Load, PromptChunk, Scheduler, Step
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, sequences_of
+from service.engine.step import DecodeBatch, PromptChunk, Step
 from service.engine.token_timer import TokenTimer
 from service.errors import EngineDiedError, EngineFaultError, NotFiniteError, UnavailableError
 from service.telemetry.log import get_logger
@@ -33,24 +33,13 @@ _GONE = "The model does not answer. Please retry: another instance may answer."
 _MAX_FAILURES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The step thread's state for other threads to read: replaced, never changed, at every step."""
-
-    load: Load
-    reuse: Reuse
-    failed_steps: int
-    not_finite: int
-    stopping: bool
-
-
 class Steps:
     """Advances all sequences together, step by step.
 
     Only the step thread calls its methods: `run`, and the commands that the event loop puts into `commands`; after the
     thread has ended, `Engine.stop` calls `turn` once. At the end of a turn it posts one call to the event loop with the
-    results of the turn, and before the first chunk of a prompt one more. Other threads may read `published`, `turns`
-    (the number of turns so far) and `in_turn`, and nothing else.
+    results of the turn, and before the first chunk of a prompt one more. Other threads may read `published`, `running`
+    (the step that runs) and `turns` (how many turns there were), and nothing else.
     """
 
     def __init__(
@@ -76,19 +65,23 @@ class Steps:
         self._sequences: dict[Generation, set[Sequence]] = {}
         self._outbox: list[Command] = []
         self._stopping = False
+        self.running: RunningStep | None = None
         self.turns = 0
-        self.in_turn = False
         self._failures = 0
         self._failed_steps = 0
         self._not_finite = 0
+        scheduler.connect(
+            wake=lambda: self.commands.put(_nothing),
+            evict=lambda positions: self.commands.put(lambda: model.copy(scheduler.evict(positions))),
+        )
         self._publish()
 
     def run(self) -> None:
-        """Takes turns until `stop`; waits for a command while there are no sequences."""
+        """Takes turns until `stop`; waits for a command while there is no step to take."""
         while not self._stopping:
-            if not (self.scheduler.running or self.scheduler.waiting):
+            if not self.turn() and not self._stopping:
                 self.commands.get()()
-            self.turn()
+        self.turn()  # refuses requests that came with the stop
 
     def turn(self) -> bool:
         """Runs the waiting commands, then one step, and posts the pieces to the event loop.
@@ -96,16 +89,16 @@ class Steps:
         Returns whether there was a step. After `stop` a turn only refuses requests that arrived too late.
         """
         self.turns += 1
-        self.in_turn = True
+        self.running = None
         self._take_commands()
         step = None if self._stopping else self.scheduler.schedule()
         if step is not None:
             self._publish()
             self.advance(step)
+            self.running = None
         self._timer.report(self._observer)
         self._publish()
         self._flush()
-        self.in_turn = False
         return step is not None
 
     def _take_commands(self) -> None:
@@ -165,15 +158,17 @@ class Steps:
 
         Raises EngineDiedError when the model fails on every request.
         """
-        sequences = [step.sequence] if isinstance(step, PromptChunk) else [row for row in step.rows if row is not None]
+        sequences, work = step.sequences, step.work
+        requests = tuple(sequence.generation for sequence in sequences)
+        self.running = RunningStep(requests, self.scheduler.times.expected(work))
         began = self._clock()
         try:
             if isinstance(step, PromptChunk):
                 self._advance_prompt(step)
             else:
                 self._advance_decode(step)
-            self._measure(step, len(sequences), self._clock() - began)
-            if not isinstance(step, PromptChunk) or step.start < step.end:  # else the model was not called
+            if work:  # else the model was not called
+                self._measure(step, work, self._clock() - began)
                 self._failures = 0
         except Exception as error:
             self._note(error)
@@ -234,14 +229,17 @@ class Steps:
         else:
             self._failed_steps += 1
 
-    def _measure(self, step: Step, rows: int, seconds: float) -> None:
-        """Reports the time of a step to the observer and to admission."""
-        if isinstance(step, DecodeBatch):
-            self._observer.decode_step(rows, seconds)
-            self._outbox.append(lambda: self._roster.admission.pace.step(rows, seconds))
-        elif step.start < step.end:
+    def _measure(self, step: Step, work: float, seconds: float) -> None:
+        """Reports the time of a step to the observer, the scheduler and admission."""
+        if isinstance(step, PromptChunk):
             self._observer.prefill_step(seconds)
+            self.scheduler.times.prefill(work, seconds)
             self._outbox.append(lambda: self._roster.admission.pace.chunk(step.end - step.start, seconds))
+        else:
+            rows = len(step.sequences)
+            self._observer.decode_step(rows, seconds)
+            self.scheduler.times.decode(work, seconds)
+            self._outbox.append(lambda: self._roster.admission.pace.step(rows, seconds))
 
     def _advance_prompt(self, chunk: PromptChunk) -> None:
         sequence, group = chunk.sequence, chunk.sequence.group
@@ -292,6 +290,10 @@ class Steps:
             self._note(error)
             self._log.exception("a sequence failed", request_id=sequence.request.id)
             self.fail(sequence.generation, EngineFaultError("the model failed"))
+
+
+def _nothing() -> None:
+    """A command that only ends a wait."""
 
 
 def _run_all(commands: list[Command]) -> None:

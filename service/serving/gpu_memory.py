@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.engine.ort.device import Cpu, Cuda, Device, cuda_message, cuda_obstacle, kv_slots, power_of_two
+from service.engine.ort.availability import cuda_message, cuda_obstacle
+from service.engine.ort.device import Cpu, Cuda, Device, kv_slots, power_of_two
 from service.engine.ort.driver import Driver
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import Manifest
-from service.serving.memory import MIB, activations, mib
+from service.serving.memory import LEAST_POSITIONS, MIB, Plan, activations, mib
 from service.settings import Settings
 from service.telemetry.log import get_logger
 
@@ -33,12 +34,13 @@ _LOGITS_BYTES = _RESULT_BYTES + 4 + 4 + 2
 
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
-    """GPU memory of a model while `slots` sequences run. The whole KV cache is allocated at the start.
+    """GPU memory of a model while `slots` sequences of `context_length` run. The KV cache is allocated at the start.
 
     `session` is the memory for weights and activations of the graphs: the budget minus everything else.
     """
 
     slots: int
+    context_length: int
     kv: int
     logits: int
     session: int
@@ -90,23 +92,24 @@ def check_one_on_gpu(models: Mapping[str, Settings]) -> None:
         )
 
 
-def place(manifest: Manifest, settings: Settings, context_length: int, slots: int) -> tuple[Device, int]:
-    """The device named by `settings`, and how many of `slots` fit there. `device` must be resolved, not `auto`.
+def place(manifest: Manifest, settings: Settings, planned: Plan) -> tuple[Device, int, int]:
+    """The device named by `settings`, and how many slots of how many positions the model has there.
 
-    Raises StartupError when not even one slot fits.
+    `device` must be resolved, not `auto`. Raises StartupError when not even one slot fits.
     """
     if settings.device != "cuda":
-        return Cpu(), slots
+        return Cpu(), planned.slots, planned.context_length
     driver = Driver(settings.device_id)
     allowed = budget(settings, driver.free())
-    planned = plan(manifest, settings, context_length, slots, allowed)
-    fields = {"model": manifest.id, "gpu": driver.name, "slots": planned.slots, "max_running": settings.max_running}
-    fields |= {f"{name}_mib": mib(getattr(planned, name)) for name in ("kv", "logits", "session")}
-    if planned.slots < slots:
-        _log.warning("the GPU's memory holds fewer slots than the memory budget", budget_mib=allowed // MIB, **fields)
+    on_gpu = plan(manifest, settings, planned.context_length, planned.slots, allowed)
+    fields = {"model": manifest.id, "gpu": driver.name, "slots": on_gpu.slots, "max_running": settings.max_running}
+    fields |= {f"{name}_mib": mib(getattr(on_gpu, name)) for name in ("kv", "logits", "session")}
+    if on_gpu.slots < planned.slots or on_gpu.context_length < planned.context_length:
+        message = "the GPU's memory holds fewer or shorter sequences than the settings allow"
+        _log.warning(message, budget_mib=allowed // MIB, max_model_len=on_gpu.context_length, **fields)
     else:
         _log.info("the GPU's memory holds all slots", budget_mib=allowed // MIB, **fields)
-    return Cuda(driver, settings.device_id, planned.session), planned.slots
+    return Cuda(driver, settings.device_id, on_gpu.session), on_gpu.slots, on_gpu.context_length
 
 
 def budget(settings: Settings, free: int) -> int:
@@ -122,18 +125,26 @@ def budget(settings: Settings, free: int) -> int:
 
 
 def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int, allowed: int) -> GpuPlan:
-    """The plan with the most slots, up to `slots`, that fits `allowed` bytes. Raises StartupError when none fits."""
+    """The plan with the most slots, up to `slots`, that fits `allowed` bytes.
+
+    If not even one slot fits and the settings ask for no context, the slot is as long as fits. Raises StartupError when
+    nothing fits.
+    """
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
-    kv_slot = context_length * manifest.kv.bytes_per_token
+    position = manifest.kv.bytes_per_token
     for count in range(slots, 0, -1):
-        kv = kv_slots(count, is_gpu=True) * kv_slot
+        kv = kv_slots(count, is_gpu=True) * context_length * position
         positions = power_of_two(settings.prompt_chunk) + power_of_two(count)
         rows = max(power_of_two(settings.prompt_chunk), power_of_two(count))
         logits = (rows * _LOGITS_BYTES + rows // 2 * _RESULT_BYTES) * manifest.vocab_size
         needed = math.ceil(stored * _WEIGHTS_FACTOR) + positions * activations(manifest)
         session = allowed - _CONTEXT - kv - logits
         if session >= needed:
-            return GpuPlan(count, kv, logits, session)
+            return GpuPlan(count, context_length, kv, logits, session)
+    fitting = (session + kv - needed) // (kv_slots(1, is_gpu=True) * position)
+    if settings.context_length is None and fitting >= LEAST_POSITIONS:
+        kv = kv_slots(1, is_gpu=True) * fitting * position
+        return GpuPlan(1, fitting, kv, logits, allowed - _CONTEXT - kv - logits)
     raise StartupError(
         f"the GPU's memory does not hold one sequence of {context_length} tokens: that takes"
         f" {mib(_CONTEXT + kv + logits + needed)} MiB ({mib(needed)} weights and activations, {mib(kv)} KV"

@@ -1,4 +1,4 @@
-"""Computes the most memory that the process can take, and how many KV cache slots fit. All sizes are in bytes."""
+"""Plans the memory of the models of one process, and what is left for their KV caches. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -7,140 +7,199 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.budget import Budget, Share
+from service.engine.ort.device import granule
 from service.errors import StartupError
-from service.host.memory import available
+from service.host import memory
 from service.manifest import TOKENIZER_FILE, WEIGHTS_FILE, Manifest
 from service.settings import Settings
 
 MIB = 1 << 20
 
-# The share of the machine's memory for the models, unless the settings name a size. The system, its page cache and
-# other processes need the rest.
+# The share of the machine's memory for the models, and of the memory that is free at the start, unless the settings
+# name a size. The system, its page cache and other processes need the rest.
 DEFAULT_SHARE = 0.75
+DEFAULT_FREE_SHARE = 0.9
+# A model starts when one sequence of this many positions fits, or of its whole context if that is shorter.
+LEAST_POSITIONS = 512
+# Prompt and completion of a typical request, in tokens.
+TYPICAL = 640
 
-# The factors below are upper bounds of measurements with onnxruntime 1.32 on x86-64.
+# The factors below are upper bounds of measurements with onnxruntime 1.32 on x86-64; docs/sizes.md has some of them.
 # Interpreter, libraries, and messages being received and sent.
 _PROCESS = 256 * MIB
 # Per byte of tokenizer.json: vocabulary and merges as objects, and the parsed file while they are built.
 _TOKENIZER_FACTOR = 20
-# onnxruntime packs the matrices into memory of its own, and keeps the token embeddings of the mapped file as well.
-_WEIGHTS_FACTOR = 1.5
-# A CPU multiplies float16 matrices in float32, and keeps both copies.
-_FLOAT16_FACTOR = 3.0
+# By form, for each stored byte: onnxruntime packs the matrices into memory of its own, and keeps the table of token
+# embeddings in the mapped file. A CPU multiplies float16 matrices in float32, and keeps both copies.
+_WEIGHTS_FACTORS = {"float32": 1.25, "float16": 3.0, "int8": 1.1, "int4": 1.1, "int4-int8": 1.1}
 # Activations of one position, per square root of the weights of a layer. The arena grows by doubling.
 _ACTIVATIONS_FACTOR = 64
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4-int8": 0.5}
 # The float64 rows that the sampler works on, counted in float32 rows of logits.
 _SAMPLER_ROWS = 8
-# A token of a waiting sequence: its id as an object, once in the prompt and once in the sequence, and its text.
+# A token of a waiting sequence: its id as an object, once in the prompt and once in the sequence, and its text. The
+# queue takes no more tokens than fit.
 _WAITING_TOKEN = 64
-# A token of a running sequence: its log probability and alternatives as objects, and again in the answer.
+_MOST_WAITING = 256 * MIB
+# A token of a running sequence: its log probability and alternatives as objects, and again in the answer. The sizes of
+# answers, and of what waits for a reader, are limited.
 _RUNNING_TOKEN = 2048
+_MOST_RUNNING = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model to plan for; `name` is for messages, and `reserved` the memory that its settings give to it only."""
+
+    name: str
+    manifest: Manifest
+    settings: Settings
+    reserved: int | None = None
+
+    @property
+    def position(self) -> int:
+        """Bytes of a position in the process's memory: none if the KV cache is on a GPU."""
+        return 0 if self.settings.device == "cuda" else self.manifest.kv.bytes_per_token
+
+    @property
+    def granule(self) -> int:
+        """How many positions take memory at once."""
+        kv = self.manifest.kv
+        return granule(kv.bytes_per_token // (2 * kv.layers * kv.kv_heads))
+
+    @property
+    def longest(self) -> int:
+        """The context that is asked for, or else the model's own."""
+        return self.settings.context_length or self.manifest.context_length
+
+    @property
+    def least(self) -> int:
+        """The positions without which the model does not start."""
+        return min(LEAST_POSITIONS, self.longest)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The most memory that one model takes while `slots` sequences run, each as long as the context.
+    """The memory of one model.
 
-    `kv_slot` is the KV cache of one slot; the model has one slot more than `slots`. `other` is everything else: the
-    process itself, tokenizer, activations, and the tokens of running and waiting sequences.
+    `kv`, the memory of the KV cache, holds `positions`; models without a reserved size share it. `share` is the model's
+    share of it, None if the KV cache is on a GPU. `other` is the process itself, the tokenizer, activations, and the
+    tokens of running and waiting sequences, of which `waiting_tokens` may wait. A sequence has at most `context_length`
+    positions.
     """
 
     slots: int
     weights: int
-    kv_slot: int
     logits: int
     other: int
+    kv: int
+    positions: int
+    context_length: int
+    waiting_tokens: int
+    share: Share | None
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + (self.slots + 1) * self.kv_slot + self.logits + self.other
+        return self.weights + self.logits + self.other + self.kv
+
+    @property
+    def typical_requests(self) -> int:
+        """How many requests of TYPICAL tokens run at once."""
+        return min(self.slots, self.positions // TYPICAL)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Memory that one model claims: `least` for one sequence, `most` for `max_running`, or exactly `reserved`."""
+def plan(models: Sequence[Model], allowed: int) -> list[Plan]:
+    """The plans of models that share a process, which may take `allowed` bytes, in their order.
 
-    name: str
-    least: int
-    most: int
-    reserved: int | None = None
-
-
-def claim(
-    name: str, manifest: Manifest, settings: Settings, context_length: int, *, reserved: int | None, models: int
-) -> Claim:
-    """The claim of one of `models` models that share the process."""
-    least, most = (
-        _plan(manifest, settings, context_length, slots, models).total for slots in (1, settings.max_running)
-    )
-    return Claim(name, least, most, reserved)
-
-
-def divide(claims: Sequence[Claim], allowed: int) -> list[int]:
-    """Each model's part of `allowed`, in the order of the claims; the sum never exceeds `allowed`.
-
-    A model with a reserved size gets exactly that. Each of the others gets its `least`, and the remainder is divided in
-    proportion to `most - least`. Raises StartupError when that does not fit.
+    A model with a reserved size gets exactly that; the others share the remainder, and what is left of it beside their
+    weights is one budget for the KV caches of all. Raises StartupError when the memory does not hold the weights and a
+    sequence of LEAST_POSITIONS, or of the context that the settings ask for.
     """
-    reserving = [claim for claim in claims if claim.reserved is not None]
-    sharing = [claim for claim in claims if claim.reserved is None]
-    shared = allowed - sum(claim.reserved or 0 for claim in reserving)
-    if shared < 0:
-        sizes = ", ".join(f"{claim.name} {mib(claim.reserved or 0)} MiB" for claim in reserving)
+    reserved = sum(model.reserved or 0 for model in models)
+    if reserved > allowed:
+        sizes = ", ".join(f"{model.name} {mib(model.reserved)} MiB" for model in models if model.reserved)
         raise StartupError(
-            f"the memory_mib of the models' tables exceed the memory: {sizes}, together {mib(allowed - shared)} MiB,"
+            f"the memory_mib of the models' tables exceed the memory: {sizes}, together {mib(reserved)} MiB,"
             f" and {allowed // MIB} MiB are allowed; lower them, or allow more (--memory-mib)"
         )
-    spare = shared - sum(claim.least for claim in sharing)
-    if spare < 0 and len(claims) > 1:
-        sizes = ", ".join(f"{claim.name} {mib(claim.least)} MiB" for claim in sharing)
-        raise StartupError(
-            f"the memory does not hold one sequence of each model: that takes {sizes}, and {shared // MIB} MiB are"
-            f" {'left by models with a memory_mib in their table' if reserving else 'allowed'}; lower context_length,"
-            f" prompt_chunk or max_waiting, serve fewer models, or allow more (--memory-mib)"
-        )
-    wanted = sum(claim.most - claim.least for claim in sharing)
-
-    def part(claim: Claim) -> int:
-        if claim.reserved is not None:
-            return claim.reserved
-        extra = spare * (claim.most - claim.least) // wanted if wanted else spare // len(sharing)
-        return claim.least + extra
-
-    return [part(claim) for claim in claims]
+    sharing = [model for model in models if model.reserved is None]
+    plans = {id(model): made for model, made in zip(sharing, _share(sharing, allowed - reserved, models), strict=True)}
+    for model in models:
+        if model.reserved is not None:
+            (plans[id(model)],) = _share([model], model.reserved, models)
+    return [plans[id(model)] for model in models]
 
 
-def plan(manifest: Manifest, settings: Settings, context_length: int, allowed: int, models: int = 1) -> Plan:
-    """The plan with the most slots, up to `max_running`, that fits into `allowed` bytes.
+def _share(sharing: Sequence[Model], allowed: int, models: Sequence[Model]) -> list[Plan]:
+    """The plans of those of `models` that share `allowed` bytes."""
+    fixed = [_fixed(model, len(models)) for model in sharing]
+    left = allowed - sum(weights + logits + other for weights, logits, other in fixed)
+    # A call of one row is padded by a row of a slot of its own, which takes the memory of one position.
+    left -= sum(model.granule * model.position for model in sharing)
+    kv = max((model.least * model.position for model in sharing), default=0)
+    if left < kv:
+        raise StartupError(_too_little(sharing, fixed, kv, allowed))
+    budget = Budget(max(left, 0))
+    return [_plan(model, parts, budget) for model, parts in zip(sharing, fixed, strict=True)]
 
-    When several `models` share the process, the memory of the process itself is split evenly between them. Raises
-    StartupError when not even one slot fits.
-    """
-    for slots in range(settings.max_running, 0, -1):
-        planned = _plan(manifest, settings, context_length, slots, models)
-        if planned.total <= allowed:
-            return planned
-    raise StartupError(
-        f"the memory does not hold one sequence of {context_length} tokens: that takes {mib(planned.total)} MiB"
-        f" ({mib(planned.weights)} weights, 2 x {mib(planned.kv_slot)} KV cache, {mib(planned.logits)} logits,"
-        f" {mib(planned.other)} other), and {allowed // MIB} MiB are allowed; lower context_length (--context-length),"
-        f" prompt_chunk (--prompt-chunk) or max_waiting (--max-waiting), or allow more (--memory-mib)"
+
+def _too_little(sharing: Sequence[Model], fixed: Sequence[tuple[int, int, int]], kv: int, allowed: int) -> str:
+    """The message when models do not fit the memory."""
+    sizes = [
+        f"{model.name} {mib(weights)} MiB of weights, {mib(logits)} logits, {mib(other)} other"
+        for model, (weights, logits, other) in zip(sharing, fixed, strict=True)
+    ]
+    needed = kv + sum(map(sum, fixed)) + sum(model.granule * model.position for model in sharing)
+    least = max(model.least for model in sharing)
+    return (
+        f"the memory does not hold {'the model' if len(sharing) == 1 else 'the models'} and one sequence of {least}"
+        f" tokens: that takes {mib(needed)} MiB ({'; '.join(sizes)}; {mib(kv)} KV cache), and {allowed // MIB} MiB are"
+        f" allowed; lower prompt_chunk (--prompt-chunk), max_running (--max-running) or max_waiting (--max-waiting),"
+        f" {'' if len(sharing) == 1 else 'serve fewer models, '}or allow more (--memory-mib)"
     )
 
 
-def _plan(manifest: Manifest, settings: Settings, context_length: int, slots: int, models: int) -> Plan:
+def _fixed(model: Model, models: int) -> tuple[int, int, int]:
+    """The weights, the logits, and everything else that one of `models` models takes beside its KV cache."""
+    manifest, settings = model.manifest, model.settings
     stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
-    rows = max(settings.prompt_chunk, slots) + _SAMPLER_ROWS
-    tokens = context_length * (slots * _RUNNING_TOKEN + settings.max_waiting * _WAITING_TOKEN)
-    tokenizer = _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
+    slots, chunk = settings.max_running, settings.prompt_chunk
+    other = _PROCESS // models + _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
+    other += (chunk + slots + 1) * activations(manifest)
+    other += min(model.longest * slots * _RUNNING_TOKEN, _MOST_RUNNING) + _waiting_tokens(model) * _WAITING_TOKEN
+    logits = (max(chunk, slots) + _SAMPLER_ROWS) * manifest.vocab_size * 4
+    return int(stored * _WEIGHTS_FACTORS[manifest.quantization.weights]), logits, other
+
+
+def _waiting_tokens(model: Model) -> int:
+    """The most tokens of prompts that may wait."""
+    return min(model.longest * model.settings.max_waiting, _MOST_WAITING // _WAITING_TOKEN)
+
+
+def _plan(model: Model, fixed: tuple[int, int, int], budget: Budget) -> Plan:
+    """The plan of a model whose KV cache, of at least `model.least` positions, is in `budget`."""
+    weights, logits, other = fixed
+    slots, size = model.settings.max_running, model.granule * model.position
+    positions = budget.total // size * model.granule if size else slots * model.longest
+    if model.settings.context_length is not None and positions < model.longest:
+        raise StartupError(
+            f"{model.name}: context_length {model.longest} does not fit the memory: its KV cache takes"
+            f" {mib(model.longest * model.position)} MiB, and {budget.total // MIB} MiB are left beside"
+            f" {mib(weights)} MiB of weights; the longest that fits is {positions} (--context-length {positions}), or"
+            f" allow more (--memory-mib)"
+        )
     return Plan(
-        slots=slots,
-        weights=int(stored * (_FLOAT16_FACTOR if manifest.quantization.weights == "float16" else _WEIGHTS_FACTOR)),
-        kv_slot=0 if settings.device == "cuda" else context_length * manifest.kv.bytes_per_token,
-        logits=rows * manifest.vocab_size * 4,
-        other=_PROCESS // models + tokenizer + (settings.prompt_chunk + slots + 1) * activations(manifest) + tokens,
+        slots=min(slots, positions // model.granule),
+        weights=weights,
+        logits=logits,
+        other=other,
+        kv=positions * model.position + size,
+        positions=positions,
+        context_length=min(model.longest, positions),
+        waiting_tokens=_waiting_tokens(model),
+        share=Share(budget, model.position, model.granule) if size else None,
     )
 
 
@@ -150,13 +209,22 @@ def activations(manifest: Manifest) -> int:
     return _ACTIVATIONS_FACTOR * math.isqrt(int(parameters / manifest.kv.layers))
 
 
-def mib(size: int) -> int:
+def mib(size: int | None) -> int:
     """The size in MiB, rounded up."""
-    return math.ceil(size / MIB)
+    return math.ceil((size or 0) / MIB)
 
 
-def budget(settings: Settings, root: Path = Path("/")) -> int:
-    """Bytes that the process may take: `memory_mib`, or else the default share of the available memory."""
-    if settings.memory_mib is not None:
-        return settings.memory_mib * MIB
-    return int(DEFAULT_SHARE * available(root))
+def allowed(settings: Settings, root: Path = Path("/")) -> int:
+    """Bytes that the process may take: `memory_mib`, or else a share of this machine's or container's memory.
+
+    Raises StartupError when `memory_mib` is more than there is.
+    """
+    there, free = memory.available(root), memory.free(root)
+    if settings.memory_mib is None:
+        return int(min(DEFAULT_SHARE * there, DEFAULT_FREE_SHARE * free))
+    if settings.memory_mib * MIB > there:
+        raise StartupError(
+            f"memory_mib {settings.memory_mib} is more than the {there // MIB} MiB of this machine, or of the process's"
+            f" control group; allow less (--memory-mib)"
+        )
+    return settings.memory_mib * MIB

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service import manifest as manifests
+from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.ort.model import Model
@@ -29,8 +30,8 @@ _WARM_UP_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class CheckedModel:
-    """A model directory whose files have passed all checks, and the settings to serve it with."""
+class ReadModel:
+    """A model directory whose manifest has been read, and the settings to serve it with."""
 
     directory: Path
     settings: Settings
@@ -38,33 +39,35 @@ class CheckedModel:
     aliases: tuple[str, ...] = ()
     memory_mib: int | None = None
 
-    @property
-    def context_length(self) -> int:
-        """The most tokens of a sequence. Raises StartupError when the setting exceeds what the model supports."""
-        supported = self.manifest.context_length
-        length = self.settings.context_length or supported
-        if length > supported:
-            raise StartupError(f"context_length {length} is above the {supported} of {self.directory}")
-        return length
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A checked model, its part of the memory in bytes, and the plan that fits into that part."""
+    """A model, its device chosen, and its part of the memory."""
 
-    checked: CheckedModel
-    budget: int
+    read: ReadModel
     plan: memory.Plan
 
 
-def check(model: ModelSettings) -> CheckedModel:
-    """Reads and checks every file of a model directory. Raises ModelDirectoryError when one is missing or damaged."""
-    manifest = manifests.load(model.directory)
-    manifests.check_external_data(model.directory, manifest)
-    return CheckedModel(model.directory, model.settings, manifest, model.aliases, model.memory_mib)
+def read(model: ModelSettings) -> ReadModel:
+    """Reads a model directory's manifest; the files must be there in full, and their contents are not looked at yet.
+
+    Raises ModelDirectoryError when something is missing, and StartupError when the settings ask for a context that the
+    model does not support.
+    """
+    manifest = manifests.read(model.directory)
+    length = model.settings.context_length
+    if length is not None and length > manifest.context_length:
+        raise StartupError(f"context_length {length} is above the {manifest.context_length} of {model.directory}")
+    return ReadModel(model.directory, model.settings, manifest, model.aliases, model.memory_mib)
 
 
-def choose_devices(models: Sequence[CheckedModel]) -> list[CheckedModel]:
+def check_files(model: ReadModel) -> None:
+    """Raises ModelDirectoryError when the contents of a file are not those that the manifest describes."""
+    manifests.check_hashes(model.directory, model.manifest)
+    manifests.check_external_data(model.directory, model.manifest)
+
+
+def choose_devices(models: Sequence[ReadModel]) -> list[ReadModel]:
     """The models with `device` resolved to `cpu` or `cuda`. Raises StartupError when a device is not available."""
     chosen = [
         replace(model, settings=gpu_memory.with_device(model.manifest, model.settings, model.directory))
@@ -74,7 +77,7 @@ def choose_devices(models: Sequence[CheckedModel]) -> list[CheckedModel]:
     return chosen
 
 
-def aliases(models: Sequence[CheckedModel], extra_aliases: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def aliases(models: Sequence[ReadModel], extra_aliases: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Each model's aliases, by its id: from its manifest, its settings, and the `extra_aliases` that name its id.
 
     Raises StartupError when two models claim a name, or when an extra alias names an unknown id.
@@ -85,7 +88,7 @@ def aliases(models: Sequence[CheckedModel], extra_aliases: Mapping[str, str]) ->
             raise StartupError(
                 f"alias {alias}={target}: no model has this id (--alias); there are {', '.join(sorted(known))}"
             )
-    claimed: dict[str, CheckedModel] = {}
+    claimed: dict[str, ReadModel] = {}
     by_id = {}
     for model in models:
         extra = (alias for alias, target in extra_aliases.items() if target == model.manifest.id)
@@ -101,55 +104,47 @@ def aliases(models: Sequence[CheckedModel], extra_aliases: Mapping[str, str]) ->
     return by_id
 
 
-def divide_memory(models: Sequence[CheckedModel], settings: Settings) -> list[PlannedModel]:
-    """Divides the memory between models whose devices are chosen. Raises StartupError when a part is too small."""
-    claims = [
-        memory.claim(
+def divide_memory(models: Sequence[ReadModel], settings: Settings) -> list[PlannedModel]:
+    """Divides the memory between models whose devices are chosen. Raises StartupError when it is too little."""
+    wanted = [
+        memory.Model(
             str(model.directory),
             model.manifest,
             model.settings,
-            model.context_length,
             reserved=None if model.memory_mib is None else model.memory_mib * memory.MIB,
-            models=len(models),
         )
         for model in models
     ]
-    planned = []
-    for model, budget in zip(models, memory.divide(claims, memory.budget(settings)), strict=True):
-        try:
-            fitting = memory.plan(model.manifest, model.settings, model.context_length, budget, len(models))
-        except StartupError as error:
-            raise StartupError(f"{model.directory}: {error}") from None
-        planned.append(PlannedModel(model, budget, fitting))
-    return planned
+    plans = memory.plan(wanted, memory.allowed(settings))
+    return [PlannedModel(model, plan) for model, plan in zip(models, plans, strict=True)]
 
 
 def load(settings: Settings) -> tuple[ServedModel, ...]:
-    """Checks and loads the models that the settings name; their engines are not started. Raises StartupError."""
-    checked = [check(model) for model in settings.configured_models()]
-    names = aliases(checked, settings.alias)
-    planned = divide_memory(choose_devices(checked), settings)
+    """Plans, checks and loads the models that the settings name; their engines are not started. Raises StartupError."""
+    found = [read(model) for model in settings.configured_models()]
+    names = aliases(found, settings.alias)
+    planned = divide_memory(choose_devices(found), settings)
     for model in planned:
         _log_plan(model)
-    return tuple(_load(model.checked, model.plan.slots, names[model.checked.manifest.id]) for model in planned)
+    for each in found:
+        check_files(each)
+    return tuple(_load(model, names[model.read.manifest.id]) for model in planned)
 
 
 def _log_plan(planned: PlannedModel) -> None:
-    slots, max_running = planned.plan.slots, planned.checked.settings.max_running
-    fields = {"model": planned.checked.manifest.id, "slots": slots, "max_running": max_running}
-    fields["budget_mib"] = planned.budget // memory.MIB
-    sizes = ("total", "weights", "kv_slot", "logits", "other")
-    fields |= {f"{name}_mib": memory.mib(getattr(planned.plan, name)) for name in sizes}
-    if slots < max_running:
-        _log.warning("the memory budget holds fewer slots than max_running", **fields)
+    plan, own = planned.plan, planned.read.manifest.context_length
+    sizes = {f"{name}_mib": memory.mib(getattr(plan, name)) for name in ("total", "weights", "kv", "logits", "other")}
+    fields = {"model": planned.read.manifest.id, "positions": plan.positions, "max_model_len": plan.context_length}
+    fields |= {"slots": plan.slots, f"requests_of_{memory.TYPICAL}_tokens": plan.typical_requests} | sizes
+    if planned.read.settings.context_length is None and plan.context_length < own:
+        _log.warning(f"the memory holds fewer positions than the model's own context of {own}", **fields)
     else:
-        _log.info("the memory budget holds all slots", **fields)
+        _log.info("the memory is planned", **fields)
 
 
-def _load(checked: CheckedModel, slots: int, aliases: tuple[str, ...]) -> ServedModel:
-    directory, manifest, settings = checked.directory, checked.manifest, checked.settings
-    length = checked.context_length
-    device, slots = gpu_memory.place(manifest, settings, length, slots)
+def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
+    directory, manifest, settings = planned.read.directory, planned.read.manifest, planned.read.settings
+    device, slots, length = gpu_memory.place(manifest, settings, planned.plan)
     tokenizer = Tokenizer(directory / manifests.TOKENIZER_FILE, manifest.special_tokens, manifest.vocab_size)
     model = Model(
         directory,
@@ -162,11 +157,14 @@ def _load(checked: CheckedModel, slots: int, aliases: tuple[str, ...]) -> Served
     )
     if not settings.batch_invariant:
         model.tune()
+    # A GPU has reserved the memory of all slots, so their number is the only limit.
+    share = planned.plan.share or Share(Budget(slots * length))
     engine = Engine(
         model,
         tokenizer,
-        Scheduler(KVCache(slots), settings.prompt_chunk),
+        Scheduler(KVCache(slots, share), settings.prompt_chunk, settings.step_seconds),
         max_waiting=settings.max_waiting,
+        max_waiting_tokens=planned.plan.waiting_tokens,
         send_timeout=settings.send_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
         name=manifest.id,
@@ -174,20 +172,22 @@ def _load(checked: CheckedModel, slots: int, aliases: tuple[str, ...]) -> Served
     return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), aliases)
 
 
-def warm_up_request(model: ServedModel) -> Request:
-    """The service's own request that warms up a model: one full prompt chunk and a few decode steps."""
-    length = min(model.engine.prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
+def warm_up_requests(model: ServedModel) -> Iterator[Request]:
+    """The service's own requests that warm up a model: a short one, and one with a full prompt chunk.
+
+    From the short one the engine learns how long the full chunk may take before it counts as a hang.
+    """
     token = model.manifest.special_tokens.default_prompt or 0  # any token will do
-    prompt = Prompt((token,) * length, "", implied=length)
-    return Request(
-        id="warm-up",
-        model=model.manifest.id,
-        created=0,
-        identity="warm-up",
-        prompts=(prompt,),
-        max_tokens=_WARM_UP_TOKENS,
-        sampling=SamplingParams(temperature=0),
-    )
+    for length in (1, min(model.engine.prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)):
+        yield Request(
+            id="warm-up",
+            model=model.manifest.id,
+            created=0,
+            identity="warm-up",
+            prompts=(Prompt((token,) * length, "", implied=length),),
+            max_tokens=_WARM_UP_TOKENS,
+            sampling=SamplingParams(temperature=0),
+        )
 
 
 def reading(model: ServedModel) -> Reading:
@@ -199,6 +199,8 @@ def reading(model: ServedModel) -> Reading:
         waiting=stats.waiting,
         slots=engine.slots,
         slot_tokens=model.limits.context_length,
+        positions=engine.positions,
+        free_positions=engine.free_positions,
         looked_up_tokens=reuse.prompt_tokens,
         cached_tokens=reuse.cached_tokens,
         failed_steps=faults.failed_steps,

@@ -34,17 +34,24 @@ _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The state of an engine at a scrape: current sequences and slots, and tokens and faults since the start."""
+    """The state of an engine at a scrape: sequences, slots and memory now, and tokens and faults since the start."""
 
     running: int
     waiting: int
     slots: int
     slot_tokens: int
+    positions: int
+    free_positions: int
     looked_up_tokens: int
     cached_tokens: int
     failed_steps: int
     not_finite: int
     slow_readers: int
+
+    @property
+    def usage(self) -> float:
+        """The share of the KV cache that sequences hold, 0..1: of its slots or its positions, whichever is larger."""
+        return max(self.running / self.slots, 1 - self.free_positions / self.positions)
 
 
 # The metrics that are read from the engines at each scrape.
@@ -55,7 +62,8 @@ _READ_AT_SCRAPE: tuple[
     (GaugeMetricFamily, "llm_waiting", "Sequences that hold no slot yet.", lambda now: now.waiting),
     (GaugeMetricFamily, "llm_slots", "Slots of the KV cache.", lambda now: now.slots),
     (GaugeMetricFamily, "llm_slot_tokens", "Tokens that fit into a slot.", lambda now: now.slot_tokens),
-    (GaugeMetricFamily, "llm_kv_usage_ratio", "Held slots divided by slots.", lambda now: now.running / now.slots),
+    (GaugeMetricFamily, "llm_kv_positions", "Positions of the KV cache.", lambda now: now.positions),
+    (GaugeMetricFamily, "llm_kv_usage_ratio", "Share of the slots or positions that is held.", lambda now: now.usage),
     (
         CounterMetricFamily,
         "llm_prefix_cache_queries",

@@ -31,24 +31,22 @@ _VLLM_NAMES = {
     "llm_request_generation_tokens": ("vllm:request_generation_tokens",),
     "llm_request_longest_tokens": ("vllm:request_max_num_generation_tokens",),
 }
-# Endpoint pickers compare prompts block by block, and expect a cache of blocks. This service has slots instead, and
-# reuses prompt prefixes of any length from this many tokens on.
+# Endpoint pickers compare prompts block by block, and expect a cache of blocks. This service has positions instead,
+# and reuses prompt prefixes of any length from this many tokens on.
 _BLOCK = 16
 
 
-class Slots(Protocol):
-    """The number of KV cache slots of an engine, and the tokens that fit into one."""
+class Cache(Protocol):
+    """The size of the KV cache of an engine."""
 
     @property
-    def slots(self) -> int: ...
-    @property
-    def slot_tokens(self) -> int: ...
+    def positions(self) -> int: ...
 
 
 class VllmNames(Collector):
     """The metrics of other collectors under vLLM's names, and vLLM's metric of the cache configuration."""
 
-    def __init__(self, sources: Sequence[Collector], read: Callable[[], Mapping[str, Slots]]) -> None:
+    def __init__(self, sources: Sequence[Collector], read: Callable[[], Mapping[str, Cache]]) -> None:
         self._sources = sources
         self._read = read
 
@@ -62,7 +60,7 @@ class VllmNames(Collector):
     def _cache_config(self) -> Metric:
         metric = GaugeMetricFamily("vllm:cache_config_info", "Size of the cache, expressed in blocks.")
         for model, now in self._read().items():
-            sizes = {"block_size": str(_BLOCK), "num_gpu_blocks": str(now.slots * now.slot_tokens // _BLOCK)}
+            sizes = {"block_size": str(_BLOCK), "num_gpu_blocks": str(now.positions // _BLOCK)}
             metric.add_sample(metric.name, {"model_name": model, **sizes}, 1)
         return metric
 

@@ -21,7 +21,8 @@ from model_export.graph import cuda
 from service import manifest
 from service.engine.cache import Copy, KVCache
 from service.engine.engine import Engine
-from service.engine.ort.device import Cpu, Cuda, cuda_obstacle
+from service.engine.ort.availability import cuda_obstacle
+from service.engine.ort.device import Cpu, Cuda
 from service.engine.ort.driver import Driver
 from service.engine.ort.model import Model
 from service.engine.sampler import Shortlist, whole

@@ -14,7 +14,8 @@ import pytest
 from model_export.export import Options, export
 from service import manifest
 from service.engine.cache import Copy
-from service.engine.ort.device import CUDA_PROVIDER, Cuda, cuda_obstacle, provider
+from service.engine.ort.availability import cuda_obstacle, provider
+from service.engine.ort.device import CUDA_PROVIDER, Cuda
 from service.engine.ort.driver import Driver
 from service.engine.ort.model import Model
 from service.serving.gpu_memory import place, with_device

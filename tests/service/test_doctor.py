@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -43,7 +44,7 @@ def test_all_checks_pass(model_dir):
     assert failing(found) == []
     assert "CPUExecutionProvider" in found["provider"].text
     assert found["processor"].text == str(processor())
-    assert "of 32 slots" in found["memory"].text
+    assert "positions in 32 slots: 32 requests of 640 tokens at once; max_model_len 8192; " in found["memory"].text
     assert str(model_dir) in found["model"].text
 
 
@@ -72,14 +73,20 @@ def test_a_damaged_model(model_dir, tmp_path):
 
 
 def test_memory(model_dir):
-    """Memory for less than one sequence fails; memory for fewer slots than max_running is mentioned."""
+    """Memory for less than one sequence fails; with less than the model's own context the served one is named."""
     found = examined(model_dir, memory_mib=100)
     assert failing(found) == ["memory"]
     assert "100 MiB are allowed" in found["memory"].text
-    enough = examined(model_dir, memory_mib=4000)
+    enough = examined(model_dir, memory_mib=1500)
     assert failing(enough) == []
-    assert "fewer run at once than max_running" in enough["memory"].text
-    assert failing(examined(model_dir, context_length=1 << 20)) == ["memory"]
+    served = re.search(r"max_model_len (\d+) of the model's 8192", enough["memory"].text)
+    assert served is not None
+    longest = int(served[1])
+    assert failing(examined(model_dir, memory_mib=1500, context_length=longest)) == []
+    refused = examined(model_dir, memory_mib=1500, context_length=longest + 1)
+    assert failing(refused) == ["memory"]
+    assert f"(--context-length {longest})" in refused["memory"].text
+    assert "names" in failing(examined(model_dir, context_length=1 << 20))  # more than the model supports
 
 
 def test_keys(model_dir, tmp_path):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from dataclasses import dataclass
 
 import pytest
 
 from service.watchdog import Heartbeat, hung
 from tests.support.patience import PATIENCE
+
+
+@dataclass(eq=False)
+class Step:
+    """A step that is expected to take that many seconds."""
+
+    expected: float = 0.0
 
 
 @pytest.fixture
@@ -26,24 +34,44 @@ def no_waiting(monkeypatch):
     return slept
 
 
-async def test_one_turn_that_lasts_too_long(no_waiting):
+async def test_one_step_that_lasts_too_long(no_waiting):
     """`hung` returns after the given seconds."""
-    await hung(lambda: 7, 30)
+    step = Step()
+    await hung(lambda: step, 30)
     assert sum(no_waiting) == pytest.approx(30)
 
 
-async def test_a_turn_that_hangs_after_others(no_waiting):
-    """The time counts from the first check that sees the turn."""
-    turns = itertools.chain(range(20), itertools.repeat(20))
-    await hung(lambda: next(turns), 30)
+async def test_a_step_that_hangs_after_others(no_waiting):
+    """The time counts from the first check that sees the step."""
+    last = Step()
+    steps = itertools.chain((Step() for _ in range(20)), itertools.repeat(last))
+    await hung(lambda: next(steps), 30)
     assert sum(no_waiting) == pytest.approx(90)
 
 
-@pytest.mark.parametrize("turns", [itertools.count(), itertools.repeat(None), itertools.cycle([*[1] * 9, None])])
-async def test_turns_that_end(no_waiting, turns):
+@pytest.mark.parametrize(("expected", "found"), [(7, 30), (20, 80), (100, 400)])
+async def test_a_slow_step_is_no_hang(no_waiting, expected, found):
+    """A step may take four times as long as it is expected to; one after it, that should be fast, may not."""
+    slow = Step(expected)
+    await hung(lambda: slow, 30)
+    assert sum(no_waiting) == pytest.approx(found, abs=3)
+    no_waiting.clear()
+    fast = Step(0.1)
+    steps = itertools.chain([slow] * 5, itertools.repeat(fast))
+    await hung(lambda: next(steps), 30)
+    assert sum(no_waiting) == pytest.approx(5 * 3 + 30)
+
+
+STEP = Step()
+
+
+@pytest.mark.parametrize(
+    "steps", [(Step() for _ in itertools.count()), itertools.repeat(None), itertools.cycle([*[STEP] * 9, None])]
+)
+async def test_steps_that_end(no_waiting, steps):
     """`hung` never returns for an engine that makes progress, idles, or is slow but ends its steps."""
     with pytest.raises(TimeoutError):
-        await hung(lambda: next(turns), 30)
+        await hung(lambda: next(steps), 30)
 
 
 async def test_a_loop_that_runs_keeps_the_heartbeat(monkeypatch):

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 
 from service.engine import engine as engines
+from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.generation import Generation
@@ -29,6 +30,8 @@ from tests.support.fakes import FakeModel
 CONTEXT = 64
 CHUNK = 16
 SEND_TIMEOUT = 10.0
+# Most turns for which a neighbour holds memory.
+NEIGHBOUR_HOLDS = 30
 # Turns that a prompt in a slot may have to wait for others'.
 PROMPT_PATIENCE = 200
 
@@ -46,6 +49,7 @@ class WorldModel(FakeModel):
         self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits_at: Sequence[tuple[int, int]]
     ) -> np.ndarray:
         holders = self.world.scheduler.holders
+        self.world.check_memory([len(slot) for slot in self.slots])
         self.world.before_step(holders[first_slot : first_slot + len(rows)], rows)
         logits = super().forward(first_slot, rows, past, logits_at)
         for index, row in enumerate(rows):
@@ -73,6 +77,48 @@ class WorldModel(FakeModel):
             self.owners[item.target] = self.owners[item.source]
 
 
+class WorldShare(Share):
+    """A share that checks that nobody overtakes a sequence that waits for memory.
+
+    `blocked` are the positions of that sequence, and `refused` says whether one had to wait since the last look.
+    """
+
+    blocked: int | None = None
+    refused = False
+
+    def take(self, positions: int) -> int | None:
+        missing = super().take(positions)
+        check(self.blocked in (None, positions), "overtaken by one that fits", self.blocked, positions)
+        self.blocked = positions if missing is None else None
+        self.refused |= missing is None
+        return missing
+
+    def stop_waiting(self) -> None:
+        super().stop_waiting()
+        self.blocked = None
+
+
+class Neighbour:
+    """Another model on the same memory, of which it has now a part and now nothing."""
+
+    def __init__(self, budget: Budget, draw: random.Random) -> None:
+        self.share = Share(budget)
+        self.most = budget.total // 2
+        self.draw = draw
+        self.held = 0
+        self.next = 0.0
+
+    def turn(self, clock: float) -> None:
+        if clock < self.next:
+            return
+        wanted = 0 if self.held else self.draw.randrange(1, self.most)
+        if wanted and self.share.take(wanted) is None:
+            return  # it has to wait, and tries again
+        self.held = wanted
+        self.share.settle(wanted, 0)
+        self.next = clock + self.draw.randrange(1, NEIGHBOUR_HOLDS)
+
+
 class World:
     """One episode."""
 
@@ -94,7 +140,12 @@ class World:
         self.slots = draw.choice((1, 2, 2, 3, 4, 6))
         self.max_waiting = draw.choice((4, 16, 30))
         self.model = WorldModel(self.slots, self)
-        self.cache = cache(self.slots)
+        # Every other episode has little memory: for one or two of the longest requests, and a neighbour takes of it.
+        self.tight = draw.random() < 0.5
+        self.budget = Budget(draw.choice((CONTEXT, 2 * CONTEXT)) if self.tight else 2 * CONTEXT * self.slots)
+        self.share = WorldShare(self.budget, 1, draw.choice((1, 8)))
+        self.neighbour = Neighbour(self.budget, draw) if self.tight else None
+        self.cache = cache(self.slots, self.share)
         self.scheduler = scheduler(self.cache, draw.choice((CHUNK, CHUNK, 24)))
         with mock.patch.object(engines, "Steps", stepper):
             self.engine = engine(
@@ -145,7 +196,7 @@ class World:
             self.stopped = True
             self.engine.request_stop()
             self._arrive()  # before the engine has heard of it
-        limit = self.turns + self._work_ahead() * 4 + 400
+        limit = self.turns + self._work_ahead() * 4 + 400 + NEIGHBOUR_HOLDS * len(self.stepper.sequences)
         while self.visits:
             self.turn(arrivals=self.stopped and self.draw.random() < 0.2)
             check(self.turns < limit, "requests never end", len(self.visits))
@@ -173,6 +224,8 @@ class World:
             self.next_arrival += self.draw.expovariate(1 / self.gap)
             self._arrive()
         self.turns += 1
+        if self.neighbour is not None:
+            self.neighbour.turn(self.clock)
         advanced = self.stepper.turn()
         self.steps += advanced
         self._deliver(until=self.clock)
@@ -316,8 +369,16 @@ class World:
 
     # --- invariants ---
 
+    def check_memory(self, lengths: Sequence[int]) -> None:
+        """The positions in all slots, and the neighbour's, fit the memory."""
+        here = sum(map(self.share.rounded, lengths))
+        there = self.neighbour.held if self.neighbour else 0
+        check(here + there <= self.budget.total, "more memory than there is", here, there)
+
     def _note_arrival(self, sequences: Sequence[Candidate]) -> None:
         bound = self.turns + len(IDENTITIES) * self._work_ahead() + 64
+        if self.tight:  # each that is ahead may have to wait for the neighbour
+            bound += NEIGHBOUR_HOLDS * (len(self.stepper.sequences) + len(sequences)) * len(IDENTITIES)
         for sequence in sequences:
             self.arrivals += 1
             bound += _work(sequence)
@@ -337,6 +398,7 @@ class World:
         check(self.scheduler.waiting == len(live) - len(held), "lost from the queue", self.scheduler.waiting)
         turn, admitted = self.turns, cache.reuse.prompt_tokens
         due = self.scheduler.waiting and len(holders) < self.slots and all(each.decoding for each in holders)
+        due, self.share.refused = due and not self.share.refused, False
         if admitted != self.admitted[0] or not due:
             self.admitted = (admitted, turn)
         check(turn <= self.admitted[1] + 2, "a slot is free, and somebody waits")

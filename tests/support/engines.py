@@ -69,7 +69,7 @@ def busy(engine):
     """Makes an engine look full: no slot before three more steps, each of which takes minutes."""
     engine.admission.pace.step(1, PATIENCE)
     engine.admission.enter("another", [])
-    load = replace(engine.steps.published.load, room=0, first_room=0, next_end=3)
+    load = replace(engine.steps.published.load, room=0, first_room=0, ends=((3, 1),))
     engine.steps.scheduler.load = lambda: load
     engine.steps.published = replace(engine.steps.published, load=load)
 

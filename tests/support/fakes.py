@@ -97,8 +97,10 @@ class FakeModel:
     def copy(self, copies: Sequence[Copy]) -> None:
         for item in copies:
             assert item.length <= len(self.slots[item.source]), "copies positions that were never computed"
-            self.copied += item.length
+            self.copied += item.length if item.source != item.target else 0
             self.slots[item.target] = self.slots[item.source][: item.length]
+            if item.moves:
+                self.slots[item.source] = []
 
 
 def request(*prompts: str | Prompt, **changes: object) -> Request:

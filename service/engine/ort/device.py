@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +20,25 @@ Bytes = npt.NDArray[np.uint8]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
-_CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 # onnxruntime's bits for flash attention and, on older GPUs, memory-efficient attention. Both read lengths on the GPU,
 # as captured graphs require; cuDNN's attention, the default on some GPUs, makes a plan for each shape.
 _ATTENTION = 1 | 2
+# Linux's number, which Python's mmap has no name for before version 3.13.
+_MAP_NORESERVE = 0x4000
 # onnxruntime's number for a run that is not captured.
 _NOT_CAPTURED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Memory at an address of a device, and the host's side of it: the same on the CPU, perhaps empty on a GPU."""
+    """Memory at an address of a device, and the host's side of it: the same on the CPU, perhaps empty on a GPU.
+
+    `pages` is the mapping behind reserved memory of the host.
+    """
 
     address: int
     host: Bytes
+    pages: mmap.mmap | None = None
 
 
 class Device(Protocol):
@@ -79,6 +83,13 @@ class Device(Protocol):
         """
         ...
 
+    def discard(self, block: Block, start: int, *, rows: int, pitch: int, kept: int) -> None:
+        """Gives memory back: of each of `rows` rows from byte `start` on, `pitch` bytes apart, all but `kept` bytes.
+
+        On the CPU `start`, `pitch` and `kept` are multiples of the page size. A GPU keeps what it has reserved.
+        """
+        ...
+
     def wait(self) -> None:
         """Waits for all copies."""
         ...
@@ -99,15 +110,16 @@ class Cpu:
         return _session(graph, _options(threads), [CPU_PROVIDER])
 
     def reserve(self, size: int) -> Block:
-        # With huge pages a slot would take the memory of its full length at once.
+        # Most of it is never used, so it must not count as used where the system counts what is reserved.
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         except OSError as error:
             message = f"{size >> 20} MiB of address space for the KV cache are not available ({error.strerror})"
             raise StartupError(f"{message}: raise ulimit -v, or lower memory_mib or context_length") from None
+        # With huge pages a slot would take the memory of its full length at once.
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         host = np.frombuffer(memory, np.uint8)
-        return Block(host.ctypes.data, host)
+        return Block(host.ctypes.data, host, memory)
 
     def block(self, size: int) -> Block:
         host = np.zeros(size, np.uint8)
@@ -125,6 +137,13 @@ class Cpu:
     def copy_rows(self, block: Block, source: int, target: int, *, rows: int, pitch: int, width: int) -> None:
         memory, first, to = block.host.reshape(-1, pitch), source // pitch, target // pitch
         memory[to : to + rows, :width] = memory[first : first + rows, :width]
+
+    def discard(self, block: Block, start: int, *, rows: int, pitch: int, kept: int) -> None:
+        assert block.pages is not None, "only reserved memory can be given back"
+        if not kept:
+            rows, pitch = 1, rows * pitch
+        for row in range(rows):
+            block.pages.madvise(mmap.MADV_DONTNEED, start + row * pitch + kept, pitch - kept)
 
     def wait(self) -> None:
         """Nothing to do: copies are complete at once."""
@@ -178,6 +197,9 @@ class Cuda:
         places = block.address + target, block.address + source
         self._driver.copy_rows(*places, rows=rows, pitch=pitch, width=width)
 
+    def discard(self, block: Block, start: int, *, rows: int, pitch: int, kept: int) -> None:
+        """Nothing to do: the memory stays reserved."""
+
     def wait(self) -> None:
         self._driver.wait()
 
@@ -203,63 +225,6 @@ def run_options(graph: int | None) -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(_NOT_CAPTURED if graph is None else graph))
     return options
-
-
-def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
-    """Describes the device that will run the model. Raises StartupError when the wanted one is not available."""
-    available = ort.get_available_providers()
-    lacking = "" if wanted == "cpu" else cuda_obstacle(index)
-    if wanted == "cuda" and lacking is not None:
-        raise StartupError(cuda_message(lacking))
-    if lacking is not None:
-        if CPU_PROVIDER not in available:
-            raise StartupError(f"onnxruntime {ort.__version__} has no {CPU_PROVIDER}, only {', '.join(available)}")
-        why = f"; not CUDA: {lacking}" if lacking and CUDA_PROVIDER in available else ""
-        return f"onnxruntime {ort.__version__}, {CPU_PROVIDER}{why}"
-    driver = Driver(index)
-    return f"onnxruntime {ort.__version__}, {CUDA_PROVIDER} on {driver.name}, {driver.free() >> 20} MiB free"
-
-
-def cuda_message(lacking: str) -> str:
-    """The error message when CUDA is asked for and not available."""
-    return f"--device cuda is not available: {lacking}"
-
-
-def cuda_obstacle(index: int) -> str | None:
-    """Why onnxruntime cannot use the GPU of that index; None if it can."""
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        return f"{_package()}; install the extra `gpu` instead of `cpu`: pip install 'completion-service[gpu]'"
-    try:
-        Driver(index)
-    except StartupError as error:
-        return str(error)
-    ort.preload_dlls()
-    try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", index)
-    except Exception as error:  # onnxruntime raises its own unrelated types
-        return f"onnxruntime's {CUDA_PROVIDER} does not work: {_missing_library() or error}"
-    return None
-
-
-def _package() -> str:
-    """Names the installed onnxruntime, which has no CUDA provider."""
-    for name in ("onnxruntime-gpu", "onnxruntime"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        other = "" if name == "onnxruntime-gpu" else "onnxruntime-gpu is not installed: "
-        return f"{other}{name} {version} has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}"
-    return f"onnxruntime-gpu is not installed, and onnxruntime {ort.__version__} has no {CUDA_PROVIDER}"
-
-
-def _missing_library() -> str | None:
-    """The missing library that keeps the CUDA provider from loading, if one is missing."""
-    try:
-        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / _CUDA_LIBRARY))
-    except OSError as error:
-        return f"{error} (CUDA's libraries come with the extra `gpu`)"
-    return None
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -288,6 +253,11 @@ def _session(graph: Path, options: ort.SessionOptions, providers: list[Any]) -> 
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def granule(position_bytes: int) -> int:
+    """How many positions of a head, of so many bytes each, fill whole pages of memory."""
+    return mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, position_bytes)
 
 
 def kv_slots(slots: int, is_gpu: bool) -> int:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from service.engine.cache import Copy
 from service.engine.ort.calls import Call, Shape, bind_inputs
-from service.engine.ort.device import Cpu, Device, kv_slots, power_of_two
+from service.engine.ort.device import Cpu, Device, granule, kv_slots, power_of_two
 from service.engine.ort.results import Results, Rows
 from service.engine.ort.signature import check_signature
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
@@ -34,8 +34,9 @@ class Model:
 
     Calls with more than one token in a row run on the prefill graph, if the directory has one, and the others on the
     decode graph; after `tune`, decode steps of many rows may use the prefill graph as well. The KV cache is two buffers
-    per layer, keys and values, each [slots, kv_heads, context_length, head_dim]; a call covers consecutive slots and
-    extends them in place.
+    per layer, keys and values, each [slots, kv_heads, capacity, head_dim]; a call covers consecutive slots and extends
+    them in place. The capacity is `context_length` or a little more: on the CPU a head's positions fill whole pages of
+    memory, which the system provides when they are first written, and takes back from positions that are given up.
     Not thread-safe: only one thread at a time may use it.
     """
 
@@ -61,7 +62,9 @@ class Model:
         self._many_rows = math.inf  # decode steps of at least as many rows run on the prefill graph
         self._decoding = self._prefill = self._load(directory / MODEL_FILE, manifest, threads)
         position = manifest.kv.head_dim * np.dtype(manifest.kv.dtype).itemsize
-        self._head_bytes, self._position_bytes = context_length * position, position
+        pages = 1 if self._device.is_gpu else granule(position)
+        self._granule, self._capacity = pages, -(-context_length // pages) * pages
+        self._head_bytes, self._position_bytes = self._capacity * position, position
         self._slot_bytes = manifest.kv.kv_heads * self._head_bytes
         self._kv = {
             f"{part}.{layer}": self._device.reserve(self._kv_slots * self._slot_bytes)
@@ -70,6 +73,8 @@ class Model:
         }
         # How many positions of each slot may still be read.
         self._lengths = np.zeros(self._kv_slots, np.int32)
+        # From which position on each slot has no memory.
+        self._ends = [0] * self._kv_slots
         self._calls: OrderedDict[Shape, Call] = OrderedDict()
         self.kept_bindings = self._most_bindings()
         self._graphs = itertools.count()
@@ -145,15 +150,22 @@ class Model:
         self.forward(slot, [[0]], [0], [(0, 0)])
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copies positions of the KV cache between slots, in order."""
+        """Copies positions of the KV cache between slots, in order, and gives memory back."""
+        shape = {"rows": self._kv_layout.kv_heads, "pitch": self._head_bytes}
         for copy in copies:
             source, target = copy.source * self._slot_bytes, copy.target * self._slot_bytes
-            width = copy.length * self._position_bytes
+            kept = -(-copy.length // self._granule) * self._granule
             for block in self._kv.values():
-                self._device.copy_rows(
-                    block, source, target, rows=self._kv_layout.kv_heads, pitch=self._head_bytes, width=width
-                )
+                if source != target:
+                    self._device.copy_rows(block, source, target, **shape, width=copy.length * self._position_bytes)
+                if self._ends[copy.target] > kept:
+                    self._device.discard(block, target, **shape, kept=kept * self._position_bytes)
+                if copy.moves:
+                    self._device.discard(block, source, **shape, kept=0)
             self._lengths[copy.target] = copy.length
+            if copy.moves:
+                self._ends[copy.source] = 0
+            self._ends[copy.target] = min(kept, max(self._ends[copy.target], copy.length))
         if copies:
             self._device.wait()
 
@@ -196,6 +208,7 @@ class Model:
                 counted = len(row) if call.query_seqlens is not None else shape.width
                 call.seqlens_k[index] = length + counted - 1
                 self._lengths[shape.first_slot + index] = length + len(row)
+                self._ends[shape.first_slot + index] = max(self._ends[shape.first_slot + index], length + counted)
             elif call.query_seqlens is not None:
                 call.seqlens_k[index] = max(0, length - 1)
         if call.graph is None:
@@ -247,9 +260,9 @@ class Model:
         }
         if self._ragged:
             sizes["query_seqlens"] = ((shape.rows,), np.int32)
-        total = np.full(1, self.context_length, np.int32)
+        total = np.full(1, self._capacity, np.int32)
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, total.shape, total.ctypes.data)
-        kv_shape = (shape.rows, self._kv_layout.kv_heads, self.context_length, self._kv_layout.head_dim)
+        kv_shape = (shape.rows, self._kv_layout.kv_heads, self._capacity, self._kv_layout.head_dim)
         for name, block in self._kv.items():
             address = block.address + shape.first_slot * self._slot_bytes
             place = (self._device.type, self._device.index, np.dtype(self._kv_layout.dtype), kv_shape, address)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from service.engine.admission import Admission, Pace, Work, queue_seconds, work_ahead
+from service.engine.admission import Admission, Pace, Space, Work, queue_seconds, work_ahead
 from service.errors import DeadlineError, OverloadedError
 
 
@@ -46,23 +46,37 @@ def test_old_steps_are_forgotten():
     assert made.steps(1) == pytest.approx(1.5, abs=0.02)
 
 
+PLENTY = 10**6
+
+
+def space(slots: int, *ends: int, positions: int = PLENTY) -> Space:
+    """Free slots and positions, and sequences of 100 positions that end within these decode steps."""
+    return Space(slots, positions, tuple((steps, 100) for steps in ends))
+
+
 @pytest.mark.parametrize(
-    ("ahead", "room", "next_end", "seconds"),
+    ("ahead", "free", "seconds"),
     [
-        (Work(), 4, 0, 0.0),
+        (Work(), space(4), 0.0),
         # A slot is free: only the prefills ahead count.
-        (Work(3, 300, 900), 4, 0, 3.0),
+        (Work(3, 300, 900), space(4), 3.0),
+        # The same beside a stream: a decode step follows each of the 3 chunks of 100 tokens.
+        (Work(3, 300, 900), space(4, 10), 3.0 + 0.6),
         # No slot, no queue: until the next sequence ends, 10 steps of 0.2 s.
-        (Work(), 0, 10, 2.0),
+        (Work(), space(0, 30, 10), 2.0),
         # No slot, 3 ahead: the same, their prompts, and their 60 tokens at 0.05 s.
-        (Work(3, 300, 60), 0, 10, 2.0 + 3.0 + 3.0),
-        # Of 4 ahead, 1 finds a slot: the first slot, the prompts, and three quarters of 80 tokens.
-        (Work(4, 100, 80), 1, 5, 1.0 + 1.0 + 3.0),
+        (Work(3, 300, 60), space(0, 10), 2.0 + 3.6 + 3.0),
+        # Of 4 ahead, 1 finds a slot: the prompts, and three quarters of 80 tokens.
+        (Work(4, 100, 80), space(1, 5), 1.2 + 3.0),
+        # A slot is free, and no memory: two sequences of 100 positions have to end for 150.
+        (Work(), space(4, 30, 10, 20, positions=0), 4.0),
+        # Memory for half of what is ahead and what is asked for: half of 80 tokens come first.
+        (Work(1, 0, 80, 150), space(4, positions=150), 2.0),
     ],
 )
-def test_estimated_wait(ahead, room, next_end, seconds):
-    """By hand: prompts at 0.01 s a token, a step 0.2 s, a generated token 0.05 s."""
-    assert queue_seconds(ahead, room, next_end, pace()) == pytest.approx(seconds)
+def test_estimated_wait(ahead, free, seconds):
+    """By hand: prompts at 0.01 s a token, a step 0.2 s, a generated token 0.05 s; the request takes 150 positions."""
+    assert queue_seconds(ahead, 150, free, pace()) == pytest.approx(seconds)
 
 
 def test_others_count_as_much_as_oneself():
@@ -85,10 +99,10 @@ def test_refused_by_estimated_wait():
     """Requests of 2 s each are taken until over 10 s wait; who is refused hears how long the wait is."""
     queue = admission()
     for _ in range(5):  # with the 1 s until the next slot the waits are 1, 3, 5, 7 and 9 s
-        queue.check("me", room=0, next_end=5, deadline=None)
+        queue.check("me", space(0, 5), None)
         queue.enter("me", [Work(1, 0, 40)])
     with pytest.raises(OverloadedError) as caught:
-        queue.check("me", room=0, next_end=5, deadline=None)
+        queue.check("me", space(0, 5), None)
     assert caught.value.retry_after == pytest.approx(11.0)
 
 
@@ -97,34 +111,34 @@ def test_a_full_queue_of_one_is_open_to_others():
     queue = admission()
     queue.enter("flood", [Work(1, 0, 10**6)])
     with pytest.raises(OverloadedError):
-        queue.check("flood", 0, 0, None)
-    queue.check("other", 0, 0, None)
+        queue.check("flood", space(0), None)
+    queue.check("other", space(0), None)
 
 
 def test_one_caller_alone_fills_half_of_the_queue():
     """By number too: what one caller queues is never more than what is left to others."""
     queue = admission(max_sequences=8, max_seconds=1e9)
     for _ in range(4):
-        queue.check("flood", 0, 0, None)
+        queue.check("flood", space(0), None)
         queue.enter("flood", [Work(1, 0, 1)])
     with pytest.raises(OverloadedError) as caught:
-        queue.check("flood", 0, 0, None)
+        queue.check("flood", space(0), None)
     assert caught.value.retry_after >= 1
     for _ in range(2):
-        queue.check("other", 0, 0, None)
+        queue.check("other", space(0), None)
         queue.enter("other", [Work(1, 0, 1)])
     with pytest.raises(OverloadedError):
-        queue.check("other", 0, 0, None)
-    queue.check("third", 0, 0, None)
+        queue.check("other", space(0), None)
+    queue.check("third", space(0), None)
 
 
 def test_deadline_shorter_than_the_wait():
     """Refused at once; a deadline as long as the wait is not."""
     queue = admission()
     with pytest.raises(DeadlineError):
-        queue.check("me", room=0, next_end=10, deadline=1.9)
-    queue.check("me", room=0, next_end=10, deadline=2.1)
-    queue.check("me", room=1, next_end=10, deadline=0.01)
+        queue.check("me", space(0, 10), 1.9)
+    queue.check("me", space(0, 10), 2.1)
+    queue.check("me", space(1, 10), 0.01)
 
 
 def test_queue_holds_what_waits_and_no_more():

@@ -23,6 +23,8 @@ class Slots:
         for copy in copies:
             assert copy.length <= len(self.contents[copy.source])
             self.contents[copy.target] = self.contents[copy.source][: copy.length]
+            if copy.moves:
+                self.contents[copy.source] = []
 
     def check(self):
         for slot, expected in enumerate(self.held):
@@ -117,16 +119,16 @@ def test_kept_prompt_moves_out_of_the_way():
     cache.allocate(LONG, "x", 1)
     cache.record(0, len(LONG))
     cache.release(0, len(LONG))
-    assert cache.allocate((50, 51), "x", 1).copies == (Copy(0, 1, len(LONG)),)
+    assert cache.allocate((50, 51), "x", 1).copies == (Copy(0, 1, len(LONG)), Copy(0, 0, 0))
 
 
 def test_short_prompts_are_not_worth_moving():
-    """Few positions are cheaper to compute than to copy about."""
+    """Few positions are cheaper to compute than to copy about; their memory is given back."""
     cache = KVCache(3)
     cache.allocate((1, 2, 3), "x", 1)
     cache.record(0, 3)
     cache.release(0, 3)
-    assert cache.allocate((50, 51), "x", 1).copies == ()
+    assert cache.allocate((50, 51), "x", 1).copies == (Copy(0, 0, 0),)
 
 
 def test_least_recently_used_prompt_goes_first():

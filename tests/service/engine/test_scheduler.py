@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from service.engine.cache import KVCache
 from service.engine.generation import Generation
-from service.engine.scheduler import DecodeBatch, PromptChunk, Scheduler
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import PromptGroup, Sequence
+from service.engine.step import DecodeBatch, PromptChunk
 from service.text.transcript import Transcript
 from service.types import Prompt
 from tests.support.fakes import request
@@ -47,6 +48,8 @@ class Simulation:
         for copy in copies:
             assert copy.length <= len(self.contents[copy.source])
             self.contents[copy.target] = self.contents[copy.source][: copy.length]
+            if copy.moves:
+                self.contents[copy.source] = []
 
     def extend(self, sequence, start, end):
         slot = self.contents[sequence.slot]
@@ -261,8 +264,8 @@ def test_one_slot_of_sixteen_is_for_who_holds_none():
         simulation.add([sequences((index, 1), "flood", max_tokens=10**6)[0] for index in range(slots)])
         serve(simulation, 3 * slots)
         assert simulation.scheduler.running == slots - kept
-        assert simulation.scheduler.load().room_for("flood") == 0
-        assert simulation.scheduler.load().room_for("other") == min(kept, 1)
+        assert simulation.scheduler.load().space("flood").slots == 0
+        assert simulation.scheduler.load().space("other").slots == min(kept, 1)
         if kept:
             others = [sequences((index, 2), "other", max_tokens=10**6)[0] for index in range(2)]
             simulation.add(others)

@@ -10,7 +10,8 @@ import pytest
 
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
-from service.engine.scheduler import DecodeBatch, Scheduler
+from service.engine.scheduler import Scheduler
+from service.engine.step import DecodeBatch
 from service.engine.steps import Steps
 from service.errors import EngineDiedError
 from service.text.transcript import Piece, StopMatcher, Transcript
@@ -116,18 +117,18 @@ class SkipsARow(Scheduler):
 class IgnoresIdentity(KVCache):
     """Reuses what others have asked."""
 
-    def allocate(self, prompt, identity, recompute):
+    def allocate(self, prompt, identity, recompute, positions):
         for slot in self._slots:
             slot.identity = identity
-        return super().allocate(prompt, identity, recompute)
+        return super().allocate(prompt, identity, recompute, positions)
 
 
 class ReusesTooMuch(KVCache):
     """Takes one position more for common than is."""
 
-    def allocate(self, prompt, identity, recompute):
-        allocation = super().allocate(prompt, identity, recompute)
-        more = 0 < allocation.cached < len(prompt) - recompute
+    def allocate(self, prompt, identity, recompute, positions):
+        allocation = super().allocate(prompt, identity, recompute, positions)
+        more = allocation is not None and 0 < allocation.cached < len(prompt) - recompute
         return replace(allocation, cached=allocation.cached + 1) if more else allocation
 
 
@@ -144,6 +145,28 @@ class CopiesTooLittle(KVCache):
 
     def release(self, slot, last_length):
         return super().release(slot, last_length - 1)
+
+
+class EvictsNothing(KVCache):
+    """Keeps all prefixes, whoever needs their memory."""
+
+    def _give_up(self, positions, but=-1):
+        return [], positions
+
+
+class GivesNothingBack(KVCache):
+    """Keeps the memory of what ended sequences have generated."""
+
+    def release(self, slot, last_length):
+        return tuple(copy for copy in super().release(slot, last_length) if copy.source != copy.target)
+
+
+class Overtakes(Scheduler):
+    """Admits whoever fits beside a sequence that does not fit yet."""
+
+    def schedule(self):
+        self._blocked = None
+        return super().schedule()
 
 
 class SaysNothingOfFaults(Steps):
@@ -220,6 +243,7 @@ class KeepsRequests(Engine):
     [
         *(KeepsSlots, KeepsPrompting, KeepsQueued, LastFirst, DecodesForever, SkipsARow),
         *(IgnoresIdentity, ReusesTooMuch, MovesWithoutCopy, CopiesTooLittle),
+        *(EvictsNothing, GivesNothingBack, Overtakes),
         *(
             SaysNothingOfFaults,
             SaysItTwice,

@@ -10,7 +10,7 @@ from service.engine.ort.device import Cpu, Cuda
 from service.errors import ModelDirectoryError, StartupError
 from service.manifest import FileEntry, KVLayout, Quantization
 from service.serving import gpu_memory
-from service.serving.memory import MIB
+from service.serving.memory import MIB, Model
 from service.serving.memory import plan as host_plan
 from service.settings import Settings
 from tests.support import fakes
@@ -37,7 +37,8 @@ def settings(**changes):
 
 
 def plan(allowed, slots=32, context_length=8192, **changes):
-    return gpu_memory.plan(described(), settings(**changes), context_length, slots, allowed)
+    given = settings(context_length=context_length, **changes)
+    return gpu_memory.plan(described(), given, context_length, slots, allowed)
 
 
 def test_kv_cache_by_hand():
@@ -57,7 +58,19 @@ def test_as_many_slots_as_fit():
     assert smaller.session > 4.4 * GIB
     with pytest.raises(StartupError, match=r"does not hold one sequence of 8192 tokens: .*--gpu-memory-mib"):
         plan(6 * GIB)
+    with pytest.raises(StartupError, match=r"does not hold one sequence of 16384 tokens: .*--context-length"):
+        plan(8 * GIB, context_length=16384, prompt_chunk=16)
     assert plan(6 * GIB, context_length=1024, prompt_chunk=16).slots >= 1
+
+
+def test_a_context_that_is_not_asked_for_is_as_long_as_fits():
+    """If not even one slot of the model's own context fits, there is one slot, as long as the memory."""
+    without = Settings(model_dir="m", prompt_chunk=16)
+    fitting = gpu_memory.plan(described(), without, 1 << 20, 32, 8 * GIB)
+    assert fitting.slots == 1
+    assert 512 <= fitting.context_length < 16384
+    assert fitting.kv == 2 * fitting.context_length * 131_072
+    assert fitting.kv + fitting.logits + fitting.session + gpu_memory._CONTEXT == 8 * GIB
 
 
 def test_logits_by_hand():
@@ -77,8 +90,11 @@ def test_the_budget():
 
 def test_the_host_plan_has_no_kv_cache_for_a_gpu():
     """When the model runs on the GPU, the plan of host memory has no KV cache."""
-    assert host_plan(described(), settings(device="cpu"), 8192, 1 << 50).kv_slot == GIB
-    assert host_plan(described(), settings(device="cuda"), 8192, 1 << 50).kv_slot == 0
+    on_cpu, on_gpu = (
+        host_plan([Model("m", described(), settings(device=name))], 1 << 50)[0] for name in ("cpu", "cuda")
+    )
+    assert on_cpu.kv > 32 * GIB
+    assert (on_gpu.kv, on_gpu.share, on_gpu.positions) == (0, None, 32 * 8192)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +150,11 @@ def test_placing(monkeypatch):
             return 24 * GIB
 
     monkeypatch.setattr(gpu_memory, "Driver", Driver)
-    device, slots = gpu_memory.place(described(), settings(device="cuda", device_id=1), 8192, 32)
+    given = settings(device="cuda", device_id=1)
+    (host,) = host_plan([Model("m", described(), given)], 1 << 50)
+    device, slots, length = gpu_memory.place(described(), given, host)
     assert isinstance(device, Cuda)
-    assert (device.index, slots) == (1, plan(int(0.9 * 24 * GIB)).slots)
-    device, slots = gpu_memory.place(described(), settings(device="cpu"), 8192, 32)
+    assert (device.index, slots, length) == (1, plan(int(0.9 * 24 * GIB)).slots, 8192)
+    device, slots, length = gpu_memory.place(described(), settings(device="cpu"), host)
     assert isinstance(device, Cpu)
-    assert slots == 32
+    assert (slots, length) == (32, 8192)

@@ -36,29 +36,47 @@ def settings(**changes):
     return Settings(model_dir="m", **changes)
 
 
-def plan(allowed=1 << 50, model=None, context_length=8192, **changes):
-    return memory.plan(model or described(), settings(**changes), context_length, allowed)
+def planned(*models, allowed=1 << 50):
+    """The plans of models, each with a manifest and settings, and perhaps a reserved size."""
+    made = [memory.Model(f"m/{number}", *model) for number, model in enumerate(models)]
+    return memory.plan(made, allowed)
 
 
-def test_kv_cache_by_hand():
-    """A slot holds every position of the context, and there is one slot more than max_running."""
-    made = plan(max_running=4, context_length=1000)
-    assert made.kv_slot == 1000 * 46_080
-    assert made.total == made.weights + 5 * made.kv_slot + made.logits + made.other
+def plan(allowed=1 << 50, model=None, **changes):
+    (made,) = planned((model or described(), settings(**changes)), allowed=allowed)
+    return made
+
+
+POSITION = 46_080  # 30 layers of 3 keys and 3 values of 64 float32 numbers
+
+
+def least(**changes):
+    """The least memory that holds the model and one sequence of 512 tokens."""
+    made = plan(**changes)
+    return made.total - made.kv + (512 + 16) * POSITION
+
+
+def test_positions_by_hand():
+    """What is left beside everything else holds positions, by 16, which fill a page; 16 are for padding."""
+    made = plan(least() + 1000 * POSITION)
+    assert (made.positions, made.kv) == (1504, 1520 * POSITION)  # 1512, rounded down
+    assert made.total == made.weights + made.logits + made.other + made.kv
+    assert made.typical_requests == 2
+    assert plan(least() + 1000 * POSITION, max_running=1).typical_requests == 1
 
 
 def test_weights_are_the_data_of_every_graph():
     """The data files of both graphs count as weights, and the tokenizer file does not."""
     decode_only = plan(model=described(prompt_onnx_data=0)).weights
-    assert plan(model=described(prompt_onnx_data=140 << 20)).weights == 2 * decode_only == 3 * (140 << 20)
+    assert plan(model=described(prompt_onnx_data=140 << 20)).weights == 2 * decode_only == int(2.2 * (140 << 20))
     assert plan(model=described(tokenizer_json=5 << 20)).weights == plan().weights
 
 
 def test_matrices_in_float16_are_kept_in_float32_too():
-    """Float16 matrices take twice the memory of others."""
+    """Float16 matrices take three times their size."""
     stored = described().quantization.model_copy(update={"weights": "float16"})
     halves = described().model_copy(update={"quantization": stored})
-    assert plan(model=halves).weights == 2 * plan().weights
+    assert plan(model=halves).weights == 3 * (630 << 20)
 
 
 def test_logits_of_the_larger_of_a_prompt_chunk_and_a_batch():
@@ -68,41 +86,79 @@ def test_logits_of_the_larger_of_a_prompt_chunk_and_a_batch():
     assert plan(max_running=200).logits - plan(max_running=100).logits == 72 * row
 
 
-@pytest.mark.parametrize("change", [{"max_waiting": 2000}, {"prompt_chunk": 1024}, {"context_length": 8193}])
-def test_other_memory(change):
-    """Waiting prompts, larger chunks and longer sequences take more memory besides the KV cache."""
-    assert plan(**change).other > plan().other
+def test_other_memory_is_bounded():
+    """Larger chunks and more sequences take more memory besides the KV cache; what waits takes at most 256 MiB."""
+    few = {"context_length": 1024, "max_waiting": 16, "max_running": 8}
+    for change in ({"max_waiting": 2000}, {"prompt_chunk": 1024}, {"context_length": 2048}, {"max_running": 16}):
+        assert plan(**few | change).other > plan(**few).other
+    long = described().model_copy(update={"context_length": 1 << 20})
+    assert plan(model=long).other == plan(model=described()).other
+    assert plan(model=long).waiting_tokens * 64 == 256 * MIB
 
 
-def test_slots_are_as_many_as_fit():
-    """The memory of n slots holds n slots, and with one byte less it holds n - 1."""
-    for slots in (1, 2, 7):
-        total = plan(max_running=slots).total
-        assert plan(total, max_running=32).slots == slots
-        if slots > 1:
-            assert plan(total - 1, max_running=32).slots == slots - 1
-
-
-def test_max_running_is_the_upper_limit():
-    """More memory does not give more slots than max_running."""
-    assert plan(max_running=3).slots == 3
-
-
-def test_no_slot_fits():
-    """The message says what one slot would take, what is allowed, and what to change."""
-    needed = memory.mib(plan(max_running=1).total)
+def test_a_sequence_of_512_tokens_is_enough():
+    """The model starts with that much memory, with a shorter context than its own, and not with a page less."""
+    made = plan(least())
+    assert (made.positions, made.context_length, made.slots) == (512, 512, 32)
     with pytest.raises(StartupError) as caught:
-        plan((needed - 1) * MIB, max_running=32)
+        plan(least() - 16 * POSITION)
     message = str(caught.value)
-    assert f"one sequence of 8192 tokens: that takes {needed} MiB" in message
-    assert f"{needed - 1} MiB are allowed" in message
-    assert all(flag in message for flag in ("--context-length", "--memory-mib"))
+    assert f"one sequence of 512 tokens: that takes {memory.mib(least())} MiB (m/0 " in message
+    assert f"and {(least() - 16 * POSITION) // MIB} MiB are allowed" in message
+    assert all(flag in message for flag in ("--prompt-chunk", "--max-running", "--max-waiting", "--memory-mib"))
 
 
-def test_default_model_keeps_all_slots_on_a_machine_of_24_gib(monkeypatch, tmp_path):
-    """By default, the default model gets 32 slots on a machine of 24 GiB, less what firmware and kernel take."""
-    monkeypatch.setattr("service.host.memory._physical", lambda: int(23.4 * GIB))
-    assert plan(memory.budget(settings(), tmp_path)).slots == 32
+def test_the_context_is_as_long_as_the_memory():
+    """It is the model's own where that fits, and never longer."""
+    assert plan(least() + 7000 * POSITION).context_length == 7504
+    assert plan().context_length == 8192
+
+
+def test_only_a_context_that_is_asked_for_is_refused():
+    """The message names the longest that fits, and that one starts."""
+    allowed = least(context_length=8000) + 1000 * POSITION
+    with pytest.raises(StartupError, match=r"context_length 8000 does not fit .* --context-length (\d+)|\(") as caught:
+        plan(allowed, context_length=8000)
+    longest = int(str(caught.value).split("--context-length ")[1].split(")")[0])
+    assert plan(allowed, context_length=longest).context_length == longest
+
+
+def test_models_share_one_budget():
+    """Each could take all positions; what one takes the others cannot. A reserved size is for its model only."""
+    ours = (described(), settings())
+    one, other, reserving = planned(ours, ours, (*ours, 3 << 30), allowed=9 << 30)
+    assert one.positions == other.positions
+    alone = plan(3 << 30, max_running=32)
+    assert abs(reserving.positions - alone.positions) <= memory._PROCESS // POSITION  # of which a third counts here
+    free = one.share.free
+    assert one.share.take(free // 2) == 0
+    assert other.share.free < free
+    assert reserving.share.free == reserving.positions
+
+
+def test_reserved_sizes_above_the_memory():
+    """The message names the models, their sizes and the allowed total."""
+    ours = (described(), settings())
+    with pytest.raises(StartupError, match="m/0 70 MiB, m/1 50 MiB, together 120 MiB, and 100 MiB are allowed"):
+        planned((*ours, 70 * MIB), (*ours, 50 * MIB), ours, allowed=100 * MIB)
+
+
+def test_models_that_do_not_fit_together():
+    """The message says what each model takes, and what they may take."""
+    ours = (described(), settings())
+    with pytest.raises(
+        StartupError, match=r"the models and one sequence .*m/0 693 MiB of weights.*m/1 693 MiB"
+    ) as caught:
+        planned(ours, ours, allowed=1500 * MIB)
+    assert "1500 MiB are allowed" in str(caught.value)
+    assert "serve fewer models" in str(caught.value)
+
+
+def test_default_model_runs_32_typical_requests_on_a_machine_of_4_gib(monkeypatch, tmp_path):
+    """And on one of 24 GiB, less what firmware and kernel take, all its slots could be as long as its context."""
+    for size, positions in ((4, 32 * 640), (23.4, 32 * 8192)):
+        monkeypatch.setattr("service.host.memory._physical", lambda size=size: int(size * GIB))
+        assert plan(memory.allowed(settings(), tmp_path)).positions > positions
 
 
 @pytest.fixture
@@ -115,7 +171,7 @@ def machine(monkeypatch, tmp_path):
         for path, text in files.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(f"{text}\n")
-        return memory.budget(settings(), tmp_path)
+        return memory.allowed(settings(), tmp_path)
 
     return budget
 
@@ -146,23 +202,48 @@ def test_default_budget(machine, membership, limits, limit):
 def test_machine_without_control_groups(monkeypatch, tmp_path):
     """Without control groups the default is a share of the machine's memory."""
     monkeypatch.setattr("service.host.memory._physical", lambda: 16 * GIB)
-    assert memory.budget(settings(), tmp_path) == 12 * GIB
+    assert memory.allowed(settings(), tmp_path) == 12 * GIB
 
 
-def test_setting_is_taken_as_it_is(machine):
-    """A configured size is used as it is, and not a share of it."""
-    assert memory.budget(settings(memory_mib=5)) == 5 * MIB
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {5 << 20} kB"}, 5),
+        # Of the 5 GiB that the group uses, 2 are files that the system drops when it must.
+        (
+            {
+                "sys/fs/cgroup/memory.max": 8 * GIB,
+                "sys/fs/cgroup/memory.current": 5 * GIB,
+                "sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {2 * GIB}",
+            },
+            5,
+        ),
+        ({"sys/fs/cgroup/memory.max": 8 * GIB, "sys/fs/cgroup/memory.current": 3 * GIB}, 5),
+    ],
+)
+def test_memory_that_others_use(machine, files, free):
+    """Of the memory that is free, 9/10 are taken where that is less."""
+    assert machine("0::/", **files) == int(free * GIB * memory.DEFAULT_FREE_SHARE)
+
+
+def test_a_size_in_the_settings(machine, tmp_path):
+    """It is used as it is, unless it is more than the machine or the control group has."""
+    machine("0::/", **{"sys/fs/cgroup/memory.max": 4 * GIB})
+    assert memory.allowed(settings(memory_mib=4096), tmp_path) == 4 * GIB
+    with pytest.raises(StartupError, match=r"memory_mib 4097 is more than the 4096 MiB of .*--memory-mib"):
+        memory.allowed(settings(memory_mib=4097), tmp_path)
 
 
 def test_process_stays_within_its_budget(model_dir):
-    """With every slot full and every token scored, the process uses at most the planned memory, and not far less.
+    """With all positions taken and every token scored, the process uses at most the planned memory, and not far less.
 
-    The plan limits the number of slots, and the log says so.
+    Twice as many sequences are asked for as the memory holds: half of them wait for it.
     """
     context_length, slots = 1024, 32
     fixed = {"max_waiting": 16, "context_length": context_length}
-    total = plan(model=manifest.load(model_dir), max_running=slots, **fixed).total
-    flags = {"model-dir": model_dir, "memory-mib": memory.mib(total), "max-running": 64}
+    made = plan(model=manifest.load(model_dir), max_running=2 * slots, **fixed)
+    total = made.total - made.kv + (slots * context_length + 16) * POSITION
+    flags = {"model-dir": model_dir, "memory-mib": memory.mib(total), "max-running": 2 * slots}
     flags |= {name.replace("_", "-"): value for name, value in fixed.items()}
     command = [
         sys.executable,
@@ -173,7 +254,7 @@ def test_process_stays_within_its_budget(model_dir):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     logged, found = (json.loads(line) for line in done.stdout.splitlines())
-    assert (logged["level"], logged["slots"], logged["max_running"]) == ("warning", slots, 64)
-    assert logged["total_mib"] == logged["budget_mib"] == memory.mib(total)
-    assert (found["slots"], len(found["generated"])) == ([slots], slots)
+    assert (logged["positions"], logged["slots"]) == (slots * context_length, 2 * slots)
+    assert logged["total_mib"] == memory.mib(total)
+    assert (found["slots"], len(found["generated"])) == ([2 * slots], 2 * slots)
     assert 0.7 * total < found["peak"] <= total

@@ -14,7 +14,7 @@ from service import __main__ as command
 from service import doctor, settings
 from service.errors import ModelDirectoryError, StartupError
 from service.serving import memory, models
-from service.serving.memory import MIB, Claim
+from service.serving.memory import MIB
 from service.settings import Settings
 from tests.support.ports import free_ports
 from tests.support.processes import TINY, export_tiny
@@ -193,75 +193,30 @@ def test_config_show_of_tables_from_two_sources(file, monkeypatch, capsys):
 # --- the memory ---
 
 
-@pytest.mark.parametrize(
-    ("claims", "allowed", "parts"),
-    [
-        ([(10, 90)], 100, [100]),
-        ([(10, 90)], 5, [5]),
-        ([(10, 50), (10, 30)], 80, [50, 30]),
-        ([(10, 50), (10, 30)], 50, [30, 20]),
-        ([(10, 50), (10, 30)], 20, [10, 10]),
-        ([(10, 50), (10, 30)], 140, [90, 50]),
-        ([(10, 10), (10, 10)], 30, [15, 15]),
-        ([(10, 50, 25), (10, 30)], 100, [25, 75]),
-        ([(10, 50, 60), (10, 30, 40)], 100, [60, 40]),
-        ([(10, 50, 5), (10, 50), (10, 30)], 55, [5, 30, 20]),
-        ([(1, 4), (1, 4), (1, 4)], 5, [1, 1, 1]),
-    ],
-)
-def test_the_budget_is_divided(claims, allowed, parts):
-    """A reserved size is granted exactly; the others get their least, and more in proportion to what they could use."""
-    made = memory.divide([Claim(str(number), *sizes) for number, sizes in enumerate(claims)], allowed)
-    assert made == parts
-    assert sum(made) <= allowed
-
-
-def test_reserved_sizes_above_the_memory():
-    """The message names the models, their sizes and the allowed total."""
-    claims = [Claim("m/a", 1, 2, 70 * MIB), Claim("m/b", 1, 2, 50 * MIB), Claim("m/c", 1, 2)]
-    with pytest.raises(StartupError, match="m/a 70 MiB, m/b 50 MiB, together 120 MiB, and 100 MiB are allowed"):
-        memory.divide(claims, 100 * MIB)
-
-
-def test_models_that_do_not_fit_together():
-    """The message says what each model takes for a single sequence, and what is left for them."""
-    claims = [Claim("m/a", 30 * MIB, 90 * MIB), Claim("m/b", 25 * MIB, 30 * MIB), Claim("m/c", 1, 2, 50 * MIB)]
-    with pytest.raises(StartupError, match="m/a 30 MiB, m/b 25 MiB, and 50 MiB are left") as caught:
-        memory.divide(claims, 100 * MIB)
-    assert "--memory-mib" in str(caught.value)
-
-
-def test_slots_of_each(model_dir, tiny):
-    """With enough memory every model has all its slots; with less each has some, and their sum stays within it."""
-    checked = [models.check(model) for model in Settings(model_dir=[model_dir, tiny]).configured_models()]
-    enough = sum(
-        memory.claim("", model.manifest, model.settings, model.context_length, reserved=None, models=2).most
-        for model in checked
-    )
-    for allowed, all_slots in ((memory.mib(enough), True), (memory.mib(enough) // 2, False)):
-        planned = models.divide_memory(checked, Settings(model_dir=[model_dir, tiny], memory_mib=allowed))
-        plans = [model.plan for model in planned]
-        assert [plan.slots == 32 for plan in plans] == [all_slots, all_slots]
-        assert all(plan.slots > 8 for plan in plans)
-        assert sum(plan.total for plan in plans) <= sum(model.budget for model in planned) <= allowed * MIB
-
-
 def test_the_process_counts_once(tiny, other):
     """The memory of the process itself is counted once, not for each model again."""
     totals = []
     for directories in ([tiny], [tiny, other]):
         given = Settings(model_dir=directories, max_running=1)
-        checked = [models.check(model) for model in given.configured_models()]
-        totals.append(sum(model.plan.total for model in models.divide_memory(checked, given)))
+        found = [models.read(model) for model in given.configured_models()]
+        totals.append(sum(model.plan.other for model in models.divide_memory(found, given)))
     alone, both = totals
     assert both - alone < alone - memory._PROCESS + MIB
 
 
 def test_a_reserved_size_below_one_sequence(tiny, other):
-    """The message names the model's directory."""
+    """The message names the model's directory, and no file is hashed before it."""
+    path = other / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-1] + b" ")  # a damage that only its hash would show
     given = Settings(models={"a": {"dir": tiny}, "b": {"dir": other, "memory_mib": 100}}, memory_mib=4000)
-    with pytest.raises(StartupError, match=f"{other}: .*one sequence of 4096 tokens.* and 100 MiB are allowed"):
+    with pytest.raises(StartupError, match=f"one sequence of 512 tokens: .*{other} .* and 100 MiB are allowed"):
         models.load(given)
+
+
+def test_memory_above_the_machine(tiny):
+    """More than the machine has is refused at once."""
+    with pytest.raises(StartupError, match="memory_mib 100000000 is more than the"):
+        models.load(Settings(model_dir=tiny, memory_mib=10**8))
 
 
 # --- names ---
@@ -275,9 +230,9 @@ def test_names(tiny, other):
         models={"o": {"dir": other, "aliases": ["from-table", "from-manifest"]}},
         alias={"given": "other", "small": TINY},
     )
-    checked = [models.check(model) for model in given.configured_models()]
+    found = [models.read(model) for model in given.configured_models()]
     aliases = {TINY: ("small",), "other": ("from-manifest", "from-table", "given")}
-    assert models.aliases(checked, given.alias) == aliases
+    assert models.aliases(found, given.alias) == aliases
 
 
 @pytest.mark.parametrize(
@@ -313,8 +268,8 @@ def test_a_context_that_one_model_cannot(model_dir, tiny):
     with pytest.raises(StartupError, match=f"context_length 5000 is above the 4096 of {tiny}"):
         models.load(Settings(model_dir=[model_dir, tiny], context_length=5000))
     given = Settings(model_dir=model_dir, models={"t": {"dir": tiny, "context_length": 64}}, context_length=5000)
-    checked = [models.check(model) for model in given.configured_models()]
-    assert [model.context_length for model in checked] == [5000, 64]
+    found = [models.read(model) for model in given.configured_models()]
+    assert [model.settings.context_length for model in found] == [5000, 64]
 
 
 def test_a_damaged_model_beside_a_sound_one(tiny, other):

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
@@ -32,7 +33,14 @@ from tests.support.patience import PATIENCE, eventually_async
 from tests.support.ports import free_ports
 
 KEY = (("authorization", "Bearer any"),)
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 6
+
+
+def cache_of(model):
+    """A KV cache with memory for all slots of a model."""
+    return KVCache(len(model.slots), Share(Budget(len(model.slots) * model.context_length)))
+
+
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text()
 METHOD = {"grpc_type": "unary", "grpc_service": "completion.v1.CompletionService", "grpc_method": "CreateCompletion"}
 
@@ -88,7 +96,7 @@ def make_server(letters, monkeypatch):
     """Makes a server over a fake model, and returns it with the port of its metrics."""
 
     def make(model, **settings):
-        engine = Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100)
+        engine = Engine(model, letters, Scheduler(cache_of(model), 16), max_waiting=100)
         served = ServedModel(manifest(), letters, engine, Limits(64, 4))
         monkeypatch.setattr(models, "load", lambda _: (served,))
         port, metrics_port = free_ports(2)
@@ -437,7 +445,7 @@ def make_server_of_two(letters, monkeypatch):
             ServedModel(
                 manifest(**changes),
                 letters,
-                Engine(model, letters, Scheduler(KVCache(len(model.slots)), 16), max_waiting=100),
+                Engine(model, letters, Scheduler(cache_of(model), 16), max_waiting=100),
                 Limits(64, 4),
             )
             for changes, model in named
@@ -474,7 +482,7 @@ async def test_callers_do_not_keep_the_service_from_starting(make_server_of_two)
     await first.reached()
     engine = server.models[1].engine
     engine.admission.max_sequences = 1
-    held = engine.submit(models.warm_up_request(server.models[1]))
+    held = engine.submit(next(models.warm_up_requests(server.models[1])))
     with pytest.raises(OverloadedError):
         engine.check("another")
     first.gate.release(1000)

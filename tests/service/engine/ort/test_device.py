@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from service.engine.ort import device, driver
+from service.engine.ort import availability, device, driver
 from service.errors import StartupError
 
 
@@ -172,7 +172,7 @@ def build(monkeypatch):
 def test_the_package_is_missing(build):
     """The CPU's package is named, and what to install in its place."""
     build(["CPUExecutionProvider"])
-    lacking = device.cuda_obstacle(0)
+    lacking = availability.cuda_obstacle(0)
     assert lacking.startswith("onnxruntime-gpu is not installed: onnxruntime ")
     assert lacking.endswith("install the extra `gpu` instead of `cpu`: pip install 'completion-service[gpu]'")
 
@@ -181,7 +181,7 @@ def test_the_package_has_no_provider(build, monkeypatch):
     """A build of the right name without CUDA is named with what it has."""
     build(["CPUExecutionProvider"])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
-    assert device.cuda_obstacle(0).startswith(
+    assert availability.cuda_obstacle(0).startswith(
         "onnxruntime-gpu 9.9 has no CUDAExecutionProvider, only CPUExecutionProvider"
     )
 
@@ -190,7 +190,9 @@ def test_the_driver_is_missing(build, monkeypatch):
     """This machine's own loader says that there is no libcuda."""
     build()
     monkeypatch.setattr(driver, "LIBRARY", "libcuda-that-is-not.so.1")
-    assert device.cuda_obstacle(0).startswith("there is no NVIDIA driver here: libcuda-that-is-not.so.1: cannot open")
+    assert availability.cuda_obstacle(0).startswith(
+        "there is no NVIDIA driver here: libcuda-that-is-not.so.1: cannot open"
+    )
 
 
 def test_cuda_libraries_are_missing(build, monkeypatch):
@@ -205,9 +207,9 @@ def test_cuda_libraries_are_missing(build, monkeypatch):
         raise OSError("libcublasLt.so.13: cannot open shared object file")
 
     opened = driver.Driver(0)
-    monkeypatch.setattr(device, "Driver", lambda index: opened)
-    monkeypatch.setattr(device.ctypes, "CDLL", missing)
-    lacking = device.cuda_obstacle(0)
+    monkeypatch.setattr(availability, "Driver", lambda index: opened)
+    monkeypatch.setattr(availability.ctypes, "CDLL", missing)
+    lacking = availability.cuda_obstacle(0)
     assert "does not work: libcublasLt.so.13: cannot open" in lacking
     assert "come with the extra `gpu`" in lacking
 
@@ -215,11 +217,11 @@ def test_cuda_libraries_are_missing(build, monkeypatch):
 def test_what_computes(build):
     """Asked for, CUDA is there or an error; left to itself, the service takes the GPU, else the CPU and says why."""
     build(library=Library())
-    assert "CUDAExecutionProvider on Two, 3072 MiB free" in device.provider("cuda", 0)
-    assert "CUDAExecutionProvider on Two" in device.provider("auto", 1)
-    assert device.provider("cpu", 0).endswith("CPUExecutionProvider")
+    assert "CUDAExecutionProvider on Two, 3072 MiB free" in availability.provider("cuda", 0)
+    assert "CUDAExecutionProvider on Two" in availability.provider("auto", 1)
+    assert availability.provider("cpu", 0).endswith("CPUExecutionProvider")
     with pytest.raises(StartupError, match=r"--device cuda is not available: there is no GPU 5"):
-        device.provider("cuda", 5)
-    assert "not CUDA: there is no GPU 5 (--device-id)" in device.provider("auto", 5)
+        availability.provider("cuda", 5)
+    assert "not CUDA: there is no GPU 5 (--device-id)" in availability.provider("auto", 5)
     build(["CPUExecutionProvider"])
-    assert device.provider("auto", 0).endswith("CPUExecutionProvider")
+    assert availability.provider("auto", 0).endswith("CPUExecutionProvider")
