@@ -76,28 +76,106 @@ def test_impossible_tokens_are_never_chosen():
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
 def test_top_p_beyond_the_shortlist(top_p):
-    """If a thousand tokens are about equally likely, top_p keeps exactly the right hundreds."""
-    weights = np.arange(1000, 2000, dtype=np.float64)
+    """If ten thousand tokens are about equally likely, top_p keeps exactly the right thousands."""
+    weights = np.arange(10_000, 20_000, dtype=np.float64)
     falling = np.cumsum(weights[::-1]) / weights.sum()
     kept = int(np.searchsorted(falling, top_p)) + 1
     logits = np.log(weights).astype(np.float32)
     params = SamplingParams(top_p=top_p)
-    assert sampler.choose(logits, params, math.nextafter(1, 0)) == 1000 - kept
-    assert sampler.choose(logits, params, 0.0) == 999
+    assert sampler.choose(logits, params, math.nextafter(1, 0)) == 10_000 - kept
+    assert sampler.choose(logits, params, 0.0) == 9999
 
 
 def test_top_k_beyond_the_shortlist():
     """The k-th likeliest token can be chosen, the next cannot; top_p is of what top_k left."""
-    logits = np.linspace(0, 0.1, 500, dtype=np.float32)
-    assert sampler.choose(logits, SamplingParams(top_k=200), math.nextafter(1, 0)) == 300
-    half = sampler.choose(np.zeros(500, np.float32), SamplingParams(top_k=200, top_p=0.5), math.nextafter(1, 0))
-    assert half == 99
+    logits = np.linspace(0, 0.1, 20_000, dtype=np.float32)
+    assert sampler.choose(logits, SamplingParams(top_k=6000), math.nextafter(1, 0)) == 14_000
+    half = sampler.choose(np.zeros(20_000, np.float32), SamplingParams(top_k=6000, top_p=0.5), math.nextafter(1, 0))
+    assert half == 2999
 
 
 def test_top_p_of_what_top_k_left_beyond_the_shortlist():
-    """Of weights 0.985^i the first 200 hold 0.951, and the first 43 half of that."""
-    logits = (np.arange(500) * math.log(0.985)).astype(np.float32)
-    assert sampler.choose(logits, SamplingParams(top_k=200, top_p=0.5), math.nextafter(1, 0)) == 42
+    """Of weights 0.9995^i the first 6,000 hold 0.950, and the first 1,289 half of that."""
+    logits = (np.arange(20_000) * math.log(0.9995)).astype(np.float32)
+    assert sampler.choose(logits, SamplingParams(top_k=6000, top_p=0.5), math.nextafter(1, 0)) == 1288
+
+
+def by_full_sort(logits, params, u):
+    """What `choose` has to give for a temperature above 0 and any filter: the whole row is sorted, then cut."""
+    scaled = logits * np.float32(1 / params.temperature)
+    weights = np.exp(scaled - scaled.max())
+    order = np.lexsort((np.arange(len(weights)), -weights))[: params.top_k or None]
+    kept = weights[order]
+    cumulative = np.cumsum(kept, dtype=np.float64)
+    mass = weights.sum(dtype=np.float64) if len(kept) == len(weights) else cumulative[-1]
+    before = np.concatenate(([0.0], cumulative[:-1]))
+    stays = (before < params.top_p * mass) if params.top_p < 1 else np.ones(len(kept), bool)
+    stays &= kept >= params.min_p * kept[0]
+    stays[0] = True
+    cumulative = cumulative[stays]
+    return int(order[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+# How many tokens hold nine tenths of the probability: a few, up to 4,096, more, or nearly all of them.
+SHAPES = {"peaked": (1, 64), "long tail": (65, 4096), "longer tail": (4097, 9000), "flat": (9001, 12_000)}
+
+
+def shaped(shape, seed, step=0.0, impossible=0.0):
+    """12,000 logits in random order, rounded to multiples of `step`, a share `impossible` of them minus infinity."""
+    pick = np.random.default_rng(seed)
+    ranks = pick.permutation(12_000)
+    if shape == "peaked":
+        logits = np.where(ranks < 20, 12.0, 0.0) + pick.standard_normal(len(ranks))
+    elif shape == "long tail":
+        logits = -1.5 * np.log(ranks + 30) + pick.normal(0, 0.3, len(ranks))
+    elif shape == "longer tail":
+        logits = np.where(ranks < 8000, 5.0, 0.0) + pick.normal(0, 0.3, len(ranks))
+    else:
+        logits = pick.normal(0, 0.01, len(ranks))
+    if step:
+        logits = np.round(logits / step) * step
+    logits[pick.random(len(ranks)) < impossible] = -np.inf
+    return logits.astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    """Each shape is what its name says."""
+    weights = np.sort(np.exp(shaped(shape, seed=1).astype(np.float64)))[::-1]
+    fewest, most = SHAPES[shape]
+    assert fewest <= np.searchsorted(np.cumsum(weights), 0.9 * weights.sum()) + 1 <= most
+
+
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    seed=st.integers(0, 2**32 - 1),
+    step=st.sampled_from([0.0, 0.005, 0.125, 2.0]),
+    impossible=st.sampled_from([0.0, 0.3, 0.999]),
+    filters=st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.3, 1.0, 1.7]),
+            "top_p": st.sampled_from([0.3, 0.9, 0.999, 1 - 1e-12, 1.0]),
+            "top_k": st.one_of(st.just(0), st.integers(2, 200), st.integers(65, 12_000)),
+            "min_p": st.sampled_from([0.0, 1e-5, 0.05, 0.98, 1.0]),
+        }
+    ).filter(lambda filters: filters["top_k"] or filters["top_p"] < 1 or filters["min_p"]),
+)
+def test_filters_equal_a_full_sort(shape, seed, step, impossible, filters):
+    """However few or many tokens the filters keep, with ties or without, the token is that of a full sort."""
+    logits, params = shaped(shape, seed, step, impossible), SamplingParams(**filters)
+    for u in (0.0, 0.31, 0.77, 0.9999, math.nextafter(1, 0)):
+        assert sampler.choose(logits, params, u) == by_full_sort(logits, params, u)
+
+
+@pytest.mark.parametrize("count", [4095, 4096, 4097])
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 4096}, {"top_k": 4097, "min_p": 0.5}])
+def test_at_the_edge_of_the_shortlist(count, filters):
+    """As many equally likely tokens as a shortlist holds, one fewer or one more: the filters keep the right ones."""
+    logits = np.zeros(20_000, np.float32)
+    logits[np.random.default_rng(2).permutation(20_000)[:count]] = 20
+    params = SamplingParams(**filters)
+    for u in (0.0, 0.5, math.nextafter(1, 0)):
+        assert sampler.choose(logits, params, u) == by_full_sort(logits, params, u)
 
 
 @given(
