@@ -10,7 +10,8 @@ import pytest
 
 from model_export.export import Options, export
 from model_export.opening import read_source
-from tests.model_export.session import Session
+from service import manifest
+from service.engine.ort.model import Model
 from tests.sizes import random_gguf
 from tests.sizes.random_gguf import FORMS, LLAMA, QWEN, SHAPES, Family, Shape
 
@@ -52,18 +53,21 @@ def test_vocabularies_hold_each_token_once(size: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("family", "tied"), [(QWEN, True), (LLAMA, True), (LLAMA, False)])
 def test_files_are_exported_and_run(family: Family, tied: bool, form: str, tmp_path: Path) -> None:
-    """The export has the sizes of the shape, stays near its source, and gives finite logits that differ."""
+    """The export has the sizes of the shape, and the service loads it and computes finite logits that differ."""
     shape, path = tiny(family, tied=tied), tmp_path / f"tiny-{form}.gguf"
     random_gguf.write(shape, form, path)
-    described = export(path, tmp_path / "model", Options(), lambda label, total: lambda: None)
+    export(path, tmp_path / "model", Options(), lambda label, total: lambda: None)
+    described = manifest.load(tmp_path / "model")
     assert described.architecture == family.architecture
     assert described.quantization.source == form
     assert (described.vocab_size, described.context_length) == (shape.vocabulary, shape.context)
     assert (described.kv.layers, described.kv.kv_heads, described.kv.head_dim) == (2, 2, 16)
-    logits = Session(tmp_path / "model").forward([np.arange(20)], [0])
-    assert logits.shape == (20, shape.vocabulary)
-    assert np.isfinite(logits).all()
-    assert logits.std(axis=1).min() > DISTINCT
+    model = Model(tmp_path / "model", described, slots=1, context_length=64, threads=1, batch_invariant=True)
+    prompt = model.forward(0, [list(range(20))], [0], [(0, 0), (0, 19)]).copy()
+    for logits in (*prompt, *model.forward(0, [[20]], [20], [(0, 0)])):
+        assert logits.shape == (shape.vocabulary,)
+        assert np.isfinite(logits).all()
+        assert logits.std() > DISTINCT
 
 
 @pytest.mark.parametrize("form", FORMS)
