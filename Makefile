@@ -8,6 +8,7 @@
 # make check-cuda    onnxruntime's CUDA provider over a stand-in for CUDA, on a machine without a GPU
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make test-simulation   a million steps of the simulated engine, with another seed each time
+# make test-sizes    models of 0.5B, 1B and 8B weights, random ones: start, long prompts, many callers, memory
 # make test-slow     longer runs of tests that `make test` keeps short
 # make test-all      every tier of the tests that this machine can run; docs/testing.md
 # make soak          a mixed load for MINUTES; fails when memory, files, threads or sequences are left behind
@@ -29,7 +30,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-sizes toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -47,6 +48,10 @@ test-simulation: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow --ignore tests/service/engine/test_simulation.py
+
+# SIZES_DIR keeps the models between runs.
+test-sizes: $(VENV)/.test
+	$(BIN)/pytest -s -m sizes tests/sizes
 
 test-all:
 	$(PYTHON3) tests/tiers.py --all

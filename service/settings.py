@@ -130,16 +130,14 @@ class Settings(BaseSettings):
     )
     device_id: _DeviceId = Field(0, description="Index of the GPU in the driver's numbering.")
     gpu_memory_mib: _Positive | None = Field(
-        None,
-        description="GPU memory for the model, in MiB, which limits the slots; if not set, 9/10 of the free memory.",
+        None, description="GPU memory for the model, in MiB, which limits the slots; if not set, 9/10 of what is free."
     )
     context_length: _ContextLength | None = Field(
         None, description="Most tokens of prompt and completion together; if not set, as many as the memory holds."
     )
     max_running: _MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
     memory_mib: _Positive | None = Field(
-        None,
-        description="Memory for the process, in MiB; if not set, 3/4 of the memory, or 9/10 of what is free if less.",
+        None, description="Memory for the process, in MiB; if not set, 3/4 of all, or 9/10 of what is free if less."
     )
     max_waiting: _Positive = Field(
         1024, description="Most sequences that wait before requests are refused; one caller may have half as many."
@@ -158,7 +156,7 @@ class Settings(BaseSettings):
         128, description="Most prompt tokens in one step; running streams wait for such a step between two tokens."
     )
     step_seconds: _Seconds = Field(
-        0.5, description="Longest step with prompt tokens while streams run, in seconds; chunks shrink to at least 16."
+        0.5, description="Longest prompt chunk beside running streams, in seconds; at least 16 tokens."
     )
     threads: _Positive = Field(
         len(os.sched_getaffinity(0)), description="Compute threads of each model; the number of physical cores is best."

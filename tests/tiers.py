@@ -70,6 +70,7 @@ TIERS = (
     Tier("test-clients"),
     Tier("soak", ("MINUTES=2",)),
     Tier("test-slow", only_all=True),
+    Tier("test-sizes", only_all=True),
     Tier("check-cuda", only_all=True),
     Tier("test-gpu", lacking=no_gpu, only_all=True),
 )

@@ -15,6 +15,7 @@ from google.rpc import status_pb2
 from service.errors import (
     AuthenticationError,
     DeadlineError,
+    EngineFaultError,
     ForbiddenModelError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -77,7 +78,7 @@ def error_message(message: str, openai_type: str, param: str | None, code: str |
 
 
 def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) -> Metadata:
-    """The status's detail and, for an overload, when to retry."""
+    """The status's detail; for an overload when to retry, and for a fault of the engine that a retry is no use."""
     details = [pack(pb.ErrorResponse(error=error))]
     status = status_pb2.Status(code=code.value[0], message=error.message, details=details)
     metadata: Metadata = (("grpc-status-details-bin", status.SerializeToString()),)
@@ -88,6 +89,8 @@ def trailing_metadata(code: grpc.StatusCode, error: pb.Error, cause: Exception) 
             ("retry-after-ms", milliseconds),
             ("grpc-retry-pushback-ms", milliseconds),
         )
+    if isinstance(cause, EngineFaultError):
+        metadata += (("x-should-retry", "false"),)
     if isinstance(cause, AuthenticationError):
         metadata += (("www-authenticate", "Bearer"),)
     return metadata

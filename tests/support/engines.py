@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import sys
 import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine, Stats
 from service.engine.scheduler import Scheduler
@@ -34,10 +35,11 @@ class GatedModel(FakeModel):
 
 
 @asynccontextmanager
-async def running(tokenizer, model=None, max_waiting=1000, max_queue_seconds=math.inf):
+async def running(tokenizer, model=None, *, max_waiting=1000, positions=sys.maxsize, share=None, **limits):
+    """An engine over a fake model, with memory for that many positions, or a share of some."""
     model = model or FakeModel()
-    scheduler = Scheduler(KVCache(len(model.slots)), 16)
-    engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting, max_queue_seconds=max_queue_seconds)
+    scheduler = Scheduler(KVCache(len(model.slots), share or Share(Budget(positions))), 16)
+    engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting, **limits)
     engine.start(asyncio.get_running_loop())
     engine.fake = model
     try:

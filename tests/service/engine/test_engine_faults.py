@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.engine.budget import Budget, Share
 from service.engine.generation import Generation
-from service.errors import DeadlineError, EngineFaultError, OverloadedError, SlowReaderError, UnavailableError
+from service.errors import (
+    DeadlineError,
+    EngineFaultError,
+    InvalidRequestError,
+    OverloadedError,
+    SlowReaderError,
+    UnavailableError,
+)
 from service.types import Delta, Prompt, Token
 from tests.support.engines import GatedModel, check_histories, running, settled, texts
 from tests.support.fakes import END, LETTERS, FakeModel, ids, request
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, eventually_async
 
 
 async def test_abort_frees_within_one_step(letters):
@@ -333,6 +342,36 @@ async def test_a_request_behind_the_stop_hears_of_it(letters):
             await anext(aiter(generation))
 
 
+async def test_an_engine_that_hangs_blames_the_step(letters):
+    """Requests in the step that hangs may be its cause, and get a fault; those that wait may be sent elsewhere."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        with engine.submit(request("a")) as stuck, engine.submit(request("b")) as waiting:
+            await model.reached()
+            assert engine.running_step.requests == (stuck,)
+            engine.abandon()
+            with pytest.raises(EngineFaultError):
+                await anext(aiter(stuck))
+            with pytest.raises(UnavailableError):
+                await anext(aiter(waiting))
+
+
+async def test_the_watchdog_hears_how_long_a_step_should_take(letters):
+    """Nothing at first; then by the steps before."""
+    model = GatedModel()
+    async with running(letters, model) as engine:
+        assert engine.running_step is None
+        answer = asyncio.create_task(texts(engine, request("a", max_tokens=2)))
+        await model.reached()
+        assert engine.running_step.expected == 0
+        model.gate.release()
+        await model.reached()
+        assert engine.running_step.expected > 0
+        model.gate.release()
+        await answer
+        await settled(engine)
+
+
 def piece(text="x", tokens=()):
     return Delta(0, 0, text, tokens, None, completion_tokens=1, cached_tokens=0)
 
@@ -393,6 +432,56 @@ def test_a_long_echo_is_no_backlog():
     generation = Generation(4, lambda _: pytest.fail("given up"))
     for candidate in range(4):
         generation.deliver(Delta(0, candidate, "x" * 8000, (SCORED,) * 8000, None, 0, 0))
+
+
+async def test_a_sequence_larger_than_the_kv_cache_is_refused(letters):
+    """At once, with both numbers; one that just fits is answered."""
+    async with running(letters, positions=20) as engine:
+        with pytest.raises(InvalidRequestError, match=r"20 tokens together.* you asked for 21") as caught:
+            engine.submit(request("a", "bcd", max_tokens=18))
+        assert caught.value.code == "context_length_exceeded"
+        assert await texts(engine, request("ab", max_tokens=18)) == ["cdefghijklmnopqrstuvwxyz"[:18]]
+
+
+async def test_requests_wait_for_memory(letters):
+    """With memory for one at a time all are answered, one after the other, and an idle engine waits without turning."""
+    async with running(letters, positions=20) as engine:
+        found = await asyncio.gather(*(texts(engine, request("ab", max_tokens=15)) for _ in range(5)))
+        assert found == [["cdefghijklmnopq"]] * 5
+        await settled(engine)
+
+
+async def test_two_engines_share_memory(letters):
+    """The one waits for what the other holds, is woken when it is free, and gets what the other only keeps."""
+    budget, held_up, free = Budget(40), GatedModel(), FakeModel()
+    async with (
+        running(letters, held_up, share=Share(budget)) as one,
+        running(letters, free, share=Share(budget)) as two,
+    ):
+        first = asyncio.create_task(texts(one, request(LETTERS[:20], max_tokens=2)))
+        await held_up.reached()
+        second = asyncio.create_task(texts(two, request("ab", max_tokens=20)))
+        await eventually_async(lambda: budget.waiting)
+        assert free.steps == 0
+        held_up.gate.release(1000)
+        assert await first == ["uv"]
+        assert await second == ["cdefghijklmnopqrstuv"]
+        assert await texts(one, request("ab", max_tokens=30))  # what the second keeps is given up
+
+
+async def test_prompts_that_wait_are_bounded(letters):
+    """By their tokens, which take memory: a caller may have half of them waiting."""
+    model = GatedModel()
+    async with running(letters, model, max_waiting_tokens=100) as engine:
+        with ExitStack() as open_requests:
+            for _ in range(3):
+                open_requests.enter_context(engine.submit(request(LETTERS[:20])))
+            with pytest.raises(
+                OverloadedError, match="prompts of 60 tokens are waiting, 60 of them yours"
+            ):
+                engine.submit(request("a"))
+            open_requests.enter_context(engine.submit(request("a", identity="another")))
+            model.gate.release(1000)
 
 
 async def test_queue_is_bounded_by_estimated_work(letters):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.generation import Generation
 from service.engine.scheduler import Scheduler
@@ -371,3 +372,97 @@ def test_chunks_beside_streams_shrink_as_the_prompt_grows():
         assert lengths[0] == 128
         assert abs(list(lengths.values())[-1] - last) <= 2
         assert min(lengths.values()) == list(lengths.values())[-1]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.5, 40), (0.1, 16), (5.0, 128)])
+def test_chunks_beside_streams_keep_to_their_time(seconds, most):
+    """A chunk beside a stream takes as long as is allowed, at least 16 tokens; without a stream it is whole."""
+    for beside in (False, True):
+        scheduler = Scheduler(KVCache(2), 128, seconds)
+        if beside:
+            (stream,) = sequences((1, 2), max_tokens=1000)
+            scheduler.add([stream])
+            scheduler.commit_chunk(scheduler.schedule())
+            stream.tokens.append(3)
+        scheduler.times.prefill(128, 1.6)  # 0.0125 s a token
+        scheduler.add(sequences(tuple(range(10, 400))))
+        while not isinstance(step := scheduler.schedule(), PromptChunk):
+            pass
+        assert step.end - step.start == (most if beside else 128)
+
+
+def with_memory(slots, positions):
+    """A simulation with memory for this many positions."""
+    simulation = Simulation(slots, 16)
+    simulation.scheduler = Scheduler(KVCache(slots, Share(Budget(positions))), 16)
+    return simulation
+
+
+def test_sequences_run_as_their_positions_fit():
+    """With memory for 100 positions and sequences of 40, two run at a time, however many slots there are."""
+    simulation = with_memory(5, 100)
+    simulation.add([sequences((index, *range(29)), max_tokens=10)[0] for index in range(6)])
+    most = 0
+    while simulation.step():
+        most = max(most, simulation.scheduler.running)
+    assert most == 2
+    assert len(simulation.ended) == 6
+
+
+def test_nobody_overtakes_a_sequence_that_does_not_fit():
+    """A large one that came before small ones of other callers gets the memory as soon as there is enough."""
+    simulation = with_memory(5, 100)
+    (running,) = sequences((1, *range(29)), "running", max_tokens=40)
+    (large,) = sequences((2, *range(29)), "large", max_tokens=60)
+    small = [sequences((index, 1), f"small {index}", max_tokens=5)[0] for index in range(3, 6)]
+    simulation.add([running])
+    serve(simulation, 3)
+    simulation.add([large])
+    serve(simulation, 3)
+    for each in small:
+        simulation.add([each])
+    serve(simulation, 10)
+    assert simulation.scheduler.running == 1
+    while not running.finished:
+        simulation.step()
+    simulation.step()
+    assert large.slot is not None
+    serve(simulation)
+    assert simulation.ended[0] is running
+    assert len(simulation.ended) == 5
+
+
+def test_who_waited_for_memory_and_left_holds_nobody_up():
+    """When the sequence that does not fit is removed, the next one starts."""
+    simulation = with_memory(5, 100)
+    running, large = (sequences((index, *range(29)), f"{index}", max_tokens=60)[0] for index in (1, 2))
+    (small,) = sequences((3, 1), "small", max_tokens=5)
+    for each in (running, large, small):
+        simulation.add([each])
+        serve(simulation, 4)
+    assert small.slot is None
+    simulation.end(large)
+    serve(simulation, 4)
+    assert small.slot is not None
+
+
+def test_kept_prompts_give_way():
+    """Memory for one sequence and a prompt: each new sequence gives up the prompt of the one before."""
+    simulation = with_memory(3, 50)
+    for index in range(4):
+        simulation.add([sequences((index, *range(29)), "x", max_tokens=10)[0]])
+        serve(simulation)
+        assert sum(map(len, simulation.contents)) <= 50
+    assert len(simulation.ended) == 4
+
+
+def test_a_prompt_that_fills_the_memory_is_reused_in_place():
+    """The conversation goes on: its own prompt, which fills most of the memory, need not be computed again."""
+    simulation = with_memory(2, 64)
+    prompt = tuple(range(40))
+    simulation.add(sequences(prompt, max_tokens=4))
+    serve(simulation)
+    simulation.computed = 0
+    simulation.add(sequences((*prompt, 50, 51, 52), max_tokens=4))
+    serve(simulation)
+    assert simulation.computed < 10

@@ -44,6 +44,45 @@ def decode(model, rows, past):
     return model.forward(0, [[] if row is None else [row] for row in rows], past, at).copy()
 
 
+def anonymous():
+    """The memory of this process that is not of files, in bytes."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+
+def test_memory_is_taken_by_position_and_given_back(model, tokens):
+    """What a slot takes are its positions, by 16, wherever they came from; what it no longer holds it gives back."""
+    position, slot, other = 46_080, SLOTS - 1, SLOTS - 2
+    for _ in range(3):  # so that onnxruntime has taken what it needs
+        prompt(model, slot, tokens, [])
+    model.copy([Copy(slot, other, 65), Copy(slot, slot, 0), Copy(other, other, 0)])
+    begun = anonymous()
+
+    def held():
+        """The positions that have memory by now, as far as the rest of the process keeps still."""
+        return (anonymous() - begun) / position
+
+    prompt(model, slot, tokens, [])
+    assert held() == pytest.approx(160, abs=8)
+    model.copy([Copy(slot, slot, 65)])
+    assert held() == pytest.approx(80, abs=8)
+    model.copy([Copy(slot, other, 65)])
+    assert held() == pytest.approx(160, abs=8)
+    model.copy([Copy(slot, other, 30, moves=True)])
+    assert held() == pytest.approx(32, abs=8)
+    model.copy([Copy(other, other, 0)])
+    assert held() == pytest.approx(0, abs=8)
+
+
+def test_a_slot_that_gave_memory_back_keeps_the_rest(model, tokens):
+    """The positions that are kept have the same bits as before, in the slot and where they were moved."""
+    whole = prompt(model, 2, tokens, [])
+    model.copy([Copy(2, 2, 50)])
+    assert np.array_equal(model.forward(2, [tokens[50:]], [50], [(0, len(tokens) - 51)])[0], whole)
+    model.copy([Copy(2, 3, 50, moves=True)])
+    assert np.array_equal(model.forward(3, [tokens[50:]], [50], [(0, len(tokens) - 51)])[0], whole)
+
+
 @pytest.mark.parametrize("cuts", [[64, 128], [2, 100], [158], [127], [43], [86], [21, 64], [33, 35, 99]])
 def test_prompt_in_chunks_gives_the_same_bits(model, tokens, cuts):
     """Logits after a prompt do not depend on where it is cut, as long as no chunk leaves one token to a tile."""
