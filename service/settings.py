@@ -167,7 +167,7 @@ class Settings(BaseSettings):
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries in a request's `stop`; some editors send 16.")
     max_message_bytes: int = Field(
-        16 << 20, ge=1 << 16, description="Largest request message, in bytes; JSON of 2 MiB can grow to 12 MiB."
+        16 << 20, ge=1 << 16, description="Largest request message in bytes; JSON of 2 MiB can grow to 12 MiB."
     )
     longest_request_seconds: int = Field(
         600,
@@ -182,9 +182,7 @@ class Settings(BaseSettings):
         30.0, description="Seconds after which the process exits with 1 when an engine step or the event loop hangs."
     )
     drain_delay_seconds: float = Field(
-        5.0,
-        ge=0,
-        description="How long the service accepts requests after SIGTERM, while health is NOT_SERVING, in seconds.",
+        5.0, ge=0, description="Seconds for which the service accepts requests after SIGTERM, while NOT_SERVING."
     )
     drain_seconds: float = Field(30.0, ge=0, description="Seconds for running requests to finish, after the delay.")
     metrics_host: IPvAnyAddress = Field(_LOOPBACK, description="IP address to serve metrics on, without a key.")
