@@ -120,9 +120,9 @@ class KVCache:
         self._settle()
         return Allocation(slot, cached, tuple(copies))
 
-    def evict(self, positions: int) -> tuple[Copy, ...]:
-        """Gives up prefixes of at least `positions` positions, or all of them."""
-        copies, _ = self._give_up(positions)
+    def evict(self) -> tuple[Copy, ...]:
+        """Gives up prefixes whose memory a sequence of another model waits for."""
+        copies, _ = self._give_up(self.share.wanted())
         self._settle()
         return tuple(copies)
 

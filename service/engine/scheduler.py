@@ -106,13 +106,13 @@ class Scheduler:
         """The most positions that sequences can hold together."""
         return self._cache.share.positions
 
-    def connect(self, wake: Callable[[], None], evict: Callable[[int], None]) -> None:
+    def connect(self, wake: Callable[[], None], evict: Callable[[], None]) -> None:
         """Sets what is called, on any thread, when memory is free again, or is needed by another model; see Share."""
         self._cache.share.wake, self._cache.share.evict = wake, evict
 
-    def evict(self, positions: int) -> tuple[Copy, ...]:
-        """Gives up cached prefixes of at least `positions` positions, or all."""
-        return self._cache.evict(positions)
+    def evict(self) -> tuple[Copy, ...]:
+        """Gives up cached prefixes whose memory a sequence of another model waits for."""
+        return self._cache.evict()
 
     @property
     def holders(self) -> tuple[Sequence, ...]:

@@ -72,7 +72,7 @@ class Steps:
         self._not_finite = 0
         scheduler.connect(
             wake=lambda: self.commands.put(_nothing),
-            evict=lambda positions: self.commands.put(lambda: model.copy(scheduler.evict(positions))),
+            evict=lambda: self.commands.put(lambda: model.copy(scheduler.evict())),
         )
         self._publish()
 

@@ -154,9 +154,12 @@ def test_many_callers(served):
     print(f"{callers} callers: median {median(waits):.1f} s, last {max(waits):.1f} s; {served.resident()}")
 
 
-def test_a_full_context(served):
-    """As long a prompt as the model takes, at most 16,000 tokens; its memory is given back afterwards."""
-    length = min(served.plan["max_model_len"] - 2, 16_000 if "8b" not in served.model else 1_000)
-    begun = time.monotonic()
-    served.complete(length, 2)
-    print(f"prompt of {length}: {time.monotonic() - begun:.1f} s; {served.resident()}")
+def test_a_full_context(tmp_path):
+    """A prompt fills a context of 8,192 tokens to the last position, and takes the memory of these."""
+    with service(exported("llama-3.2-1b", "Q4_0"), tmp_path, THREADS, *DEFAULTS, "--context-length=8192") as made:
+        served = Served(made, "llama-3.2-1b")
+        begun, before = time.monotonic(), memory(made.process.pid)
+        served.complete(8190, 2)
+        print(f"\nllama-3.2-1b-Q4_0, prompt of 8190: {time.monotonic() - begun:.1f} s; {served.resident()}")
+        position = served.plan["kv_mib"] * MIB / served.plan["positions"]
+        assert memory(made.process.pid) - before < 1.2 * 8192 * position

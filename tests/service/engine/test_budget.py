@@ -18,7 +18,7 @@ def shares(total, *sizes):
     calls = []
     for number, share in enumerate(made):
         share.wake = lambda number=number: calls.append(f"wake {number}")
-        share.evict = lambda positions, number=number: calls.append(f"evict {positions} of {number}")
+        share.evict = lambda number=number: calls.append(f"evict {number}")
     return (*made, calls)
 
 
@@ -49,8 +49,10 @@ def test_another_models_prefixes_are_given_up():
     assert other.take(20) == 0
     other.settle(0, 20)
     assert one.take(50) is None
-    assert calls == ["evict 4 of 1"]
+    assert calls == ["evict 1"]
+    assert other.wanted() == 4
     other.settle(0, 16)
+    assert other.wanted() == 0
     assert calls[1:] == ["wake 0"]
     assert one.take(50) == 0
 
@@ -97,19 +99,20 @@ def test_never_more_than_there_is(seed, total):
     models = [Share(budget, 1, 8), Share(budget, 3, 1)]
     held, kept, wanted = [[], []], [0, 0], [None, None]
 
-    def evict(number, positions):
-        kept[number] = max(0, kept[number] - models[number].rounded(positions))
+    def evict(number):
+        kept[number] = max(0, kept[number] - models[number].rounded(models[number].wanted()))
         models[number].settle(sum(held[number]), kept[number])
 
     for share in models:
         asked = []
-        share.evict = asked.append
+        share.evict = lambda asked=asked: asked.append(True)
         share.asked = asked
     for _ in range(200):
         number = draw.randrange(2)
         share = models[number]
         while share.asked:
-            evict(number, share.asked.pop())
+            share.asked.pop()
+            evict(number)
         if held[number] and draw.random() < 0.4:
             ended = held[number].pop(draw.randrange(len(held[number])))
             kept[number] += share.rounded(draw.randrange(ended + 1)) if draw.random() < 0.7 else 0
@@ -123,8 +126,7 @@ def test_never_more_than_there_is(seed, total):
                 wanted[number] = None
         kept[number] = max(0, kept[number])
         share.settle(sum(held[number]), kept[number])
-        used = sum(each._position_bytes * (sum(held[i]) + kept[i]) for i, each in enumerate(models))
-        assert used <= total
+        assert sum(each.held_bytes + each.kept_bytes for each in models) <= total
     for number in (0, 1):
         held[number].clear()
         models[number].settle(0, 0)

@@ -476,9 +476,7 @@ async def test_prompts_that_wait_are_bounded(letters):
         with ExitStack() as open_requests:
             for _ in range(3):
                 open_requests.enter_context(engine.submit(request(LETTERS[:20])))
-            with pytest.raises(
-                OverloadedError, match="prompts of 60 tokens are waiting, 60 of them yours"
-            ):
+            with pytest.raises(OverloadedError, match="prompts of 60 tokens are waiting, 60 of them yours"):
                 engine.submit(request("a"))
             open_requests.enter_context(engine.submit(request("a", identity="another")))
             model.gate.release(1000)
