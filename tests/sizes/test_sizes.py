@@ -83,7 +83,7 @@ class Served:
     def resident(self) -> str:
         """Memory now and at most, in MiB, against what was planned."""
         planned = self.plan["total_mib"]
-        now, peak = (memory(self.service.process.pid) >> 20, _peak(self.service.process.pid) >> 20)
+        now, peak = (memory(self.service.process.pid, field) >> 20 for field in ("VmRSS", "VmHWM"))
         assert peak <= planned, f"{peak} MiB of {planned} planned"
         return f"RSS {now} MiB, peak {peak}, planned {planned}"
 
@@ -91,13 +91,6 @@ class Served:
     def plan(self) -> dict[str, int]:
         (line,) = [line for line in self.service.log if "positions" in line]
         return line
-
-
-def _peak(pid: int) -> int:
-    """The most resident memory of a process so far, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    (size,) = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    return int(size) << 10
 
 
 @pytest.fixture(
@@ -158,8 +151,8 @@ def test_a_full_context(tmp_path):
     """A prompt fills a context of 8,192 tokens to the last position, and takes the memory of these."""
     with service(exported("llama-3.2-1b", "Q4_0"), tmp_path, THREADS, *DEFAULTS, "--context-length=8192") as made:
         served = Served(made, "llama-3.2-1b")
-        begun, before = time.monotonic(), memory(made.process.pid)
+        begun, before = time.monotonic(), memory(made.process.pid, "VmRSS")
         served.complete(8190, 2)
         print(f"\nllama-3.2-1b-Q4_0, prompt of 8190: {time.monotonic() - begun:.1f} s; {served.resident()}")
         position = served.plan["kv_mib"] * MIB / served.plan["positions"]
-        assert memory(made.process.pid) - before < 1.2 * 8192 * position
+        assert memory(made.process.pid, "VmRSS") - before < 1.2 * 8192 * position
