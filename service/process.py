@@ -65,7 +65,7 @@ async def _end_when_hung(server: Server, model: ServedModel, seconds: float) -> 
     """Watches a model's engine. When a step never ends, every call gets an error, and the process exits with 1."""
     await watchdog.hung(lambda: model.engine.running_step, seconds)
     _log.critical("the engine hangs", model=model.id, seconds=seconds, **dataclasses.asdict(model.engine.stats))
-    server.abandon()
+    server.abandon(model)
     await asyncio.sleep(LAST_ERRORS_SECONDS)
     _die()
 

@@ -26,7 +26,7 @@ from service.rpc.interceptors import CallInterceptor
 from service.rpc.keys import KeyRing
 from service.rpc.quota import Meter, Quota
 from service.rpc.running import Running
-from service.rpc.servicer import CompletionServicer
+from service.rpc.servicer import CompletionServicer, ServedModel
 from service.rpc.workers import Workers
 from service.serving import models
 from service.settings import Settings
@@ -274,11 +274,11 @@ class Server:
         """The ids of the models whose engines have died."""
         return [model.id for model in self.models if model.engine.died.is_set()]
 
-    def abandon(self) -> None:
-        """Ends every call with an error and sets liveness to NOT_SERVING, because an engine hangs."""
+    def abandon(self, hung: ServedModel) -> None:
+        """Ends every call with an error and sets liveness to NOT_SERVING, because the engine of a model hangs."""
         self._health.set_serving(False, *READINESS, LIVENESS)
         for model in self.models:
-            model.engine.abandon()
+            model.engine.abandon(hangs=model is hung)
 
 
 def sums(counts: Iterable[Stats | Reuse | Faults]) -> dict[str, int]:

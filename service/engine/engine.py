@@ -131,12 +131,13 @@ class Engine:
         self.admission.pace = Pace()
         self.steps.commands.put(self.steps.scheduler.forget_reuse)
 
-    def abandon(self) -> None:
-        """Ends every request from the event loop, because the step thread hangs.
+    def abandon(self, *, hangs: bool) -> None:
+        """Ends every request from the event loop, because the step thread of this engine or of another `hangs`.
 
-        Those in the step that hangs get EngineFaultError, which asks for no retry, and all others UnavailableError.
+        Those in a step that hangs get EngineFaultError, which asks for no retry, and all others UnavailableError.
         """
-        self._blame_running()
+        if hangs:
+            self._blame_running()
         for generation in self._roster:
             generation.fail(UnavailableError(STOPPED))
 

@@ -42,7 +42,7 @@ def test_configuration() -> None:
 def test_metrics_are_as_prometheus_likes_them() -> None:
     """Names, units and types have no fault that promtool finds; vLLM's have colons, and it says so."""
     counts = dict.fromkeys(("looked_up_tokens", "cached_tokens", "failed_steps", "not_finite", "slow_readers"), 0)
-    reading = Reading(running=1, waiting=2, slots=4, slot_tokens=64, **counts)
+    reading = Reading(running=1, waiting=2, slots=4, slot_tokens=64, positions=256, free_positions=192, **counts)
     made = [
         Metrics(lambda: {"alphabet": reading}, vllm_names=vllm_names, certificate_expires=lambda: 1.8e9)
         for vllm_names in (False, True)

@@ -349,7 +349,7 @@ async def test_an_engine_that_hangs_blames_the_step(letters):
         with engine.submit(request("a")) as stuck, engine.submit(request("b")) as waiting:
             await model.reached()
             assert engine.running_step.requests == (stuck,)
-            engine.abandon()
+            engine.abandon(hangs=True)
             with pytest.raises(EngineFaultError):
                 await anext(aiter(stuck))
             with pytest.raises(UnavailableError):
