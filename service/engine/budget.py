@@ -14,7 +14,8 @@ class Budget:
     Memory is `held` by running sequences or `kept` for prefixes, which are given up when a sequence needs it. The
     oldest sequence that does not fit waits, and those of all models wait behind it, so that none starves.
 
-    Invariant: at every step of a model, what the shares hold and keep is at most `total` together.
+    Invariant: what the shares hold and keep is at most `total` together, but for what a model is about to give up for
+    a sequence that has taken its memory, before the next step of this model.
     """
 
     def __init__(self, total: int = sys.maxsize) -> None:
