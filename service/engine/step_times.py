@@ -56,7 +56,8 @@ class StepTimes:
     def _line(self) -> tuple[float, float]:
         """The fixed seconds of a call, and the seconds for each unit of work."""
         decode, prefill = self._decode, self._prefill
-        if decode.weight and prefill.work > decode.work and prefill.seconds > decode.seconds:
+        # Between points that are close together the line would follow chance.
+        if decode.weight and prefill.work >= 2 * decode.work and prefill.seconds > decode.seconds:
             slope = (prefill.seconds - decode.seconds) / (prefill.work - decode.work)
             fixed = decode.seconds - slope * decode.work
             if fixed > 0:

@@ -43,6 +43,14 @@ def test_the_line():
     assert learnt().expected(50) == pytest.approx(5.5)
 
 
+def test_no_line_through_points_that_are_close():
+    """After prompts as short as a decode step, each token of a longer one is expected to take its part of such a call."""
+    times = StepTimes()
+    times.decode(4, 0.78)
+    times.prefill(5, 0.80)
+    assert times.expected(100) == pytest.approx(16)
+
+
 @pytest.mark.parametrize(("start", "seconds", "tokens"), [(0, 2.5, 20), (HALF_SPEED, 2.5, 10), (0, 0.4, 0)])
 def test_the_longest_chunk(start, seconds, tokens):
     """As many tokens as take that long; after 1280 positions half as many; none if no call is that short."""
