@@ -44,7 +44,7 @@ def test_the_line():
 
 
 def test_no_line_through_points_that_are_close():
-    """After prompts as short as a decode step, each token of a longer one is expected to take its part of such a call."""
+    """After prompts as short as a decode step, a token of a longer one is expected to take its part of such a call."""
     times = StepTimes()
     times.decode(4, 0.78)
     times.prefill(5, 0.80)
