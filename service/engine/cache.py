@@ -105,7 +105,7 @@ class KVCache:
         if source != slot:
             copies += self._keep(slot, spare=source)
         if cached and source != slot:
-            moves = missing > 0
+            moves = missing > 0  # only if the source, a free slot, has the last prefix that is kept
             copies.append(Copy(source, slot, cached, moves))
             if moves:
                 self._slots[source].valid = 0
