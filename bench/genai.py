@@ -97,7 +97,7 @@ def _shape(job: Job) -> tuple[int, int]:
 def _converted(setup: Setup) -> Path:
     """A model directory for onnxruntime-genai, made once for each export."""
     described = manifest.load(setup.model_dir)
-    folder = setup.cache / f"genai-{described.files[manifest.MODEL_FILE].sha256[:16]}"
+    folder = setup.cache / f"genai-{described.files[manifest.MODEL_FILE].sha256[0][:16]}"
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)

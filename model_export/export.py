@@ -82,10 +82,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             ir.save(graph, work / manifest.MODEL_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
         prefill_form, quality = _add_prefill_graph(source, precision, options, work, progress)
-        files = {
-            file.name: manifest.FileEntry(bytes=file.stat().st_size, sha256=manifest.file_sha256(file))
-            for file in sorted(work.iterdir())
-        }
+        files = {file.name: manifest.FileEntry.of(file) for file in sorted(work.iterdir())}
         described = manifest.Manifest(
             format_version=manifest.FORMAT_VERSION,
             id=options.id or source.origin.name,

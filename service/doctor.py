@@ -122,7 +122,9 @@ def _traces(settings: Settings) -> str:
 def _model(configured: ModelSettings, found: list[ReadModel]) -> str:
     """Appends a model that passes to `found`."""
     model = models.read(configured)
-    models.check_files(model)
+    models.check_parsed_files(model)
+    with models.weights_checked([model]):
+        pass
     found.append(model)
     return f"{model.manifest.id} in {model.directory}: the hashes of {len(model.manifest.files)} files match"
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os.path
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service import external_data
+from service import external_data, hashes
 from service.errors import ModelDirectoryError
 
 FILE_NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
-WEIGHTS_FILE = "model.onnx.data"
+WEIGHTS_SUFFIX = ".onnx.data"
+WEIGHTS_FILE = f"model{WEIGHTS_SUFFIX}"
 PROMPT_MODEL_FILE = "prompt.onnx"
-PROMPT_WEIGHTS_FILE = "prompt.onnx.data"
+PROMPT_WEIGHTS_FILE = f"prompt{WEIGHTS_SUFFIX}"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION: Final = 1
 LARGEST_MANIFEST = 1 << 20
@@ -28,10 +31,24 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """One file of the model directory: its size in bytes and its SHA-256 in lower-case hex."""
+    """One file of the model directory: its size in bytes, and the SHA-256 of each block of it, in lower-case hex.
+
+    A block has `hashes.BLOCK_BYTES` bytes; the last one may be shorter.
+    """
 
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> FileEntry:
+        if len(self.sha256) != (wanted := hashes.count(self.bytes)):
+            raise ValueError(f"{self.bytes} bytes need {wanted} hashes in sha256, not {len(self.sha256)}")
+        return self
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The entry that describes a file as it is."""
+        return cls(bytes=path.stat().st_size, sha256=hashes.blocks(path))
 
 
 class FillInTheMiddle(_Record):
@@ -202,19 +219,56 @@ def read(directory: Path) -> Manifest:
 
 
 def load(directory: Path) -> Manifest:
-    """Reads the manifest of `directory`, and checks size and hash of every file. Raises ModelDirectoryError."""
+    """Reads the manifest of `directory`, and checks size and hashes of every file. Raises ModelDirectoryError."""
     manifest = read(directory)
-    check_hashes(directory, manifest)
-    return manifest
+    with hashes_checked(parsed_files(directory, manifest) | weights_files(directory, manifest)):
+        return manifest
 
 
-def check_hashes(directory: Path, manifest: Manifest) -> None:
-    """Raises ModelDirectoryError when a file's SHA-256 is not the listed one."""
-    for name, entry in manifest.files.items():
-        path = directory / name
-        digest = file_sha256(path)
-        if digest != entry.sha256:
-            raise ModelDirectoryError(f"{path} has SHA-256 {digest}, expected {entry.sha256}; {_HINT}")
+def parsed_files(directory: Path, manifest: Manifest) -> dict[Path, FileEntry]:
+    """The listed files that are parsed: graphs and tokenizer. They are small, and have to be checked before."""
+    return {directory / name: file for name, file in manifest.files.items() if not name.endswith(WEIGHTS_SUFFIX)}
+
+
+def weights_files(directory: Path, manifest: Manifest) -> dict[Path, FileEntry]:
+    """The listed files that hold nothing but weights, which can be checked while they are loaded."""
+    return {directory / name: file for name, file in manifest.files.items() if name.endswith(WEIGHTS_SUFFIX)}
+
+
+@contextmanager
+def hashes_checked(files: Mapping[Path, FileEntry]) -> Iterator[None]:
+    """Checks the hashes of files in threads, beside the body; after it all of them have passed.
+
+    Raises ModelDirectoryError when a block's SHA-256 is not the listed one. That error replaces one of the body, whose
+    cause it may be.
+    """
+    threads = hashes.pool()
+    try:
+        checks: list[Future[None]] = [
+            threads.submit(_check_block, path, entry, number)
+            for path, entry in files.items()
+            for number in range(len(entry.sha256))
+        ]
+        try:
+            yield
+        finally:
+            for check in checks:
+                check.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _check_block(path: Path, entry: FileEntry, number: int) -> None:
+    expected = entry.sha256[number]
+    try:
+        found = hashes.block(path, number)
+    except OSError as error:
+        raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {_HINT}") from None
+    if found != expected:
+        start = number * hashes.BLOCK_BYTES
+        end = min(start + hashes.BLOCK_BYTES, entry.bytes)
+        place = f"{path} has SHA-256 {found} in bytes {start} to {end - 1}"
+        raise ModelDirectoryError(f"{place}, expected {expected}; {_HINT}")
 
 
 def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
@@ -241,9 +295,3 @@ def check_external_data(directory: Path, manifest: Manifest) -> None:
         if outside:
             message = f"{path} takes tensors from {min(outside)!r}, which {FILE_NAME} does not list"
             raise ModelDirectoryError(f"{message}; refusing to load it")
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in lower-case hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

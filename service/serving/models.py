@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from service import manifest as manifests
@@ -61,10 +63,17 @@ def read(model: ModelSettings) -> ReadModel:
     return ReadModel(model.directory, model.settings, manifest, model.aliases, model.memory_mib)
 
 
-def check_files(model: ReadModel) -> None:
-    """Raises ModelDirectoryError when the contents of a file are not those that the manifest describes."""
-    manifests.check_hashes(model.directory, model.manifest)
+def check_parsed_files(model: ReadModel) -> None:
+    """Raises ModelDirectoryError when graphs or tokenizer are not those that the manifest describes."""
+    with manifests.hashes_checked(manifests.parsed_files(model.directory, model.manifest)):
+        pass
     manifests.check_external_data(model.directory, model.manifest)
+
+
+def weights_checked(models: Iterable[ReadModel]) -> AbstractContextManager[None]:
+    """Checks the weights of models beside the body of a `with`, which raises ModelDirectoryError at its end."""
+    weights = (manifests.weights_files(model.directory, model.manifest) for model in models)
+    return manifests.hashes_checked(dict(chain.from_iterable(files.items() for files in weights)))
 
 
 def choose_devices(models: Sequence[ReadModel]) -> list[ReadModel]:
@@ -120,15 +129,19 @@ def divide_memory(models: Sequence[ReadModel], settings: Settings) -> list[Plann
 
 
 def load(settings: Settings) -> tuple[ServedModel, ...]:
-    """Plans, checks and loads the models that the settings name; their engines are not started. Raises StartupError."""
+    """Plans, checks and loads the models that the settings name; their engines are not started. Raises StartupError.
+
+    Graphs and tokenizers are checked before they are parsed, and the weights while they are loaded.
+    """
     found = [read(model) for model in settings.configured_models()]
     names = aliases(found, settings.alias)
     planned = divide_memory(choose_devices(found), settings)
     for model in planned:
         _log_plan(model)
     for each in found:
-        check_files(each)
-    return tuple(_load(model, names[model.read.manifest.id]) for model in planned)
+        check_parsed_files(each)
+    with weights_checked(found):
+        return tuple(_load(model, names[model.read.manifest.id]) for model in planned)
 
 
 def _log_plan(planned: PlannedModel) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from service import manifest
-from service.errors import StartupError
+from service import external_data, hashes, manifest
+from service.errors import ModelDirectoryError, StartupError
 from service.manifest import FileEntry
 from service.serving import models
 from service.settings import Settings
@@ -60,10 +60,11 @@ def truncate(path: Path) -> tuple[str, ...]:
 
 
 def flip(path: Path) -> tuple[str, ...]:
-    expected, data = manifest.file_sha256(path), bytearray(path.read_bytes())
+    (expected,), data = hashes.blocks(path), bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    return (f"SHA-256 {manifest.file_sha256(path)}", f"expected {expected}")
+    (found,) = hashes.blocks(path)
+    return (f"SHA-256 {found} in bytes 0 to {len(data) - 1}", f"expected {expected}")
 
 
 def remove(path: Path) -> tuple[str, ...]:
@@ -94,10 +95,21 @@ def test_a_harmed_file(model: Path, name: str, harm: Callable[[Path], tuple[str,
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [manifest.MODEL_FILE, manifest.TOKENIZER_FILE])
+def test_a_harmed_file_is_never_parsed(model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs and tokenizer are checked before anything reads them; only the weights are checked beside the load."""
+    monkeypatch.setattr(models, "Tokenizer", pytest.fail)
+    monkeypatch.setattr(models, "Model", pytest.fail)
+    monkeypatch.setattr(external_data, "locations", pytest.fail)
+    flip(model / name)
+    with pytest.raises(ModelDirectoryError, match=f"{name} has SHA-256"):
+        models.load(Settings(model_dir=model))
+
+
 def list_file(model_dir: Path, name: str) -> None:
     """Makes the manifest name a file as it is."""
     path = model_dir / name
-    entry = FileEntry(bytes=path.stat().st_size, sha256=manifest.file_sha256(path))
+    entry = FileEntry.of(path)
     found = manifest.Manifest.model_validate_json((model_dir / manifest.FILE_NAME).read_bytes())
     found.model_copy(update={"files": {**found.files, name: entry}}).write(model_dir)
 

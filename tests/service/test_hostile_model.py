@@ -39,8 +39,7 @@ def list_files(directory: Path) -> None:
     path = directory / "manifest.json"
     described = json.loads(path.read_text())
     for name in described["files"]:
-        file = directory / name
-        described["files"][name] = {"bytes": file.stat().st_size, "sha256": manifests.file_sha256(file)}
+        described["files"][name] = manifests.FileEntry.of(directory / name).model_dump(mode="json")
     path.write_text(json.dumps(described))
 
 
@@ -267,7 +266,7 @@ def test_names_of_no_file(name: str, exported: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(exported, tmp_path / "model")
     (directory / "loop").symlink_to("loop")
     content = json.loads((directory / "manifest.json").read_text())
-    content["files"] = {name: {"bytes": 1, "sha256": "0" * 64}, **content["files"]}
+    content["files"] = {name: {"bytes": 1, "sha256": ["0" * 64]}, **content["files"]}
     (directory / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ModelDirectoryError):
         manifests.load(directory)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
-from service import manifest
-from service.errors import ModelDirectoryError
+from service import hashes, manifest
+from service.errors import ModelDirectoryError, StartupError
 from service.manifest import FileEntry
 from tests.support import fakes
 
@@ -21,9 +22,7 @@ def directory(tmp_path):
     (directory / "tokenizer.json").write_bytes(b"letters")
     (directory / "model.onnx.data").write_bytes(b"numbers")
     names = ("model.onnx", "model.onnx.data", "tokenizer.json")
-    fakes.manifest(
-        files={name: FileEntry(bytes=7, sha256=manifest.file_sha256(directory / name)) for name in names}
-    ).write(directory)
+    fakes.manifest(files={name: FileEntry.of(directory / name) for name in names}).write(directory)
     return directory
 
 
@@ -83,13 +82,88 @@ def test_truncated_file(directory):
     assert f"{directory / 'model.onnx'} has 5 bytes, expected 7" in refused(directory)
 
 
-def test_flipped_byte(directory):
-    """The message names both hashes."""
-    expected = manifest.file_sha256(directory / "model.onnx")
-    (directory / "model.onnx").write_bytes(b"weightz")
-    found = manifest.file_sha256(directory / "model.onnx")
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of three bytes, so that a file of seven has three of them."""
+    monkeypatch.setattr(hashes, "BLOCK_BYTES", 3)
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_each_block_has_a_hash(small_blocks, directory):
+    """The blocks follow each other without a gap, and the last one may be shorter."""
+    listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]["model.onnx.data"]
+    assert listed == {"bytes": 7, "sha256": [sha256(b"num"), sha256(b"ber"), sha256(b"s")]}
+    assert manifest.load(directory).files["model.onnx.data"] == FileEntry.of(directory / "model.onnx.data")
+
+
+def test_file_without_content(tmp_path):
+    """A file of no bytes has no block."""
+    (tmp_path / "empty").touch()
+    assert FileEntry.of(tmp_path / "empty") == FileEntry(bytes=0, sha256=())
+
+
+@pytest.mark.parametrize(
+    ("at", "block", "content"),
+    [(0, "0 to 2", b"Num"), (4, "3 to 5", b"bEr"), (5, "3 to 5", b"beR"), (6, "6 to 6", b"S")],
+)
+def test_flipped_byte(small_blocks, directory, at, block, content):
+    """The message names the block's bytes and both hashes."""
+    path = directory / "model.onnx.data"
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 32
+    path.write_bytes(damaged)
     message = refused(directory)
-    assert f"{directory / 'model.onnx'} has SHA-256 {found}, expected {expected}" in message
+    expected = sha256(content.lower())
+    assert f"{path} has SHA-256 {sha256(content)} in bytes {block}, expected {expected};" in message
+    assert "python -m model_export" in message
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(7, 2), (7, 4), (6, 3), (0, 1)])
+def test_wrong_number_of_hashes(small_blocks, directory, size, blocks):
+    """Every block must have its hash, or some bytes would be loaded unchecked."""
+    listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
+    edit(directory, files=listed | {"model.onnx.data": {"bytes": size, "sha256": ["0" * 64] * blocks}})
+    message = refused(directory)
+    assert f"manifest.json: files.model.onnx.data: Value error, {size} bytes need " in message
+    assert f"hashes in sha256, not {blocks};" in message
+
+
+def test_hash_of_the_whole_file(directory):
+    """A manifest with a single hash for each file is refused, with the command that makes a new one."""
+    listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
+    edit(directory, files={name: entry | {"sha256": entry["sha256"][0]} for name, entry in listed.items()})
+    message = refused(directory)
+    assert "files.model.onnx.sha256: " in message
+    assert "export the model again: python -m model_export" in message
+
+
+def test_files_are_checked_beside_the_body(directory):
+    """The body of `hashes_checked` runs at once, and damage is reported at its end, also in place of another error."""
+    listed = manifest.weights_files(directory, manifest.read(directory))
+    (directory / "model.onnx.data").write_bytes(b"Numbers")
+    loaded = []
+    with pytest.raises(ModelDirectoryError, match=r"model\.onnx\.data has SHA-256"), manifest.hashes_checked(listed):
+        loaded.append("weights")
+    assert loaded == ["weights"]
+    with pytest.raises(ModelDirectoryError, match=r"model\.onnx\.data has SHA-256"), manifest.hashes_checked(listed):
+        raise StartupError("the model cannot be loaded")
+    (directory / "model.onnx.data").write_bytes(b"numbers")
+    with pytest.raises(StartupError, match="the model cannot be loaded"), manifest.hashes_checked(listed):
+        raise StartupError("the model cannot be loaded")
+
+
+def test_file_that_disappears(directory):
+    """A file that is gone when its turn comes is named."""
+    described = manifest.read(directory)
+    (directory / "model.onnx.data").unlink()
+    with (
+        pytest.raises(ModelDirectoryError, match=r"model\.onnx\.data cannot be read: No such file"),
+        manifest.hashes_checked(manifest.weights_files(directory, described)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "link", ".."])
@@ -98,7 +172,7 @@ def test_path_outside_the_directory(directory, name):
     (directory.parent / "secret").write_bytes(b"weights")
     (directory / "link").symlink_to(directory.parent / "secret")
     listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]
-    edit(directory, files={name: {"bytes": 7, "sha256": "0" * 64}, **listed})
+    edit(directory, files={name: {"bytes": 7, "sha256": ["0" * 64]}, **listed})
     assert "outside the model directory" in refused(directory)
 
 
@@ -112,7 +186,7 @@ def test_path_outside_the_directory(directory, name):
         ({"special_tokens": {"bos": None, "add_bos": False, "end": [28], "default_prompt": None}}, "the file"),
         ({"quality": {"kl": 0.0, "max_logit_error": 0.0, "tokens": 1}}, "quality.prompt_kl"),
         ({"kv": {"layers": 1, "kv_heads": 1, "head_dim": 1, "dtype": "int8"}}, "kv.dtype"),
-        ({"files": {"model.onnx": {"bytes": 7, "sha256": "abc"}}}, "files.model.onnx.sha256"),
+        ({"files": {"model.onnx": {"bytes": 7, "sha256": ["abc"]}}}, "files.model.onnx.sha256.0"),
     ],
 )
 def test_field_that_does_not_fit(directory, changes, where):

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from service import hashes
 from service.engine.cache import Copy
-from service.manifest import FillInTheMiddle, KVLayout, Manifest, Measures, Quality, Quantization, SpecialTokens
+from service.manifest import (
+    FileEntry,
+    FillInTheMiddle,
+    KVLayout,
+    Manifest,
+    Measures,
+    Quality,
+    Quantization,
+    SpecialTokens,
+)
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
@@ -156,6 +166,11 @@ def manifest(**changes: object) -> Manifest:
         "files": {},
     }
     return Manifest.model_validate({**values, **changes})
+
+
+def file_entry(size: int) -> FileEntry:
+    """The entry of a file of `size` bytes that does not exist."""
+    return FileEntry(bytes=size, sha256=("0" * 64,) * hashes.count(size))
 
 
 FILL = FillInTheMiddle(prefix=23, suffix=24, middle=25)

@@ -8,7 +8,7 @@ import pytest
 
 from service.engine.ort.device import Cpu, Cuda
 from service.errors import ModelDirectoryError, StartupError
-from service.manifest import FileEntry, KVLayout, Quantization
+from service.manifest import KVLayout, Quantization
 from service.serving import gpu_memory
 from service.serving.memory import MIB, Model
 from service.serving.memory import plan as host_plan
@@ -21,13 +21,13 @@ MODEL = Path("m")
 
 def described(devices=("cpu", "cuda")):
     """A manifest of a model with 7 billion weights of 4 bits."""
-    files = {"model.onnx.data": FileEntry(bytes=4 * GIB, sha256="0" * 64)}
+    files = {"model.onnx.data": fakes.file_entry(4 * GIB)}
     return fakes.manifest(
         context_length=8192,
         vocab_size=32000,
         kv=KVLayout(layers=32, kv_heads=8, head_dim=128, dtype="float16"),
         quantization=Quantization(weights="int4", activations="float16", source="float16", min_rows=1, min_logits=1),
-        files=files | {"tokenizer.json": FileEntry(bytes=MIB, sha256="0" * 64)},
+        files=files | {"tokenizer.json": fakes.file_entry(MIB)},
         devices=devices,
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from service import manifest
 from service.errors import StartupError
-from service.manifest import FileEntry, KVLayout, Quantization
+from service.manifest import KVLayout, Quantization
 from service.serving import memory
 from service.serving.memory import MIB
 from service.settings import Settings
@@ -28,7 +28,7 @@ def described(**sizes):
         vocab_size=49152,
         kv=KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="float32"),
         quantization=Quantization(weights="int4-int8", activations="float32", source="Q4_1", min_rows=2, min_logits=1),
-        files={name.replace("_", "."): FileEntry(bytes=size, sha256="0" * 64) for name, size in sizes.items()},
+        files={name.replace("_", "."): fakes.file_entry(size) for name, size in sizes.items()},
     )
 
 
