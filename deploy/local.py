@@ -7,9 +7,9 @@ key for the first request if the service requires keys. ADMIN_PORT opens Envoy's
 metrics for Prometheus. REQUESTS_PER_MINUTE limits every key. COMPLETION_LONGEST_REQUEST_SECONDS is the longest time of
 a request, for both Envoy and the service. TLS_DIR turns on TLS for callers and between Envoy and the service, with the
 certificates in that folder (docs/security.md). REPLICAS is the number of services, which share the cores, and
-AFFINITY=session sends each session to one of them (docs/scaling.md). START_SECONDS is the time within which all must be
-ready. Prints a line that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or
-SIGTERM.
+AFFINITY=session sends each session to one of them (docs/scaling.md). A start is given up once the services have neither
+computed nor read anything for START_SECONDS, 120 by default; until then it may take as long as it takes. Prints a line
+that starts with `ready` once a completion has come through Envoy, then serves until Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from typing import Any
 
 from deploy import host as this_machine
 from deploy.envoy_config import envoy_command, free_ports, template, with_tls
+from deploy.progress import Progress, Work
 from service import settings
 from service.errors import StartupError
 from service.host import ports as listeners
@@ -54,6 +55,10 @@ MOST_SECONDS = 86400
 MOST_REPLICAS = 64
 
 DRAIN_SECONDS = 45
+# How often a start that takes long is reported, in seconds.
+REPORT_SECONDS = 10
+# The tokens of the first answer: few, because a large model takes long for each.
+FIRST_TOKENS = 5
 # A log file that exceeds this begins anew; the one before is kept beside it, as NAME.log.1.
 LOG_BYTES = 64 << 20
 
@@ -256,12 +261,16 @@ def call(options: Options, path: str, body: Any = None, *, parsed: bool = True) 
         return json.load(answer) if parsed else answer.read()
 
 
-def first_completion(options: Options, model: str, children: list[Child]) -> tuple[dict[str, Any], Any]:
-    """A request that has succeeded through Envoy, and its answer. Waits until all children are ready."""
-    request = {"model": model, "prompt": "Hello,", "max_tokens": 30, "temperature": 0}
-    deadline = time.monotonic() + options.start_seconds
+def first_completion(options: Options, model: str, services: list[Child], gateway: Child) -> tuple[dict[str, Any], Any]:
+    """A request that has succeeded through Envoy, and its answer. Waits until all children are ready.
+
+    Raises LaunchError when one of them ends, or the services make no progress.
+    """
+    request = {"model": model, "prompt": "Hello,", "max_tokens": FIRST_TOKENS, "temperature": 0}
+    progress = Progress(lambda: Work.of([service.process.pid for service in services]))
+    began = reported = time.monotonic()
     while True:
-        for child in children:
+        for child in (*services, gateway):
             child.check()
         try:
             # No rate limit counts requests to /health.
@@ -274,8 +283,13 @@ def first_completion(options: Options, model: str, children: list[Child]) -> tup
                 raise LaunchError(f"the first request was refused: {problem}") from None
         except OSError as error:
             problem = str(error)
-        if time.monotonic() > deadline:
-            raise LaunchError(f"no completion within {options.start_seconds} s. Last answer: {problem}")
+        if progress.idle_seconds() > options.start_seconds:
+            message = f"no completion, and no progress of the service for {options.start_seconds} s (START_SECONDS)"
+            raise LaunchError(f"{message}. Last answer: {problem}")
+        if time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            done = f"{progress.work.cpu_seconds:.0f} s of CPU time used, {progress.work.read_bytes >> 20} MiB read"
+            print(f"waiting for the service since {reported - began:.0f} s: {done}", flush=True)
         time.sleep(0.2)
 
 
@@ -350,10 +364,9 @@ def run(service_args: list[str], options: Options) -> None:
             # Stopped before the gateway: the service drains while Envoy still carries its answers.
             cleanup.callback(services[-1].stop)
 
-        children = [*services, gateway]
-        announce(options, *first_completion(options, served_name(model), children), folder)
+        announce(options, *first_completion(options, served_name(model), services, gateway), folder)
         while True:
-            for child in children:
+            for child in (*services, gateway):
                 child.check()
                 child.bound_log()
             time.sleep(0.5)

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -167,3 +169,37 @@ def test_failing_service_is_reported(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "manifest.json does not exist" in output
     assert "78" in output
+
+
+@contextmanager
+def held(folder: Path, model: Path, code: str) -> Iterator[subprocess.Popen[str]]:
+    """A launcher that gives up after 5 s, whose service runs `code` before everything else."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nif 'service' in sys.orig_argv:\n    {code}\n")
+    http_port, grpc_port = free_ports(2)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ports = {"HTTP_PORT": str(http_port), "GRPC_PORT": str(grpc_port)}
+    process = launch(**ports, MODEL_DIR=str(model), START_SECONDS="5", PYTHONPATH=path)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+
+
+def test_a_long_start_is_waited_for(tiny_model: Path, tmp_path: Path) -> None:
+    """A service that computes for longer than START_SECONDS is not given up, and what it does is printed."""
+    done = tmp_path / "done"
+    with held(tmp_path, tiny_model, f"import os\n    while not os.path.exists({str(done)!r}): pass") as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert re.fullmatch(r"waiting for the service since \d+ s: [1-9]\d* s of CPU time used, \d+ MiB read\n", line)
+        done.touch()
+        wait_until_ready(process)
+
+
+def test_a_service_that_does_nothing_is_given_up(tiny_model: Path, tmp_path: Path) -> None:
+    """After START_SECONDS without progress the launcher ends, with the setting that would let it wait longer."""
+    with held(tmp_path, tiny_model, "import threading; threading.Event().wait()") as process:
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "no completion, and no progress of the service for 5 s (START_SECONDS). Last answer: " in output
