@@ -19,7 +19,7 @@ from service.engine.step_times import StepTimes
 _TILE = 128
 _RECOMPUTE = 2
 # In tokens. A call has a fixed cost, so smaller chunks would hardly be faster; the setting allows none smaller either.
-_LEAST_CHUNK = 16
+LEAST_CHUNK = 16
 # In prompt tokens: a decoded token takes about as long as a prefill of three (default model, CPU, 8 rows or more).
 _GENERATED_COST = 3
 # One slot in this many is reserved for callers who hold none, because a long answer is never interrupted.
@@ -258,7 +258,7 @@ class Scheduler:
         remaining, most = sequence.prompt_length - sequence.computed, self._prompt_chunk
         if decoding:
             most = most * HALF_SPEED // (HALF_SPEED + sequence.computed)
-            most = max(_LEAST_CHUNK, min(most, self.times.longest_chunk(sequence.computed, self._step_seconds)))
+            most = max(LEAST_CHUNK, min(most, self.times.longest_chunk(sequence.computed, self._step_seconds)))
         length = min(most, remaining)
         while length > 1 and (length % _TILE == 1 or remaining - length == 1):
             length -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.ort.model import Model
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import LEAST_CHUNK, Scheduler
 from service.errors import StartupError
 from service.manifest import Manifest
 from service.rpc.parse import Limits
@@ -27,8 +28,10 @@ from service.types import Prompt, Request, SamplingParams
 
 _log = get_logger(__name__)
 
-# Tokens that the warm-up generates, so that prefill and decode have both run.
-_WARM_UP_TOKENS = 3
+# Tokens that each request of the warm-up generates, so that prefill and decode have both run.
+_WARM_UP_TOKENS = 2
+# The longest that a full prompt chunk may take in the warm-up.
+_WARM_UP_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,21 +189,33 @@ def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
 
 
 def warm_up_requests(model: ServedModel) -> Iterator[Request]:
-    """The service's own requests that warm up a model: a short one, and one with a full prompt chunk.
+    """The service's own requests that warm up a model; each has to be answered before the next is taken.
 
-    From the short one the engine learns how long the full chunk may take before it counts as a hang.
+    A single token, the smallest prompt chunk, and a full one if it will take at most _WARM_UP_SECONDS: on a slow model
+    that would delay the start by more than it saves the first caller. From each the engine learns how long a larger
+    chunk may take before it counts as a hang.
     """
-    token = model.manifest.special_tokens.default_prompt or 0  # any token will do
-    for length in (1, min(model.engine.prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)):
-        yield Request(
-            id="warm-up",
-            model=model.manifest.id,
-            created=0,
-            identity="warm-up",
-            prompts=(Prompt((token,) * length, "", implied=length),),
-            max_tokens=_WARM_UP_TOKENS,
-            sampling=SamplingParams(temperature=0),
-        )
+    full = min(model.engine.prompt_chunk, model.limits.context_length - _WARM_UP_TOKENS)
+    small = min(full, LEAST_CHUNK)
+    yield _warm_up_request(model, 0, 1)
+    began = time.monotonic()
+    yield _warm_up_request(model, 1, small)
+    if small < full and (time.monotonic() - began) * full / small <= _WARM_UP_SECONDS:
+        yield _warm_up_request(model, 2, full)
+
+
+def _warm_up_request(model: ServedModel, number: int, length: int) -> Request:
+    """A prompt of one token again and again: another one for each `number`, so that the prefix cache has none of it."""
+    token = ((model.manifest.special_tokens.default_prompt or 0) + number) % model.manifest.vocab_size
+    return Request(
+        id="warm-up",
+        model=model.manifest.id,
+        created=0,
+        identity="warm-up",
+        prompts=(Prompt((token,) * length, "", implied=length),),
+        max_tokens=_WARM_UP_TOKENS,
+        sampling=SamplingParams(temperature=0),
+    )
 
 
 def reading(model: ServedModel) -> Reading:

@@ -7,15 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service import __main__ as command
 from service import doctor, settings
+from service.engine.budget import Budget, Share
+from service.engine.cache import KVCache
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
 from service.errors import ModelDirectoryError, StartupError
+from service.rpc.parse import Limits
+from service.rpc.servicer import ServedModel
 from service.serving import memory, models
 from service.serving.memory import MIB
 from service.settings import Settings
+from tests.support.fakes import VOCABULARY, FakeModel, letters_tokenizer, manifest
 from tests.support.ports import free_ports
 from tests.support.processes import TINY, export_tiny
 from tests.support.stack import MODEL, ROOT
@@ -324,3 +332,33 @@ def test_the_doctor_of_names_and_budgets(tiny, other):
     assert str(tiny) in found["names"][1]
     assert not found["memory"][0]
     assert "300 MiB are allowed" in found["memory"][1]
+
+
+# --- the warm-up ---
+
+
+@pytest.mark.parametrize(
+    ("chunk", "context", "seconds", "lengths"),
+    [
+        (128, 4096, 0.01, [1, 16, 128]),
+        (128, 4096, 0.25, [1, 16, 128]),  # 128 tokens take eight times as long as 16
+        (128, 4096, 0.26, [1, 16]),
+        (128, 64, 0.01, [1, 16, 62]),  # and two tokens of an answer
+        (16, 4096, 0.01, [1, 16]),
+        (128, 10, 100, [1, 8]),
+    ],
+)
+def test_warm_up_requests(tmp_path, monkeypatch, chunk, context, seconds, lengths):
+    """A full prompt chunk is computed unless it would take more than two seconds. No prompt begins like another."""
+    now = 100.0
+    monkeypatch.setattr(models, "time", SimpleNamespace(monotonic=lambda: now))
+    letters, fake = letters_tokenizer(tmp_path), FakeModel(context_length=context)
+    engine = Engine(fake, letters, Scheduler(KVCache(4, Share(Budget(4 * context))), chunk), max_waiting=1)
+    prompts = []
+    for request in models.warm_up_requests(ServedModel(manifest(), letters, engine, Limits(context, 4))):
+        prompts += request.prompts
+        now += seconds
+    assert [len(prompt.token_ids) for prompt in prompts] == lengths
+    firsts = {prompt.token_ids[0] for prompt in prompts}
+    assert len(firsts) == len(prompts)
+    assert firsts <= set(range(VOCABULARY))

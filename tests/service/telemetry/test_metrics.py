@@ -33,7 +33,7 @@ from tests.support.patience import PATIENCE, eventually_async
 from tests.support.ports import free_ports
 
 KEY = (("authorization", "Bearer any"),)
-WARM_UP_STEPS = 6
+WARM_UP_STEPS = 4
 
 
 def cache_of(model):
