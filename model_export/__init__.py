@@ -8,7 +8,7 @@ The journey of a weight, with the real names:
          -> sources.families.FAMILIES                    the row that describes what its family computes
          -> sources.checkpoint.Checkpoint                exactly the tensors of that architecture, still on disk
     for each layer:
-         sources.checkpoint.Checkpoint.matrix            disk -> float32, or the quantized blocks of the file
+         sources.checkpoint.Checkpoint.tensor            some rows at a time: disk -> float32, or the file's blocks
          native.graph                                    stacks matrices that are multiplied by the same input
          graph.operators.Operators.linear                the product, in the requested form
          graph.quantize.pack                             -> codes, scales, zero points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,22 @@ class Initializers:
 
         Raises ExportError where `array` holds numbers outside the range of `floats`.
         """
-        if array.dtype == np.float32 and self.floats == ir.DataType.FLOAT16:
-            array = _halved(name, array)
+        return self.add_rows(name, array.shape, [array])
+
+    def add_rows(self, name: str, shape: tuple[int, ...], parts: Iterable[NDArray[Any]]) -> ir.Value:
+        """The same for an array of `shape` in `parts`, at least one, which are its rows in their order."""
         self._file.seek(-self._file.tell() % ALIGNMENT, 1)
         offset = self._file.tell()
-        self._file.write(np.ascontiguousarray(array).data)
-        return self._external(name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), array.shape)
+        for part in parts:
+            array = self.converted(name, part)
+            self._file.write(np.ascontiguousarray(array).data)
+        return self._external(name, offset, self._file.tell() - offset, ir.DataType.from_numpy(array.dtype), shape)
+
+    def converted(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """`array` in the type in which it is stored. Raises ExportError as `add` does."""
+        if array.dtype == np.float32 and self.floats == ir.DataType.FLOAT16:
+            return _halved(name, array)
+        return array
 
     def view(self, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """A second value over the bytes of `value` in the file, in another shape."""

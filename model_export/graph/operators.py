@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
 from model_export.graph.initializers import Initializers
@@ -23,7 +24,7 @@ from model_export.graph.quantize import (
     pack_signed_rows,
     pack_with_remainders,
 )
-from model_export.sources.weights import BLOCK, Floats, Matrix, dequantize
+from model_export.sources.weights import BLOCK, Floats, LazyTensor, Matrix, dequantize, lazy
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4
@@ -82,6 +83,10 @@ class Operators(Tape):
     def vector(self, name: str, values: Floats) -> ir.Value:
         return self._data.add(name, values)
 
+    def rows(self, name: str, values: LazyTensor) -> ir.Value:
+        """The same for an array [rows, columns] that need not be in memory at once."""
+        return self._plain(name, values)
+
     def sizes(self, name: str, *sizes: int) -> ir.Value:
         """A shape, a list of axes or of sizes, as an input of an operator."""
         return self._data.constant(name, np.array(sizes, np.int64))
@@ -102,7 +107,7 @@ class Operators(Tape):
         self,
         value: ir.Value,
         name: str,
-        matrix: Matrix,
+        matrix: Matrix | LazyTensor,
         bias: Floats | None = None,
         *,
         outliers: bool = False,
@@ -119,9 +124,9 @@ class Operators(Tape):
                 return self._linear_in_blocks_and_means(value, name, *pack_with_remainders(matrix, self._form), offset)
             return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
         if self._form in PLAIN_FORMS or few_rows:
-            product = self.apply("MatMul", value, self._data.add(name, dequantize(matrix).T))
+            product = self.apply("MatMul", value, self._data.add(name, self._transposed(name, lazy(matrix))))
         else:
-            product = self._linear_in_bytes(value, name, dequantize(matrix), two_bytes=outliers)
+            product = self._linear_in_bytes(value, name, lazy(matrix), two_bytes=outliers)
         return product if offset is None else self.apply("Add", product, offset)
 
     def _linear_in_blocks(self, value: ir.Value, name: str, packed: Packed, offset: ir.Value | None) -> ir.Value:
@@ -146,10 +151,10 @@ class Operators(Tape):
         rest = self.apply("MatMul", means, self._data.add(f"{name}.remainders", remainders.T))
         return self.apply("Add", product, rest)
 
-    def table(self, name: str, matrix: Matrix) -> Table:
+    def table(self, name: str, matrix: Matrix | LazyTensor) -> Table:
         """Stores a matrix [rows, columns] for look-ups of rows: in 8 bits, unless `tables` is a plain form."""
         if self._tables in PLAIN_FORMS:
-            return self._data.add(name, dequantize(matrix))
+            return self._plain(name, lazy(matrix))
         return self._store(name, pack(matrix, "int8"))
 
     def look_up(self, table: Table, rows: ir.Value) -> ir.Value:
@@ -171,7 +176,13 @@ class Operators(Tape):
         )
 
     def head(
-        self, value: ir.Value, name: str, matrix: Matrix, table: Table | None = None, *, two_bytes: bool = False
+        self,
+        value: ir.Value,
+        name: str,
+        matrix: Matrix | LazyTensor,
+        table: Table | None = None,
+        *,
+        two_bytes: bool = False,
     ) -> ir.Value:
         """The product of `value` [rows, columns] with the transpose of `matrix`; `table` is `matrix` if already stored.
 
@@ -179,27 +190,34 @@ class Operators(Tape):
         scaled to 8 bits by its own largest number: integer sums are exact, so no row's result depends on the others.
         """
         if self._tables in PLAIN_FORMS:
-            weights = table if isinstance(table, ir.Value) else self._data.add(name, dequantize(matrix))
+            weights = table if isinstance(table, ir.Value) else self._plain(name, lazy(matrix))
             return self._as_float32(self.apply("Gemm", value, weights, transB=1))
         if self._portable:
             blocks = table if isinstance(table, StoredBlocks) else self._store(name, pack(matrix, "int8"))
             return self._as_float32(self._matmul_nbits(value, blocks))
         mix = mixing(matrix.shape[1])
         mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
-        return self._multiply_bytes(mixed, name, pack_rows(dequantize(matrix) @ mix), two_bytes=two_bytes)
+        return self._multiply_bytes(mixed, name, pack_rows(matrix, mix), two_bytes=two_bytes)
 
-    def _linear_in_bytes(self, value: ir.Value, name: str, weights: Floats, *, two_bytes: bool) -> ir.Value:
-        """The product of `value` with the transpose of `weights`, both mixed in groups of columns."""
-        rows, columns = weights.shape
-        size = mixed_columns(columns)
+    def _plain(self, name: str, matrix: LazyTensor) -> ir.Value:
+        """The matrix in the data file, not quantized."""
+        return self._data.add_rows(name, matrix.shape, (dequantize(matrix.read(rows)) for rows in matrix.parts()))
+
+    def _transposed(self, name: str, matrix: LazyTensor) -> NDArray[Any]:
+        """The transpose of the matrix, in the type in which it is stored."""
+        (transposed,) = matrix.joined(lambda part: [self._data.converted(name, dequantize(part)).T], axis=1)
+        return transposed
+
+    def _linear_in_bytes(self, value: ir.Value, name: str, matrix: LazyTensor, *, two_bytes: bool) -> ir.Value:
+        """The product of `value` with the transpose of `matrix`, both mixed in groups of columns."""
+        size = mixed_columns(matrix.shape[1])
         mix = mixing(size)
         if size not in self._mixings:
             self._mixings[size] = self._data.add(f"mixing.{size}", mix)
         groups = self.apply("Reshape", value, self.sizes(f"{name}.groups", -1, size))
         mixed = self.apply("MatMul", groups, self._mixings[size])
         mixed = self.apply("Reshape", mixed, self.apply("Shape", value))
-        packed = pack_signed_rows((weights.reshape(-1, size) @ mix).reshape(rows, columns))
-        return self._multiply_bytes(mixed, name, packed, two_bytes=two_bytes)
+        return self._multiply_bytes(mixed, name, pack_signed_rows(matrix, mix), two_bytes=two_bytes)
 
     def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows, *, two_bytes: bool = False) -> ir.Value:
         """The product of `value` [..., columns] with the transpose of `packed`.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, Matrix, dequantize
+from model_export.sources.weights import BLOCK, Blocks, Bytes, Floats, LazyTensor, Matrix, dequantize, lazy
 
 # The forms of matrices: plain floats, or blocks of 32 weights with one scale and one zero point. In int4 and int4-int8,
 # 4-bit blocks of the source keep their values. All other matrices are rounded to 4 bits in int4, and to 8 bits in
@@ -59,17 +59,32 @@ class PackedRows:
     zero_points: Bytes | None
 
 
-def pack_rows(weights: Floats) -> PackedRows:
-    """Packs `weights` [rows, columns] by rounding to nearest. Rows should be free of outliers: see `mixing`."""
-    codes, scales, zeros = _round_to_nearest(weights)
-    return PackedRows(np.ascontiguousarray(codes.T), scales, zeros)
+def pack_rows(matrix: Matrix | LazyTensor, mix: Floats) -> PackedRows:
+    """Packs `matrix` [rows, columns] by rounding to nearest, after `mix` has mixed groups of columns: see `mixing`."""
+
+    def pack_part(part: Matrix) -> tuple[Bytes, Floats, Bytes]:
+        codes, scales, zeros = _round_to_nearest(_mixed(part, mix))
+        return codes.T, scales, zeros
+
+    codes, scales, zeros = lazy(matrix).joined(pack_part, axis=-1)
+    return PackedRows(codes, scales, zeros)
 
 
-def pack_signed_rows(weights: Floats) -> PackedRows:
+def pack_signed_rows(matrix: Matrix | LazyTensor, mix: Floats) -> PackedRows:
     """The same with signed codes around zero, which processors multiply fastest with unsigned bytes."""
-    scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
-    codes = np.rint(weights * _inverse(scales)[:, None]).astype(np.int8)
-    return PackedRows(np.ascontiguousarray(codes.T), scales, None)
+
+    def pack_part(part: Matrix) -> tuple[NDArray[np.int8], Floats]:
+        weights = _mixed(part, mix)
+        scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float32)
+        return np.rint(weights * _inverse(scales)[:, None]).astype(np.int8).T, scales
+
+    codes, scales = lazy(matrix).joined(pack_part, axis=-1)
+    return PackedRows(codes, scales, None)
+
+
+def _mixed(matrix: Matrix, mix: Floats) -> Floats:
+    weights = dequantize(matrix)
+    return (weights.reshape(-1, len(mix)) @ mix).reshape(weights.shape)
 
 
 def mixed_columns(columns: int) -> int:
@@ -94,18 +109,23 @@ def mixing(size: int) -> Floats:
     return np.asarray(signs[:, None] * cosines, np.float32)
 
 
-def pack(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> Packed:
+def pack(matrix: Matrix | LazyTensor, form: Literal["int8", "int4", "int4-int8"]) -> Packed:
     """Packs in `form`. Blocks of the source with as many bits keep their values; everything else is rounded."""
-    if form != "int8" and isinstance(matrix, Blocks) and matrix.bits == 4:
-        return _pack_int4_blocks(matrix)
-    return _round_to_int4(dequantize(matrix)) if form == "int4" else _pack_int8(matrix)
+    tensor = lazy(matrix)
+    if form != "int8" and tensor.bits == 4:
+        return _pack_int4_blocks(tensor)
+    return _round_to_int4(tensor) if form == "int4" else _pack_int8(tensor)
 
 
-def pack_with_remainders(matrix: Matrix, form: Literal["int8", "int4", "int4-int8"]) -> tuple[Packed, Floats | None]:
+def pack_with_remainders(
+    matrix: Matrix | LazyTensor, form: Literal["int8", "int4", "int4-int8"]
+) -> tuple[Packed, Floats | None]:
     """As `pack`, and the float32 remainders [rows, blocks] of 4-bit blocks, which multiply the block means, or None."""
-    if form == "int8" or not isinstance(matrix, Blocks) or matrix.bits != 4:
-        return pack(matrix, form), None
-    packed, remainders = _split_int4(matrix)
+    tensor = lazy(matrix)
+    if form == "int8" or tensor.bits != 4:
+        return pack(tensor, form), None
+    codes, scales, zeros, remainders = tensor.joined(_split_int4)
+    packed = Packed(codes, scales, _pack_zero_points(zeros), 4, tensor.shape[1])
     return packed, BLOCK * remainders if remainders.any() else None
 
 
@@ -114,45 +134,59 @@ def block_means(columns: int) -> Floats:
     return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
 
 
-def _pack_int8(matrix: Matrix) -> Packed:
-    if isinstance(matrix, Blocks) and np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0):
-        codes, scales, zeros = matrix.codes, matrix.scales, _zero_points(matrix, 255)
-    else:
-        codes, scales, zeros = _round_to_nearest(dequantize(matrix).reshape(matrix.shape[0], -1, BLOCK))
+def _pack_int8(matrix: LazyTensor) -> Packed:
+    exact = matrix.bits is not None and all(matrix.map(_has_integer_zero_points))
+
+    def pack_part(part: Matrix) -> tuple[Bytes, Floats, Bytes]:
+        if exact and isinstance(part, Blocks):
+            return part.codes, part.scales, _zero_points(part, 255)
+        return _round_to_nearest(dequantize(part).reshape(part.shape[0], -1, BLOCK))
+
+    codes, scales, zeros = matrix.joined(pack_part)
     centred = bool(np.all((zeros == 128) | (scales == 0)))
     return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
 
 
-def _pack_int4_blocks(matrix: Blocks) -> Packed:
+def _has_integer_zero_points(matrix: Matrix) -> bool:
+    assert isinstance(matrix, Blocks)
+    return bool(np.all(matrix.minimums + matrix.scales * _zero_points(matrix, 255) == 0))
+
+
+def _pack_int4_blocks(matrix: LazyTensor) -> Packed:
     """Splits each block into `scale * (code - integer zero point)` and a remainder that is constant over the block.
 
     The remainder times the sum of the block's activations is the rest of the product, so the remainders become further
     columns. One pooling operator computes means instead of sums, so the remainders are stored times the block size.
     """
-    packed, remainders = _split_int4(matrix)
+    codes, scales, zeros, remainders = matrix.joined(_split_int4)
+    columns = matrix.shape[1]
     if not remainders.any():
-        return packed
-    zeros = _zero_points(matrix, 15)
-    codes, scales = _share_among_int4_copies(BLOCK * remainders)
+        return Packed(codes, scales, _pack_zero_points(zeros), 4, columns)
+    added_codes, added_scales = _share_among_int4_copies(BLOCK * remainders)
     return Packed(
-        codes=_pack_nibbles(np.concatenate([matrix.codes, codes], axis=1)),
-        scales=np.concatenate([matrix.scales, scales], axis=1),
-        zero_points=_pack_zero_points(np.concatenate([zeros, np.full(scales.shape, 8, np.uint8)], axis=1)),
+        codes=np.concatenate([codes, _pack_nibbles(added_codes)], axis=1),
+        scales=np.concatenate([scales, added_scales], axis=1),
+        zero_points=_pack_zero_points(np.concatenate([zeros, np.full(added_scales.shape, 8, np.uint8)], axis=1)),
         bits=4,
-        columns=packed.columns + MEAN_COPIES * remainders.shape[1],
+        columns=columns + MEAN_COPIES * remainders.shape[1],
         block_means=MEAN_COPIES,
     )
 
 
-def _split_int4(matrix: Blocks) -> tuple[Packed, Floats]:
-    """Each block with its nearest integer zero point, and the remainders [rows, blocks] that this leaves."""
+def _split_int4(matrix: Matrix) -> tuple[Bytes, Floats, Bytes, Floats]:
+    """Codes, scales, integer zero points [rows, blocks], and the remainders [rows, blocks] that these leave."""
+    assert isinstance(matrix, Blocks)
     zeros = _zero_points(matrix, 15)
-    packed = Packed(_pack_nibbles(matrix.codes), matrix.scales, _pack_zero_points(zeros), 4, matrix.shape[1])
-    return packed, matrix.minimums + matrix.scales * zeros
+    return _pack_nibbles(matrix.codes), matrix.scales, zeros, matrix.minimums + matrix.scales * zeros
 
 
-def _round_to_int4(weights: Floats) -> Packed:
-    """Packs `weights` [rows, columns] in 4 bits, each block in the best of several clipped ranges.
+def _round_to_int4(matrix: LazyTensor) -> Packed:
+    codes, scales, zeros = matrix.joined(lambda part: _best_int4(dequantize(part)))
+    return Packed(codes, scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
+
+
+def _best_int4(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """4-bit codes, scales and zero points of `weights` [rows, columns], each block in the best of several ranges.
 
     For each range the weights are rounded to codes, and the scale is the one with the least squared error for them.
     """
@@ -172,7 +206,7 @@ def _round_to_int4(weights: Floats) -> Packed:
             better = error < best
             best[better], scales[better], zeros[better] = error[better], fitted[better], zero[better]
             codes[better] = (steps + zero[..., None])[better]
-    return Packed(_pack_nibbles(codes), scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
+    return _pack_nibbles(codes), scales, zeros
 
 
 def _inverse(values: NDArray[Any]) -> NDArray[Any]:

@@ -36,7 +36,7 @@ import onnx_ir as ir
 from model_export.graph.interface import Interface
 from model_export.graph.operators import CONTRIB, Operators
 from model_export.sources.checkpoint import Checkpoint
-from model_export.sources.weights import stack_rows
+from model_export.sources.weights import Floats, LazyTensor, stack_rows
 
 
 class Decoder:
@@ -48,17 +48,24 @@ class Decoder:
         self.operators = operators
         self.prefill = prefill
         self.interface = Interface(operators)
-        rotary = self.architecture.rotary
-        angles = np.outer(np.arange(self.architecture.context_length), rotary.frequencies)
         # Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale.
         self.rotary_caches = [
-            operators.vector("cos_cache", (rotary.scale * np.cos(angles)).astype(np.float32)),
-            operators.vector("sin_cache", (rotary.scale * np.sin(angles)).astype(np.float32)),
+            operators.rows("cos_cache", self._rotations(np.cos)),
+            operators.rows("sin_cache", self._rotations(np.sin)),
         ]
+
+    def _rotations(self, function: np.ufunc) -> LazyTensor:
+        rotary = self.architecture.rotary
+
+        def read(rows: slice) -> Floats:
+            angles = np.outer(np.arange(rows.start, rows.stop), rotary.frequencies)
+            return np.asarray(rotary.scale * function(angles), np.float32)
+
+        return LazyTensor((self.architecture.context_length, len(rotary.frequencies)), read)
 
     def logits(self, on_layer: Callable[[], object]) -> ir.Value:
         """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows."""
-        table = self.operators.table("token_embd.weight", self.checkpoint.matrix("token_embd.weight"))
+        table = self.operators.table("token_embd.weight", self.checkpoint.tensor("token_embd.weight"))
         residual = self.operators.look_up(table, self.interface.input_ids)
         scale = self._vector("blk.0.attn_norm.weight")
         hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
@@ -77,7 +84,7 @@ class Decoder:
             on_layer()
         wanted = hidden if self.prefill else self.interface.wanted_positions(hidden)
         tied = self.architecture.tied_embedding
-        matrix = self.checkpoint.matrix("token_embd.weight" if tied else "output.weight")
+        matrix = self.checkpoint.tensor("token_embd.weight" if tied else "output.weight")
         # In the prefill graph R is small, so two-byte products cost little.
         return self.operators.head(wanted, "output.weight", matrix, table if tied else None, two_bytes=self.prefill)
 
@@ -121,7 +128,7 @@ class Decoder:
 
     def _linear(self, value: ir.Value, *names: str, outliers: bool = False, few_rows: bool = False) -> ir.Value:
         """The linear maps `names` of the same `value`, stacked into one product."""
-        matrix = stack_rows([self.checkpoint.matrix(f"{name}.weight") for name in names])
+        matrix = stack_rows([self.checkpoint.tensor(f"{name}.weight") for name in names])
         biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
         bias = np.concatenate(biases) if biases else None
         return self.operators.linear(value, "+".join(names), matrix, bias, outliers=outliers, few_rows=few_rows)

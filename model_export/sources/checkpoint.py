@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -118,17 +118,25 @@ class Checkpoint:
             family = self.architecture.family.name
             raise ExportError(f"{self.origin.name} has a tensor {extra[0]}, which a {family} model does not have")
 
-    def matrix(self, name: str) -> Matrix:
-        """The matrix `name` in the form that it has in the source. Raises ExportError where a weight is not finite."""
-        with np.errstate(all="ignore"):
-            matrix = self.tensors[name].load()
-        if not is_finite(matrix):
-            raise ExportError(f"{self.origin.name}: tensor {name} holds a weight that is not finite")
-        return matrix
+    def tensor(self, name: str) -> LazyTensor:
+        """The tensor `name` in the form that it has in the source.
+
+        Reading a part of it raises ExportError where a weight of that part is not finite.
+        """
+        tensor = self.tensors[name]
+
+        def read(rows: slice) -> Matrix:
+            with np.errstate(all="ignore"):
+                matrix = tensor.read(rows)
+            if not is_finite(matrix):
+                raise ExportError(f"{self.origin.name}: tensor {name} holds a weight that is not finite")
+            return matrix
+
+        return replace(tensor, read=read)
 
     def floats(self, name: str) -> Floats:
         """The tensor `name` as float32."""
-        return dequantize(self.matrix(name))
+        return dequantize(self.tensor(name).load())
 
 
 def split_fused(tensors: dict[str, LazyTensor], architecture: Architecture) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 32
+
+# How many weights are read and converted at a time, and by how many threads at most. What is computed from them takes
+# about ten times 4 bytes per weight and thread.
+WEIGHTS_AT_ONCE = 1 << 21
+MOST_THREADS = 8
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -33,17 +42,98 @@ class Blocks:
 
 Matrix = Blocks | Floats
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still on disk: its shape, and the function that reads it."""
+    """A tensor that is still on disk: its shape, and the function that reads rows of it.
+
+    All rows are read as Blocks of `bits`, or all as float32 where `bits` is None. `read` may be called by several
+    threads at once.
+    """
 
     shape: tuple[int, ...]
-    load: Callable[[], Matrix]
+    read: Callable[[slice], Matrix]
+    bits: int | None = None
+
+    def load(self) -> Matrix:
+        """The whole tensor."""
+        return self.read(slice(0, self.shape[0]))
 
     def rows(self, start: int, stop: int) -> LazyTensor:
         """The matrix of the rows from `start` up to `stop`."""
-        return LazyTensor((stop - start, *self.shape[1:]), lambda: take_rows(self.load(), np.arange(start, stop)))
+
+        def read(rows: slice) -> Matrix:
+            return self.read(slice(start + rows.start, start + rows.stop))
+
+        return LazyTensor((stop - start, *self.shape[1:]), read, self.bits)
+
+    def parts(self) -> list[slice]:
+        """All rows in their order, in nearly equal parts of about WEIGHTS_AT_ONCE weights."""
+        rows = self.shape[0]
+        weights = rows * (self.shape[1] if len(self.shape) > 1 else 1)
+        count = max(1, min(rows, -(-weights // WEIGHTS_AT_ONCE)))
+        ends = [rows * part // count for part in range(count + 1)]
+        return [slice(start, stop) for start, stop in pairwise(ends)]
+
+    def map(self, function: Callable[[Matrix], Result]) -> list[Result]:
+        """The result of `function` for each of `parts`, computed by several threads."""
+        return in_threads(lambda rows: function(self.read(rows)), self.parts())
+
+    def joined(self, function: Callable[[Matrix], Sequence[NDArray[Any]]], axis: int = 0) -> list[NDArray[Any]]:
+        """The arrays that `function` makes of each of `parts`, joined along `axis`, on which the parts' rows lie.
+
+        Only the joined arrays and a part for each thread are in memory at the same time.
+        """
+        first, *others = self.parts()
+        made = function(self.read(first))
+        whole = [_grown(array, axis, self.shape[0]) for array in made]
+
+        def fill(rows: slice, arrays: Sequence[NDArray[Any]]) -> None:
+            for target, array in zip(whole, arrays, strict=True):
+                target.swapaxes(0, axis)[rows] = array.swapaxes(0, axis)
+
+        fill(first, made)
+        del made
+        in_threads(lambda rows: fill(rows, function(self.read(rows))), others)
+        return whole
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results of `function` for all `items`, in their order, computed by as many threads as there are cores."""
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    if threads == 1 or len(items) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(_with_errors_as_here(function), items))
+
+
+def _with_errors_as_here(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """`function`, with this thread's treatment of floating-point errors in whatever thread calls it."""
+    treatment: Any = np.geterr()
+
+    def call(item: Item) -> Result:
+        with np.errstate(**treatment):
+            return function(item)
+
+    return call
+
+
+def _grown(array: NDArray[Any], axis: int, rows: int) -> NDArray[Any]:
+    """An empty array of the shape and type of `array`, but `rows` long on `axis`."""
+    shape = list(array.shape)
+    shape[axis] = rows
+    return np.empty(shape, array.dtype)
+
+
+def lazy(matrix: Matrix | LazyTensor) -> LazyTensor:
+    """The matrix as a LazyTensor, also if it is in memory already."""
+    if isinstance(matrix, LazyTensor):
+        return matrix
+    bits = matrix.bits if isinstance(matrix, Blocks) else None
+    return LazyTensor(matrix.shape, lambda rows: take_rows(matrix, rows), bits)
 
 
 def dequantize(matrix: Matrix) -> Floats:
@@ -59,21 +149,39 @@ def is_finite(matrix: Matrix) -> bool:
     return all(bool(np.isfinite(part).all()) for part in parts)
 
 
-def take_rows(matrix: Matrix, rows: NDArray[np.int64]) -> Matrix:
+def take_rows(matrix: Matrix, rows: NDArray[np.int64] | slice) -> Matrix:
     """The matrix of the given rows, in their order."""
     if not isinstance(matrix, Blocks):
         return matrix[rows]
     return Blocks(matrix.codes[rows], matrix.scales[rows], matrix.minimums[rows], matrix.bits)
 
 
-def stack_rows(matrices: Sequence[Matrix]) -> Matrix:
+def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """The matrices stacked; blocks stay blocks if all have the same number of bits."""
+    bits = tensors[0].bits if len({tensor.bits for tensor in tensors}) == 1 else None
+    ends = np.cumsum([tensor.shape[0] for tensor in tensors]).tolist()
+
+    def read(rows: slice) -> Matrix:
+        found = []
+        for tensor, end in zip(tensors, ends, strict=True):
+            begin = end - tensor.shape[0]
+            start, stop = max(rows.start, begin), min(rows.stop, end)
+            if start < stop:
+                found.append(tensor.read(slice(start - begin, stop - begin)))
+        return _stacked(found, bits)
+
+    return LazyTensor((ends[-1], *tensors[0].shape[1:]), read, bits)
+
+
+def _stacked(matrices: Sequence[Matrix], bits: int | None) -> Matrix:
+    if len(matrices) == 1:
+        return matrices[0] if bits is not None else dequantize(matrices[0])
+    if bits is None:
+        return np.concatenate([dequantize(matrix) for matrix in matrices])
     blocks = [matrix for matrix in matrices if isinstance(matrix, Blocks)]
-    if len(blocks) == len(matrices) and len({matrix.bits for matrix in blocks}) == 1:
-        return Blocks(
-            np.concatenate([matrix.codes for matrix in blocks]),
-            np.concatenate([matrix.scales for matrix in blocks]),
-            np.concatenate([matrix.minimums for matrix in blocks]),
-            blocks[0].bits,
-        )
-    return np.concatenate([dequantize(matrix) for matrix in matrices])
+    return Blocks(
+        np.concatenate([matrix.codes for matrix in blocks]),
+        np.concatenate([matrix.scales for matrix in blocks]),
+        np.concatenate([matrix.minimums for matrix in blocks]),
+        bits,
+    )

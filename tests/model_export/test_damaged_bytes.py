@@ -124,7 +124,7 @@ def check(whole: Whole, damage: list[tuple[str, float, bool, bytes]]) -> None:
         source = read_source(whole.source)
         assert isinstance(source, DecoderSource)
         for name in source.checkpoint.tensors:
-            source.checkpoint.matrix(name)
+            source.checkpoint.floats(name)
     except ExportError as error:
         refusal = str(error)
     else:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from model_export.graph.quantize import Packed, mixed_columns, mixing, pack, pack_rows, pack_signed_rows
-from model_export.sources.weights import BLOCK, Blocks, dequantize, stack_rows, take_rows
+from model_export import sources
+from model_export.errors import ExportError
+from model_export.graph.quantize import (
+    Packed,
+    mixed_columns,
+    mixing,
+    pack,
+    pack_rows,
+    pack_signed_rows,
+    pack_with_remainders,
+)
+from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix, dequantize, lazy, stack_rows, take_rows
 
 
 def unpack(packed: Packed) -> np.ndarray:
@@ -82,7 +94,7 @@ def test_constant_and_zero_blocks() -> None:
 def test_rows_in_eight_bits() -> None:
     """With one scale per row, weights move by at most half a step of 1/255 of their row's range, zero included."""
     matrix = np.random.default_rng(5).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
-    packed = pack_rows(matrix)
+    packed = pack_rows(matrix, np.eye(48, dtype=np.float32))
     weights = packed.scales[:, None] * (packed.codes.T - packed.zero_points[:, None].astype(np.float32))
     spread = np.ptp(matrix, axis=1, keepdims=True)
     assert (np.abs(weights - matrix) <= spread / 255 * 0.51 + 1e-7).all()
@@ -91,7 +103,7 @@ def test_rows_in_eight_bits() -> None:
 def test_rows_in_signed_bytes() -> None:
     """Around zero, weights move by at most half of 1/127 of their row's largest; a row of zeros stays zero."""
     matrix = np.random.default_rng(6).normal(0, [[0.1], [5.0], [0.0]], (3, 48)).astype(np.float32)
-    packed = pack_signed_rows(matrix)
+    packed = pack_signed_rows(matrix, np.eye(48, dtype=np.float32))
     assert packed.zero_points is None
     assert packed.codes.shape == (48, 3)
     error = np.abs(packed.scales[:, None] * packed.codes.T - matrix)
@@ -119,6 +131,55 @@ def test_rows_are_taken_and_stacked_as_blocks() -> None:
     four, eight = blocks(-1.2, 0.17), blocks(-2.56, 0.02, bits=8)
     order = np.array([3, 0, 5])
     np.testing.assert_array_equal(dequantize(take_rows(four, order)), dequantize(four)[order])
-    assert isinstance(stack_rows([four, four]), Blocks)
-    mixed = stack_rows([four, eight])
-    np.testing.assert_array_equal(dequantize(mixed), np.concatenate([dequantize(four), dequantize(eight)]))
+    assert isinstance(stack_rows([lazy(four), lazy(four)]).load(), Blocks)
+    mixed = stack_rows([lazy(four), lazy(eight)])
+    assert mixed.bits is None
+    both = np.concatenate([dequantize(four), dequantize(eight)])
+    np.testing.assert_array_equal(mixed.load(), both)
+    np.testing.assert_array_equal(mixed.read(slice(4, 9)), both[4:9])
+    np.testing.assert_array_equal(mixed.read(slice(1, 3)), both[1:3])
+    np.testing.assert_array_equal(mixed.rows(2, 11).read(slice(3, 8)), both[5:10])
+
+
+PACKINGS: dict[str, Callable[[Matrix], object]] = {
+    "int8": lambda matrix: pack(matrix, "int8"),
+    "int4": lambda matrix: pack(matrix, "int4"),
+    "int4-int8": lambda matrix: pack(matrix, "int4-int8"),
+    "remainders": lambda matrix: pack_with_remainders(matrix, "int4"),
+    "rows": lambda matrix: pack_rows(matrix, mixing(64)),
+    "signed rows": lambda matrix: pack_signed_rows(matrix, mixing(32)),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_in_parts(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that is packed a few rows at a time gives the same bytes as when it is packed at once.
+
+    Of the first one, only some rows could keep their codes in 8 bits, or have remainders in 4 bits.
+    """
+    uneven = blocks(-5 * 0.5, 0.5)
+    uneven.minimums[4:] -= 0.2
+    weights = np.random.default_rng(8).normal(0, 1, (37, 64)).astype(np.float32)
+    for matrix in (uneven, blocks(-128 * 0.02, 0.02, bits=8), weights):
+        with monkeypatch.context() as patched:
+            whole = PACKINGS[packing](matrix)
+            patched.setattr(sources.weights, "WEIGHTS_AT_ONCE", 2 * 64)
+            assert len(lazy(matrix).parts()) == -(-matrix.shape[0] // 2)
+            np.testing.assert_equal(fields(PACKINGS[packing](matrix)), fields(whole))
+
+
+def fields(packed: object) -> object:
+    """A packed matrix as something that numpy compares."""
+    return list(map(fields, packed)) if isinstance(packed, tuple) else getattr(packed, "__dict__", packed)
+
+
+def test_reading_in_threads_raises() -> None:
+    """An error while any part is read is the error of the whole."""
+
+    def read(rows: slice) -> Matrix:
+        if rows.stop == 1 << 12:
+            raise ExportError("the last part")
+        return np.zeros((rows.stop - rows.start, 1 << 11), np.float32)
+
+    with pytest.raises(ExportError, match="the last part"):
+        pack(LazyTensor((1 << 12, 1 << 11), read), "int8")

@@ -59,12 +59,20 @@ LOOKS_LIKE = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor. `shape` has the slowest dimension first; `data` [..., bytes of a row] stays on disk until used."""
+    """A tensor. `shape` has the slowest dimension first; `data` [..., bytes of a row] stays on disk until used.
+
+    `data` is a part of the `mapping` of its file.
+    """
 
     name: str
     dtype: GGMLQuantizationType
     shape: tuple[int, ...]
     data: Bytes
+    mapping: mmap.mmap
+
+    def give_back(self) -> None:
+        """Takes the file's pages out of this process's memory; those that are used again are read again."""
+        self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,13 @@ class _Parser:
         self._check_places(list(places.values()), data)
         mapped = np.frombuffer(self._data, np.uint8)[data:]
         return tuple(
-            Tensor(place.name, place.dtype, place.shape, mapped[place.begin : place.end].reshape(*place.shape[:-1], -1))
+            Tensor(
+                place.name,
+                place.dtype,
+                place.shape,
+                mapped[place.begin : place.end].reshape(*place.shape[:-1], -1),
+                self._data,
+            )
             for place in places.values()
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
+from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.sources import weights
@@ -20,7 +21,7 @@ from model_export.sources.gguf.header import Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
-from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix, take_rows
+from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
@@ -87,7 +88,9 @@ def _parts(path: Path) -> list[Path]:
 def read_gguf(model: GgufModel) -> Checkpoint:
     """The checkpoint in a model's files; a tensor is read when it is used."""
     stored = dict(model.tensors)
-    factors = {name: weights.dequantize(_load(stored.pop(name))) for name in config.FACTORS if name in stored}
+    factors = {
+        name: weights.dequantize(_load(stored.pop(name), slice(None))) for name in config.FACTORS if name in stored
+    }
     architecture = config.architecture(model.metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
     split_fused(tensors, architecture)
@@ -118,12 +121,13 @@ def _main_type(tensors: Collection[Tensor]) -> str:
 def _lazy(tensor: Tensor, architecture: Architecture) -> LazyTensor:
     """The tensor as it is; where pairs to rotate are adjacent rows of it, they are moved half a head apart."""
     layer_tensor = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    bits = BLOCK_TYPES[tensor.dtype][0] if tensor.dtype in BLOCK_TYPES else None
     if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
-        return LazyTensor(tensor.shape, partial(_load, tensor))
+        return LazyTensor(tensor.shape, partial(_read, tensor), bits)
     heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
     rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)
     order = rows.swapaxes(1, 2).reshape(-1)
-    return LazyTensor(tensor.shape, lambda: take_rows(_load(tensor), order))
+    return LazyTensor(tensor.shape, lambda rows: _read(tensor, order[rows]), bits)
 
 
 def _name(name: str, architecture: Architecture) -> str:
@@ -132,15 +136,24 @@ def _name(name: str, architecture: Architecture) -> str:
     return name
 
 
-def _load(tensor: Tensor) -> Matrix:
-    """A matrix. Each of its blocks begins with a scale and perhaps a minimum in float16, before the bytes of its codes.
+def _read(tensor: Tensor, rows: slice | NDArray[np.int64]) -> Matrix:
+    matrix = _load(tensor, rows)
+    tensor.give_back()
+    return matrix
 
+
+def _load(tensor: Tensor, rows: slice | NDArray[np.int64]) -> Matrix:
+    """The rows of a matrix, or a whole vector.
+
+    Each block of a matrix begins with a scale and perhaps a minimum in float16, before the bytes of its codes.
     In 4 bits, the first 16 codes are the low halves of the bytes, the other 16 the high halves.
     """
     if tensor.dtype not in BLOCK_TYPES:
-        return dequantize(tensor.data, tensor.dtype).astype(np.float32, copy=False)
+        # The data of a vector is one row of bytes.
+        data = tensor.data if len(tensor.shape) == 1 else tensor.data[rows]
+        return dequantize(data, tensor.dtype).astype(np.float32, copy=False)
     bits, zero = BLOCK_TYPES[tensor.dtype]
-    data = tensor.data.reshape(tensor.shape[0], tensor.shape[-1] // BLOCK, -1)
+    data = tensor.data[rows].reshape(-1, tensor.shape[-1] // BLOCK, 2 + 2 * (zero is None) + 4 * bits)
     scalars = np.ascontiguousarray(data[..., : -4 * bits]).view(np.float16).astype(np.float32)
     codes = np.ascontiguousarray(data[..., -4 * bits :])
     # Bytes are signed, the codes of blocks are not.

@@ -17,7 +17,7 @@ from model_export.sources.hugging_face.config import TokenIds
 from model_export.sources.hugging_face.directory import Directory
 from model_export.sources.panics import reported_as
 from model_export.sources.vocabulary import Vocabulary, end_tokens
-from model_export.sources.weights import dequantize
+from model_export.sources.weights import LazyTensor, dequantize
 
 MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -54,11 +54,18 @@ def read_hugging_face(directory: Directory) -> Checkpoint:
     split_fused(tensors, architecture)
     if architecture.tied_embedding and "output.weight" in tensors:
         embedding, output = tensors.get("token_embd.weight"), tensors["output.weight"]
-        if embedding is not None and np.array_equal(dequantize(embedding.load()), dequantize(output.load())):
+        if embedding is not None and _equal(embedding, output):
             del tensors["output.weight"]
         else:  # two different matrices in the file are not tied, whatever config.json says
             architecture = replace(architecture, tied_embedding=False)
     return Checkpoint(directory_origin(directory, config), architecture, tensors)
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether both are matrices of the same shape and weights."""
+    if one.shape != other.shape or len(one.shape) != 2:
+        return False
+    return all(np.array_equal(dequantize(one.read(rows)), dequantize(other.read(rows))) for rows in one.parts())
 
 
 def directory_origin(directory: Directory, ids: TokenIds) -> Origin:

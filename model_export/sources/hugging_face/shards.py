@@ -51,14 +51,14 @@ def _open(path: Path) -> dict[str, LazyTensor]:
             stored = file.get_slice(name)
             if stored.get_dtype() not in FLOAT_TYPES and not UNREAD.fullmatch(name):
                 raise ExportError(f"{path}: tensor {name} holds {stored.get_dtype()}, which is not supported")
-            tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, file, name))
+            tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, stored))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
     return tensors
 
 
-def _load(file: Any, name: str) -> Floats:
-    return np.asarray(file.get_tensor(name)).astype(np.float32)
+def _load(stored: Any, rows: slice) -> Floats:
+    return np.asarray(stored[rows]).astype(np.float32)
 
 
 def _listed(directory: Path) -> dict[Path, list[str]]:
