@@ -14,7 +14,8 @@ The journey of a weight, with the real names:
          graph.quantize.pack                             -> codes, scales, zero points
          graph.initializers.Initializers.add             -> the file of weights, at the start of a page
     verify.verify.verify                                 runs the written graphs and compares with native.reference
-    export.export                                        writes the manifest; all appears at once or not at all
+    export.export                                        writes the manifest
+    destination.written_at_once                          all appears at once or not at all
 
 For families that mobius builds, opening returns a mobius.source.MobiusSource; the rest of the journey is the same.
 """

@@ -14,6 +14,7 @@ from model_export.errors import ExportError
 from model_export.export import Options, export
 from model_export.graph.precision import MAX_KL, MAX_KL_INT4
 from model_export.verify.report import table
+from model_export.verify.verify import FEWEST_TOKENS, MAX_TOKENS, MIN_TOKENS
 
 LONGEST_MESSAGE = 1000
 
@@ -37,10 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
                 prompts=options.prompts,
                 device=options.device,
                 max_kl=options.max_kl,
+                verify_tokens=options.verify_tokens,
                 fim_order=options.fim_order,
                 overwrite=options.overwrite,
             ),
             _progress,
+            lambda sentence: print(f"model_export: {_printable(sentence)}", file=sys.stderr),
         )
     except (ExportError, OSError, MemoryError) as error:
         print(f"model_export: {_sentence(error, options.directory)}", file=sys.stderr)
@@ -60,6 +63,10 @@ def _sentence(error: ExportError | OSError | MemoryError, directory: Path) -> st
         message = f"not enough memory {error}".rstrip()
     else:
         message = str(error)
+    return _printable(message)
+
+
+def _printable(message: str) -> str:
     line = "".join(character if character.isprintable() else " " for character in message)
     return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}..."
 
@@ -106,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-kl",
         type=float,
         help=f"largest allowed KL divergence from the source in nats per token ({MAX_KL}; int4 {MAX_KL_INT4})",
+    )
+    parser.add_argument(
+        "--verify-tokens",
+        type=int,
+        metavar="N",
+        help=f"how many tokens of text to compare the model with its source on, at least {MIN_TOKENS}; {MAX_TOKENS} by "
+        f"default, and fewer, at least {FEWEST_TOKENS}, above 2 billion weights",
     )
     parser.add_argument(
         "--fim-order",

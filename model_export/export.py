@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os.path
-import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +11,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from model_export.destination import check_destination, keep_refused, remove_leftovers, written_at_once
 from model_export.errors import ExportError, TooFarError
 from model_export.graph import cuda
 from model_export.graph.initializers import Initializers
@@ -26,7 +23,7 @@ from model_export.opening import read_source
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.sources.hugging_face.hub import download, hub_name
 from model_export.sources.vocabulary import Vocabulary
-from model_export.verify.verify import verify
+from model_export.verify.verify import MIN_TOKENS, steps, verify
 from service import manifest
 from service.host.processor import processor
 
@@ -51,28 +48,40 @@ class Options:
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
     device: TargetDevice = "cpu"
     max_kl: float | None = None
+    verify_tokens: int | None = None
     fim_order: Order | Literal["auto"] = "auto"
     overwrite: bool = False
 
 
 # After an overflow the divergence is not finite, which raises TooFarError.
 @np.errstate(all="ignore")
-def export(path: Path, directory: Path, options: Options, progress: Progress) -> manifest.Manifest:
+def export(
+    path: Path,
+    directory: Path,
+    options: Options,
+    progress: Progress,
+    say: Callable[[str], object] = lambda sentence: None,
+) -> manifest.Manifest:
     """Exports the source at `path` into the model directory `directory`, which appears complete or not at all.
 
     If `path` does not exist and looks like a model's name on the hub, that model is downloaded first. Returns the
-    manifest.
+    manifest. Calls `say` with what else the user should know.
 
     Raises ExportError when the source cannot be exported faithfully, or `directory` exists and may not be replaced.
+    A model that is too far from its source is kept in a directory beside `directory`, which the message names.
     """
-    _check_destination(path, directory, options.overwrite)
+    for sentence in remove_leftovers(directory):
+        say(sentence)
+    check_destination(path, directory, overwrite=options.overwrite)
     path, source, options = _open(path, options)
     precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
+    if options.verify_tokens is not None and options.verify_tokens < MIN_TOKENS:
+        raise ExportError(f"--verify-tokens {options.verify_tokens} is too few, expected at least {MIN_TOKENS}")
     vocabulary = source.origin.vocabulary
     special_tokens = _special_tokens(vocabulary, options.fim_order)
-    with _written_at_once(directory) as work:
+    with written_at_once(directory) as work:
         layers = source.dimensions.layers
         with (work / manifest.WEIGHTS_FILE).open("wb") as file:
             data = Initializers(file, precision.activations)
@@ -81,7 +90,7 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
-        prefill_form, quality = _add_prefill_graph(source, precision, options, work, progress)
+        prefill_form, quality, refusal = _add_prefill_graph(source, precision, options, work, progress)
         files = {file.name: manifest.FileEntry.of(file) for file in sorted(work.iterdir())}
         described = manifest.Manifest(
             format_version=manifest.FORMAT_VERSION,
@@ -112,6 +121,11 @@ def export(path: Path, directory: Path, options: Options, progress: Progress) ->
             files=files,
         )
         described.write(work)
+        if refusal is not None:
+            kept = keep_refused(work, directory)
+            raise TooFarError(
+                f"{refusal}; it is kept in {kept}, to take it without another export move it to {directory}"
+            )
     return described
 
 
@@ -130,28 +144,48 @@ def _prepare_for(device: TargetDevice, graph: ir.Model) -> tuple[TargetDevice, .
 
 def _add_prefill_graph(
     source: Source, precision: Precision, options: Options, work: Path, progress: Progress
-) -> tuple[PrefillForm | None, manifest.Quality]:
+) -> tuple[PrefillForm | None, manifest.Quality, TooFarError | None]:
     """Builds the first wanted prefill graph that is close enough to the source. Returns its form and the quality.
 
-    Raises TooFarError when no prefill graph is close enough, or the decode graph is not.
+    When no prefill graph is close enough, or the decode graph is not, it also returns the error that says so, for the
+    last form; or raises this TooFarError where the model could not be used.
     """
-    layers, model = source.dimensions.layers, work / manifest.MODEL_FILE
-    max_kl = precision.max_kl if options.max_kl is None else options.max_kl
-    forms = _prefill_forms(options.prompts, precision, source)
+    forms: list[PrefillForm | None] = [*_prefill_forms(options.prompts, precision, source)] or [None]
     for form in forms:
-        graph = work / manifest.PROMPT_MODEL_FILE
-        with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
-            data = Initializers(file)
-            matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
-            on_layer = progress(f"building the prefill graph, {form}", layers)
-            ir.save(source.build(matrices, precision.form, data, on_layer, prefill=True), graph)
         try:
-            return form, verify(source, model, graph, max_kl, progress("verifying", layers))
-        except TooFarError:
+            graph = None if form is None else _build_prefill_graph(source, form, precision, work, progress)
+            return form, _verify(source, precision, options, work, progress, prefill=graph), None
+        except TooFarError as error:
             if form == forms[-1]:
-                raise
-    rounded = precision.form != "float32"
-    return None, verify(source, model, None, max_kl, progress("verifying", layers), rounded=rounded)
+                if error.quality is None:
+                    raise
+                return form, error.quality, error
+    raise AssertionError("there is at least one form")
+
+
+def _build_prefill_graph(
+    source: Source, form: PrefillForm, precision: Precision, work: Path, progress: Progress
+) -> Path:
+    graph = work / manifest.PROMPT_MODEL_FILE
+    with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
+        matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
+        on_layer = progress(f"building the prefill graph, {form}", source.dimensions.layers)
+        ir.save(source.build(matrices, precision.form, Initializers(file), on_layer, prefill=True), graph)
+    return graph
+
+
+def _verify(
+    source: Source, precision: Precision, options: Options, work: Path, progress: Progress, *, prefill: Path | None
+) -> manifest.Quality:
+    return verify(
+        source,
+        work / manifest.MODEL_FILE,
+        prefill,
+        precision.max_kl if options.max_kl is None else options.max_kl,
+        progress("verifying", steps(source.dimensions.layers, prefill=prefill is not None)),
+        rounded=precision.form != "float32",
+        most_tokens=options.verify_tokens,
+    )
 
 
 def _prefill_forms(
@@ -167,20 +201,6 @@ def _prefill_forms(
     return [form for form in fast if weights * BYTES_PER_WEIGHT[form] <= PREFILL_GRAPH_BYTES]
 
 
-def _check_destination(path: Path, directory: Path, overwrite: bool) -> None:
-    source, target = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ExportError(
-            f"one of {directory} and the source {path} contains the other; give a directory beside the source"
-        )
-    if directory.is_symlink():
-        raise ExportError(f"{directory} is a link; give the directory that it leads to")
-    if directory.exists() and not overwrite:
-        raise ExportError(f"{directory} exists; give --overwrite to replace it")
-    if directory.exists() and not (directory / manifest.FILE_NAME).is_file():
-        raise ExportError(f"{directory} is not a model directory; refusing to replace it")
-
-
 def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
     """The path of the source, the source, and the options, completed by its name and owner on the hub."""
     name = None if path.exists() else hub_name(str(path))
@@ -188,32 +208,6 @@ def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
         path = download(name)
         options = replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
     return path, read_source(path), options
-
-
-@contextlib.contextmanager
-def _written_at_once(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that takes its place at the end, and is removed when anything fails."""
-    created = [parent for parent in directory.parents if not parent.exists()]
-    # The name is known before the directory exists, so that an interrupt at any moment can remove it.
-    work = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
-    replaced = work.with_name(f"{work.name}.replaced")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(mode=0o700)
-        yield work
-        work.chmod(0o755)
-        if directory.exists():
-            directory.rename(replaced)
-        work.rename(directory)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(directory)
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a parent that is not empty stays, and so do those around it
-            for parent in created:
-                parent.rmdir()
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _special_tokens(vocabulary: Vocabulary, order: Order | Literal["auto"]) -> manifest.SpecialTokens:

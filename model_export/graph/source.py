@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -49,3 +49,13 @@ class Source(Protocol):
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         """The source's own float32 logits [tokens, vocab] after each of `tokens` [tokens], which are one text."""
+
+
+@runtime_checkable
+class SelectiveSource(Source, Protocol):
+    """A source model that need not compute the logits after every token."""
+
+    def logits_at(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], on_layer: Callable[[], object]
+    ) -> Floats:
+        """The float32 logits [positions, vocab] after those of `tokens` [tokens], one text, that `positions` names."""

@@ -9,20 +9,38 @@ from numpy.typing import NDArray
 
 from model_export.sources.checkpoint import Checkpoint, LayerAttention
 from model_export.sources.rotary import Rotary
-from model_export.sources.weights import Floats
+from model_export.sources.weights import Floats, dequantize
 
 
-def reference_logits(checkpoint: Checkpoint, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
-    """The logits [tokens, vocab] after each of `tokens` [tokens], which are one text."""
+def reference_logits(
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int64],
+    on_layer: Callable[[], object],
+    positions: NDArray[np.int64] | None = None,
+) -> Floats:
+    """The logits [positions, vocab] after those of `tokens` [tokens], one text, that `positions` names; all by default.
+
+    A few rows of a matrix are in memory at a time.
+    """
     architecture = checkpoint.architecture
-    embedding = checkpoint.floats("token_embd.weight")
-    hidden = embedding[tokens]
+    hidden = _embedded(checkpoint, tokens)
     for layer, attention in enumerate(architecture.attention):
         hidden = hidden + _attention(checkpoint, f"blk.{layer}.", hidden, attention)
         hidden = hidden + _mlp(checkpoint, f"blk.{layer}.", hidden)
         on_layer()
-    head = embedding if architecture.tied_embedding else checkpoint.floats("output.weight")
-    return _rms_norm(checkpoint, "output_norm", hidden) @ head.T
+    if positions is not None:
+        hidden = hidden[positions]
+    head = "token_embd" if architecture.tied_embedding else "output"
+    return _linear(checkpoint, head, _rms_norm(checkpoint, "output_norm", hidden))
+
+
+def _embedded(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> Floats:
+    table = checkpoint.tensor("token_embd.weight")
+    hidden = np.empty((len(tokens), table.shape[1]), np.float32)
+    for rows in table.parts():
+        here = (rows.start <= tokens) & (tokens < rows.stop)
+        hidden[here] = dequantize(table.read(rows))[tokens[here] - rows.start]
+    return hidden
 
 
 def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: LayerAttention) -> Floats:
@@ -38,11 +56,12 @@ def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: L
     if attention.rotary:
         query, key = (_rotate(vectors, architecture.rotary) for vectors in (query, key))
     group = architecture.heads // architecture.kv_heads
-    key, value = (np.repeat(vectors, group, axis=1) for vectors in (key, value))
-    scores = np.einsum("qhd,khd->hqk", query, key, optimize=True) / np.float32(np.sqrt(architecture.head_dim))
     distance = np.arange(len(hidden))[:, None] - np.arange(len(hidden))
     masked = (distance < 0) | (distance >= (attention.window or len(hidden)))
-    mixed = np.einsum("hqk,khd->qhd", _softmax(np.where(masked, -np.inf, scores)), value, optimize=True)
+    mixed = np.empty_like(query)
+    for head in range(architecture.heads):
+        scores = query[:, head] @ key[:, head // group].T / np.float32(np.sqrt(architecture.head_dim))
+        mixed[:, head] = _softmax(np.where(masked, -np.inf, scores)) @ value[:, head // group]
     return _linear(checkpoint, prefix + "attn_output", mixed.reshape(len(hidden), -1))
 
 
@@ -54,7 +73,7 @@ def _mlp(checkpoint: Checkpoint, prefix: str, hidden: Floats) -> Floats:
 
 
 def _linear(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
-    product = values @ checkpoint.floats(f"{name}.weight").T
+    (product,) = checkpoint.tensor(f"{name}.weight").joined(lambda part: [values @ dequantize(part).T], axis=1)
     bias = f"{name}.bias"
     return product + checkpoint.floats(bias) if bias in checkpoint.tensors else product
 

@@ -52,3 +52,8 @@ class DecoderSource:
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
         return reference_logits(self.checkpoint, tokens, on_layer)
+
+    def logits_at(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], on_layer: Callable[[], object]
+    ) -> Floats:
+        return reference_logits(self.checkpoint, tokens, on_layer, positions)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,70 +16,82 @@ from model_export.sources.weights import Floats
 from service.host.processor import byte_options
 
 _CANNOT_RUN = "onnxruntime cannot run the exported graph"
+Caches = Mapping[str, Any]
 KV_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Runner:
-    """An exported model and the KV cache of one text of at most `capacity` positions.
+    """A graph of an exported model and the KV cache of one text of at most `capacity` positions.
 
-    The decode graph `model` runs every call; with a `prefill` graph it runs only the calls of a single token.
+    `caches` are those of another runner, whose text goes on here.
     """
 
-    def __init__(self, model: Path, capacity: int, prefill: Path | None = None) -> None:
-        self._decode = _session(model)
-        self._prefill = self._decode if prefill is None else _session(prefill)
-        self._caches = {
+    def __init__(self, graph: Path, capacity: int, caches: Caches | None = None) -> None:
+        self._session = _session(graph)
+        self.caches: Caches = caches or {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros((1, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])
             )
-            for entry in self._decode.get_inputs()
+            for entry in self._session.get_inputs()
             if entry.name.startswith("past_")
         }
 
-    def logits(self, tokens: NDArray[np.int64], chunks: list[int]) -> Floats:
-        """The logits [tokens, vocab] after each token, run from the start of the text in `chunks` of those sizes."""
-        ends = np.cumsum(chunks)
-        parts = [self._forward(tokens[end - size : end], int(end)) for end, size in zip(ends, chunks, strict=True)]
+    def logits(
+        self, tokens: NDArray[np.int64], chunks: Sequence[int], positions: NDArray[np.int64] | None = None
+    ) -> Floats:
+        """The logits [positions, vocab] after the tokens at `positions`, ascending, by default after all of them.
+
+        The text is run from its start in `chunks` of those sizes.
+        """
+        wanted = np.arange(len(tokens)) if positions is None else positions
+        parts, start = [], 0
+        for size in chunks:
+            end = start + size
+            inside = wanted[(start <= wanted) & (wanted < end)] - start
+            parts.append(self._forward(tokens[start:end], end, inside))
+            start = end
         return np.concatenate(parts)
 
-    def tokens_per_second(self, tokens: NDArray[np.int64], chunk: int, decoded: int) -> tuple[float, float]:
-        """Tokens per second in prefill, `chunk` at a time, and in decode steps, which the last `decoded` tokens take.
-
-        Only the last token of a call gets logits.
-        """
-        self._forward(tokens[:1], 1)  # each graph's first call takes longer
-        self._forward(tokens[:2], 2)
-        prompt = len(tokens) - decoded
-        ends = [*range(chunk, prompt, chunk), prompt]
+    def prefill_rate(self, tokens: NDArray[np.int64], chunk: int) -> float:
+        """Tokens per second of prefill, `chunk` tokens at a time, of which the last one gets logits."""
         began = time.perf_counter()
-        for start, end in zip([0, *ends], ends, strict=False):
-            self._forward(tokens[start:end], end, wanted=1)
-        prefilled = time.perf_counter()
-        for end in range(prompt + 1, len(tokens) + 1):
-            self._forward(tokens[end - 1 : end], end)
-        return prompt / (prefilled - began), decoded / (time.perf_counter() - prefilled)
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            self._forward(part, start + len(part), np.array([len(part) - 1]))
+        return len(tokens) / (time.perf_counter() - began)
 
-    def _forward(self, tokens: NDArray[np.int64], end: int, wanted: int | None = None) -> Floats:
-        """The logits after the last `wanted` of `tokens`, by default after all. `tokens` end at position `end`."""
-        session = self._decode if len(tokens) == 1 else self._prefill
-        binding = session.io_binding()
+    def decode(self, tokens: NDArray[np.int64], count: int) -> tuple[Floats, float]:
+        """The logits [count, vocab] after the last `count` tokens, one by one after the cached ones, and their rate.
+
+        The rate is in tokens per second.
+        """
+        ends = range(len(tokens) - count + 1, len(tokens) + 1)
+        only = np.array([0])
+        self._forward(tokens[ends[0] - 1 : ends[0]], ends[0], only)  # a graph's first call takes longer
+        began = time.perf_counter()
+        parts = [self._forward(tokens[end - 1 : end], end, only) for end in ends]
+        return np.concatenate(parts), count / (time.perf_counter() - began)
+
+    def _forward(self, tokens: NDArray[np.int64], end: int, wanted: NDArray[np.int64]) -> Floats:
+        """The logits [wanted, vocab] after those of `tokens` that `wanted` names. `tokens` end at position `end`."""
+        binding = self._session.io_binding()
         feeds = {
             "input_ids": tokens[None, :],
             "seqlens_k": np.array([end - 1], np.int32),
             "total_sequence_length": np.array([end], np.int32),
             "query_seqlens": np.array([len(tokens)], np.int32),
-            "logits_idx": np.arange(len(tokens) - (wanted or len(tokens)), len(tokens), dtype=np.int64),
+            "logits_idx": wanted,
         }
-        if all(entry.name != "query_seqlens" for entry in session.get_inputs()):
+        if all(entry.name != "query_seqlens" for entry in self._session.get_inputs()):
             del feeds["query_seqlens"]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, cache in self._caches.items():
+        for name, cache in self.caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
         binding.bind_output("logits")
         with reported_as(_CANNOT_RUN):
-            session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding)
         return np.asarray(binding.get_outputs()[-1].numpy(), np.float32)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError, TooFarError
-from model_export.graph.source import Source
+from model_export.graph.source import SelectiveSource, Source
 from model_export.sources.panics import reported_as
 from model_export.sources.weights import Floats
 from model_export.verify.report import summary
@@ -20,6 +20,11 @@ from service.manifest import Measures, Quality
 
 TEXT = Path(__file__).with_name("verification_text.txt")
 MAX_TOKENS = 1024
+# The fewest tokens that may be run, and the fewest that are run by default.
+MIN_TOKENS, FEWEST_TOKENS = 64, 128
+# The most products of a token and a weight in one run by default: 1024 tokens up to 2 billion weights.
+MOST_PRODUCTS = 1 << 41
+LOGITS_BYTES = 128 << 20
 CHUNK = 128
 DECODED = 32
 MOST_SURPRISE = 700.0  # the exponential of more would overflow
@@ -30,59 +35,126 @@ def verify(
     model: Path,
     prefill: Path | None,
     max_kl: float,
-    on_layer: Callable[[], object],
+    on_step: Callable[[], object],
     *,
     rounded: bool = True,
+    most_tokens: int | None = None,
 ) -> Quality:
     """Measures the decode graph `model`, and the `prefill` graph if there is one, against `source`.
+
+    It runs at most `most_tokens` tokens, by default MAX_TOKENS, or fewer in models so large that they would take too
+    long (see `default_tokens`), and compares the logits after some of them: see `positions_to_compare`. At no time are
+    there more than three arrays of such logits, or more than one graph. Calls `on_step` `steps` times.
 
     The files beside `model` are those of the export. Raises TooFarError when a divergence from the source exceeds
     `max_kl` nats per token: prefill by either graph, or decode steps. Raises ExportError when prefill in chunks is that
     far from prefill in one call. The message offers a larger bound only where weights were `rounded`.
     """
-    tokens = _tokens(source)
+    tokens = _tokens(source, most_tokens or default_tokens(source.dimensions.layer_weights))
+    decoded = min(DECODED, len(tokens) - 1)
+    positions = positions_to_compare(len(tokens), source.dimensions.vocab_size)
+
+    def step() -> None:
+        for _ in range(source.dimensions.layers):
+            on_step()
+
     began = time.perf_counter()
-    expected = source.logits(tokens, on_layer)
+    expected = _source_logits(source, tokens, positions, on_step)
     source_rate = len(tokens) / (time.perf_counter() - began)
-    runner = Runner(model, len(tokens), prefill)
-    in_one_call = runner.logits(tokens, [len(tokens)])
+    runner = Runner(prefill or model, len(tokens))
+    in_one_call = runner.logits(tokens, [len(tokens)], positions)
     if not (np.isfinite(expected).all() and np.isfinite(in_one_call).all()):
         raise ExportError(f"{source.origin.name}: its weights are so large that logits are not finite")
-    chunks = [min(CHUNK, len(tokens) - start) for start in range(0, len(tokens), CHUNK)]
-    prefilled = runner.logits(tokens, chunks)
+    step()
+    chunk = min(CHUNK, max(2, -(-len(tokens) // 2)))
+    chunks = [min(chunk, len(tokens) - start) for start in range(0, len(tokens), chunk)]
+    prefilled = runner.logits(tokens, chunks, positions)
     divergence = kl_divergence(in_one_call, prefilled)
     if not divergence <= max_kl:
         raise ExportError(f"the exported model's prefill in chunks is {divergence} nats/token off, more than {max_kl}")
-    decoded = min(DECODED, len(tokens) - 1)
-    stepwise = runner.logits(tokens, [len(tokens) - decoded] + [1] * decoded)[-decoded:]
-    by_model = prefilled if prefill is None else Runner(model, len(tokens)).logits(tokens, chunks)
-    prefill_rate, decode_rate = runner.tokens_per_second(tokens, CHUNK, decoded)
-    kl, prompt_kl = kl_divergence(expected, by_model), kl_divergence(expected, prefilled)
+    del in_one_call
+    step()
+    prompt_kl = kl_divergence(expected, prefilled)
+    prefill_rate = runner.prefill_rate(tokens[:-decoded], chunk)
+    step()
+    by_model = prefilled
+    if prefill is not None:
+        caches = runner.caches
+        del prefilled, by_model, runner  # before the other graph takes memory
+        runner = Runner(model, len(tokens), caches)
+    stepwise, decode_rate = runner.decode(tokens, decoded)
+    step()
+    if prefill is not None:
+        by_model = runner.logits(tokens, chunks, positions)
+        step()
     decode_kl = kl_divergence(expected[-decoded:], stepwise)
+    kl = prompt_kl if prefill is None else kl_divergence(expected, by_model)
+    mean_error, max_error = _errors(expected, by_model)
     quality = Quality(
-        tokens=len(tokens),
+        tokens=len(positions),
         kl=kl,
         prompt_kl=prompt_kl,
         decode_kl=decode_kl,
-        mean_logit_error=float(np.abs(by_model - expected).mean()),
-        max_logit_error=float(np.abs(by_model - expected).max()),
+        mean_logit_error=mean_error,
+        max_logit_error=max_error,
         source=Measures(
             bytes=source.origin.size,
-            perplexity=perplexity(expected, tokens),
+            perplexity=perplexity(expected, tokens, positions),
             read_per_second=source_rate,
             generated_per_second=None,
         ),
         export=Measures(
             bytes=sum(file.stat().st_size for file in model.parent.iterdir()),
-            perplexity=perplexity(by_model, tokens),
+            perplexity=perplexity(by_model, tokens, positions),
             read_per_second=prefill_rate,
             generated_per_second=decode_rate,
         ),
     )
     farthest = max(kl, prompt_kl, decode_kl)
     if not farthest <= max_kl:
-        raise TooFarError(_too_far(quality, farthest, max_kl, rounded))
+        usable = rounded and math.isfinite(farthest)
+        raise TooFarError(_too_far(quality, farthest, max_kl, rounded), quality if usable else None)
     return quality
+
+
+def steps(layers: int, *, prefill: bool) -> int:
+    """How many steps of about the same length `verify` has for a model of that many layers."""
+    return layers * (6 if prefill else 5)
+
+
+def default_tokens(layer_weights: int) -> int:
+    """How many tokens to run through a model whose layers have that many weights, so that the time is bounded.
+
+    Only the fewest take a time that grows with the model.
+    """
+    return min(MAX_TOKENS, max(FEWEST_TOKENS, MOST_PRODUCTS // max(1, layer_weights)))
+
+
+def positions_to_compare(tokens: int, vocab_size: int) -> NDArray[np.int64]:
+    """The positions, ascending, of a text of that many tokens whose logits are compared.
+
+    These are all while their logits take at most LOGITS_BYTES; otherwise as many as that, at least twice DECODED: the
+    last DECODED, and others at even distances before them.
+    """
+    count = max(2 * DECODED, LOGITS_BYTES // (4 * vocab_size))
+    if count >= tokens:
+        return np.arange(tokens)
+    spread = np.arange(count - DECODED) * (tokens - DECODED) // (count - DECODED)
+    return np.concatenate([spread, np.arange(tokens - DECODED, tokens)])
+
+
+def _source_logits(
+    source: Source, tokens: NDArray[np.int64], positions: NDArray[np.int64], on_layer: Callable[[], object]
+) -> Floats:
+    if isinstance(source, SelectiveSource):
+        return source.logits_at(tokens, positions, on_layer)
+    return source.logits(tokens, on_layer)[positions]
+
+
+def _errors(expected: Floats, actual: Floats) -> tuple[float, float]:
+    """The mean and the largest error of logits, both [tokens, vocab]."""
+    rows = [np.abs(one - other) for one, other in zip(expected, actual, strict=True)]
+    return float(np.mean([row.mean() for row in rows])), float(max(row.max() for row in rows))
 
 
 def _too_far(quality: Quality, farthest: float, max_kl: float, rounded: bool) -> str:
@@ -104,9 +176,10 @@ def kl_divergence(expected: Floats, actual: Floats) -> float:
     return total / len(expected)
 
 
-def perplexity(logits: Floats, tokens: NDArray[np.int64]) -> float:
-    """The perplexity of all `tokens` [tokens] but the first, by the `logits` [tokens, vocab] after each token."""
-    surprise = [-float(_log_softmax(row)[token]) for row, token in zip(logits, tokens[1:], strict=False)]
+def perplexity(logits: Floats, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> float:
+    """The perplexity of those `tokens` [tokens] that follow `positions`, by the `logits` [positions, vocab] there."""
+    following = zip(logits, positions + 1, strict=True)
+    surprise = [-float(_log_softmax(row)[tokens[at]]) for row, at in following if at < len(tokens)]
     return math.exp(min(sum(surprise) / len(surprise), MOST_SURPRISE))
 
 
@@ -116,8 +189,8 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     return log_probabilities
 
 
-def _tokens(source: Source) -> NDArray[np.int64]:
-    limit = min(MAX_TOKENS, source.dimensions.context_length)
+def _tokens(source: Source, most: int) -> NDArray[np.int64]:
+    limit = min(most, source.dimensions.context_length)
     vocabulary = source.origin.vocabulary
     with reported_as(f"{source.origin.name}: its tokenizer fails on plain text"):
         ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from model_export.__main__ import main
+from model_export.destination import remove_leftovers
 from tests.model_export import tiny
 from tests.support.patience import PATIENCE, eventually
 
@@ -190,4 +191,52 @@ def test_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: P
     output, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (130, "")
     assert error == "model_export: interrupted; nothing was written\n"
+    assert contents(tmp_path) == before
+
+
+def test_killed_export(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a killed export left is removed by the next export to the same target, which says so; not while it runs."""
+    target = tmp_path / "model"
+    process = command(source, target, WAITING)
+    eventually(lambda: any(tmp_path.glob(".model.*/tokenizer.json")) or process.poll() is not None)
+    assert process.poll() is None
+    (left,) = tmp_path.glob(".model.*")
+    other = left.with_name(left.name.replace("model", "other"))
+    other.mkdir()
+    assert remove_leftovers(target) == []
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert left.exists()
+    assert main([str(source), str(target), "--quantization=float32"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"model_export: removed {left} of ")
+    assert error.endswith(" MiB, which an export that was killed left\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "in", "model"]
+
+
+def test_killed_while_replacing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that a killed export had moved aside comes back; once there is another one, it is removed."""
+    target, aside = tmp_path / "model", tmp_path / ".model.0123456789abcdef.replaced"
+    assert main([str(source), str(target), "--quantization=float32"]) == 0
+    before = contents(target)
+    target.rename(aside)
+    assert main([str(source), str(target)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"model_export: moved {aside} back to {target}, which an export that was killed was replacing"
+    assert "give --overwrite to replace it" in second
+    assert contents(target) == before
+    aside.mkdir()
+    assert len(remove_leftovers(target)) == 1
+    assert contents(target) == before
+    assert not aside.exists()
+
+
+def test_what_is_no_leftover_stays(tmp_path: Path) -> None:
+    """Only directories with the names that the exporter makes are removed, and no links."""
+    for name in (".model.0123", ".model.0123456789abcdeg", ".model.0123456789abcdef0", "model.0123456789abcdef"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".model.0123456789abcdef").symlink_to(".model.0123")
+    (tmp_path / ".model.1123456789abcdef").touch()
+    before = contents(tmp_path)
+    assert remove_leftovers(tmp_path / "model") == []
     assert contents(tmp_path) == before

@@ -216,10 +216,10 @@ def test_prompt_graph_is_in_bytes_where_that_is_quick_and_close(
 ) -> None:
     """The prefill graph is in 8 bits on processors with 8-bit dot products, unless that is too far from the source."""
 
-    def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any) -> manifest.Quality:
+    def check(checkpoint: Checkpoint, model: Path, prompts: Path, *rest: Any, **options: Any) -> manifest.Quality:
         if multiplies_bytes(prompts) and not close:
             raise TooFarError("too far")
-        return verify(checkpoint, model, prompts, *rest)
+        return verify(checkpoint, model, prompts, *rest, **options)
 
     monkeypatch.setattr(exporting, "processor", lambda: Processor("any", "AVX-512", byte_dot_products=quick))
     monkeypatch.setattr(exporting, "verify", check)
@@ -293,12 +293,30 @@ def test_bad_source_is_refused(case: str, tmp_path: Path, capsys: pytest.Capture
     assert list(target.iterdir()) == []
 
 
-def test_gate_refuses_a_bad_export(tmp_path: Path) -> None:
-    """An export beyond the allowed divergence fails and leaves nothing behind."""
-    source = tiny.hugging_face(tmp_path / "Tiny")
-    with pytest.raises(ExportError, match="too far from its source"):
-        run(source, tmp_path / "out" / "model", quantization="int8", max_kl=1e-12)
-    assert not (tmp_path / "out").exists()
+def test_gate_keeps_what_it_refuses(tmp_path: Path) -> None:
+    """An export beyond the allowed divergence fails, and keeps a complete model beside its target."""
+    source, out = tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "out"
+    kept = out / "model.refused"
+    for _ in range(2):  # the second one replaces the first
+        with pytest.raises(TooFarError, match="too far from its source") as refusal:
+            run(source, out / "model", quantization="int8", max_kl=1e-12, prompts="int8")
+        assert list(out.iterdir()) == [kept]
+    assert f"it is kept in {kept}, to take it without another export move it to {out / 'model'}" in str(refusal.value)
+    kept.rename(out / "model")
+    described = manifest.load(out / "model")
+    assert described.quality.kl > 1e-12
+    assert described.quantization.prompts == "int8"
+
+
+def test_what_is_in_the_way_of_a_refused_model_stays(tmp_path: Path) -> None:
+    """A refused model replaces nothing but a model."""
+    (tmp_path / "model.refused").mkdir()
+    (tmp_path / "model.refused" / "mine").touch()
+    with pytest.raises(TooFarError):
+        run(tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "model", quantization="int8", max_kl=1e-12)
+    assert (tmp_path / "model.refused" / "mine").exists()
+    (kept,) = tmp_path.glob("model.refused.*")
+    assert (kept / "manifest.json").is_file()
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -329,11 +347,12 @@ def test_existing_directory_is_kept(tmp_path: Path) -> None:
 
 def test_nothing_rounded_offers_no_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a float32 export is far from its source, the graph is wrong, and the message offers no larger bound."""
-    right = DecoderSource.logits
-    monkeypatch.setattr(DecoderSource, "logits", lambda *arguments: 2 * right(*arguments))
+    right = DecoderSource.logits_at
+    monkeypatch.setattr(DecoderSource, "logits_at", lambda *arguments: 2 * right(*arguments))
     with pytest.raises(TooFarError, match="nothing was rounded, so the graph does not compute") as refusal:
         run(tiny.hugging_face(tmp_path / "Tiny"), tmp_path / "model", quantization="float32")
     assert "--max-kl" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["Tiny"]
 
 
 def test_graph_that_cannot_run(tmp_path: Path) -> None:

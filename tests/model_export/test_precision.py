@@ -182,6 +182,7 @@ REFUSED = {
     "plain in another type": (["--quantization", "float32", "--activations", "float16"], "float32 computes in float32"),
     "prompts in float16": (["--quantization", "float16", "--prompts", "int8"], "--prompts int8 needs --activations"),
     "too far": (["--quantization", "int4"], "at most 0.1 allowed): KL "),
+    "few tokens": (["--verify-tokens", "63"], "--verify-tokens 63 is too few, expected at least 64"),
     "no marks": (["--fim-order", "spm"], "--fim-order spm needs fill-in-the-middle tokens"),
 }
 
@@ -195,7 +196,7 @@ def test_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not out.exists() or list(out.iterdir()) == []
+    assert not out.exists() or [path.name for path in out.iterdir()] == ["model.refused"] * (case == "too far")
 
 
 def test_too_far_says_what_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +227,8 @@ def rewrite(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarra
 def test_perplexity_by_hand() -> None:
     """A token has the probability of the logits before it: here 1/2 and 1/8, so the perplexity is 4."""
     logits = np.log(np.array([[0.25, 0.5, 0.25], [0.125, 0.5, 0.375], [1, 1, 1]], np.float32))
-    assert perplexity(logits, np.array([2, 1, 0])) == pytest.approx(4)
+    assert perplexity(logits, np.array([2, 1, 0]), np.arange(3)) == pytest.approx(4)
+    assert perplexity(logits[:1], np.array([2, 1, 0]), np.array([0])) == pytest.approx(2)
 
 
 def test_report_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
