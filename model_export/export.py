@@ -20,6 +20,7 @@ from model_export.graph.precision import Precision, TargetDevice, choose_precisi
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Source
 from model_export.opening import read_source
+from model_export.room import check_room
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.sources.hugging_face.hub import download, hub_name
 from model_export.sources.vocabulary import Vocabulary
@@ -81,11 +82,14 @@ def export(
         raise ExportError(f"--verify-tokens {options.verify_tokens} is too few, expected at least {MIN_TOKENS}")
     vocabulary = source.origin.vocabulary
     special_tokens = _special_tokens(vocabulary, options.fim_order)
+    prefill_forms = _prefill_forms(options.prompts, precision, source)
+    stored_forms: list[LinearForm] = ["int8_rows" if form == "int8" else form for form in prefill_forms]
+    check_room(source.dimensions, precision, stored_forms, source.origin.weights, directory)
     with written_at_once(directory) as work:
         layers = source.dimensions.layers
         with (work / manifest.WEIGHTS_FILE).open("wb") as file:
             data = Initializers(file, precision.activations)
-            on_layer = progress("building", layers)
+            on_layer = progress("building", source.dimensions.build_steps)
             graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
@@ -124,7 +128,7 @@ def export(
         if refusal is not None:
             kept = keep_refused(work, directory)
             raise TooFarError(
-                f"{refusal}; it is kept in {kept}, to take it without another export move it to {directory}"
+                f"{refusal}; it is kept in {kept}: move it to {directory} to take it without another export"
             )
     return described
 
@@ -169,7 +173,7 @@ def _build_prefill_graph(
     graph = work / manifest.PROMPT_MODEL_FILE
     with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
         matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
-        on_layer = progress(f"building the prefill graph, {form}", source.dimensions.layers)
+        on_layer = progress(f"building the prefill graph, {form}", source.dimensions.build_steps)
         ir.save(source.build(matrices, precision.form, Initializers(file), on_layer, prefill=True), graph)
     return graph
 

@@ -19,7 +19,11 @@ from model_export.sources.weights import Floats
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a model; `layer_weights` counts the weights of all layers' matrices."""
+    """The sizes of a model; `layer_weights` counts the weights of all layers' matrices.
+
+    `table_weights` counts those of the embedding, which is also the output matrix if it is `tied_embedding`, and
+    `largest_matrix` those of the largest product of a layer. The last five are 0 where the builder does not know them.
+    """
 
     family: str
     layers: int
@@ -28,6 +32,21 @@ class Dimensions:
     vocab_size: int
     context_length: int
     layer_weights: int
+    hidden_size: int = 0
+    rotary_pairs: int = 0
+    table_weights: int = 0
+    largest_matrix: int = 0
+    tied_embedding: bool = False
+
+    @property
+    def table_steps(self) -> int:
+        """How many layers take about as long to build as the embedding or the output matrix does."""
+        return round(self.table_weights * self.layers / max(1, self.layer_weights))
+
+    @property
+    def build_steps(self) -> int:
+        """How many steps of about the same length `Source.build` has."""
+        return self.layers + 2 * self.table_steps
 
 
 class Source(Protocol):
@@ -44,7 +63,7 @@ class Source(Protocol):
         """The prefill graph, for many positions of which few get logits, or the decode graph, which runs any call.
 
         The matrices of the layers take the form `layers`, embedding and output the form `tables`. Writes weights to
-        `data` and calls `on_layer` after each layer.
+        `data` and calls `on_layer` after each layer, and `table_steps` times after each table.
         """
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:

@@ -63,9 +63,13 @@ class Decoder:
 
         return LazyTensor((self.architecture.context_length, len(rotary.frequencies)), read)
 
-    def logits(self, on_layer: Callable[[], object]) -> ir.Value:
-        """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows."""
+    def logits(self, on_layer: Callable[[], object], on_table: Callable[[], object]) -> ir.Value:
+        """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows.
+
+        Calls `on_layer` after each layer, `on_table` after the embedding and after the output matrix.
+        """
         table = self.operators.table("token_embd.weight", self.checkpoint.tensor("token_embd.weight"))
+        on_table()
         residual = self.operators.look_up(table, self.interface.input_ids)
         scale = self._vector("blk.0.attn_norm.weight")
         hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
@@ -86,7 +90,9 @@ class Decoder:
         tied = self.architecture.tied_embedding
         matrix = self.checkpoint.tensor("token_embd.weight" if tied else "output.weight")
         # In the prefill graph R is small, so two-byte products cost little.
-        return self.operators.head(wanted, "output.weight", matrix, table if tied else None, two_bytes=self.prefill)
+        logits = self.operators.head(wanted, "output.weight", matrix, table if tied else None, two_bytes=self.prefill)
+        on_table()
+        return logits
 
     def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
         """The output [B, S, heads * head_dim] of a layer's attention."""

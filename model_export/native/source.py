@@ -41,13 +41,23 @@ class DecoderSource:
             vocab_size=architecture.vocab_size,
             context_length=architecture.context_length,
             layer_weights=sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith("blk.")),
+            hidden_size=architecture.hidden_size,
+            rotary_pairs=len(architecture.rotary.frequencies),
+            table_weights=architecture.vocab_size * architecture.hidden_size,
+            largest_matrix=2 * architecture.intermediate_size * architecture.hidden_size,
+            tied_embedding=architecture.tied_embedding,
         )
 
     def build(
         self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
         decoder = Decoder(self.checkpoint, Operators(data, layers, tables), prefill=prefill)
-        logits = decoder.logits(on_layer)
+
+        def on_table() -> None:
+            for _ in range(self.dimensions.table_steps):
+                on_layer()
+
+        logits = decoder.logits(on_layer, on_table)
         return decoder.interface.model(logits, self.dimensions.vocab_size, data, self.origin.name)
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:

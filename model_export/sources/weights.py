@@ -101,12 +101,16 @@ class LazyTensor:
         return whole
 
 
+def threads() -> int:
+    """How many threads convert weights: one for each core, up to MOST_THREADS."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The results of `function` for all `items`, in their order, computed by as many threads as there are cores."""
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-    if threads == 1 or len(items) <= 1:
+    """The results of `function` for all `items`, in their order, computed by several threads."""
+    if threads() == 1 or len(items) <= 1:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         return list(pool.map(_with_errors_as_here(function), items))
 
 

@@ -301,7 +301,7 @@ def test_gate_keeps_what_it_refuses(tmp_path: Path) -> None:
         with pytest.raises(TooFarError, match="too far from its source") as refusal:
             run(source, out / "model", quantization="int8", max_kl=1e-12, prompts="int8")
         assert list(out.iterdir()) == [kept]
-    assert f"it is kept in {kept}, to take it without another export move it to {out / 'model'}" in str(refusal.value)
+    assert f"it is kept in {kept}: move it to {out / 'model'} to take it without another export" in str(refusal.value)
     kept.rename(out / "model")
     described = manifest.load(out / "model")
     assert described.quality.kl > 1e-12

@@ -53,19 +53,20 @@ def test_logits_at_some_positions(tmp_path: Path) -> None:
     assert rate > 0
 
 
-def test_fewer_tokens(tmp_path: Path) -> None:
-    """`--verify-tokens` shortens the comparison, which takes every step that it announced."""
-    source, calls, announced = tiny.hugging_face(tmp_path / "Tiny"), [], []
+def test_fewer_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--verify-tokens` shortens the comparison. It and the builds take as many steps as they announced."""
+    monkeypatch.setattr(tiny, "INTERMEDIATE", 32)  # so that a table takes about as long as a layer
+    source, calls, announced = tiny.hugging_face(tmp_path / "Tiny"), [], {}
 
     def progress(label: str, total: int) -> Callable[[], object]:
-        if label == "verifying":
-            announced.append(total)
+        announced[label] = total
         return lambda: calls.append(label)
 
-    options = Options(max_kl=0.05, verify_tokens=64, quantization="int8", prompts="int8")
+    options = Options(max_kl=0.5, verify_tokens=64, quantization="int8", prompts="int8")
     export(source, tmp_path / "model", options, progress)
     assert manifest.load(tmp_path / "model").quality.tokens == 64
-    assert [calls.count("verifying")] == announced
+    assert {label: calls.count(label) for label in announced} == announced
+    assert announced == {"building": 4, "building the prefill graph, int8": 4, "verifying": 12}
 
 
 def test_few_positions_give_nearly_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""Whether disk and memory have room for an export, by an estimate before it begins. All sizes in bytes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from model_export.errors import ExportError
+from model_export.graph.operators import LinearForm
+from model_export.graph.precision import Precision
+from model_export.graph.quantize import PLAIN_FORMS
+from model_export.graph.source import Dimensions
+from model_export.sources.weights import WEIGHTS_AT_ONCE, threads
+from model_export.verify.verify import LOGITS_BYTES
+from service.host import memory
+
+MIB = 1 << 20
+# The interpreter with its libraries and the tokenizer; the files that are no weights.
+PROGRAM, SMALL_FILES = 256 * MIB, 16 * MIB
+# Arrays of logits in the comparison: three of its own, and what onnxruntime makes before the last one.
+ARRAYS_OF_LOGITS = 6
+# What a thread has in memory for each weight that it converts.
+BYTES_PER_WEIGHT_AT_ONCE = 40
+# Bytes per weight: codes, and for each 32 of them a float32 scale and at most a byte of zero point.
+_BYTES: dict[LinearForm, float] = {
+    "float32": 4,
+    "float16": 2,
+    "int8": 1 + 5 / 32,
+    "int4": 0.5 + 5 / 32 + 1 / 16,  # and the remainders of their blocks
+    "int8_rows": 1,
+}
+
+
+def check_room(
+    dimensions: Dimensions, precision: Precision, prefill_forms: Sequence[LinearForm], source: str, directory: Path
+) -> None:
+    """Raises ExportError where the disk of `directory` or the memory has too little room.
+
+    `source` is the form of the source's matrices. A prefill graph takes one of `prefill_forms`.
+    """
+    decode = graph_bytes(dimensions, precision, decode_form(precision, source))
+    prefill = max((graph_bytes(dimensions, precision, form) for form in prefill_forms), default=0)
+    existing = next(parent for parent in directory.absolute().parents if parent.exists())
+    _check(f"{existing}: the export takes", decode + prefill + SMALL_FILES, "disk", shutil.disk_usage(existing).free)
+    parts = min(dimensions.layer_weights, threads() * WEIGHTS_AT_ONCE) * BYTES_PER_WEIGHT_AT_ONCE
+    building = _largest(dimensions, precision, prefill_forms, source) + parts
+    # onnxruntime keeps its own copy of a graph's matrices; what it maps from the files can be given up at any time.
+    logits = min(LOGITS_BYTES, 4 * dimensions.vocab_size * dimensions.context_length)
+    verifying = max(decode, prefill) + ARRAYS_OF_LOGITS * logits
+    _check("the export takes", PROGRAM + max(building, verifying), "memory", memory.free())
+
+
+def _check(what: str, needed: int, kind: str, free: int) -> None:
+    if needed > free:
+        raise ExportError(f"{what} about {needed / MIB:.0f} MiB of {kind}, and {free / MIB:.0f} MiB are free")
+
+
+def decode_form(precision: Precision, source: str) -> LinearForm:
+    """The form that most matrices of the layers take in the decode graph."""
+    if precision.form == "int4-int8":
+        return "int4" if source in ("Q4_0", "Q4_1") else "int8"
+    return precision.form
+
+
+def graph_bytes(dimensions: Dimensions, precision: Precision, form: LinearForm) -> int:
+    """The size of a graph whose layers are in `form`, about; without the tables where their sizes are not known."""
+    table, hidden = dimensions.table_weights, dimensions.hidden_size
+    floats = 2 if precision.activations == "float16" else 4
+    if precision.form in PLAIN_FORMS:
+        tables = table * floats * (1 if dimensions.tied_embedding else 2)
+    elif precision.activations == "float16":
+        tables = int(table * _BYTES["int8"]) * (1 if dimensions.tied_embedding else 2)
+    else:
+        tables = int(table * (_BYTES["int8"] + _BYTES["int8_rows"])) + hidden * hidden * floats
+    rotations = 2 * dimensions.context_length * dimensions.rotary_pairs * floats
+    layers = int(dimensions.layer_weights * _BYTES[form])
+    if form == "int8_rows":  # most of the last layer stays in float32, see Operators.linear
+        layers += 3 * dimensions.layer_weights // dimensions.layers
+    return layers + tables + rotations
+
+
+def _largest(dimensions: Dimensions, precision: Precision, prefill_forms: Sequence[LinearForm], source: str) -> int:
+    """The size of the largest matrix that is stored."""
+    form = max([decode_form(precision, source), *prefill_forms], key=lambda form: _BYTES[form])
+    table = _BYTES[precision.form if precision.form in PLAIN_FORMS else "int8"]
+    return int(max(dimensions.table_weights * table, dimensions.largest_matrix * _BYTES[form]))

@@ -1,0 +1,99 @@
+"""The estimates of what an export takes, and what happens where there is too little room."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from model_export import room
+from model_export.__main__ import main
+from model_export.graph.precision import Precision
+from model_export.graph.quantize import Activations, Form
+from model_export.graph.source import Dimensions
+from model_export.opening import read_source
+from service.host import memory
+from tests.model_export import tiny
+from tests.model_export.test_export import run
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are larger."""
+    for name, size in {"HIDDEN": 512, "INTERMEDIATE": 1024, "HEAD_DIM": 128}.items():
+        monkeypatch.setattr(tiny, name, size)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    ("form", "activations"),
+    [
+        ("int4-int8", "float32"),
+        ("int4", "float16"),
+        ("int8", "float32"),
+        ("float16", "float16"),
+        ("float32", "float32"),
+    ],
+)
+def test_estimated_size(form: Form, activations: Activations, tmp_path: Path) -> None:
+    """A graph has about the estimated size, and not much more."""
+    path = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q4_1)
+    prompts = "int8" if (form, activations) in {("int4-int8", "float32"), ("int8", "float32")} else "none"
+    exported = run(path, tmp_path / "model", quantization=form, activations=activations, prompts=prompts, max_kl=9.0)
+    precision, dimensions = Precision(form, activations), read_source(path).dimensions
+    estimates = {"model": room.decode_form(precision, "Q4_1"), "prompt": "int8_rows"}
+    for graph, layers in estimates.items():
+        file = exported / f"{graph}.onnx.data"
+        if file.exists():
+            size = file.stat().st_size
+            assert 0.85 * size < room.graph_bytes(dimensions, precision, layers) < 1.15 * size
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence says what is needed and what is free, and nothing is written."""
+    source = tiny.hugging_face(tmp_path / "Tiny")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * MIB))
+    assert main([str(source), str(tmp_path / "new" / "model")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"model_export: {tmp_path}: the export takes about 17 MiB of disk, and 10 MiB are free\n"
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """So with memory."""
+    source = tiny.hugging_face(tmp_path / "Tiny")
+    monkeypatch.setattr(memory, "free", lambda: 100 * MIB)
+    assert main([str(source), str(tmp_path / "model")]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"model_export: the export takes about 2\d\d MiB of memory, and 100 MiB are free\n", error)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_estimate_for_an_8b(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model of eight billion weights in 4 bits fits into 8 GiB of memory, not into 5."""
+    dimensions = Dimensions(
+        family="llama",
+        layers=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab_size=128_256,
+        context_length=131_072,
+        layer_weights=6_979_321_856,
+        hidden_size=4096,
+        rotary_pairs=64,
+        table_weights=128_256 * 4096,
+        largest_matrix=2 * 14_336 * 4096,
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    precision = Precision("int4-int8", "float32")
+    monkeypatch.setattr(memory, "free", lambda: 8192 * MIB)
+    room.check_room(dimensions, precision, [], "Q4_0", tmp_path / "model")
+    monkeypatch.setattr(memory, "free", lambda: 5120 * MIB)
+    with pytest.raises(room.ExportError, match="of memory, and 5120 MiB are free"):
+        room.check_room(dimensions, precision, [], "Q4_0", tmp_path / "model")
