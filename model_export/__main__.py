@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
 from model_export.graph.precision import MAX_KL, MAX_KL_INT4
+from model_export.progress import progress
 from model_export.verify.report import table
 from model_export.verify.verify import FEWEST_TOKENS, MAX_TOKENS, MIN_TOKENS
 
@@ -42,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
                 fim_order=options.fim_order,
                 overwrite=options.overwrite,
             ),
-            _progress,
+            progress,
             lambda sentence: print(f"model_export: {_printable(sentence)}", file=sys.stderr),
         )
     except (ExportError, OSError, MemoryError) as error:
@@ -130,11 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory if it exists")
     return parser
-
-
-def _progress(label: str, total: int) -> Callable[[], object]:
-    """A function to call `total` times; on a terminal each call moves a progress bar."""
-    return tqdm(total=total, desc=label, unit="layer", disable=None, leave=False).update
 
 
 if __name__ == "__main__":
