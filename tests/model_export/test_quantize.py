@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -166,6 +167,24 @@ def test_packed_in_parts(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
             patched.setattr(sources.weights, "WEIGHTS_AT_ONCE", 2 * 64)
             assert len(lazy(matrix).parts()) == -(-matrix.shape[0] // 2)
             np.testing.assert_equal(fields(PACKINGS[packing](matrix)), fields(whole))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packing_takes_little_memory(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the packed matrix only a few parts are in memory, never the whole matrix in float32."""
+    monkeypatch.setattr(sources.weights, "WEIGHTS_AT_ONCE", 1 << 14)
+    rows, columns = 1 << 12, 64 << 3
+    part = np.random.default_rng(9).normal(0, 1, (rows, columns >> 3)).astype(np.float32)
+    matrix = LazyTensor((rows, columns), lambda rows: np.tile(part[rows], (1, 8)))
+    tracemalloc.start()
+    try:
+        packed = PACKINGS[packing](matrix)
+        stored, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert packed is not None
+    assert stored <= 1.25 * rows * columns
+    assert peak <= 1.25 * stored + 40 * sources.weights.threads() * (1 << 14) + (1 << 20)
 
 
 def fields(packed: object) -> object:
