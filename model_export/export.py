@@ -82,9 +82,8 @@ def export(
         raise ExportError(f"--verify-tokens {options.verify_tokens} is too few, expected at least {MIN_TOKENS}")
     vocabulary = source.origin.vocabulary
     special_tokens = _special_tokens(vocabulary, options.fim_order)
-    prefill_forms = _prefill_forms(options.prompts, precision, source)
-    stored_forms: list[LinearForm] = ["int8_rows" if form == "int8" else form for form in prefill_forms]
-    check_room(source.dimensions, precision, stored_forms, source.origin.weights, directory)
+    likely_form = next(map(_matrices, _prefill_forms(options.prompts, precision, source)), None)
+    check_room(source.dimensions, precision, likely_form, source.origin.weights, directory)
     with written_at_once(directory) as work:
         layers = source.dimensions.layers
         with (work / manifest.WEIGHTS_FILE).open("wb") as file:
@@ -172,10 +171,13 @@ def _build_prefill_graph(
 ) -> Path:
     graph = work / manifest.PROMPT_MODEL_FILE
     with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
-        matrices: LinearForm = "int8_rows" if form == "int8" else "float32"
         on_layer = progress(f"building the prefill graph, {form}", source.dimensions.build_steps)
-        ir.save(source.build(matrices, precision.form, Initializers(file), on_layer, prefill=True), graph)
+        ir.save(source.build(_matrices(form), precision.form, Initializers(file), on_layer, prefill=True), graph)
     return graph
+
+
+def _matrices(form: PrefillForm) -> LinearForm:
+    return "int8_rows" if form == "int8" else "float32"
 
 
 def _verify(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from model_export.errors import ExportError
@@ -33,18 +32,19 @@ _BYTES: dict[LinearForm, float] = {
 
 
 def check_room(
-    dimensions: Dimensions, precision: Precision, prefill_forms: Sequence[LinearForm], source: str, directory: Path
+    dimensions: Dimensions, precision: Precision, prefill_form: LinearForm | None, source: str, directory: Path
 ) -> None:
     """Raises ExportError where the disk of `directory` or the memory has too little room.
 
-    `source` is the form of the source's matrices. A prefill graph takes one of `prefill_forms`.
+    `source` is the form of the source's matrices. There is a prefill graph if `prefill_form` is not None.
     """
-    decode = graph_bytes(dimensions, precision, decode_form(precision, source))
-    prefill = max((graph_bytes(dimensions, precision, form) for form in prefill_forms), default=0)
+    form = decode_form(precision, source)
+    decode = graph_bytes(dimensions, precision, form)
+    prefill = 0 if prefill_form is None else graph_bytes(dimensions, precision, prefill_form)
     existing = next(parent for parent in directory.absolute().parents if parent.exists())
     _check(f"{existing}: the export takes", decode + prefill + SMALL_FILES, "disk", shutil.disk_usage(existing).free)
     parts = min(dimensions.layer_weights, threads() * WEIGHTS_AT_ONCE) * BYTES_PER_WEIGHT_AT_ONCE
-    building = _largest(dimensions, precision, prefill_forms, source) + parts
+    building = max(_largest(dimensions, precision, each) for each in (form, prefill_form or form)) + parts
     # onnxruntime keeps its own copy of a graph's matrices; what it maps from the files can be given up at any time.
     logits = min(LOGITS_BYTES, 4 * dimensions.vocab_size * dimensions.context_length)
     verifying = max(decode, prefill) + ARRAYS_OF_LOGITS * logits
@@ -80,8 +80,7 @@ def graph_bytes(dimensions: Dimensions, precision: Precision, form: LinearForm) 
     return layers + tables + rotations
 
 
-def _largest(dimensions: Dimensions, precision: Precision, prefill_forms: Sequence[LinearForm], source: str) -> int:
-    """The size of the largest matrix that is stored."""
-    form = max([decode_form(precision, source), *prefill_forms], key=lambda form: _BYTES[form])
+def _largest(dimensions: Dimensions, precision: Precision, form: LinearForm) -> int:
+    """The size of the largest matrix that is stored in a graph whose layers are in `form`."""
     table = _BYTES[precision.form if precision.form in PLAIN_FORMS else "int8"]
     return int(max(dimensions.table_weights * table, dimensions.largest_matrix * _BYTES[form]))

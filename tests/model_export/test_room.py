@@ -61,7 +61,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * MIB))
     assert main([str(source), str(tmp_path / "new" / "model")]) == 2
     error = capsys.readouterr().err
-    assert error == f"model_export: {tmp_path}: the export takes about 17 MiB of disk, and 10 MiB are free\n"
+    assert error == f"model_export: {tmp_path}: the export takes about 16 MiB of disk, and 10 MiB are free\n"
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -93,7 +93,7 @@ def test_estimate_for_an_8b(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
     precision = Precision("int4-int8", "float32")
     monkeypatch.setattr(memory, "free", lambda: 8192 * MIB)
-    room.check_room(dimensions, precision, [], "Q4_0", tmp_path / "model")
+    room.check_room(dimensions, precision, None, "Q4_0", tmp_path / "model")
     monkeypatch.setattr(memory, "free", lambda: 5120 * MIB)
     with pytest.raises(room.ExportError, match="of memory, and 5120 MiB are free"):
-        room.check_room(dimensions, precision, [], "Q4_0", tmp_path / "model")
+        room.check_room(dimensions, precision, None, "Q4_0", tmp_path / "model")
