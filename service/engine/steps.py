@@ -71,7 +71,7 @@ class Steps:
         self._failed_steps = 0
         self._not_finite = 0
         scheduler.connect(
-            wake=lambda: self.commands.put(_nothing),
+            wake=lambda: self.commands.put(lambda: None),  # which only ends a wait for commands
             evict=lambda: self.commands.put(lambda: model.copy(scheduler.evict())),
         )
         self._publish()
@@ -159,8 +159,8 @@ class Steps:
         Raises EngineDiedError when the model fails on every request.
         """
         sequences, work = step.sequences, step.work
-        requests = tuple(sequence.generation for sequence in sequences)
-        self.running = RunningStep(requests, self.scheduler.times.expected(work))
+        requests = (sequence.generation for sequence in sequences)
+        self.running = RunningStep(tuple(requests), self.scheduler.times.expected(work))
         began = self._clock()
         try:
             if isinstance(step, PromptChunk):
@@ -290,10 +290,6 @@ class Steps:
             self._note(error)
             self._log.exception("a sequence failed", request_id=sequence.request.id)
             self.fail(sequence.generation, EngineFaultError("the model failed"))
-
-
-def _nothing() -> None:
-    """A command that only ends a wait."""
 
 
 def _run_all(commands: list[Command]) -> None:
