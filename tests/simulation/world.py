@@ -236,7 +236,7 @@ class World:
                 self._read(visit)
             if visit.restless and not visit.outcome:
                 self._leave_if_due(visit)
-        if arrivals and not advanced and not self.posted:
+        if arrivals and not advanced and not self.posted and not self.scheduler.waiting:
             self.clock = max(self.clock, self.next_arrival // 1)  # nothing happens until then
 
     def _deliver(self, until: float) -> None:
