@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,12 +100,9 @@ def test_lm_eval_scores_are_near_the_source(evaluated: Path, tokenizer: Tokenize
     """
     source = read_source(local.default_weights())
     assert isinstance(source, DecoderSource)
-    read = source.checkpoint
-    unpacked = functools.cache(read.floats)
-    checkpoint = types.SimpleNamespace(architecture=read.architecture, tensors=read.tensors, floats=unpacked)
 
     def logits(tokens: list[int]) -> NDArray[np.float64]:
-        return reference_logits(checkpoint, np.array(tokens), lambda: None).astype(np.float64)
+        return reference_logits(source.checkpoint, np.array(tokens), lambda: None).astype(np.float64)
 
     scored = list(texts(evaluated))
     assert len(scored) == 12
