@@ -137,7 +137,7 @@ def _memory(found: list[ReadModel], settings: Settings) -> Iterator[Finding]:
     """One finding per model, or a single one when the memory cannot be divided."""
     try:
         planned = models.divide_memory(models.choose_devices(found), settings)
-        texts = [_positions(model, settings) for model in planned]
+        texts = [_positions(model) for model in planned]
     except StartupError as error:
         yield Finding("memory", False, str(error))
         return
@@ -145,7 +145,7 @@ def _memory(found: list[ReadModel], settings: Settings) -> Iterator[Finding]:
         yield Finding("memory", True, text if len(found) == 1 else f"{model.manifest.id}: {text}")
 
 
-def _positions(planned: models.PlannedModel, settings: Settings) -> str:
+def _positions(planned: models.PlannedModel) -> str:
     model, plan = planned.read, planned.plan
     _, slots, length = gpu_memory.place(model.manifest, model.settings, plan)
     own = model.manifest.context_length
@@ -153,5 +153,5 @@ def _positions(planned: models.PlannedModel, settings: Settings) -> str:
     return (
         f"{plan.positions} positions in {slots} slots: {plan.typical_requests} requests of {memory.TYPICAL} tokens at"
         f" once; {context}; {memory.mib(plan.weights)} MiB of weights and {memory.mib(plan.kv)} of KV cache,"
-        f" {memory.mib(plan.total)} of {memory.mib(memory.allowed(settings))} MiB in all"
+        f" {memory.mib(plan.total)} of {memory.mib(planned.allowed)} MiB in all"
     )

@@ -31,10 +31,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """One file of the model directory: its size in bytes, and the SHA-256 of each block of it, in lower-case hex.
-
-    A block has `hashes.BLOCK_BYTES` bytes; the last one may be shorter.
-    """
+    """One file: its size in bytes, and in lower-case hex the SHA-256 of each `hashes.BLOCK_BYTES` of it."""
 
     bytes: int = Field(ge=0)
     sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...]
@@ -182,6 +179,11 @@ class Manifest(_Record):
         if wrong:
             raise ValueError(f"special tokens {wrong} are not within 0..{self.vocab_size - 1}")
         return self
+
+    @property
+    def weights_bytes(self) -> int:
+        """The size of the files that hold weights, of all graphs."""
+        return sum(entry.bytes for name, entry in self.files.items() if name.endswith(WEIGHTS_SUFFIX))
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into `directory`."""

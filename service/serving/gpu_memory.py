@@ -130,14 +130,13 @@ def plan(manifest: Manifest, settings: Settings, context_length: int, slots: int
     If not even one slot fits and the settings ask for no context, the slot is as long as fits. Raises StartupError when
     nothing fits.
     """
-    stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
     position = manifest.kv.bytes_per_token
     for count in range(slots, 0, -1):
         kv = kv_slots(count, is_gpu=True) * context_length * position
         positions = power_of_two(settings.prompt_chunk) + power_of_two(count)
         rows = max(power_of_two(settings.prompt_chunk), power_of_two(count))
         logits = (rows * _LOGITS_BYTES + rows // 2 * _RESULT_BYTES) * manifest.vocab_size
-        needed = math.ceil(stored * _WEIGHTS_FACTOR) + positions * activations(manifest)
+        needed = math.ceil(manifest.weights_bytes * _WEIGHTS_FACTOR) + positions * activations(manifest)
         session = allowed - _CONTEXT - kv - logits
         if session >= needed:
             return GpuPlan(count, context_length, kv, logits, session)

@@ -164,13 +164,12 @@ def _too_little(sharing: Sequence[Model], fixed: Sequence[tuple[int, int, int]],
 def _fixed(model: Model, models: int) -> tuple[int, int, int]:
     """The weights, the logits, and everything else that one of `models` models takes beside its KV cache."""
     manifest, settings = model.manifest, model.settings
-    stored = sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx.data"))
     slots, chunk = settings.max_running, settings.prompt_chunk
     other = _PROCESS // models + _TOKENIZER_FACTOR * manifest.files[TOKENIZER_FILE].bytes
     other += (chunk + slots + 1) * activations(manifest)
     other += min(model.longest * slots * _RUNNING_TOKEN, _MOST_RUNNING) + _waiting_tokens(model) * _WAITING_TOKEN
     logits = (max(chunk, slots) + _SAMPLER_ROWS) * manifest.vocab_size * 4
-    return int(stored * _WEIGHTS_FACTORS[manifest.quantization.weights]), logits, other
+    return int(manifest.weights_bytes * _WEIGHTS_FACTORS[manifest.quantization.weights]), logits, other
 
 
 def _waiting_tokens(model: Model) -> int:
@@ -182,7 +181,8 @@ def _plan(model: Model, fixed: tuple[int, int, int], budget: Budget) -> Plan:
     """The plan of a model whose KV cache, of at least `model.least` positions, is in `budget`."""
     weights, logits, other = fixed
     slots, size = model.settings.max_running, model.granule * model.position
-    positions = budget.total // size * model.granule if size else slots * model.longest
+    share = Share(budget, model.position, model.granule) if size else None
+    positions = slots * model.longest if share is None else share.positions
     if model.settings.context_length is not None and positions < model.longest:
         raise StartupError(
             f"{model.name}: context_length {model.longest} does not fit the memory: its KV cache takes"
@@ -199,7 +199,7 @@ def _plan(model: Model, fixed: tuple[int, int, int], budget: Budget) -> Plan:
         positions=positions,
         context_length=min(model.longest, positions),
         waiting_tokens=_waiting_tokens(model),
-        share=Share(budget, model.position, model.granule) if size else None,
+        share=share,
     )
 
 

@@ -47,10 +47,11 @@ class ReadModel:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model, its device chosen, and its part of the memory."""
+    """A model, its device chosen, and its part of the memory; the process may take `allowed` bytes in all."""
 
     read: ReadModel
     plan: memory.Plan
+    allowed: int
 
 
 def read(model: ModelSettings) -> ReadModel:
@@ -127,8 +128,9 @@ def divide_memory(models: Sequence[ReadModel], settings: Settings) -> list[Plann
         )
         for model in models
     ]
-    plans = memory.plan(wanted, memory.allowed(settings))
-    return [PlannedModel(model, plan) for model, plan in zip(models, plans, strict=True)]
+    allowed = memory.allowed(settings)
+    plans = memory.plan(wanted, allowed)
+    return [PlannedModel(model, plan, allowed) for model, plan in zip(models, plans, strict=True)]
 
 
 def load(settings: Settings) -> tuple[ServedModel, ...]:

@@ -127,8 +127,8 @@ def test_a_long_prompt_beside_streams(served):
         gaps = [(after - before, before) for before, after in pairwise(times)]
         for name, first, last in (("beside one more stream", alone, begun), ("beside the prompt", begun, ended)):
             found = [gap for gap, at in gaps if first <= at < last]
-            if found:
-                print(f"  gaps {name}: median {median(found):.3f} s, longest {max(found):.3f} s")
+            assert found, f"no token came {name}"
+            print(f"  gaps {name}: median {median(found):.3f} s, longest {max(found):.3f} s")
 
 
 def test_many_callers(served):
