@@ -27,9 +27,6 @@ CONTRACT = "completion/v1/completion.proto"
 # The service enforces the rules, not the transcoder.
 RULES = "buf/validate/validate.proto"
 
-# Requests keep protobuf's camelCase JSON names: the transcoder reads a field by either of its names, and prints none.
-REQUESTS = {"CreateCompletionRequest", "StreamOptions", "GetModelRequest", "ListModelsRequest"}
-
 # A NullValue printed under its sibling's name, so that an unset member of the oneof is `null` rather than absent.
 NULLS = {
     ("Choice", "no_logprobs"): "logprobs",
@@ -40,7 +37,28 @@ NULLS = {
 # Laid out on the wire like google.protobuf.Value, which prints as a bare number, object or null.
 VALUES = {("Logprobs", "token_logprobs"), ("Logprobs", "top_logprobs")}
 
-ENUM_NAMES = {"FINISH_REASON_STOP": "stop", "FINISH_REASON_LENGTH": "length"}
+ENUM_NAMES = {
+    "FINISH_REASON_STOP": "stop",
+    "FINISH_REASON_LENGTH": "length",
+    "ON_DEADLINE_FAIL": "FAIL",
+    "ON_DEADLINE_PARTIAL": "PARTIAL",
+    "RESPONSE_FORMAT_TYPE_TEXT": "text",
+    "RESPONSE_FORMAT_TYPE_JSON_OBJECT": "json_object",
+    "RESPONSE_FORMAT_TYPE_JSON_SCHEMA": "json_schema",
+}
+
+
+def request_messages(file: FileDescriptorProto) -> set[str]:
+    """The names of the messages that requests consist of."""
+    messages = {message.name: message for message in file.message_type}
+    found: set[str] = set()
+    waiting = [method.input_type for service in file.service for method in service.method]
+    while waiting:
+        name = waiting.pop().rsplit(".", 1)[-1]
+        if name in messages and name not in found:
+            found.add(name)
+            waiting += [field.type_name for field in messages[name].field]
+    return found
 
 
 def compile_contract() -> FileDescriptorSet:
@@ -69,18 +87,23 @@ def compile_contract() -> FileDescriptorSet:
 def json_view(file: FileDescriptorProto) -> None:
     """Rewrites the contract's file into the JSON view."""
     file.dependency.remove(RULES)
+    requests = request_messages(file)
     for message in file.message_type:
+        message.ClearField("options")
         for field in message.field:
             field.ClearField("options")
-        if message.name in REQUESTS:
-            let_last_win(message)
+            field.json_name = field.name
+        for oneof in message.oneof_decl:
+            oneof.ClearField("options")
         if message.name == "CreateCompletionRequest":
             replace_typed_prompt(message)
             replace_typed_stop(message)
+        if message.name in requests:
+            ungroup(message)
         if any(message.name == owner for owner, _ in NULLS):
             message.options.deprecated_legacy_json_field_conflicts = True
         for field in message.field:
-            if message.name not in REQUESTS:
+            if message.name not in requests:
                 view_response_field(message.name, field)
     for enum in file.enum_type:
         for value in enum.value:
@@ -113,19 +136,15 @@ def replace_typed_stop(request: DescriptorProto) -> None:
     request.field.extend(kept)
 
 
-def let_last_win(request: DescriptorProto) -> None:
-    """Turns `optional` fields into plain ones: the last in a body counts, while the transcoder refuses two of a oneof.
+def ungroup(request: DescriptorProto) -> None:
+    """Turns `optional` fields and those of a oneof into plain ones, which can be sent with the value that is the default.
 
-    What a body says is sent all the same, also zeros, so that the service sees what was said.
+    What a body says is sent, also zeros, so that the service sees what was said.
     """
-    optional = {field.oneof_index for field in request.field if field.proto3_optional}
     for field in request.field:
-        if field.proto3_optional:
-            field.ClearField("proto3_optional")
-            field.ClearField("oneof_index")
-    # protoc numbers these after the real ones.
-    assert all(index >= len(request.oneof_decl) - len(optional) for index in optional)
-    del request.oneof_decl[len(request.oneof_decl) - len(optional) :]
+        field.ClearField("proto3_optional")
+        field.ClearField("oneof_index")
+    del request.oneof_decl[:]
 
 
 def in_oneof(field: FieldDescriptorProto, index: int) -> bool:

@@ -11,16 +11,20 @@ from buf.validate import validate_pb2
 from completion.v1 import completion_pb2 as pb
 
 from service.errors import InvalidRequestError
-from service.rpc.checks import at_most, invalid, model_missing, out_of_range, shown
+from service.rpc.checks import at_most, invalid, missing, model_missing, not_supported_value, out_of_range, shown
 
 _VALIDATOR = protovalidate.Validator()
 _REQUEST = pb.CreateCompletionRequest.DESCRIPTOR
-_PROMPTS = {"text", "texts", "tokens", "token_batch"}
+_PROMPTS = {"text", "texts", "tokens", "token_batch", "parts"}
+# Parts of a path that JSON does not have: the oneof, and the array in a message of its own.
+_UNNAMED = {"constraint", "texts"}
 _SIZES = {
     "string.max_len": ("characters", "string_above_max_length"),
+    "string.max_bytes": ("bytes", "string_above_max_length"),
     "repeated.max_items": ("entries", "array_above_max_length"),
     "map.max_pairs": ("entries", "object_above_max_properties"),
 }
+_CHOICES = {"enum.defined_only", "enum.not_in", "string.const", "bool.const"}
 
 
 def rules(message: Any, field: str) -> Any:
@@ -39,33 +43,61 @@ def check(request: pb.CreateCompletionRequest) -> None:
 
 def _refusal(path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestError:
     """The error for a rule that the field at the end of a path breaks with a value."""
-    first, last = path[0].field_name, path[-1]
-    name = "prompt" if first in _PROMPTS else first
+    last, name, owner = path[-1], _name(path), _owner(path)
     if rule in _SIZES:
         what, code = _SIZES[rule]
         what = "prompts" if name == "prompt" else f"{what} per entry" if last.subscript else what
-        return at_most(name, what, len(value), limit, code)
-    if rule == "repeated.min_items":
-        return invalid(name, "must not be empty.", "empty_array")
+        return at_most(name, what, len(value.encode() if what == "bytes" else value), limit, code)
+    if rule in _CHOICES:
+        enum = owner.fields_by_name[last.field_name].enum_type
+        return not_supported_value(name, value, [each.name for each in enum.values if each.number] if enum else [limit])
+    kind, _, bound = rule.partition(".")
+    if kind in {"int32", "float"}:
+        limits = getattr(_rules_at(owner, last), kind)
+        if bound == "not_in":
+            return invalid(name, f"expected a value >= {limits.gte} other than {value}.", "invalid_value")
+        return _number(name, value, limits)
+    return _absent(owner, last.field_name, name, rule)
+
+
+def _absent(owner: Any, field: str, name: str, rule: str) -> InvalidRequestError:
+    """The error for a field, or a oneof, of `owner` that is missing or empty."""
     if name == "model":
         return model_missing()
+    if rule == "repeated.min_items":
+        return invalid(name, "must not be empty.", "empty_array")
     if rule == "string.min_len":
         return invalid(name, f"{name} cannot contain an empty string.", "empty_string")
-    if last.subscript and last.subscript.field == "string_key":
-        name = f"{name}.{shown(last.subscript.value)}"
-    return _number(name, value, getattr(_leaf(path), rule.split(".", maxsplit=1)[0]))
+    if field in owner.fields_by_name:
+        return missing(name)
+    names = ", ".join(each.name for each in owner.oneofs_by_name[field].fields)
+    return invalid(name, f"exactly one of {names} is required.", "invalid_value")
 
 
-def _leaf(path: Any) -> Any:
-    """The rules that hold for the value at a path: a field's own, or those of its items or values."""
+def _name(path: Any) -> str:
+    """What a refusal calls the field at the end of a path: in an array it has the array's name."""
+    names = [element.field_name for element in path]
+    if names[0] in _PROMPTS:
+        return "prompt"
+    if path[-1].subscript and path[-1].subscript.field == "string_key":
+        names.append(shown(path[-1].subscript.value))
+    return ".".join(name for name in names if name not in _UNNAMED)
+
+
+def _owner(path: Any) -> Any:
+    """The descriptor of the message that has the field at the end of a path."""
     message: Any = _REQUEST
     for element in path[:-1]:
         message = message.fields_by_name[element.field_name].message_type
-    last = path[-1]
-    field_rules = message.fields_by_name[last.field_name].GetOptions().Extensions[validate_pb2.field]
-    if not last.subscript:
+    return message
+
+
+def _rules_at(owner: Any, element: Any) -> Any:
+    """The rules that hold for the value at an element of a path: a field's own, or those of its items or values."""
+    field_rules = owner.fields_by_name[element.field_name].GetOptions().Extensions[validate_pb2.field]
+    if not element.subscript:
         return field_rules
-    return field_rules.repeated.items if last.subscript.field == "index" else field_rules.map.values
+    return field_rules.repeated.items if element.subscript.field == "index" else field_rules.map.values
 
 
 def _number(name: str, value: float, limits: Any) -> InvalidRequestError:

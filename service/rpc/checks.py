@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from service.errors import InvalidRequestError
 
 
@@ -21,6 +23,30 @@ def out_of_range(name: str, number_type: str, problem: str, expected: str, value
 def model_missing() -> InvalidRequestError:
     """The refusal of a request without a model."""
     return InvalidRequestError("you must provide a model parameter", param="model")
+
+
+def missing(name: str) -> InvalidRequestError:
+    """The refusal of a message without a field that it needs."""
+    return InvalidRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+
+
+def not_supported_value(name: str, value: object, allowed: Sequence[object]) -> InvalidRequestError:
+    """The refusal of a value that is none of those allowed."""
+    supported = ", ".join(f"'{each}'" for each in allowed)
+    message = f"Invalid value: '{shown(str(value))}'. Supported values are: {supported}."
+    return InvalidRequestError(message, param=name, code="invalid_value")
+
+
+def unsupported(name: str, why: str) -> InvalidRequestError:
+    """The refusal of a parameter that the model or the service cannot honour."""
+    message = f"Unsupported parameter: '{name}' is not supported {why}."
+    return InvalidRequestError(message, param=name, code="unsupported_parameter")
+
+
+def wrong_type(name: str, expected: str, given: str) -> InvalidRequestError:
+    """The refusal of a JSON value of another type than the parameter's."""
+    message = f"Invalid type for '{name}': expected {expected}, but got {given} instead."
+    return InvalidRequestError(message, param=name, code="invalid_type")
 
 
 def at_most(name: str, what: str, count: int, limit: int, code: str) -> InvalidRequestError:

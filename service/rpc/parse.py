@@ -9,16 +9,36 @@ from dataclasses import dataclass
 
 from completion.v1 import completion_pb2 as pb
 
-from service.errors import InvalidRequestError
 from service.manifest import Manifest
 from service.rpc import bounds
-from service.rpc.checks import check_maximum, invalid, shown
+from service.rpc.checks import check_maximum, invalid, shown, unsupported
 from service.rpc.prompts import check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
 from service.types import Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_NOT_YET = {
+    "add_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "include_stop_str_in_output",
+    "logprob_token_ids",
+    "logprobs_from",
+    "on_deadline",
+    "output_message",
+    "parse_special",
+    "parts",
+    "prediction",
+    "priority",
+    "response_format",
+    "resume",
+    "return_timings",
+    "return_token_ids",
+    "skip_special_tokens",
+    "structured_outputs",
+    "truncate_prompt_tokens",
+}
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -47,6 +67,7 @@ def parse(
     bounds.check(request)
     if request.HasField("json_stop"):  # which has no rules in the proto: its texts are checked as `stop`
         bounds.check(pb.CreateCompletionRequest(model=request.model, stop=stop))
+    _check_supported(request)
     max_tokens = request.max_tokens if request.HasField("max_tokens") else 16
     n, best_of = _candidates(request, streaming=streaming)
     if request.HasField("stream_options") and not streaming:
@@ -84,6 +105,15 @@ def parse(
     )
     check_size(parsed)
     return parsed
+
+
+def _check_supported(request: pb.CreateCompletionRequest) -> None:
+    """Refuses the parameters that the contract has and the service does not honour yet."""
+    given = {field.name for field, _ in request.ListFields()}
+    for name in sorted(given & _NOT_YET):
+        raise unsupported("prompt" if name == "parts" else name, "yet")
+    if request.stream_options.HasField("include_obfuscation"):
+        raise unsupported("stream_options.include_obfuscation", "yet")
 
 
 def _candidates(request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[int, int]:
@@ -153,6 +183,5 @@ def _suffix(request: pb.CreateCompletionRequest, manifest: Manifest) -> str:
     if request.suffix and request.echo:
         raise invalid("suffix", "'suffix' and 'echo' cannot be combined.", "invalid_value")
     if request.suffix and manifest.special_tokens.fill_in_the_middle is None:
-        message = "Unsupported parameter: 'suffix' is not supported with this model."
-        raise InvalidRequestError(message, param="suffix", code="unsupported_parameter")
+        raise unsupported("suffix", "with this model")
     return request.suffix

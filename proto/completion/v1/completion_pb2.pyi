@@ -10,6 +10,7 @@ Bounds that do not depend on the model are `buf.validate` rules of their fields.
 a client can check them with protovalidate before it sends anything.
 
 Presence: every scalar of a request is `optional`. Unset means the default named in the comment; zero means zero.
+A field number that this file does not have is refused with INVALID_ARGUMENT, unless the service is set to ignore it.
 Refusals: a value outside the stated range ends the call with INVALID_ARGUMENT (REST: 400) and an `ErrorResponse`
 detail that names the field, the bound and the value given.
 """
@@ -30,6 +31,58 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _OnDeadline:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnDeadlineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDeadline.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_DEADLINE_UNSPECIFIED: _OnDeadline.ValueType  # 0
+    """Not a value to send."""
+    ON_DEADLINE_FAIL: _OnDeadline.ValueType  # 1
+    """The call ends DEADLINE_EXCEEDED."""
+    ON_DEADLINE_PARTIAL: _OnDeadline.ValueType  # 2
+    """The answer has what was generated so far, with finish_reason `deadline`, before the deadline passes."""
+
+class OnDeadline(_OnDeadline, metaclass=_OnDeadlineEnumTypeWrapper):
+    """What happens when a request's deadline is about to pass."""
+
+ON_DEADLINE_UNSPECIFIED: OnDeadline.ValueType  # 0
+"""Not a value to send."""
+ON_DEADLINE_FAIL: OnDeadline.ValueType  # 1
+"""The call ends DEADLINE_EXCEEDED."""
+ON_DEADLINE_PARTIAL: OnDeadline.ValueType  # 2
+"""The answer has what was generated so far, with finish_reason `deadline`, before the deadline passes."""
+Global___OnDeadline: _TypeAlias = OnDeadline  # noqa: Y015
+
+class _ResponseFormatType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResponseFormatTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResponseFormatType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESPONSE_FORMAT_TYPE_UNSPECIFIED: _ResponseFormatType.ValueType  # 0
+    """Not a value to send."""
+    RESPONSE_FORMAT_TYPE_TEXT: _ResponseFormatType.ValueType  # 1
+    """Any text."""
+    RESPONSE_FORMAT_TYPE_JSON_OBJECT: _ResponseFormatType.ValueType  # 2
+    """A JSON object."""
+    RESPONSE_FORMAT_TYPE_JSON_SCHEMA: _ResponseFormatType.ValueType  # 3
+    """JSON that a schema describes."""
+
+class ResponseFormatType(_ResponseFormatType, metaclass=_ResponseFormatTypeEnumTypeWrapper):
+    """The kind of form that a text has."""
+
+RESPONSE_FORMAT_TYPE_UNSPECIFIED: ResponseFormatType.ValueType  # 0
+"""Not a value to send."""
+RESPONSE_FORMAT_TYPE_TEXT: ResponseFormatType.ValueType  # 1
+"""Any text."""
+RESPONSE_FORMAT_TYPE_JSON_OBJECT: ResponseFormatType.ValueType  # 2
+"""A JSON object."""
+RESPONSE_FORMAT_TYPE_JSON_SCHEMA: ResponseFormatType.ValueType  # 3
+"""JSON that a schema describes."""
+Global___ResponseFormatType: _TypeAlias = ResponseFormatType  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -86,6 +139,7 @@ class CreateCompletionRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_BATCH_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     JSON_PROMPT_FIELD_NUMBER: _builtins.int
     SUFFIX_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
@@ -110,6 +164,24 @@ class CreateCompletionRequest(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     JSON_STOP_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUT_MESSAGE_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _builtins.int
+    TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FROM_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RETURN_TIMINGS_FIELD_NUMBER: _builtins.int
+    ON_DEADLINE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id or alias of a served model. Required: unset or empty is INVALID_ARGUMENT; an unknown one is NOT_FOUND, code
     `model_not_found`.
@@ -168,6 +240,37 @@ class CreateCompletionRequest(_message.Message):
     """Fewest tokens to generate before an end token or `stop_token_ids` may be chosen. Range: 0..max_tokens. Default: 0."""
     ignore_eos: _builtins.bool
     """Whether to generate on past the model's end tokens. Default: false."""
+    output_message: _builtins.str
+    """Full name of a message in the operator's descriptor set: the text is JSON that parses into this message and keeps
+    its `buf.validate` rules. Not together with `response_format` or `structured_outputs`. Default: none.
+    """
+    parse_special: _builtins.bool
+    """Whether control tokens in text prompts are read as such. Default: a setting of the service, true."""
+    add_special_tokens: _builtins.bool
+    """Whether a text prompt gets the beginning-of-sequence token and the like. Default: as the model's tokenizer does."""
+    skip_special_tokens: _builtins.bool
+    """Whether control tokens that are generated are left out of the text; false shows them by name. Default: true."""
+    include_stop_str_in_output: _builtins.bool
+    """Whether the stop text that ended a choice stays in its text, its tokens counted. Default: false."""
+    truncate_prompt_tokens: _builtins.int
+    """Keeps only this many of the last tokens of each prompt; -1 keeps as many as fit with `max_tokens`. `usage` counts
+    what is left. Range: -1, or 1..context. Default: the prompt is refused if it does not fit.
+    """
+    logprobs_from: _builtins.int
+    """Index of the first prompt token that is scored; earlier ones get null, and may come from a cache. Only with `echo`
+    and `logprobs`. Range: 0..prompt tokens. Default: 0.
+    """
+    priority: _builtins.int
+    """The order among one caller's own waiting requests, lower first; it never passes another caller's. Range: -100..100,
+    and not more urgent than the key's ceiling, else PERMISSION_DENIED. Default: 0, or the ceiling where that is less
+    urgent.
+    """
+    return_token_ids: _builtins.bool
+    """Whether each choice has the token ids of its prompt and of its text. Default: false."""
+    return_timings: _builtins.bool
+    """Whether the answer says how long it waited and was computed. Default: false."""
+    on_deadline: Global___OnDeadline.ValueType
+    """What the caller gets when its deadline is about to pass. Default: FAIL."""
     @_builtins.property
     def texts(self) -> Global___TextBatch:
         """1..128 prompts as text."""
@@ -181,9 +284,14 @@ class CreateCompletionRequest(_message.Message):
         """1..128 prompts as token ids."""
 
     @_builtins.property
+    def parts(self) -> Global___PromptParts:
+        """One prompt in parts, for untrusted text between control tokens."""
+
+    @_builtins.property
     def json_prompt(self) -> _struct_pb2.Value:
-        """The prompt as REST callers send it: a string, an array of strings, an array of token ids, or an array of arrays of
-        token ids; null is unset. Setting this and a typed prompt is INVALID_ARGUMENT.
+        """The prompt as REST callers send it: a string, an array of strings, an array of token ids, an array of arrays of
+        token ids, or an array of parts, `{"text": ...}`, `{"control": ...}` or `{"tokens": [...]}`; null is unset. Setting
+        this and a typed prompt is INVALID_ARGUMENT.
         """
 
     @_builtins.property
@@ -210,6 +318,40 @@ class CreateCompletionRequest(_message.Message):
     def json_stop(self) -> _struct_pb2.Value:
         """`stop` as REST callers send it: a string or an array of strings; null is unset. Setting both is INVALID_ARGUMENT."""
 
+    @_builtins.property
+    def response_format(self) -> Global___ResponseFormat:
+        """The form of the text, as OpenAI's chat completions name it. The text has it when `finish_reason` is stop. Not
+        together with `structured_outputs` or `output_message`. Default: any text.
+        """
+
+    @_builtins.property
+    def structured_outputs(self) -> Global___StructuredOutputs:
+        """The form of the text, in more ways. Not together with `response_format` or `output_message`. Default: any text."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that are never generated, however they are split into tokens. At most 128, none empty, each at most 64
+        characters. Default: none.
+        """
+
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The only token ids that may be generated. 1..1024 ids, each in 0..vocabulary - 1. Default: all."""
+
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose scores are reported at every position, beside the likeliest ones of `logprobs`. At most 128 ids,
+        each in 0..vocabulary - 1. Default: none.
+        """
+
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """The text that is expected. It changes how fast the answer comes, never the answer. Default: none."""
+
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """Continues an answer that broke off, to the bit. One prompt, `n` 1, and a seed or temperature 0. Default: none."""
+
     def __init__(
         self,
         *,
@@ -218,6 +360,7 @@ class CreateCompletionRequest(_message.Message):
         texts: Global___TextBatch | None = ...,
         tokens: Global___Tokens | None = ...,
         token_batch: Global___TokenBatch | None = ...,
+        parts: Global___PromptParts | None = ...,
         json_prompt: _struct_pb2.Value | None = ...,
         suffix: _builtins.str | None = ...,
         max_tokens: _builtins.int | None = ...,
@@ -242,11 +385,31 @@ class CreateCompletionRequest(_message.Message):
         ignore_eos: _builtins.bool | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         json_stop: _struct_pb2.Value | None = ...,
+        response_format: Global___ResponseFormat | None = ...,
+        structured_outputs: Global___StructuredOutputs | None = ...,
+        output_message: _builtins.str | None = ...,
+        parse_special: _builtins.bool | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        skip_special_tokens: _builtins.bool | None = ...,
+        include_stop_str_in_output: _builtins.bool | None = ...,
+        truncate_prompt_tokens: _builtins.int | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs_from: _builtins.int | None = ...,
+        prediction: Global___Prediction | None = ...,
+        priority: _builtins.int | None = ...,
+        resume: Global___Resume | None = ...,
+        return_token_ids: _builtins.bool | None = ...,
+        return_timings: _builtins.bool | None = ...,
+        on_deadline: Global___OnDeadline.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model", b"_model", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_stream", b"_stream", "_suffix", b"_suffix", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_user", b"_user", "best_of", b"best_of", "echo", b"echo", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "json_prompt", b"json_prompt", "json_stop", b"json_stop", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stream", b"stream", "stream_options", b"stream_options", "suffix", b"suffix", "temperature", b"temperature", "text", b"text", "texts", b"texts", "token_batch", b"token_batch", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "user", b"user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_echo", b"_echo", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop_str_in_output", b"_include_stop_str_in_output", "_logprobs", b"_logprobs", "_logprobs_from", b"_logprobs_from", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model", b"_model", "_n", b"_n", "_on_deadline", b"_on_deadline", "_output_message", b"_output_message", "_parse_special", b"_parse_special", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_repetition_penalty", b"_repetition_penalty", "_return_timings", b"_return_timings", "_return_token_ids", b"_return_token_ids", "_seed", b"_seed", "_skip_special_tokens", b"_skip_special_tokens", "_stream", b"_stream", "_suffix", b"_suffix", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_user", b"_user", "add_special_tokens", b"add_special_tokens", "best_of", b"best_of", "echo", b"echo", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop_str_in_output", b"include_stop_str_in_output", "json_prompt", b"json_prompt", "json_stop", b"json_stop", "logprobs", b"logprobs", "logprobs_from", b"logprobs_from", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "on_deadline", b"on_deadline", "output_message", b"output_message", "parse_special", b"parse_special", "parts", b"parts", "prediction", b"prediction", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "response_format", b"response_format", "resume", b"resume", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "seed", b"seed", "skip_special_tokens", b"skip_special_tokens", "stream", b"stream", "stream_options", b"stream_options", "structured_outputs", b"structured_outputs", "suffix", b"suffix", "temperature", b"temperature", "text", b"text", "texts", b"texts", "token_batch", b"token_batch", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "truncate_prompt_tokens", b"truncate_prompt_tokens", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model", b"_model", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_stream", b"_stream", "_suffix", b"_suffix", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_user", b"_user", "best_of", b"best_of", "echo", b"echo", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "json_prompt", b"json_prompt", "json_stop", b"json_stop", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "stream", b"stream", "stream_options", b"stream_options", "suffix", b"suffix", "temperature", b"temperature", "text", b"text", "texts", b"texts", "token_batch", b"token_batch", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_best_of", b"_best_of", "_echo", b"_echo", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop_str_in_output", b"_include_stop_str_in_output", "_logprobs", b"_logprobs", "_logprobs_from", b"_logprobs_from", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model", b"_model", "_n", b"_n", "_on_deadline", b"_on_deadline", "_output_message", b"_output_message", "_parse_special", b"_parse_special", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_repetition_penalty", b"_repetition_penalty", "_return_timings", b"_return_timings", "_return_token_ids", b"_return_token_ids", "_seed", b"_seed", "_skip_special_tokens", b"_skip_special_tokens", "_stream", b"_stream", "_suffix", b"_suffix", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_user", b"_user", "add_special_tokens", b"add_special_tokens", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "best_of", b"best_of", "echo", b"echo", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop_str_in_output", b"include_stop_str_in_output", "json_prompt", b"json_prompt", "json_stop", b"json_stop", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_from", b"logprobs_from", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "on_deadline", b"on_deadline", "output_message", b"output_message", "parse_special", b"parse_special", "parts", b"parts", "prediction", b"prediction", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "response_format", b"response_format", "resume", b"resume", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "seed", b"seed", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "stream", b"stream", "stream_options", b"stream_options", "structured_outputs", b"structured_outputs", "suffix", b"suffix", "temperature", b"temperature", "text", b"text", "texts", b"texts", "token_batch", b"token_batch", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "truncate_prompt_tokens", b"truncate_prompt_tokens", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__best_of: _TypeAlias = _typing.Literal["best_of"]  # noqa: Y015
     _WhichOneofArgType__best_of: _TypeAlias = _typing.Literal["_best_of", b"_best_of"]  # noqa: Y015
     _WhichOneofReturnType__echo: _TypeAlias = _typing.Literal["echo"]  # noqa: Y015
@@ -255,8 +418,12 @@ class CreateCompletionRequest(_message.Message):
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
     _WhichOneofReturnType__ignore_eos: _TypeAlias = _typing.Literal["ignore_eos"]  # noqa: Y015
     _WhichOneofArgType__ignore_eos: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos"]  # noqa: Y015
+    _WhichOneofReturnType__include_stop_str_in_output: _TypeAlias = _typing.Literal["include_stop_str_in_output"]  # noqa: Y015
+    _WhichOneofArgType__include_stop_str_in_output: _TypeAlias = _typing.Literal["_include_stop_str_in_output", b"_include_stop_str_in_output"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__logprobs_from: _TypeAlias = _typing.Literal["logprobs_from"]  # noqa: Y015
+    _WhichOneofArgType__logprobs_from: _TypeAlias = _typing.Literal["_logprobs_from", b"_logprobs_from"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
@@ -267,12 +434,26 @@ class CreateCompletionRequest(_message.Message):
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__on_deadline: _TypeAlias = _typing.Literal["on_deadline"]  # noqa: Y015
+    _WhichOneofArgType__on_deadline: _TypeAlias = _typing.Literal["_on_deadline", b"_on_deadline"]  # noqa: Y015
+    _WhichOneofReturnType__output_message: _TypeAlias = _typing.Literal["output_message"]  # noqa: Y015
+    _WhichOneofArgType__output_message: _TypeAlias = _typing.Literal["_output_message", b"_output_message"]  # noqa: Y015
+    _WhichOneofReturnType__parse_special: _TypeAlias = _typing.Literal["parse_special"]  # noqa: Y015
+    _WhichOneofArgType__parse_special: _TypeAlias = _typing.Literal["_parse_special", b"_parse_special"]  # noqa: Y015
     _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
     _WhichOneofArgType__presence_penalty: _TypeAlias = _typing.Literal["_presence_penalty", b"_presence_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__return_timings: _TypeAlias = _typing.Literal["return_timings"]  # noqa: Y015
+    _WhichOneofArgType__return_timings: _TypeAlias = _typing.Literal["_return_timings", b"_return_timings"]  # noqa: Y015
+    _WhichOneofReturnType__return_token_ids: _TypeAlias = _typing.Literal["return_token_ids"]  # noqa: Y015
+    _WhichOneofArgType__return_token_ids: _TypeAlias = _typing.Literal["_return_token_ids", b"_return_token_ids"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__stream: _TypeAlias = _typing.Literal["stream"]  # noqa: Y015
     _WhichOneofArgType__stream: _TypeAlias = _typing.Literal["_stream", b"_stream"]  # noqa: Y015
     _WhichOneofReturnType__suffix: _TypeAlias = _typing.Literal["suffix"]  # noqa: Y015
@@ -283,10 +464,14 @@ class CreateCompletionRequest(_message.Message):
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["truncate_prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["_truncate_prompt_tokens", b"_truncate_prompt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "texts", "tokens", "token_batch"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "texts", "tokens", "token_batch", "parts"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_of) -> _WhichOneofReturnType__best_of | None: ...
     @_typing.overload
@@ -296,7 +481,11 @@ class CreateCompletionRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ignore_eos) -> _WhichOneofReturnType__ignore_eos | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_stop_str_in_output) -> _WhichOneofReturnType__include_stop_str_in_output | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs_from) -> _WhichOneofReturnType__logprobs_from | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
@@ -308,11 +497,25 @@ class CreateCompletionRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__on_deadline) -> _WhichOneofReturnType__on_deadline | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_message) -> _WhichOneofReturnType__output_message | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parse_special) -> _WhichOneofReturnType__parse_special | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__return_timings) -> _WhichOneofReturnType__return_timings | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__return_token_ids) -> _WhichOneofReturnType__return_token_ids | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_special_tokens) -> _WhichOneofReturnType__skip_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stream) -> _WhichOneofReturnType__stream | None: ...
     @_typing.overload
@@ -324,11 +527,281 @@ class CreateCompletionRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__truncate_prompt_tokens) -> _WhichOneofReturnType__truncate_prompt_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__user) -> _WhichOneofReturnType__user | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___CreateCompletionRequest: _TypeAlias = CreateCompletionRequest  # noqa: Y015
+
+@_typing.final
+class PromptParts(_message.Message):
+    """One prompt in parts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptPart]:
+        """At least one part."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PromptPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptParts: _TypeAlias = PromptParts  # noqa: Y015
+
+@_typing.final
+class PromptPart(_message.Message):
+    """A part of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    CONTROL_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text. It never becomes a control token, whatever it contains and wherever parts meet."""
+    control: _builtins.str
+    """The name of one control token, such as `<|im_start|>`."""
+    @_builtins.property
+    def tokens(self) -> Global___Tokens:
+        """Token ids."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        control: _builtins.str = ...,
+        tokens: Global___Tokens | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "part", b"part", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "part", b"part", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "control", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___PromptPart: _TypeAlias = PromptPart  # noqa: Y015
+
+@_typing.final
+class ResponseFormat(_message.Message):
+    """The form of a text, as OpenAI's chat completions name it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    type: Global___ResponseFormatType.ValueType
+    """The kind of form. Required."""
+    @_builtins.property
+    def json_schema(self) -> Global___JsonSchema:
+        """The schema, where `type` is JSON_SCHEMA."""
+
+    def __init__(
+        self,
+        *,
+        type: Global___ResponseFormatType.ValueType | None = ...,
+        json_schema: Global___JsonSchema | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_type", b"_type", "json_schema", b"json_schema", "type", b"type"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_type", b"_type", "json_schema", b"json_schema", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__type: _TypeAlias = _typing.Literal["type"]  # noqa: Y015
+    _WhichOneofArgType__type: _TypeAlias = _typing.Literal["_type", b"_type"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__type) -> _WhichOneofReturnType__type | None: ...
+
+Global___ResponseFormat: _TypeAlias = ResponseFormat  # noqa: Y015
+
+@_typing.final
+class JsonSchema(_message.Message):
+    """A JSON Schema with its name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name for the caller's own use. At most 64 characters. Default: none."""
+    description: _builtins.str
+    """What the schema is for, for the caller's own use. At most 1024 characters. Default: none."""
+    schema: _builtins.str
+    """The schema, a text that holds JSON of at most 256 KiB; over REST the JSON itself. Required."""
+    strict: _builtins.bool
+    """Whether a keyword of the schema that is not supported is refused. Default: true."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        description: _builtins.str | None = ...,
+        schema: _builtins.str | None = ...,
+        strict: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_name", b"_name", "_schema", b"_schema", "_strict", b"_strict", "description", b"description", "name", b"name", "schema", b"schema", "strict", b"strict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_name", b"_name", "_schema", b"_schema", "_strict", b"_strict", "description", b"description", "name", b"name", "schema", b"schema", "strict", b"strict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__description: _TypeAlias = _typing.Literal["description"]  # noqa: Y015
+    _WhichOneofArgType__description: _TypeAlias = _typing.Literal["_description", b"_description"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__schema: _TypeAlias = _typing.Literal["schema"]  # noqa: Y015
+    _WhichOneofArgType__schema: _TypeAlias = _typing.Literal["_schema", b"_schema"]  # noqa: Y015
+    _WhichOneofReturnType__strict: _TypeAlias = _typing.Literal["strict"]  # noqa: Y015
+    _WhichOneofArgType__strict: _TypeAlias = _typing.Literal["_strict", b"_strict"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__description) -> _WhichOneofReturnType__description | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schema) -> _WhichOneofReturnType__schema | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strict) -> _WhichOneofReturnType__strict | None: ...
+
+Global___JsonSchema: _TypeAlias = JsonSchema  # noqa: Y015
+
+@_typing.final
+class StructuredOutputs(_message.Message):
+    """The form of a text: one of several constraints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    json: _builtins.str
+    """A JSON Schema, a text that holds JSON of at most 256 KiB; over REST the JSON itself, or such a text."""
+    json_object: _builtins.bool
+    """Any JSON object. Must be true."""
+    regex: _builtins.str
+    """A regular expression that the whole text matches, at most 256 KiB."""
+    grammar: _builtins.str
+    """A grammar in Lark's notation, at most 256 KiB."""
+    @_builtins.property
+    def choice(self) -> Global___TextChoices:
+        """The texts of which one is the answer; over REST an array."""
+
+    def __init__(
+        self,
+        *,
+        json: _builtins.str = ...,
+        json_object: _builtins.bool = ...,
+        regex: _builtins.str = ...,
+        choice: Global___TextChoices | None = ...,
+        grammar: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json", b"json", "json_object", b"json_object", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json", b"json", "json_object", b"json_object", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json", "json_object", "regex", "choice", "grammar"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
+
+Global___StructuredOutputs: _TypeAlias = StructuredOutputs  # noqa: Y015
+
+@_typing.final
+class TextChoices(_message.Message):
+    """Texts to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1..10,000 texts, none empty."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextChoices: _TypeAlias = TextChoices  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """The text that is expected."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    """Always `content`. Default: `content`."""
+    content: _builtins.str
+    """The text. Its tokens must fit the context. Required."""
+    def __init__(
+        self,
+        *,
+        type: _builtins.str | None = ...,
+        content: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_type", b"_type", "content", b"content", "type", b"type"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_type", b"_type", "content", b"content", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__content: _TypeAlias = _typing.Literal["content"]  # noqa: Y015
+    _WhichOneofArgType__content: _TypeAlias = _typing.Literal["_content", b"_content"]  # noqa: Y015
+    _WhichOneofReturnType__type: _TypeAlias = _typing.Literal["type"]  # noqa: Y015
+    _WhichOneofArgType__type: _TypeAlias = _typing.Literal["_type", b"_type"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__content) -> _WhichOneofReturnType__content | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__type) -> _WhichOneofReturnType__type | None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """What a caller has received of an answer that broke off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    system_fingerprint: _builtins.str
+    """The `system_fingerprint` of the answer that broke off. Required; another one than the service's is
+    FAILED_PRECONDITION, code `fingerprint_mismatch`.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids of the tokens received, in order; they count as generated. At most max_tokens, each in 0..vocabulary - 1."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        system_fingerprint: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_system_fingerprint", b"_system_fingerprint", "system_fingerprint", b"system_fingerprint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_fingerprint", b"_system_fingerprint", "system_fingerprint", b"system_fingerprint", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__system_fingerprint: _TypeAlias = _typing.Literal["system_fingerprint"]  # noqa: Y015
+    _WhichOneofArgType__system_fingerprint: _TypeAlias = _typing.Literal["_system_fingerprint", b"_system_fingerprint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__system_fingerprint) -> _WhichOneofReturnType__system_fingerprint | None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class TextBatch(_message.Message):
@@ -410,26 +883,34 @@ class StreamOptions(_message.Message):
 
     INCLUDE_USAGE_FIELD_NUMBER: _builtins.int
     CONTINUOUS_USAGE_STATS_FIELD_NUMBER: _builtins.int
+    INCLUDE_OBFUSCATION_FIELD_NUMBER: _builtins.int
     include_usage: _builtins.bool
     """Whether a last message without choices reports the total usage. Default: false."""
     continuous_usage_stats: _builtins.bool
     """Whether every message reports the usage so far. Default: false."""
+    include_obfuscation: _builtins.bool
+    """Whether every message is padded with random characters, so that its length tells nothing. Default: false."""
     def __init__(
         self,
         *,
         include_usage: _builtins.bool | None = ...,
         continuous_usage_stats: _builtins.bool | None = ...,
+        include_obfuscation: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_continuous_usage_stats", b"_continuous_usage_stats", "_include_usage", b"_include_usage", "continuous_usage_stats", b"continuous_usage_stats", "include_usage", b"include_usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_continuous_usage_stats", b"_continuous_usage_stats", "_include_obfuscation", b"_include_obfuscation", "_include_usage", b"_include_usage", "continuous_usage_stats", b"continuous_usage_stats", "include_obfuscation", b"include_obfuscation", "include_usage", b"include_usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_continuous_usage_stats", b"_continuous_usage_stats", "_include_usage", b"_include_usage", "continuous_usage_stats", b"continuous_usage_stats", "include_usage", b"include_usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_continuous_usage_stats", b"_continuous_usage_stats", "_include_obfuscation", b"_include_obfuscation", "_include_usage", b"_include_usage", "continuous_usage_stats", b"continuous_usage_stats", "include_obfuscation", b"include_obfuscation", "include_usage", b"include_usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__continuous_usage_stats: _TypeAlias = _typing.Literal["continuous_usage_stats"]  # noqa: Y015
     _WhichOneofArgType__continuous_usage_stats: _TypeAlias = _typing.Literal["_continuous_usage_stats", b"_continuous_usage_stats"]  # noqa: Y015
+    _WhichOneofReturnType__include_obfuscation: _TypeAlias = _typing.Literal["include_obfuscation"]  # noqa: Y015
+    _WhichOneofArgType__include_obfuscation: _TypeAlias = _typing.Literal["_include_obfuscation", b"_include_obfuscation"]  # noqa: Y015
     _WhichOneofReturnType__include_usage: _TypeAlias = _typing.Literal["include_usage"]  # noqa: Y015
     _WhichOneofArgType__include_usage: _TypeAlias = _typing.Literal["_include_usage", b"_include_usage"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__continuous_usage_stats) -> _WhichOneofReturnType__continuous_usage_stats | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_obfuscation) -> _WhichOneofReturnType__include_obfuscation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__include_usage) -> _WhichOneofReturnType__include_usage | None: ...
 

@@ -10,6 +10,7 @@ Bounds that do not depend on the model are `buf.validate` rules of their fields.
 a client can check them with protovalidate before it sends anything.
 
 Presence: every scalar of a request is `optional`. Unset means the default named in the comment; zero means zero.
+A field number that this file does not have is refused with INVALID_ARGUMENT, unless the service is set to ignore it.
 Refusals: a value outside the stated range ends the call with INVALID_ARGUMENT (REST: 400) and an `ErrorResponse`
 detail that names the field, the bound and the value given.
 """
