@@ -1,18 +1,24 @@
-"""Derives envoy/completion.binpb: the contract as Envoy's JSON transcoder sees it.
+"""Derives from the contract what Envoy has to know of it.
 
-The derived view is byte-for-byte compatible with `proto/completion/v1/completion.proto` on the wire and differs only
-in how it reads and prints as JSON, where OpenAI's API asks for what protobuf's JSON mapping does not offer. It is only
-for Envoy: it repeats JSON names within a message, which protobuf's Python runtime refuses to load.
+completion.binpb is the contract as Envoy's JSON transcoder sees it. This view is byte-for-byte compatible with
+`proto/completion/v1/completion.proto` on the wire and differs only in how it reads and prints as JSON, where OpenAI's
+API asks for what protobuf's JSON mapping does not offer. It is only for Envoy: it repeats JSON names within a message,
+which protobuf's Python runtime refuses to load.
 
-    python envoy/descriptor.py            writes the file
-    python envoy/descriptor.py --check    fails when the committed file is stale
+requests.lua has the names and types of the requests' fields, by which json.lua reads a body.
+
+    python envoy/descriptor.py            writes the files
+    python envoy/descriptor.py --check    fails when a committed file is stale
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from buf.validate import validate_pb2
+from google.api import annotations_pb2
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
     FieldDescriptorProto,
@@ -22,10 +28,24 @@ from google.protobuf.descriptor_pb2 import (
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "envoy" / "completion.binpb"
 CONTRACT = "completion/v1/completion.proto"
 # The service enforces the rules, not the transcoder.
 RULES = "buf/validate/validate.proto"
+
+# Text fields that hold JSON: over REST the JSON itself.
+JSON_TEXTS = {("JsonSchema", "schema"), ("StructuredOutputs", "json")}
+
+# A repeated field in a message of its own, as a oneof needs it: over REST an array.
+WRAPPED = {"TextChoices"}
+
+# What json.lua calls the types of values; an integer has its bits.
+TYPES: dict[int, dict[str, Any]] = {
+    FieldDescriptorProto.TYPE_STRING: {"type": "string"},
+    FieldDescriptorProto.TYPE_BOOL: {"type": "boolean"},
+    FieldDescriptorProto.TYPE_INT32: {"type": "integer", "bits": 32},
+    FieldDescriptorProto.TYPE_INT64: {"type": "integer", "bits": 64},
+    FieldDescriptorProto.TYPE_FLOAT: {"type": "number"},
+}
 
 # A NullValue printed under its sibling's name, so that an unset member of the oneof is `null` rather than absent.
 NULLS = {
@@ -137,7 +157,7 @@ def replace_typed_stop(request: DescriptorProto) -> None:
 
 
 def ungroup(request: DescriptorProto) -> None:
-    """Turns `optional` fields and those of a oneof into plain ones, which can be sent with the value that is the default.
+    """Turns `optional` fields and those of a oneof into plain ones.
 
     What a body says is sent, also zeros, so that the service sees what was said.
     """
@@ -161,23 +181,108 @@ def view_response_field(message: str, field: FieldDescriptorProto) -> None:
         field.type = FieldDescriptorProto.TYPE_UINT32
 
 
-def derive() -> bytes:
+def request_fields(contract: FileDescriptorProto, view: FileDescriptorProto) -> dict[str, Any]:
+    """The request message of each POST path, and the fields of each message by their names in JSON."""
+    paths = {}
+    for service in contract.service:
+        for method in service.method:
+            path = method.options.Extensions[annotations_pb2.http].post
+            if path and ":" not in path:
+                paths[path] = short(method.input_type)
+    requests = request_messages(view) - WRAPPED
+    sources = {message.name: message for message in contract.message_type}
+    messages: dict[str, dict[str, Any]] = {}
+    for message in view.message_type:
+        if message.name in requests:
+            numbered = {field.number: field for field in sources[message.name].field}
+            messages[message.name] = {
+                field.name: request_field(sources[message.name], numbered[field.number], contract)
+                for field in message.field
+            }
+    return {"paths": paths, "messages": messages}
+
+
+def request_field(owner: DescriptorProto, field: FieldDescriptorProto, contract: FileDescriptorProto) -> dict[str, Any]:
+    """What json.lua has to know of a field of the contract."""
+    rules = field.options.Extensions[validate_pb2.field]
+    found: dict[str, Any] = {}
+    if field.HasField("oneof_index") and not field.proto3_optional:
+        found["one_of"] = owner.oneof_decl[field.oneof_index].name
+    entries = {entry.name: entry for entry in owner.nested_type if entry.options.map_entry}
+    if short(field.type_name) in entries:
+        found |= {"map": True, "max_items": rules.map.max_pairs}
+        field, rules = entries[short(field.type_name)].field[1], rules.map.values
+    elif short(field.type_name) in WRAPPED:
+        (field,) = next(message.field for message in contract.message_type if message.name == short(field.type_name))
+        found["wrapped"] = field.name
+        rules = field.options.Extensions[validate_pb2.field]
+    if field.label == FieldDescriptorProto.LABEL_REPEATED:
+        found["repeated"] = True
+        found |= {name: value for name in ("min_items", "max_items") if (value := getattr(rules.repeated, name))}
+        rules = rules.repeated.items
+    if (owner.name, field.name) in JSON_TEXTS:
+        return found | {"type": "json"}
+    return found | value_type(field, rules, contract)
+
+
+def value_type(
+    field: FieldDescriptorProto, rules: validate_pb2.FieldRules, contract: FileDescriptorProto
+) -> dict[str, Any]:
+    """The type of one value, and the ends or values that the type has."""
+    if field.type_name == ".google.protobuf.Value":
+        return {"type": "any"}
+    if field.type == FieldDescriptorProto.TYPE_ENUM:
+        enum = next(enum for enum in contract.enum_type if enum.name == short(field.type_name))
+        return {"type": "enum", "values": [ENUM_NAMES[value.name] for value in enum.value if value.number]}
+    if field.type == FieldDescriptorProto.TYPE_MESSAGE:
+        return {"type": "object", "message": short(field.type_name)}
+    limits = getattr(rules, rules.WhichOneof("type") or "int64")
+    ends = {"gte": "min", "gt": "above", "lte": "max"}
+    known = {ends[bound.name]: f"{value:.15g}" for bound, value in limits.ListFields() if bound.name in ends}
+    return TYPES[field.type] | known
+
+
+def short(name: str) -> str:
+    """A type's name without its package."""
+    return name.rsplit(".", 1)[-1]
+
+
+def lua(value: Any, indent: str = "") -> str:
+    """A value as Lua writes it: a table of tables on many lines, any other on one."""
+    if isinstance(value, dict):
+        parts = [f'["{key}"] = {lua(each, indent + "  ")}' for key, each in sorted(value.items())]
+        if any(isinstance(each, dict) for each in value.values()):
+            return "{\n" + "".join(f"{indent}  {part},\n" for part in parts) + indent + "}"
+        return "{ " + ", ".join(parts) + " }"
+    if isinstance(value, list):
+        return "{ " + ", ".join(map(lua, value)) + " }"
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def derive() -> dict[str, bytes]:
+    """The files by their names."""
     files = compile_contract()
     named = {file.name: file for file in files.file}
+    contract = FileDescriptorProto.FromString(named[CONTRACT].SerializeToString())
     json_view(named[CONTRACT])
     view = FileDescriptorSet(file=[file for name, file in named.items() if name != RULES])
-    return view.SerializeToString(deterministic=True)
+    fields = lua(request_fields(contract, named[CONTRACT]))
+    return {
+        "completion.binpb": view.SerializeToString(deterministic=True),
+        "requests.lua": f"-- Generated by envoy/descriptor.py from the contract.\nreturn {fields}\n".encode(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Derives the JSON view that Envoy transcodes with.")
-    parser.add_argument("--check", action="store_true", help="fail when the committed file is stale")
+    parser = argparse.ArgumentParser(description="Derives what Envoy needs to know of the contract.")
+    parser.add_argument("--check", action="store_true", help="fail when a committed file is stale")
     check = parser.parse_args().check
-    derived = derive()
-    if not check:
-        OUTPUT.write_bytes(derived)
-    elif not OUTPUT.exists() or OUTPUT.read_bytes() != derived:
-        sys.exit(f"{OUTPUT.relative_to(ROOT)} is stale: run `python envoy/descriptor.py` and commit the result")
+    for name, content in derive().items():
+        path = ROOT / "envoy" / name
+        if not check:
+            path.write_bytes(content)
+        elif not path.exists() or path.read_bytes() != content:
+            sys.exit(f"envoy/{name} is stale: run `python envoy/descriptor.py` and commit the result")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
 -- The parts of the REST API that the JSON transcoder lacks. Listed before it: requests pass here first, responses last.
+local json = dofile("envoy/json.lua")
+local contract = dofile("envoy/requests.lua")
+
+-- The service's setting of this name, for its gRPC callers.
+local IGNORE_UNKNOWN = os.getenv("COMPLETION_UNKNOWN_PARAMETERS") == "ignore"
 
 -- The service gets only these headers of a REST caller, each up to this length in bytes. Headers become gRPC metadata:
 -- more than 8 KiB of it, `grpc-timeout`, `grpc-encoding` or a malformed `*-bin` would break the call.
@@ -27,32 +32,86 @@ local function drop_headers(headers)
   end
 end
 
--- A false positive is harmless: the streaming method reads the parsed `stream` and can answer with one body, while the
--- unary method cannot stream. An escaped character could be part of the key.
-local function may_stream(text)
-  return text:find("stream", 1, true) or text:find("\\u", 1, true)
-end
-
--- The transcoder reads `maxTokens` as `max_tokens`, and does not define which counts when a body has both. A quote within
--- a JSON string is escaped, so every match of the patterns is a key.
-local function given_twice(text)
-  local aliased = {}
-  for alias in text:gmatch('"(%l+%u%a*)"%s*:') do
-    aliased[alias:gsub("%u", "_%0"):lower()] = true
-  end
-  if not next(aliased) then
-    return nil
-  end
-  for name in text:gmatch('"([%l_]+)"%s*:') do
-    if aliased[name] then
-      return name
+-- The answer gets its envelope as Envoy's own refusals do, which takes the parameter and the code from the metadata.
+local function refuse(handle, fault)
+  local metadata = handle:streamInfo():dynamicMetadata()
+  for _, name in ipairs({ "param", "code" }) do
+    if fault[name] then
+      metadata:set("rest", name, fault[name])
     end
   end
+  handle:respond({ [":status"] = "400" }, fault.message)
 end
 
--- The answer gets its envelope as Envoy's own refusals do, in `explain`.
-local function refuse(handle, message)
-  handle:respond({ [":status"] = "400" }, message)
+-- Names of other APIs and other servers, and what this one has in their place.
+local INSTEAD = {
+  do_sample = "Use 'temperature': 0 is greedy.",
+  ebnf = "Use 'structured_outputs' with 'grammar'.",
+  grammar = "Use 'structured_outputs' with 'grammar'.",
+  guided_choice = "Use 'structured_outputs' with 'choice'.",
+  guided_grammar = "Use 'structured_outputs' with 'grammar'.",
+  guided_json = "Use 'structured_outputs' with 'json'.",
+  guided_regex = "Use 'structured_outputs' with 'regex'.",
+  input = "Use 'prompt'.",
+  input_ids = "Use 'prompt' with an array of token ids.",
+  inputs = "Use 'prompt'.",
+  json_schema = "Use 'response_format' or 'structured_outputs' with 'json'.",
+  max_completion_tokens = "Use 'max_tokens'.",
+  max_length = "Use 'max_tokens'.",
+  max_new_tokens = "Use 'max_tokens'.",
+  messages = "This is the completions API: use 'prompt'. There are no chat completions here.",
+  min_new_tokens = "Use 'min_tokens'.",
+  n_predict = "Use 'max_tokens'.",
+  n_probs = "Use 'logprobs'.",
+  num_predict = "Use 'max_tokens'.",
+  prompt_logprobs = "Use 'logprobs' with 'echo'.",
+  prompts = "Use 'prompt', which takes an array.",
+  regex = "Use 'structured_outputs' with 'regex'.",
+  repeat_penalty = "Use 'repetition_penalty'.",
+  return_tokens_as_token_ids = "Use 'return_token_ids'.",
+  stop_sequences = "Use 'stop'.",
+  stop_words = "Use 'stop'.",
+  top_logprobs = "Use 'logprobs' with a number.",
+}
+local SHOWN_NAMES = 8
+
+-- The refusal of names that the contract does not have.
+local function unknown_names(names)
+  local listed, instead = {}, ""
+  for index, name in ipairs(names) do
+    if index <= SHOWN_NAMES then
+      table.insert(listed, name)
+      instead = instead .. (INSTEAD[name] and " " .. INSTEAD[name] or "")
+    end
+  end
+  local more = #names > SHOWN_NAMES and string.format(" and %d more", #names - SHOWN_NAMES) or ""
+  local words = #names == 1 and "argument" or "arguments"
+  local message = string.format("Unrecognized request %s supplied: %s%s.%s", words, table.concat(listed, ", "), more, instead)
+  return { message = instead == "" and message:sub(1, -2) or message, param = names[1], code = "unknown_parameter" }
+end
+
+-- Reads a body, and refuses one that is not what the contract says. Returns whether it was refused, and whether the
+-- answer is to be streamed.
+local function read(handle, path, body)
+  local request = contract.paths[path]
+  if not request or not body or body:length() == 0 then
+    return false, false
+  end
+  local found = json.read(body:getBytes(0, body:length()), contract.messages, request)
+  local fault = found.fault
+  if #found.unknown > 0 then
+    if IGNORE_UNKNOWN then
+      handle:streamInfo():dynamicMetadata():set("rest", "ignored", table.concat(found.unknown, ", "):sub(1, 1024))
+    elseif not (fault and fault.unreadable) then
+      fault = unknown_names(found.unknown)
+    end
+  end
+  if fault then
+    refuse(handle, fault)
+  elseif found.body then
+    body:setBytes(found.body)
+  end
+  return fault ~= nil, found.given.stream == "true"
 end
 
 -- A longer id, or one with other characters, could not be sent back unchanged.
@@ -64,18 +123,12 @@ function envoy_on_request(handle)
   -- body() invalidates header handles taken before it.
   local method = handle:headers():get(":method")
   local body = method == "POST" and handle:body()
-  local text = body and body:getBytes(0, body:length()) or ""
   local headers = handle:headers()
   local client_id = headers:get("x-client-request-id")
   drop_headers(headers)
   if bad_client_id(client_id) then
     headers:remove("x-client-request-id")
-    refuse(handle, "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII.")
-    return
-  end
-  local twice = given_twice(text)
-  if twice then
-    refuse(handle, string.format("Invalid body: '%s' is given twice, also by its other name.", twice))
+    refuse(handle, { message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII." })
     return
   end
 
@@ -85,10 +138,10 @@ function envoy_on_request(handle)
     handle:streamInfo():dynamicMetadata():set("rest", "head", true)
     headers:replace(":method", "GET")
   end
-  if may_stream(text) then
-    path = path .. ":stream"
+  local refused, stream = read(handle, path, body)
+  if not refused then
+    handle:headers():replace(":path", stream and path .. ":stream" or path)
   end
-  headers:replace(":path", path)
 end
 
 -- How the transcoder prints our error detail within google.rpc.Status. Quotes within JSON strings are escaped, so
@@ -116,8 +169,7 @@ end
 
 local function envelope(status, text)
   if text:find('^{"error":') then
-    -- The transcoder's own message begins with a field's path, which is empty for the whole body.
-    return (text:gsub('"message":": ', '"message":"', 1))
+    return text
   end
   local _, last = text:find(DETAIL, 1, true)
   if last then
@@ -156,13 +208,12 @@ local function explain(handle, status)
   end
 end
 
-local function is_head(handle)
-  local marks = handle:streamInfo():dynamicMetadata():get("rest")
-  return marks and marks.head
-end
-
 function envoy_on_response(handle)
+  local marks = handle:streamInfo():dynamicMetadata():get("rest") or {}
   local status = handle:headers():get(":status")
+  if marks.ignored then
+    handle:headers():replace("x-ignored-parameters", marks.ignored)
+  end
   if tonumber(status) >= 400 then
     explain(handle, status)
   elseif (handle:headers():get("content-type") or ""):find("^text/event%-stream") then
@@ -173,7 +224,7 @@ function envoy_on_response(handle)
   for _, name in ipairs({ "grpc-status", "grpc-message", "grpc-accept-encoding" }) do
     handle:headers():remove(name)
   end
-  if is_head(handle) then
+  if marks.head then
     local body = handle:body(true)
     local length = body:length()
     body:setBytes("")

@@ -6,6 +6,17 @@ from collections.abc import Sequence
 
 from service.errors import InvalidRequestError
 
+# What messages call the kinds of google.protobuf.Value.
+JSON_TYPES = {
+    None: "nothing",
+    "null_value": "null",
+    "bool_value": "a boolean",
+    "number_value": "a number",
+    "string_value": "a string",
+    "list_value": "an array",
+    "struct_value": "an object",
+}
+
 
 def check_maximum(name: str, value: int, high: int) -> None:
     """Raises InvalidRequestError if an integer is above `high`; the contract's own rules have the lower bound."""

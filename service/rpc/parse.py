@@ -11,7 +11,7 @@ from completion.v1 import completion_pb2 as pb
 
 from service.manifest import Manifest
 from service.rpc import bounds
-from service.rpc.checks import check_maximum, invalid, shown, unsupported
+from service.rpc.checks import JSON_TYPES, check_maximum, invalid, shown, unsupported, wrong_type
 from service.rpc.prompts import check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
@@ -143,8 +143,11 @@ def _stop(request: pb.CreateCompletionRequest, limit: int) -> tuple[str, ...]:
     if count > limit:
         expected = f"Expected an array with maximum length {limit}, but got an array with length {count} instead."
         raise invalid("stop", f"array too long. {expected}", "array_above_max_length")
-    if any(entry.WhichOneof("kind") != "string_value" for entry in entries):
-        raise invalid("stop", "expected a string or an array of strings.", "invalid_type")
+    for entry in entries:
+        given = entry.WhichOneof("kind")
+        if given != "string_value":
+            where = " in the array" if json_type == "list_value" else ""
+            raise wrong_type("stop", "a string or an array of strings", JSON_TYPES[given] + where)
     return tuple(entry.string_value for entry in entries) or tuple(request.stop)
 
 

@@ -10,7 +10,7 @@ from google.protobuf import struct_pb2
 
 from service.errors import InvalidRequestError
 from service.rpc.bounds import rules
-from service.rpc.checks import at_most, invalid, shown
+from service.rpc.checks import JSON_TYPES, at_most, invalid, shown, wrong_type
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt
 
@@ -83,7 +83,7 @@ def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[struct_pb2.Value]]
     if json_type == "string_value":
         return [value.string_value]
     if json_type != "list_value":
-        raise invalid("prompt", f"expected {_FORMS}.", "invalid_type")
+        raise wrong_type("prompt", _FORMS, JSON_TYPES[json_type])
     items = _not_empty(value.list_value.values)
     json_types = {item.WhichOneof("kind") for item in items}
     if json_types == {"string_value"}:
@@ -92,12 +92,14 @@ def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[struct_pb2.Value]]
         return [item.list_value.values for item in items]
     if json_types <= {"number_value", "bool_value"}:
         return [items]
-    raise invalid("prompt", f"expected {_FORMS}, but got a mixture.", "invalid_type")
+    raise wrong_type("prompt", _FORMS, "a mixture")
 
 
 def _json_token(value: struct_pb2.Value) -> int:
-    if value.WhichOneof("kind") != "number_value" or not value.number_value.is_integer():
-        raise invalid("prompt", "token ids must be integers.", "invalid_type")
+    json_type = value.WhichOneof("kind")
+    if json_type != "number_value" or not value.number_value.is_integer():
+        given = "a decimal number" if json_type == "number_value" else JSON_TYPES[json_type]
+        raise wrong_type("prompt", "an integer as token id", given)
     return int(value.number_value)
 
 

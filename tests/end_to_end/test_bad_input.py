@@ -81,7 +81,7 @@ def name(row: Row) -> str:
     return f"{row.by}-{str(shown)[:60]}"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.rest], ids=name)
 def test_rest(watched: Watched, row: Row) -> None:
     """Each row has its status and error over REST."""
     answer = watched.ask(row.ask)
@@ -103,7 +103,7 @@ def check_envelope(answer: Answer, row: Row) -> None:
     assert not error["message"].startswith("{")
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", row.param, row.code)
     assert (row.says.split(", ")[0] if row.status == 405 else row.says) in error["message"]
-    assert len(error["message"]) < 500
+    assert len(error["message"]) < 700
     if row.status == 401:
         assert answer.headers["www-authenticate"] == "Bearer"
     if row.status == 405:
