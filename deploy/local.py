@@ -142,13 +142,15 @@ class Child:
     `variables` are added to its environment. It ends when the launcher ends, even if that is killed.
     """
 
-    def __init__(self, name: str, command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: list[str], log: Path, variables: dict[str, str] | None = None, folder: Path = ROOT
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 ending_with_us(command),
-                cwd=ROOT,
+                cwd=folder,
                 env={**os.environ, **(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -236,13 +238,16 @@ def service_tls_args(folder: Path | None) -> list[str]:
     return [argument for name, file in files.items() for argument in (f"--tls-{name}", str(folder / file))]
 
 
-def keys_setting(service: list[str]) -> dict[str, str]:
-    """The environment variable that tells Envoy whether the service of this command requires keys."""
+def shared_settings(service: list[str]) -> dict[str, str]:
+    """The environment variables by which Envoy knows settings of the service of this command."""
     try:
-        file = settings.load(service[service.index("service") + 1 :]).api_keys_file
+        loaded = settings.load(service[service.index("service") + 1 :])
     except StartupError as error:
         raise LaunchError(f"the service cannot start: {error}") from None
-    return {"COMPLETION_API_KEYS_FILE": "" if file is None else str(file)}
+    return {
+        "COMPLETION_API_KEYS_FILE": str(loaded.api_keys_file or ""),
+        "COMPLETION_UNKNOWN_PARAMETERS": loaded.unknown_parameters,
+    }
 
 
 def call(options: Options, path: str, body: Any = None, *, parsed: bool = True) -> Any:
@@ -355,7 +360,7 @@ def run(service_args: list[str], options: Options) -> None:
             longest_request=options.longest_request,
             certificates=options.tls_dir,
         )
-        gateway = Child("Envoy", command, folder / "envoy.log", keys_setting(commands[0]))
+        gateway = Child("Envoy", command, folder / "envoy.log", shared_settings(commands[0]))
         cleanup.callback(gateway.stop)
         services = []
         for number, command in enumerate(commands, 1):

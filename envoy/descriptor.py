@@ -7,7 +7,7 @@ which protobuf's Python runtime refuses to load.
 
 requests.lua has the names and types of the requests' fields, by which json.lua reads a body.
 
-    python envoy/descriptor.py            writes the files
+    python envoy/descriptor.py            writes the files; from another contract with --proto, elsewhere with --output
     python envoy/descriptor.py --check    fails when a committed file is stale
 """
 
@@ -81,12 +81,12 @@ def request_messages(file: FileDescriptorProto) -> set[str]:
     return found
 
 
-def compile_contract() -> FileDescriptorSet:
-    """The contract and everything it imports, as protoc understands them."""
+def compile_contract(proto: Path) -> FileDescriptorSet:
+    """The contract in a folder and everything it imports, as protoc understands them."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "contract.binpb"
         includes = [
-            ROOT / "proto",
+            proto,
             ROOT / "proto" / "third_party",
             Path(protoc.__file__).parent / "_proto",
         ]
@@ -259,9 +259,9 @@ def lua(value: Any, indent: str = "") -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def derive() -> dict[str, bytes]:
-    """The files by their names."""
-    files = compile_contract()
+def derive(proto: Path) -> dict[str, bytes]:
+    """The files by their names, from the contract in a folder."""
+    files = compile_contract(proto)
     named = {file.name: file for file in files.file}
     contract = FileDescriptorProto.FromString(named[CONTRACT].SerializeToString())
     json_view(named[CONTRACT])
@@ -276,13 +276,15 @@ def derive() -> dict[str, bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Derives what Envoy needs to know of the contract.")
     parser.add_argument("--check", action="store_true", help="fail when a committed file is stale")
-    check = parser.parse_args().check
-    for name, content in derive().items():
-        path = ROOT / "envoy" / name
-        if not check:
+    parser.add_argument("--proto", type=Path, default=ROOT / "proto", help="folder of the contract")
+    parser.add_argument("--output", type=Path, default=ROOT / "envoy", help="folder of the derived files")
+    arguments = parser.parse_args()
+    for name, content in derive(arguments.proto).items():
+        path = arguments.output / name
+        if not arguments.check:
             path.write_bytes(content)
         elif not path.exists() or path.read_bytes() != content:
-            sys.exit(f"envoy/{name} is stale: run `python envoy/descriptor.py` and commit the result")
+            sys.exit(f"{path} is stale: run `python envoy/descriptor.py` and commit the result")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from service import doctor, settings
 from service.errors import EngineDiedError, ModelDirectoryError, StartupError
+from service.model_table import ModelTable
 from service.process import serve
 from service.telemetry import log
 
@@ -61,10 +62,10 @@ def _show_settings(arguments: Sequence[str]) -> int:
 
 
 def _table_rows(
-    table_name: str, table: settings.ModelTable, loaded: settings.Settings, origins: Mapping[str, str]
+    table_name: str, table: ModelTable, loaded: settings.Settings, origins: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
     """The rows of a model's table: the entries that it has, and the settings that it shares with all models."""
-    for name in settings.ModelTable.model_fields:
+    for name in ModelTable.model_fields:
         row, value = f"models.{table_name}.{name}", getattr(table, name)
         if name in table.model_fields_set and value is not None:
             yield row, _one_line(value), origins[row]
@@ -77,7 +78,7 @@ def _one_line(value: object) -> str:
     match value:
         case dict():
             pairs = (
-                name if isinstance(entry, settings.ModelTable) else f"{name}={entry}" for name, entry in value.items()
+                name if isinstance(entry, ModelTable) else f"{name}={entry}" for name, entry in value.items()
             )
             return ", ".join(pairs) or "None"
         case tuple():

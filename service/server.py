@@ -105,6 +105,7 @@ class Server:
             self._running,
             *observers,
             send_timeout=settings.send_timeout_seconds,
+            ignore_unknown=settings.unknown_parameters == "ignore",
         )
         self._server = grpc.aio.server(
             interceptors=[interceptor],

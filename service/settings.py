@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, IPvAnyAddress, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
@@ -25,46 +25,25 @@ from pydantic_settings import (
 )
 
 from service.errors import StartupError
+from service.model_table import (
+    ContextLength,
+    Device,
+    DeviceId,
+    MaxRunning,
+    ModelTable,
+    Name,
+    Positive,
+    PromptChunk,
+    Seconds,
+)
 
 ENV_PREFIX = "COMPLETION_"
 _LOOPBACK = IPv4Address("127.0.0.1")
-
-# Settings that a model's table can override have the same bounds in both places.
-_Device = Literal["auto", "cpu", "cuda"]
-_DeviceId = Annotated[int, Field(ge=0)]
-_ContextLength = Annotated[int, Field(ge=16)]
-_MaxRunning = Annotated[int, Field(ge=1, le=1024)]
-_Positive = Annotated[int, Field(ge=1)]
-_Seconds = Annotated[float, Field(gt=0)]
-_PromptChunk = Annotated[int, Field(ge=16, le=4096)]
-# A key file separates the names of models by commas, so a name cannot contain one.
-_Name = Annotated[str, Field(pattern=r"^[^\s,]+$")]
 
 
 def _as_tuple(value: object) -> object:
     """A single directory becomes a tuple of one."""
     return (value,) if isinstance(value, str | Path) else value
-
-
-class ModelTable(BaseModel):
-    """Settings of one model, in the file's table `[models.NAME]`. Missing entries take the value for all models."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dir: Path
-    aliases: tuple[_Name, ...] = ()
-    device: _Device | None = None
-    device_id: _DeviceId | None = None
-    gpu_memory_mib: _Positive | None = None
-    context_length: _ContextLength | None = None
-    max_running: _MaxRunning | None = None
-    memory_mib: _Positive | None = None
-    max_waiting: _Positive | None = None
-    max_queue_seconds: _Seconds | None = None
-    prompt_chunk: _PromptChunk | None = None
-    step_seconds: _Seconds | None = None
-    threads: _Positive | None = None
-    batch_invariant: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +80,7 @@ class Settings(BaseSettings):
     model_dir: Annotated[tuple[Path, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="Model directory that `python -m model_export` has written; repeat the flag for several models."
     )
-    alias: dict[_Name, str] = Field(
+    alias: dict[Name, str] = Field(
         {}, description="Another name of a model, as `NAME=ID`; repeat the flag for several."
     )
     models: dict[str, ModelTable] = Field(
@@ -124,41 +103,41 @@ class Settings(BaseSettings):
         None,
         description="PEM file of the authority that issues callers' certificates; with it callers must present one.",
     )
-    device: _Device = Field(
+    device: Device = Field(
         "auto",
         description="Device to compute on; auto is an NVIDIA GPU if there is one and the model was exported for it.",
     )
-    device_id: _DeviceId = Field(0, description="Index of the GPU in the driver's numbering.")
-    gpu_memory_mib: _Positive | None = Field(
+    device_id: DeviceId = Field(0, description="Index of the GPU in the driver's numbering.")
+    gpu_memory_mib: Positive | None = Field(
         None, description="GPU memory for the model, in MiB, which limits the slots; if not set, 9/10 of what is free."
     )
-    context_length: _ContextLength | None = Field(
+    context_length: ContextLength | None = Field(
         None, description="Most tokens of prompt and completion together; if not set, as many as the memory holds."
     )
-    max_running: _MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
-    memory_mib: _Positive | None = Field(
+    max_running: MaxRunning = Field(32, description="Most sequences that run at once, each in a slot of the KV cache.")
+    memory_mib: Positive | None = Field(
         None, description="Memory for the process, in MiB; if not set, 3/4 of all, or 9/10 of what is free if less."
     )
-    max_waiting: _Positive = Field(
+    max_waiting: Positive = Field(
         1024, description="Most sequences that wait before requests are refused; one caller may have half as many."
     )
-    max_queue_seconds: _Seconds = Field(
+    max_queue_seconds: Seconds = Field(
         30.0, description="Longest estimated wait for a slot, in seconds; beyond it a caller's requests are refused."
     )
-    requests_per_minute: _Positive | None = Field(None, description="Requests per minute and key; no limit if not set.")
-    tokens_per_minute: _Positive | None = Field(
+    requests_per_minute: Positive | None = Field(None, description="Requests per minute and key; no limit if not set.")
+    tokens_per_minute: Positive | None = Field(
         None, description="Most tokens of prompts and completions per minute and key; no limit if not set."
     )
-    max_sequences: _Positive | None = Field(
+    max_sequences: Positive | None = Field(
         None, description="Most running and waiting sequences of one key at once; no limit if not set."
     )
-    prompt_chunk: _PromptChunk = Field(
+    prompt_chunk: PromptChunk = Field(
         128, description="Most prompt tokens in one step; running streams wait for such a step between two tokens."
     )
-    step_seconds: _Seconds = Field(
+    step_seconds: Seconds = Field(
         0.5, description="Longest prompt chunk beside running streams, in seconds; at least 16 tokens."
     )
-    threads: _Positive = Field(
+    threads: Positive = Field(
         len(os.sched_getaffinity(0)), description="Compute threads of each model; the number of physical cores is best."
     )
     batch_invariant: bool = Field(
@@ -166,6 +145,10 @@ class Settings(BaseSettings):
         description="Keep results independent of the rest of the batch (CPU only); off is faster for one request.",
     )
     max_stops: int = Field(4, ge=1, le=64, description="Most entries in a request's `stop`; some editors send 16.")
+    unknown_parameters: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="Whether parameters that the contract lacks are refused, or named in a header; for Envoy too.",
+    )
     max_message_bytes: int = Field(
         16 << 20, ge=1 << 16, description="Largest request message in bytes; JSON of 2 MiB can grow to 12 MiB."
     )
@@ -175,10 +158,10 @@ class Settings(BaseSettings):
         le=86400,
         description="Longest duration of a request, in seconds; Envoy's configuration must have the same value.",
     )
-    send_timeout_seconds: _Seconds = Field(
+    send_timeout_seconds: Seconds = Field(
         60.0, description="How long pieces of a stream may wait for a caller that does not read, in seconds."
     )
-    watchdog_seconds: _Seconds = Field(
+    watchdog_seconds: Seconds = Field(
         30.0, description="Seconds after which the process exits with 1 when an engine step or the event loop hangs."
     )
     drain_delay_seconds: float = Field(

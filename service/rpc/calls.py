@@ -22,7 +22,8 @@ class RpcCall:
     """A call; `began` is on the monotonic clock, `identifiers` are the metadata that identify its answer.
 
     `trace` are the caller's traceparent and tracestate. `caller` may use no model until the call is authenticated;
-    `model` is the id of the requested model. `headers` are sent before the answer's first message, or with the error.
+    `model` is the id of the requested model. `headers` are sent before the answer's first message, or with the error;
+    so is `ignored`, which names the fields that the contract does not have.
     `notes` go into the call's line in the log: never content, keys, or names in clear. `usage` are the counts of a
     completion request that has ended, if the engine had accepted it; `error` is what ended the call, even if gRPC can
     no longer send it; `stalled` says that the caller did not read.
@@ -36,6 +37,7 @@ class RpcCall:
     notes: dict[str, str] = field(default_factory=dict)
     caller: Caller = UNAUTHENTICATED
     headers: Headers = ()
+    ignored: Headers = ()
     model: str = ""
     usage: Usage | None = None
     error: Exception | None = None

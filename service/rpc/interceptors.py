@@ -33,6 +33,8 @@ _CLIENT_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,512}")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Error = TypeVar("_Error", bound=BaseException)
 
+# Characters of metadata that name fields.
+_MOST_IGNORED = 1024
 _CLOCKS_DIFFER_SECONDS = 0.25
 _TRACE = ("traceparent", "tracestate")
 _COMPLETIONS = frozenset({"CreateCompletion", "StreamCompletion", "StreamCompletionEvents"})
@@ -45,7 +47,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Every method is registered with gRPC as a streaming one, so that no message is read, decompressed or parsed before
     the caller is authenticated. `workers` parse large messages. A caller that reads nothing for `send_timeout` seconds
-    gets the call's error; if it does not read that within `last_word` seconds, its connection is closed.
+    gets the call's error; if it does not read that within `last_word` seconds, its connection is closed. Fields that
+    the contract does not have are refused, or with `ignore_unknown` named in the answer's metadata.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *observers: Observer,
         send_timeout: float = 60.0,
         last_word: float = 60.0,
+        ignore_unknown: bool = False,
     ) -> None:
         self._keys = keys
         self._workers = workers
@@ -65,6 +69,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._observers = observers
         self._send_timeout = send_timeout
         self._last_word = last_word
+        self._ignore_unknown = ignore_unknown
 
     async def intercept_service(
         self,
@@ -107,20 +112,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _parse(self, data: bytes, deserialize: Any) -> Any:
         """The request in a message; a large one is parsed off the event loop, in its caller's turn."""
+        call = current_call.get()
         if len(data) <= wire.LARGE:
-            return wire.parse(deserialize, data)
-        caller = current_call.get().caller
-        if caller is UNAUTHENTICATED:
+            message, unknown = wire.parse(deserialize, data)
+        elif call.caller is UNAUTHENTICATED:
             raise InvalidRequestError(f"The request has {len(data)} bytes, and may have {wire.LARGE}.")
-        return await self._workers.run(caller.identity, lambda: wire.parse(deserialize, data))
+        else:
+            message, unknown = await self._workers.run(call.caller.identity, lambda: wire.parse(deserialize, data))
+        if not self._ignore_unknown:
+            wire.refuse_unknown(unknown)
+        elif unknown:
+            call.ignored = (("x-ignored-parameters", ", ".join(unknown)[:_MOST_IGNORED]),)
+        return message
 
     async def _send(self, message: Any, call: RpcCall, context: Context) -> None:
         """Sends a message, and before the first one the answer's headers: until then Envoy may ask another replica."""
         try:
             async with asyncio.timeout(self._send_timeout):
-                if call.headers:
-                    await context.send_initial_metadata(call.headers)
-                    call.headers = ()
+                if headers := (*call.ignored, *call.headers):
+                    await context.send_initial_metadata(headers)
+                    call.headers = call.ignored = ()
                 await context.write(message)
         except TimeoutError:
             call.stalled = True
@@ -161,7 +172,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Ends a call with its error's status, or without one if the caller has left."""
         code, message = explain(error)
         _without_frames(error)
-        metadata = (*call.identifiers, *call.headers, *trailing_metadata(code, message, error))
+        metadata = (*call.identifiers, *call.ignored, *call.headers, *trailing_metadata(code, message, error))
         if call.stalled:
             tasks.cut_off_in(self._last_word)
         try:

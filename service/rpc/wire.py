@@ -6,9 +6,12 @@ The parser holds the interpreter's lock until it is done, and its time grows wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from service.errors import InvalidRequestError
 from service.external_data import varint
@@ -20,20 +23,55 @@ LARGE = 64 << 10
 _MAX_PARTS = 3 << 20
 
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
+# Unknown fields that a refusal names.
+_SHOWN = 8
 # The size of a message that holds one 64-bit number: by far the most frequent in long messages.
 _NUMBER = 9
 
 
-def parse(deserialize: Any, data: bytes) -> Any:
-    """The message. Raises InvalidRequestError if it has too many parts or is not of the method's type."""
+def parse(deserialize: Any, data: bytes) -> tuple[Any, tuple[str, ...]]:
+    """The message, and the numbers of its fields that the contract does not have, as paths.
+
+    Raises InvalidRequestError if it has too many parts or is not of the method's type.
+    """
     try:
         if len(data) > LARGE:
             _weigh(data, deserialize.__self__.DESCRIPTOR)
-        return deserialize(data)
+        message = deserialize(data)
+        return message, _unknown(message, deserialize, data)
     except InvalidRequestError:
         raise
     except Exception:
         raise InvalidRequestError("The request is not a valid protobuf message of the method's type.") from None
+
+
+def refuse_unknown(fields: tuple[str, ...]) -> None:
+    """Raises InvalidRequestError if there are fields that the contract does not have."""
+    if fields:
+        words = "argument" if len(fields) == 1 else "arguments"
+        shown = ", ".join(fields[:_SHOWN]) + (f" and {len(fields) - _SHOWN} more" if len(fields) > _SHOWN else "")
+        message = f"Unrecognized request {words} supplied: {shown}. This service's contract has no such field numbers."
+        raise InvalidRequestError(message, param=fields[0], code="unknown_parameter")
+
+
+def _unknown(message: Message, deserialize: Any, data: bytes) -> tuple[str, ...]:
+    """The paths of the message's unknown fields, which it loses."""
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    return () if message.ByteSize() == size else tuple(dict.fromkeys(_paths(deserialize(data), "")))
+
+
+def _paths(message: Message, prefix: str) -> Iterator[str]:
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]  # the stubs lack its iterator
+        yield f"{prefix}{unknown.field_number}"
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        values = value if field.is_repeated else [value]
+        if field.message_type.GetOptions().map_entry:
+            values = [each for each in value.values() if isinstance(each, Message)]
+        for each in values:
+            yield from _paths(each, f"{prefix}{field.name}.")
 
 
 def _weigh(data: bytes, descriptor: Descriptor) -> None:

@@ -204,10 +204,13 @@ def envoy(
     affinity: bool = False,
     metrics_port: int | None = None,
     api_keys_file: Path | None = None,
+    unknown_parameters: str = "refuse",
+    files: Path | None = None,
 ) -> Iterator[local.Child]:
     """The real Envoy on `http_port` in front of services on `grpc_port` and on the ports of further `replicas`.
 
-    `api_keys_file` is that of the services: with one it requires keys.
+    `api_keys_file` and `unknown_parameters` are the settings of the services. `files` is the folder to run Envoy in, if
+    not the project's.
     """
     ports = {"HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     if admin_port is not None:
@@ -224,8 +227,11 @@ def envoy(
         longest_request=options.longest_request,
         certificates=options.tls_dir,
     )
-    variables = {"COMPLETION_API_KEYS_FILE": str(api_keys_file or "")}
-    child = local.Child("Envoy", command, folder / "envoy.log", variables)
+    variables = {
+        "COMPLETION_API_KEYS_FILE": str(api_keys_file or ""),
+        "COMPLETION_UNKNOWN_PARAMETERS": unknown_parameters,
+    }
+    child = local.Child("Envoy", command, folder / "envoy.log", variables, files or ROOT)
     try:
         yield child
     finally:

@@ -33,7 +33,7 @@ def test_what_is_within_the_bound(message):
     """A large message is the same as a small one."""
     data = message.SerializeToString()
     assert len(data) > wire.LARGE
-    assert wire.parse(pb.CreateCompletionRequest.FromString, data) == message
+    assert wire.parse(pb.CreateCompletionRequest.FromString, data) == (message, ())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_too_many_parts(message):
     """However small each is; the most that JSON of 2 MiB can have is allowed."""
     data = message.SerializeToString()
     if message.HasField("json_prompt"):
-        assert wire.parse(pb.CreateCompletionRequest.FromString, data) == message
+        assert wire.parse(pb.CreateCompletionRequest.FromString, data) == (message, ())
         data = listed(1_100_000).SerializeToString()
     with pytest.raises(InvalidRequestError, match="more than 3145728 parts"):
         wire.parse(pb.CreateCompletionRequest.FromString, data)
@@ -61,3 +61,38 @@ def test_bytes_that_are_no_message(noise):
     data = noise + b"\x12\x83\x80\x04" + b"a" * (wire.LARGE + 3)
     with suppress(InvalidRequestError):
         wire.parse(pb.CreateCompletionRequest.FromString, data)
+
+
+def field(number: int, content: bytes = b"") -> bytes:
+    """A field on the wire that holds bytes."""
+    key = number << 3 | 2
+    return bytes([key & 0x7F | 0x80, key >> 7]) + bytes([len(content)]) + content
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (field(999), ("999",)),
+        (field(999) * 3 + field(998), ("999", "998")),
+        (b"\x6a" + bytes([len(field(99))]) + field(99), ("stream_options.99",)),
+        (b"\x32\x03" + field(77), ("json_prompt.77",)),
+        (b"\x2a\x05\x0a\x03" + field(50), ("token_batch.prompts.50",)),
+        (field(999, b"a" * 90) + b"\x12\x83\x80\x04" + b"a" * (wire.LARGE + 3), ("999",)),
+    ],
+    ids=["one", "two", "nested", "in JSON", "in a list", "in a large message"],
+)
+def test_fields_that_the_contract_lacks(data, names):
+    """They are named with their path, wherever they are, and the message loses them."""
+    message, unknown = wire.parse(pb.CreateCompletionRequest.FromString, data)
+    assert unknown == names
+    assert wire.parse(pb.CreateCompletionRequest.FromString, message.SerializeToString()) == (message, ())
+    with pytest.raises(InvalidRequestError, match=f"supplied: {', '.join(names)}. This") as caught:
+        wire.refuse_unknown(unknown)
+    assert (caught.value.param, caught.value.code) == (names[0], "unknown_parameter")
+
+
+def test_a_refusal_names_few_of_many():
+    """However many there are."""
+    with pytest.raises(InvalidRequestError, match="0, 1, 2, 3, 4, 5, 6, 7 and 92 more"):
+        wire.refuse_unknown(tuple(map(str, range(100))))
+    wire.refuse_unknown(())
