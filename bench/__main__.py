@@ -5,6 +5,7 @@
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and whether memory, files or sequences are left behind
     python -m bench overload        our goodput and latency under more requests than the service can serve
+    python -m bench bodies          what Envoy's strict reading of request bodies costs
     python -m bench scaling         our throughput by number of replicas, and the cache hits that affinity gives them
 
 A round starts each peer once, so that a ratio compares runs that are minutes apart on the same machine.
@@ -25,7 +26,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import drive, genai, limits, loads, peers, report, soak
+from bench import bodies, drive, genai, limits, loads, peers, report, soak
 from bench.client import PeerError
 from bench.peers import Served, Setup
 from bench.processes import memory
@@ -128,6 +129,10 @@ def _soak(options: argparse.Namespace) -> None:
         raise PeerError("the soak broke its bounds")
 
 
+def _bodies(_: argparse.Namespace) -> None:
+    bodies.run(local.model_dir(local.Options.from_environment()))
+
+
 RUNS = {
     "compare": _compare,
     "limits": _limits,
@@ -135,6 +140,7 @@ RUNS = {
     "overload": _overload,
     "scaling": _scaling,
     "soak": _soak,
+    "bodies": _bodies,
 }
 
 

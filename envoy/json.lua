@@ -81,8 +81,17 @@ local function fail(at, problem)
   error({ message = string.format("%s %s %s.", UNREADABLE, problem, place(at)), unreadable = true }, 0)
 end
 
+local character_end
+
 local function expected(at, what)
-  local found = at >= size and "the end" or "'" .. shown(text:match("^[%z\1-\127\194-\244][\128-\191]*", at + 1) or "?") .. "'"
+  local found = "the end"
+  if at < size then
+    local whole, stop = true, at + 1
+    if bytes[at] >= 0x80 then
+      whole, stop = pcall(character_end, at)
+    end
+    found = whole and "'" .. shown(text:sub(at + 1, stop)) .. "'" or "invalid UTF-8"
+  end
   fail(at, string.format("expected %s, but found %s", what, found))
 end
 
@@ -132,7 +141,7 @@ local function escape_end(at)
 end
 
 -- Checks one character of UTF-8 that is not ASCII: no overlong forms, no surrogates, nothing above U+10FFFF.
-local function character_end(at)
+function character_end(at)
   local first, second = bytes[at], bytes[at + 1]
   local low, high, last = 0x80, 0xbf, at + 1
   if first >= 0xc2 and first <= 0xdf then

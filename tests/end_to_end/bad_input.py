@@ -181,7 +181,7 @@ BODIES = [
     *(unreadable(comment + json.dumps(GOOD), "expected a value, but found '/' at line 1, column 1.") for comment in ("// a\n", "/* a */")),
     unreadable('{"model":"%s" /* a */}', "expected a comma or }, but found '/'"),
     unreadable(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "expected a value, but found '\ufeff' at line 1, column 1."),
-    unreadable(json.dumps(GOOD).encode("utf-16"), "expected a value, but found '?' at line 1, column 1."),
+    unreadable(json.dumps(GOOD).encode("utf-16"), "expected a value, but found invalid UTF-8 at line 1, column 1."),
     *(unreadable(b'{"model":"' + bad + b'"}', "invalid UTF-8 at line 1, column 11.") for bad in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80", b"\x80", b"\xe2\x82")),
     *(unreadable(f'{{"user":"{lone}"}}', "half of a surrogate pair at line 1, column") for lone in ("\\ud800", "\\udc00", "a\\ud83d b", "\\ud800\\ud800", "\\ud800\\u0041")),
     *(unreadable(f'{{"prompt":"C:{escape}"}}', "expected one of \"\\/bfnrtu after a backslash, but found") for escape in ("\\d", "\\0", "\\x41", "\\'", "\\U0041")),
