@@ -77,9 +77,7 @@ def _one_line(value: object) -> str:
     """A setting's value on one line; tables of models appear by their names."""
     match value:
         case dict():
-            pairs = (
-                name if isinstance(entry, ModelTable) else f"{name}={entry}" for name, entry in value.items()
-            )
+            pairs = (name if isinstance(entry, ModelTable) else f"{name}={entry}" for name, entry in value.items())
             return ", ".join(pairs) or "None"
         case tuple():
             return ", ".join(map(str, value)) or "None"

@@ -41,6 +41,10 @@ TYPES = {
 UNIONS = {
     ("CreateCompletionRequest", "prompt"): {"null", "string", "array"},
     ("CreateCompletionRequest", "stop"): {"null", "string", "array"},
+    ("PromptPart", "tokens"): {"array"},
+    ("JsonSchema", "schema"): {"null", "string", "object"},
+    ("StructuredOutputs", "json"): {"null", "string", "object"},
+    ("StructuredOutputs", "choice"): {"null", "array"},
     ("Logprobs", "token_logprobs"): {"array"},
     ("Logprobs", "top_logprobs"): {"array"},
 }
@@ -99,8 +103,7 @@ def test_every_method_and_no_other() -> None:
 @pytest.mark.parametrize("name", [name for name in SCHEMAS if name != "CompletionChunk"])
 def test_every_field_and_no_other(name: str) -> None:
     """A schema has the fields of its message, and each the type that JSON gives it."""
-    request = name in {"CreateCompletionRequest", "StreamOptions"}
-    fields = [(field.name if request else field.json_name, field) for field in VIEW[name].field]
+    fields = [(field.json_name, field) for field in VIEW[name].field]
     assert set(SCHEMAS[name]["properties"]) == {field_name for field_name, _ in fields}
     for field_name, field in fields:
         check_type(name, field_name, field, SCHEMAS[name]["properties"][field_name])
@@ -118,7 +121,7 @@ def check_type(message: str, name: str, field: FieldDescriptorProto, schema: dic
     referred = field.type_name.removeprefix(".completion.v1.")
     if referred.endswith(".LogitBiasEntry"):
         assert found == {"object"}
-        assert types(schema["additionalProperties"]) == {"number", "null"}
+        assert types(schema["additionalProperties"]) == {"number"}
     elif referred in VIEW:
         assert found == ({"array"} if repeated else {"object"})
         assert messages(schema) == {referred}
@@ -137,8 +140,9 @@ def test_chunks_are_the_answer_in_pieces() -> None:
 
 
 def test_null_is_unset() -> None:
-    """Every parameter but the model may be null."""
-    for name in ("CreateCompletionRequest", "StreamOptions"):
+    """Every parameter but the model may be null, and a name that the contract does not have is refused."""
+    for name in REQUESTS:
+        assert SCHEMAS[name]["additionalProperties"] is False
         for field, schema in SCHEMAS[name]["properties"].items():
             assert ("null" in types(schema)) == (field != "model"), field
 
@@ -151,6 +155,8 @@ SIZES = {
 }
 NUMBERS = {"gte": "minimum", "gt": "exclusiveMinimum", "lte": "maximum"}
 OF_ITS_TYPE = {("maximum", 2**31 - 1), ("minimum", -(2**63)), ("maximum", 2**63 - 1)}
+# Rules that JSON Schema says otherwise, by an enumeration or not at all.
+ELSEWHERE = {"items", "values", "finite", "not_in", "defined_only", "const", "max_bytes"}
 KEYWORDS = {"exclusiveMinimum", *NUMBERS.values(), *(word for words in SIZES.values() for word in words.values())}
 
 
@@ -159,7 +165,7 @@ def bounds(rule: Any) -> dict[str, float]:
     kind = rule.WhichOneof("type")
     words = SIZES.get(kind, NUMBERS)
     given = {field.name: value for field, value in getattr(rule, kind).ListFields()} if kind else {}
-    return {words[name]: value for name, value in given.items() if name not in {"items", "values", "finite"}}
+    return {words[name]: value for name, value in given.items() if name not in ELSEWHERE}
 
 
 def said(schema: dict[str, Any]) -> dict[str, float]:
@@ -168,21 +174,34 @@ def said(schema: dict[str, Any]) -> dict[str, float]:
 
 
 REQUEST = SCHEMAS["CreateCompletionRequest"]["properties"]
+# Messages of requests, but for the parts of a prompt, which the service reads from a JSON union.
+REQUESTS = (
+    "CreateCompletionRequest",
+    "StreamOptions",
+    "ResponseFormat",
+    "JsonSchema",
+    "StructuredOutputs",
+    "Prediction",
+    "Resume",
+)
 PROMPT, STOP = REQUEST["prompt"]["oneOf"], REQUEST["stop"]["oneOf"]
 STOP_RULES = rules(pb.CreateCompletionRequest, "stop").repeated.items
 RANGES = {
     **{
-        name: (schema, rules(pb.CreateCompletionRequest, name))
-        for name, schema in REQUEST.items()
-        if "oneOf" not in schema
+        f"{message}.{name}": (schema, rules(getattr(pb, message), name))
+        for message in REQUESTS
+        for name, schema in SCHEMAS[message]["properties"].items()
+        if "oneOf" not in schema and name != "choice"
     },
+    **{
+        f"items of {name}": (REQUEST[name]["items"], rules(pb.CreateCompletionRequest, name).repeated.items)
+        for name in ("allowed_token_ids", "bad_words", "logprob_token_ids", "stop_token_ids")
+    },
+    "choices": (SCHEMAS["StructuredOutputs"]["properties"]["choice"], rules(pb.TextChoices, "texts")),
+    "tokens of a part": (SCHEMAS["PromptPart"]["properties"]["tokens"], rules(pb.Tokens, "ids")),
     "values of logit_bias": (
         REQUEST["logit_bias"]["additionalProperties"],
         rules(pb.CreateCompletionRequest, "logit_bias").map.values,
-    ),
-    "items of stop_token_ids": (
-        REQUEST["stop_token_ids"]["items"],
-        rules(pb.CreateCompletionRequest, "stop_token_ids").repeated.items,
     ),
     "texts": (PROMPT[2], rules(pb.TextBatch, "texts")),
     "tokens": (PROMPT[3], rules(pb.Tokens, "ids")),

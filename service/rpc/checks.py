@@ -43,8 +43,9 @@ def missing(name: str) -> InvalidRequestError:
 
 def not_supported_value(name: str, value: object, allowed: Sequence[object]) -> InvalidRequestError:
     """The refusal of a value that is none of those allowed."""
-    supported = ", ".join(f"'{each}'" for each in allowed)
-    message = f"Invalid value: '{shown(str(value))}'. Supported values are: {supported}."
+    given, *supported = (str(each).lower() if isinstance(each, bool) else str(each) for each in (value, *allowed))
+    names = ", ".join(f"'{each}'" for each in supported)
+    message = f"Invalid value: '{shown(given)}'. Supported values are: {names}."
     return InvalidRequestError(message, param=name, code="invalid_value")
 
 

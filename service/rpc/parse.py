@@ -18,7 +18,7 @@ from service.text.tokenizer import Tokenizer
 from service.types import Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-_NOT_YET = {
+NOT_SUPPORTED_YET = {
     "add_special_tokens",
     "allowed_token_ids",
     "bad_words",
@@ -110,7 +110,7 @@ def parse(
 def _check_supported(request: pb.CreateCompletionRequest) -> None:
     """Refuses the parameters that the contract has and the service does not honour yet."""
     given = {field.name for field, _ in request.ListFields()}
-    for name in sorted(given & _NOT_YET):
+    for name in sorted(given & NOT_SUPPORTED_YET):
         raise unsupported("prompt" if name == "parts" else name, "yet")
     if request.stream_options.HasField("include_obfuscation"):
         raise unsupported("stream_options.include_obfuscation", "yet")

@@ -91,9 +91,10 @@ def unreadable(body: str | bytes, says: str, param: str | None = None) -> Row:
 
 def mistyped(param: str, value: str, expected: str, given: str) -> Row:
     """A value of the wrong type, at a path of the body."""
-    member = f'"{param}": {value}'
-    for outer in reversed(param.split(".")[:-1]):
-        member = f'"{outer}": {{"{param.rpartition(".")[2]}": {value}}}'
+    *outer, name = param.split(".")
+    member = f'"{name}": {value}'
+    for each in reversed(outer):
+        member = f'"{each}": {{{member}}}'
     says = f"Invalid type for '{param}': expected {expected}, but got {given} instead."
     return refused(member, "invalid_type", param, says)
 
@@ -354,4 +355,58 @@ COMBINATIONS = [
     *(Row(sent(grpc_timeout=value), "OK", holds=paris, typed=False) for value in ("junk", "1n", "99999999999999H")),
 ]
 
-ROWS = [*BODIES, *KEYS, *PROMPTS, *NUMBERS, *COMBINATIONS]
+# A valid value of each parameter that is not supported yet.
+NOT_YET = {
+    "response_format": {"type": "text"},
+    "structured_outputs": {"regex": "a"},
+    "output_message": "acme.v1.Order",
+    "prediction": {"type": "content", "content": "a"},
+    "resume": {"token_ids": [1], "system_fingerprint": "fp"},
+    "on_deadline": "PARTIAL",
+}
+# Parameters of the same form, which have the same wrong values.
+BOOLEANS = ("parse_special", "add_special_tokens", "skip_special_tokens", "include_stop_str_in_output", "return_token_ids", "return_timings", "stream_options.include_obfuscation", "response_format.json_schema.strict", "structured_outputs.json_object")
+INTEGERS = ("truncate_prompt_tokens", "logprobs_from", "priority")
+ARRAYS = ("allowed_token_ids", "logprob_token_ids", "resume.token_ids", "bad_words", "structured_outputs.choice")
+STRINGS = ("output_message", "prediction.content", "prediction.type", "resume.system_fingerprint", "response_format.type", "response_format.json_schema.name", "structured_outputs.regex", "structured_outputs.grammar", "on_deadline")
+OBJECTS = ("response_format", "response_format.json_schema", "response_format.json_schema.schema", "structured_outputs", "structured_outputs.json", "prediction", "resume")
+FORMAT = "response_format.type"
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+
+FORMS_OF_OUTPUT = [
+    *(Row(Ask({name: value}), "SVC", 400, "unsupported_parameter", name, f"Unsupported parameter: '{name}' is not supported yet.", typed=name not in {"on_deadline", "response_format"}) for name, value in NOT_YET.items()),
+    *(Row(Ask({"response_format": value}), "SVC", 400, "unsupported_parameter", "response_format", "not supported yet", typed=False) for value in (SCHEMA, {"type": "json_object"})),
+    *(Row(Ask({"structured_outputs": value}), "SVC", 400, "unsupported_parameter", "structured_outputs", "not supported yet", typed=False) for value in ({"choice": ["a", "b"]}, {"json": {"type": "object"}}, {"json": "{}"}, {"json_object": True})),
+    *(good({name: None}, paris, typed=False) for name in NOT_YET),
+    *(mistyped(name, value, "a boolean", given) for name in BOOLEANS for value, given in (("1", "an integer"), ('"true"', "a string"), ("[]", "an array"))),
+    *(mistyped(name, value, "an integer", given) for name in INTEGERS for value, given in (('"1"', "a string"), ("0.5", "a decimal number"), ("true", "a boolean"))),
+    *(mistyped(name, value, "an array", given) for name in ARRAYS for value, given in (("1", "an integer"), ('"a"', "a string"), ("{}", "an object"))),
+    *(mistyped(name, value, "a string", given) for name in STRINGS for value, given in (("1", "an integer"), ("{}", "an object"), ("false", "a boolean"))),
+    *(mistyped(name, value, "an object", given) for name in OBJECTS for value, given in (("1", "an integer"), ("[]", "an array"), ("true", "a boolean"))),
+    *(refused(f'"{name}": []', "empty_array", name, "must not be empty") for name in ("allowed_token_ids",)),
+    refused('"structured_outputs": {"choice": []}', "empty_array", "structured_outputs.choice", "must not be empty"),
+    *(refused(f'"response_format": {{"type": "{value}"}}', "invalid_value", FORMAT, f"Invalid value: '{value}'. Supported values are: 'text', 'json_object', 'json_schema'.") for value in ("xml", "", "TEXT", "RESPONSE_FORMAT_TYPE_TEXT")),
+    *(refused(f'"on_deadline": "{value}"', "invalid_value", "on_deadline", f"Invalid value: '{value}'. Supported values are: 'FAIL', 'PARTIAL'.") for value in ("fail", "ON_DEADLINE_FAIL")),
+    *(refused(f'"structured_outputs": {members}', "invalid_value", "structured_outputs", f"only one of {pair} may be given") for members, pair in (('{"regex": "a", "grammar": "b"}', "regex and grammar"), ('{"choice": ["a"], "json": {}}', "choice and json"))),
+    svc({"response_format": {}}, 400, "missing_required_parameter", FORMAT, f"Missing required parameter: '{FORMAT}'."),
+    svc({"structured_outputs": {}}, 400, "invalid_value", "structured_outputs", "exactly one of json, json_object, regex, choice, grammar is required"),
+    svc({"structured_outputs": {"json_object": False}}, 400, "invalid_value", "structured_outputs.json_object", "Invalid value: 'false'. Supported values are: 'true'."),
+    svc({"structured_outputs": {"regex": "é" * 131_073}}, 400, "string_above_max_length", "structured_outputs.regex", "at most 262144 bytes, but got 262146"),
+    svc({"output_message": ""}, 400, "empty_string", "output_message", "cannot contain an empty string"),
+    svc({"output_message": "a" * 513}, 400, "string_above_max_length", "output_message", "at most 512 characters, but got 513"),
+    svc({"prediction": {}}, 400, "missing_required_parameter", "prediction.content", "Missing required parameter: 'prediction.content'."),
+    svc({"prediction": {"type": "text", "content": "a"}}, 400, "invalid_value", "prediction.type", "Invalid value: 'text'. Supported values are: 'content'."),
+    svc({"resume": {}}, 400, "missing_required_parameter", "resume.system_fingerprint", "Missing required parameter"),
+    svc({"resume": {"token_ids": [-1], "system_fingerprint": "a"}}, 400, LOW, "resume.token_ids", ">= 0, but got -1"),
+    svc({"truncate_prompt_tokens": 0}, 400, "invalid_value", "truncate_prompt_tokens", "expected a value >= -1 other than 0"),
+    svc({"truncate_prompt_tokens": -2}, 400, LOW, "truncate_prompt_tokens", ">= -1, but got -2"),
+    svc({"logprobs_from": -1}, 400, LOW, "logprobs_from", ">= 0, but got -1"),
+    *(svc({"priority": value}, 400, code, "priority", says) for value, code, says in ((-101, LOW, ">= -100, but got -101"), (101, HIGH, "<= 100, but got 101"))),
+    svc({"bad_words": ["a"] * 129}, 400, "array_above_max_length", "bad_words", "at most 128 entries, but got 129"),
+    svc({"bad_words": ["a" * 65]}, 400, "string_above_max_length", "bad_words", "at most 64 characters per entry, but got 65"),
+    svc({"bad_words": [""]}, 400, "empty_string", "bad_words", "cannot contain an empty string"),
+    svc({"allowed_token_ids": [1] * 1025}, 400, "array_above_max_length", "allowed_token_ids", "at most 1024 entries, but got 1025"),
+    svc({"logprob_token_ids": [1] * 129}, 400, "array_above_max_length", "logprob_token_ids", "at most 128 entries, but got 129"),
+]
+
+ROWS = [*BODIES, *KEYS, *PROMPTS, *NUMBERS, *COMBINATIONS, *FORMS_OF_OUTPUT]
