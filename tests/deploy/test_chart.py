@@ -54,6 +54,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "env": {"COMPLETION_MAX_RUNNING": "64", "COMPLETION_DEVICE": "cuda"},
         "drain": {"delaySeconds": 10, "seconds": 120},
         "longestRequestSeconds": 3600,
+        "unknownParameters": "ignore",
         "metrics": {"enabled": False},
         "podDisruptionBudget": {"enabled": False},
         "networkPolicy": {"enabled": False},
@@ -198,7 +199,8 @@ def test_keys_are_one_setting(rendered: tuple[dict[str, Any], list[Manifest]]) -
     (sidecar,), (service,) = spec["initContainers"], spec["containers"]
     variables = {each["name"]: each["value"] for each in service["env"]}
     of_envoy = {each["name"]: each["value"] for each in sidecar["env"]}
-    assert variables["COMPLETION_API_KEYS_FILE"] == of_envoy["COMPLETION_API_KEYS_FILE"]
+    for shared in ("COMPLETION_API_KEYS_FILE", "COMPLETION_UNKNOWN_PARAMETERS"):
+        assert variables[shared] == of_envoy[shared]
     assert variables["ORT_DISABLE_TELEMETRY"] == "1"
 
 

@@ -74,8 +74,12 @@ class Row:
     rest: bool = True
 
 
-def edge(ask: Ask, status: int, says: str = "") -> Row:
-    return Row(ask, "EDGE", status, says=says, typed=False)
+# The codes of Envoy's own refusals.
+CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type", 431: "headers_too_large"}
+
+
+def edge(ask: Ask, status: int, says: str = "", code: str | None = None) -> Row:
+    return Row(ask, "EDGE", status, code or CODES.get(status), says=says, typed=False)
 
 
 def refused(member: str, code: str | None, param: str | None, says: str) -> Row:
@@ -207,12 +211,12 @@ BODIES = [
     *(unreadable(f'{{"{name}": {opening * depth}1{closing * depth}}}', "arrays and objects more than 32 deep at line 1, column") for name in ("prompt", "foo", "stop") for opening, closing in (("[", "]"), ('{"a":', "}")) for depth in (33, 101, 100_000)),
     Row(having('"prompt": ' + "[" * 32 + "1" + "]" * 32), "SVC", 400, "invalid_type", "prompt", "Invalid type for 'prompt'", typed=False),
     unreadable('{"response_format": {"type": "json_schema", "json_schema": {"schema": ' + '{"a":' * 101, "arrays and objects more than 100 deep"),
-    edge(raw(b" " * (2 << 20) + json.dumps(GOOD).encode()), 413, "up to 2 MiB"),
+    edge(raw(b" " * (2 << 20) + json.dumps(GOOD).encode()), 413, "The body is too large. It may have up to 2 MiB (2097152 bytes)."),
     edge(sent(x_large="x" * (40 << 10)), 431, "up to 64 with up to 32 KiB together"),
     edge(Ask(headers={**JSON, **{f"x-{index}": "1" for index in range(70)}}), 431, "up to 64 with up to 32 KiB together"),
     edge(Ask(headers={**JSON, "x-client-request-id": "x" * 513}), 400, "at most 512 characters, all of them ASCII"),
     edge(Ask(headers={**JSON, "x-client-request-id": "é"}), 400, "at most 512 characters, all of them ASCII"),
-    edge(Ask(headers={**JSON, "x_y": "1"}), 400, "underscore in its name"),
+    edge(Ask(headers={**JSON, "x_y": "1"}), 400, "underscore in its name", "invalid_header"),
     edge(sent("/v1%2Fcompletions"), 400),
     *(Row(sent(path), "OK", holds=paris, typed=False) for path in ("//v1/completions", "/v1/../v1/completions")),
     Row(sent("/v1/completions/"), "OK", holds=paris, typed=False),
@@ -228,7 +232,7 @@ BODIES = [
     *(edge(sent(path, method), 400, "Query") for path, method in (("/v1/completions?x=1", "POST"), ("/v1/models?x=1", "GET"))),
     edge(sent("/v1/completions?max_tokens=5"), 400, "Query"),
     *(edge(sent(content_type=kind), 415, "application/json") for kind in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "Multipart/Mixed")),
-    edge(Ask(body=gzip.compress(json.dumps(GOOD).encode()), headers={**JSON, "content-encoding": "gzip"}), 415),
+    edge(Ask(body=gzip.compress(json.dumps(GOOD).encode()), headers={**JSON, "content-encoding": "gzip"}), 415, "Compressed bodies are not accepted. You sent gzip."),
     edge(Ask(body=gzip.compress(bytes(2 << 20)), headers={**JSON, "content-encoding": "gzip"}), 415),
     *(Row(Ask(headers=headers), "OK", holds=paris) for headers in (AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"})),
     edge(sent("/completion.v1.CompletionService/CreateCompletion"), 404, "Unknown URL"),

@@ -67,6 +67,6 @@ def test_every_setting_is_documented(name: str) -> None:
 def test_every_parameter_is_in_the_readme() -> None:
     """The README names every field of the request but the forms of the prompt that are the contract's own."""
     fields = set(pb.CreateCompletionRequest.DESCRIPTOR.fields_by_name)
-    fields -= {"text", "texts", "tokens", "token_batch", "json_prompt", "json_stop"}
+    fields -= {"text", "texts", "tokens", "token_batch", "parts", "json_prompt", "json_stop"}
     missing = [field for field in sorted(fields | {"prompt"}) if f"`{field}`" not in README]
     assert missing == []
