@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from service.errors import InvalidRequestError, ModelDirectoryError
 from service.manifest import SpecialTokens
+from service.text.decoding import Decoding, UnsupportedDecoderError
 from service.types import Prompt
 
-_BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
-_SENTENCEPIECE_SPACE = "\u2581"
 # A text that tokenizers do not merge with the text after it; `_encode_further` checks this.
 _START = "\0"
-# GPT-2's table for byte-level vocabularies: printable characters stand for their bytes, others for the rest.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_REST = sorted(set(range(256)) - set(_PRINTABLE))
-_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_REST)}
 
 
 class Tokenizer:
@@ -43,11 +35,11 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._special = special
         self.vocab_size = vocab_size
-        decoder = json.loads(path.read_text(encoding="utf-8")).get("decoder") or {}
-        decoders = decoder.get("decoders", [decoder])
-        self._strips_space = any(map(_strips_space, decoders))
         self._check_ids(path)
-        self._bytes = self._table(any(part.get("type") == "ByteLevel" for part in decoders))
+        try:
+            self._decoding = Decoding(self._tokenizer, vocab_size)
+        except UnsupportedDecoderError as error:
+            raise ModelDirectoryError(f"{path}: {error}") from error
 
     def _check_ids(self, path: Path) -> None:
         """Raises ModelDirectoryError if text could become a token id beyond the vocabulary of the model."""
@@ -55,22 +47,6 @@ class Tokenizer:
             token, index = outside
             message = f"{path}: token {token!r} is {index}, but the manifest allows only"
             raise ModelDirectoryError(f"{message} 0..{self.vocab_size - 1}")
-
-    def _table(self, byte_level: bool) -> list[bytes]:
-        added = self._tokenizer.get_added_tokens_decoder()
-        table = [b""] * self.vocab_size
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index >= self.vocab_size:
-                continue
-            if index in added:
-                table[index] = added[index].content.encode()
-            elif byte_level and _BYTE_OF_CHARACTER.keys() >= set(token):
-                table[index] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-            elif match := _BYTE_TOKEN.match(token):
-                table[index] = bytes([int(match[1], 16)])
-            else:
-                table[index] = token.replace(_SENTENCEPIECE_SPACE, " ").encode()
-        return table
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without added tokens. Raises RuntimeError if the library fails."""
@@ -118,26 +94,24 @@ class Tokenizer:
 
     def _encode_further(self, text: str) -> list[int]:
         """The token ids of a text in the middle of another: without the space that some tokenizers add at the start."""
-        if not self._strips_space:
+        if not self._decoding.loses_first_space:
             return self.encode(text)
         start, both = self.encode(_START), self.encode(_START + text)
         return both[len(start) :] if both[: len(start)] == start else self.encode(text)
 
     def text_bytes(self, ids: Iterable[int], implied: int = 0) -> Iterator[bytes]:
         """The bytes that each token adds to a text from its start; none for the first `implied` tokens."""
-        first = True
-        for position, index in enumerate(ids):
-            token = self._bytes[index] if position >= implied else b""
-            yield token.removeprefix(b" ") if first and self._strips_space else token
-            first = first and not token
+        ids = list(ids)
+        yield from [b""] * min(implied, len(ids))
+        yield from self._decoding.of_text(ids[implied:])
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes of a token."""
-        return self._bytes[index]
+        return self._decoding.of_token(index)
 
     def token_text(self, index: int) -> str:
         r"""The text of a token, or `bytes:\xNN...` if it is not complete UTF-8."""
-        return readable(self._bytes[index])
+        return readable(self._decoding.of_token(index))
 
 
 def token_outside(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tuple[str, int] | None:
@@ -150,13 +124,6 @@ def token_outside(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tuple[str
         if index >= vocab_size and index not in special:
             return token[:80], index
     return None
-
-
-def _strips_space(decoder: dict[str, Any]) -> bool:
-    """Whether a decoder strips the first space of a text."""
-    if decoder.get("type") == "Metaspace":
-        return decoder.get("prepend_scheme") != "never"
-    return decoder.get("type") == "Strip" and decoder["content"] == " " and decoder["start"] > 0
 
 
 def readable(token: bytes) -> str:
