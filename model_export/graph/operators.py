@@ -161,10 +161,10 @@ class Operators(Tape):
         """The rows of the table at the indices `rows`."""
         if isinstance(table, ir.Value):
             return self.apply("Gather", table, rows, axis=0)
-        count, columns = len(table.packed.codes), table.packed.columns
-        return self.apply(
+        count, blocks, columns = *table.packed.codes.shape[:2], table.packed.columns
+        found = self.apply(
             "GatherBlockQuantized",
-            self._data.view(f"{table.codes.name}.rows", table.codes, (count, columns)),
+            self._data.view(f"{table.codes.name}.rows", table.codes, (count, blocks * BLOCK)),
             rows,
             table.scales,
             table.zero_points,
@@ -174,6 +174,7 @@ class Operators(Tape):
             gather_axis=0,
             quantize_axis=1,
         )
+        return found if columns % BLOCK == 0 else self._first_columns(found, f"{table.codes.name}.found", columns)
 
     def head(
         self,
@@ -261,7 +262,23 @@ class Operators(Tape):
             None if packed.zero_points is None else self._data.add(f"{name}.zero_points", packed.zero_points),
         )
 
+    def _filled_up(self, value: ir.Value, name: str, columns: int) -> ir.Value:
+        """`value` [..., columns] up to a multiple of the block size: the columns follow again, for weights of 0."""
+        if columns % BLOCK == 0:
+            return value
+        padded = columns + -columns % BLOCK
+        repeated = self.apply("Concat", *[value] * -(-padded // columns), axis=-1)
+        return self._first_columns(repeated, name, padded)
+
+    def _first_columns(self, value: ir.Value, name: str, columns: int) -> ir.Value:
+        bounds = (self.sizes(f"{name}.{bound}", at) for bound, at in (("first", 0), ("last", columns), ("axis", -1)))
+        return self.apply("Slice", value, *bounds)
+
     def _matmul_nbits(self, value: ir.Value, matrix: StoredBlocks, bias: ir.Value | None = None) -> ir.Value:
+        columns = matrix.packed.columns
+        if self._portable:  # not every provider fills up the last block itself
+            value = self._filled_up(value, f"{matrix.codes.name}.filled", columns)
+            columns += -columns % BLOCK
         return self.apply(
             "MatMulNBits",
             value,
@@ -271,7 +288,7 @@ class Operators(Tape):
             None,
             bias,
             domain=CONTRIB,
-            K=matrix.packed.columns,
+            K=columns,
             N=len(matrix.packed.codes),
             bits=matrix.packed.bits,
             block_size=BLOCK,

@@ -34,9 +34,9 @@ FEWEST_MIXED, MOST_MIXED = 32, 256
 class Packed:
     """A matrix [rows, columns] as MatMulNBits takes it: a weight is `scale * (code - zero point)` of its block.
 
-    `codes` is [rows, blocks, 4 * bits]; `scales` [rows, blocks]; `zero_points` [rows, packed blocks], None where all
-    are half the range. Behind the matrix's own columns lie `block_means` copies of one further column per block, which
-    are multiplied by the mean of the activation over that block.
+    `codes` is [rows, blocks, 4 * bits], weights of 0 fill up the last block; `scales` [rows, blocks]; `zero_points`
+    [rows, packed blocks], None where all are half the range. Behind the matrix's own columns lie `block_means` copies
+    of one further column per block, which are multiplied by the mean of the activation over that block.
     """
 
     codes: Bytes
@@ -134,17 +134,23 @@ def block_means(columns: int) -> Floats:
     return np.repeat(np.eye(columns // BLOCK, dtype=np.float32), BLOCK, axis=0) / np.float32(BLOCK)
 
 
+def in_blocks(weights: Floats) -> Floats:
+    """`weights` [rows, columns] as [rows, blocks, 32]; weights of 0 fill up the last block."""
+    padded = np.pad(weights, ((0, 0), (0, -weights.shape[1] % BLOCK)))
+    return padded.reshape(len(weights), -1, BLOCK)
+
+
 def _pack_int8(matrix: LazyTensor) -> Packed:
     exact = matrix.bits is not None and all(matrix.map(_has_integer_zero_points))
 
     def pack_part(part: Matrix) -> tuple[Bytes, Floats, Bytes]:
         if exact and isinstance(part, Blocks):
             return part.codes, part.scales, _zero_points(part, 255)
-        return _round_to_nearest(dequantize(part).reshape(part.shape[0], -1, BLOCK))
+        return _round_to_nearest(in_blocks(dequantize(part)))
 
     codes, scales, zeros = matrix.joined(pack_part)
     centred = bool(np.all((zeros == 128) | (scales == 0)))
-    return Packed(codes, scales, None if centred else zeros, 8, codes.shape[1] * BLOCK)
+    return Packed(codes, scales, None if centred else zeros, 8, matrix.shape[1])
 
 
 def _has_integer_zero_points(matrix: Matrix) -> bool:
@@ -182,7 +188,7 @@ def _split_int4(matrix: Matrix) -> tuple[Bytes, Floats, Bytes, Floats]:
 
 def _round_to_int4(matrix: LazyTensor) -> Packed:
     codes, scales, zeros = matrix.joined(lambda part: _best_int4(dequantize(part)))
-    return Packed(codes, scales, _pack_zero_points(zeros), 4, codes.shape[1] * BLOCK)
+    return Packed(codes, scales, _pack_zero_points(zeros), 4, matrix.shape[1])
 
 
 def _best_int4(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
@@ -190,7 +196,7 @@ def _best_int4(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
 
     For each range the weights are rounded to codes, and the scale is the one with the least squared error for them.
     """
-    blocks = weights.reshape(len(weights), -1, BLOCK)
+    blocks = in_blocks(weights)
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     best = np.full(low.shape, np.inf, np.float32)
     codes, scales, zeros = np.zeros(blocks.shape, np.uint8), np.zeros_like(low), np.zeros(low.shape, np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
 from model_export.errors import ExportError
-from model_export.sources.field_types import abbreviated, check_rotation
+from model_export.sources.field_types import abbreviated, check_head_size, check_rotation
 from model_export.sources.gguf.header import Tensor
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.read import GgufModel
@@ -29,13 +29,15 @@ def configuration(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
 
 
 def _gpt2(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
+    hidden, heads = metadata.require("gpt2.embedding_length"), metadata.require("gpt2.attention.head_count")
+    check_head_size("the GGUF file", hidden // heads, rotated=False)
     return {
         "model_type": "gpt2",
         "vocab_size": vocab_size,
         "n_positions": metadata.require("gpt2.context_length"),
-        "n_embd": metadata.require("gpt2.embedding_length"),
+        "n_embd": hidden,
         "n_layer": metadata.require("gpt2.block_count"),
-        "n_head": metadata.require("gpt2.attention.head_count"),
+        "n_head": heads,
         "n_inner": metadata.require("gpt2.feed_forward_length"),
         "layer_norm_epsilon": metadata.require("gpt2.attention.layer_norm_epsilon"),
     }
@@ -47,6 +49,7 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
 
     layers, heads, hidden = require("block_count"), require("attention.head_count"), require("embedding_length")
     head_dim = require("attention.key_length")
+    check_head_size("the GGUF file", head_dim)
     check_rotation("the GGUF file", require("context_length"), head_dim)
     every = _FULL_EVERY[family]
     _check_common_keys(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model_export.errors import ExportError
-from model_export.sources.field_types import abbreviated
+from model_export.sources.field_types import abbreviated, check_head_size
+from model_export.sources.rotary import checked_size
 
 # The supported values of entries of config.json, besides missing or null, by family.
 _SUPPORTED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
@@ -24,6 +25,13 @@ _SUPPORTED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
 }
 # Families without grouped KV heads, and the entry that has their number of heads.
 _HEADS_ENTRY = {"gpt2": "n_head", "gpt_neox": "num_attention_heads"}
+# The number of heads and the hidden size, by their names in newer and older families.
+_SIZES = (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
+# Families with a head size of their own where config.json has none, and those that rotate nothing.
+_OWN_HEAD_SIZE = ("gemma", "gemma2", "gemma3", "gemma3_text")
+_UNROTATED = ("gpt2", "gpt_bigcode")
+# The entries for the part of each head that rotates.
+_ROTATED_SHARES = ("partial_rotary_factor", "rotary_pct")
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -37,11 +45,26 @@ def check_variant(where: str, config: Mapping[str, Any]) -> None:
         _check(where, family, key, config.get(key), allowed)
     if family in _HEADS_ENTRY and (heads := config.get(_HEADS_ENTRY[family])) is not None:
         _check(where, family, "num_key_value_heads", config.get("num_key_value_heads"), (heads,))
+    _check_heads(where, family, config)
     for name in ("rope_scaling", "rope_parameters"):
         scaling = config.get(name) or {}
         for part in (scaling, *scaling.values()):  # perhaps one scaling per type of layer
             if isinstance(part, dict):
                 _check(where, family, f"{name}'s type", part.get("rope_type", part.get("type")), _ROTATIONS)
+
+
+def _check_heads(where: str, family: str, config: Mapping[str, Any]) -> None:
+    """Raises ExportError for a head size, or a rotated part of it, that onnxruntime's attention does not support."""
+    heads, hidden = (config.get(name) or config.get(old) for name, old in _SIZES)
+    size = config.get("head_dim") or (hidden // heads if hidden and heads and family not in _OWN_HEAD_SIZE else None)
+    if size is None:
+        return
+    check_head_size(where, size, rotated=family not in _UNROTATED)
+    share = next((config[name] for name in _ROTATED_SHARES if isinstance(config.get(name), int | float)), 1)
+    try:
+        checked_size(int(size * share), size)
+    except ExportError as error:
+        raise ExportError(f"{where}: {error}") from None
 
 
 def _check(where: str, family: str, key: str, value: object, allowed: tuple[object, ...]) -> None:

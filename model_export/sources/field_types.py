@@ -44,6 +44,8 @@ class Within:
 
 MOST_LAYERS, MOST_TOKENS = 1024, 1 << 22
 SMALLEST_HEAD = 2
+# The head sizes that GroupQueryAttention supports, with and without rotation, are multiples of these.
+ROTATED_HEAD, PLAIN_HEAD = 16, 8
 SCALE = Within(1e-3, 1e6)
 
 # The bounds are several times the sizes of the largest models, and small enough that checks within them cost little.
@@ -100,14 +102,18 @@ BY_LAYER_TYPE = "by_layer_type"
 
 
 def check_heads(where: str, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
-    """Raises ExportError unless the heads share the KV heads evenly and the head size is even, for pairs to rotate."""
+    """Raises ExportError unless the heads share the KV heads, and without a head size the hidden size, evenly."""
     if heads % kv_heads:
         raise ExportError(f"{where}: {heads} heads cannot share {kv_heads} heads of keys evenly")
     if head_dim is None and hidden % heads:
         raise ExportError(f"{where}: {heads} heads do not divide the hidden size {hidden} evenly")
-    size = hidden // heads if head_dim is None else head_dim
-    if size < SMALLEST_HEAD or size % 2:
-        raise ExportError(f"{where}: the head size is {size}, expected an even number")
+
+
+def check_head_size(where: str, head_dim: int, *, rotated: bool = True) -> None:
+    """Raises ExportError for a head size that onnxruntime's attention does not support."""
+    multiple = ROTATED_HEAD if rotated else PLAIN_HEAD
+    if head_dim % multiple or head_dim == 0:
+        raise ExportError(f"{where}: the head size is {head_dim}, supported are multiples of {multiple}")
 
 
 def check_rotation(where: str, context: int | None, head_dim: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.errors import ExportError
+from model_export.sources.field_types import ROTATED_HEAD
 
 Frequencies = NDArray[np.float64]
 
@@ -29,9 +30,11 @@ class Rotary:
 
 def checked_size(size: int, head_dim: int) -> int:
     """The `size` of the rotated part of a head. Raises ExportError where the attention operator does not support it."""
-    if size == head_dim or (0 < size < head_dim and size % 16 == 0):
+    if size == head_dim or (0 < size < head_dim and size % ROTATED_HEAD == 0):
         return size
-    raise ExportError(f"rotating {size} of a head's {head_dim} numbers is not supported, only all or multiples of 16")
+    raise ExportError(
+        f"rotating {size} of a head's {head_dim} numbers is not supported, only all or multiples of {ROTATED_HEAD}"
+    )
 
 
 def plain(size: int, base: float, factors: NDArray[np.float32] | float = 1.0) -> Frequencies:

@@ -11,6 +11,7 @@ from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.checkpoint import Architecture, LayerAttention
 from model_export.sources.families import NATIVE, Family, ScalingKind, Windows, refusal
+from model_export.sources.field_types import check_head_size
 from model_export.sources.hugging_face.config import Config, Rotation
 from model_export.sources.panics import reported_as
 
@@ -31,6 +32,7 @@ def read_architecture(config: Config, entries: Mapping[str, Any]) -> Architectur
         raise ExportError(f"activation {config.hidden_act!r} is not supported; supported is silu")
     heads = config.num_attention_heads
     head_dim = config.head_dim or family.head_dim or config.hidden_size // heads
+    check_head_size("config.json", head_dim)
     rotation = _rotary(config, family, head_dim)
     context = min(config.max_position_embeddings, rotation.longest or config.max_position_embeddings)
     return Architecture(
