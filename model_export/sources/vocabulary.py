@@ -8,17 +8,30 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
+from model_export.sources.panics import reported_as
+from service.text.decoding import Decoding
 from service.text.tokenizer import token_outside
 
+# The names of tokens that end a completion, whatever else a source declares.
 END_TOKENS = (
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "</s>",
+    *("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),  # Llama 2, Gemma, GPT-2 and Qwen, Llama 3
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),  # ChatML, Llama 3, Phi-3, Gemma
+    *("<|return|>", "<|call|>"),  # harmony
+    *("<|flush|>", "<|calls|>"),  # Solar Open
+    *("<turn|>", "<|tool_response>"),  # Gemma 4
+    *("<｜end▁of▁sentence｜>", "<end_of_utterance>", "[e~["),  # DeepSeek, SmolVLM, MiniMax
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]"),  # Code Llama, Kimi K2
 )
+# A name that ends nothing if the vocabulary has all tokens of one of these groups: harmony, Solar Open, Gemma 4, PLaMo.
+NO_ENDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "<|end|>": (
+        ("<|return|>", "<|call|>"),
+        ("<|return|>", "<|calls|>"),
+        ("<|call|>", "<|flush|>"),
+        ("<|calls|>", "<|flush|>"),
+    ),
+    "</s>": (("<|tool_response>",), ("<|plamo:eos|>",)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,13 @@ class Vocabulary:
     marks: Mapping[str, int] = field(default_factory=dict)
 
 
-def end_tokens(tokenizer: Tokenizer, declared: Iterable[int | None]) -> tuple[int, ...]:
-    """The `declared` end tokens and every special token with the name of one, in ascending order."""
-    named = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.content in END_TOKENS}
-    return tuple(sorted(named | {index for index in declared if index is not None}))
+def ends_of_generation(numbers: Mapping[str, int], declared: Iterable[int]) -> set[int]:
+    """The `declared` end tokens and every token with the name of one; `numbers` are the tokens of the vocabulary."""
+    ends = {numbers[name] for name in END_TOKENS if name in numbers} | set(declared)
+    for name, groups in NO_ENDS.items():
+        if any(all(numbers.get(sign) in ends for sign in group) for group in groups):
+            ends.discard(numbers.get(name, -1))
+    return ends
 
 
 def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None:
@@ -48,6 +64,8 @@ def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None
 
     `vocab_size` is that of the model.
     """
+    with reported_as(f"{name}: its tokens cannot be decoded one by one"):
+        Decoding(vocabulary.tokenizer, vocab_size)
     if outside := token_outside(vocabulary.tokenizer, vocab_size):
         token, index = outside
         raise ExportError(f"{name}: token {token!r} is {index}, expected one of 0..{vocab_size - 1}")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from model_export.sources.gguf.header import read_header
-from model_export.sources.gguf.tokenizer import _pre_tokenizer, merges_by_score, vocabulary_from_metadata
+from model_export.sources.gguf.pre_tokenizers import PRE_TOKENIZERS
+from model_export.sources.gguf.tokenizer import merges_by_score, vocabulary_from_metadata
 from model_export.sources.vocabulary import Vocabulary
 
 SENTENCE_PIECES = {
@@ -108,7 +109,7 @@ def test_special_tokens_of_sentence_piece(tmp_path: Path) -> None:
 )
 def test_how_texts_are_cut(split: str, pieces: list[str]) -> None:
     """Each type of byte-level tokenizer splits a text as its family does before it merges bytes."""
-    cut = _pre_tokenizer(split).pre_tokenize_str("HelloWorld it's 12345?!\n/x")
+    cut = PRE_TOKENIZERS[split].build().pre_tokenize_str("HelloWorld it's 12345?!\n/x")
     assert [piece for piece, _ in cut] == pieces
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from model_export.errors import ExportError
 from model_export.sources import rotary
 from model_export.sources.checkpoint import Architecture, LayerAttention
-from model_export.sources.families import NATIVE_GGUF, Family, refusal
-from model_export.sources.field_types import abbreviated
+from model_export.sources.families import EXPERTS, NATIVE_GGUF, Family, refusal
+from model_export.sources.field_types import abbreviated, check_head_size
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.panics import reported_as
 from model_export.sources.weights import Floats
@@ -22,7 +22,6 @@ OFF, ONCE = (0,), (0, 1)
 SUPPORTED: Mapping[str, tuple[float, ...]] = {
     "attn_logit_softcapping": OFF,
     "final_logit_softcapping": OFF,
-    "expert_count": OFF,
     "leading_dense_block_count": OFF,
     "nextn_predict_layers": OFF,
     "pooling_type": OFF,
@@ -59,10 +58,11 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
     name = metadata.require("general.architecture")
     family = NATIVE_GGUF.get(name)
     if family is None:
-        raise refusal(name, {"num_experts": metadata.get(f"{name}.expert_count")})
+        raise refusal(name, {"num_experts": metadata.get(f"{name}.expert_count")}, gguf=True)
     heads = metadata.require(f"{name}.attention.head_count")
     hidden = metadata.require(f"{name}.embedding_length")
     head_dim = metadata.get(f"{name}.attention.key_length", hidden // heads)
+    check_head_size("the GGUF file", head_dim)
     _check_variant(metadata, name, head_dim)
     rotation = _rotary(metadata, family, head_dim, factors)
     context = int(metadata.require(f"{name}.context_length"))
@@ -90,9 +90,12 @@ def _check_variant(metadata: Metadata, family: str, head_dim: int) -> None:
     """Raises ExportError where a key asks for a computation that the builder does not have."""
     if metadata.get(f"{family}.attention.value_length", head_dim) != head_dim:
         raise ExportError(f"{family}.attention.value_length other than the head size {head_dim} is not supported")
+    if experts := metadata.get(f"{family}.expert_count"):
+        raise ExportError(f"{family}.expert_count is {abbreviated(experts)}: {EXPERTS}")
     for key, values in SUPPORTED.items():
         if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
-            raise ExportError(f"{family}.{key} of {abbreviated(value)} is not supported")
+            allowed = " or ".join(map(abbreviated, values)) or "its absence"
+            raise ExportError(f"{family}.{key} of {abbreviated(value)} is not supported; supported is {allowed}")
 
 
 def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerAttention, ...]:

@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from model_export.errors import ExportError
 from model_export.sources.field_types import abbreviated
+from model_export.sources.files import looks_like
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.weights import Bytes
 
@@ -48,13 +49,6 @@ SMALLEST_ENTRY, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 MOST_ELEMENTS = 1 << 22
 MOST_NAME = 1024
 MOST_DIMENSIONS = 4
-LOOKS_LIKE = {
-    b"FUGG": "a big-endian GGUF file",
-    b"PK\x03\x04": "a zip archive, perhaps a pickle, which may run any code when it is read",
-    b"\x80": "a pickle, which may run any code when it is read",
-    b"ggml": "a file from before GGUF",
-    b"ggjt": "a file from before GGUF",
-}
 
 
 @dataclass(frozen=True)
@@ -134,11 +128,7 @@ class _Parser:
     def _magic(self) -> None:
         head = self._data[:4]
         if head != MAGIC:
-            format_name = next((name for start, name in LOOKS_LIKE.items() if head.startswith(start)), None)
-            if self._data[8:9] == b"{":
-                format_name = "a safetensors file, whose directory is the source"
-            guess = f"; it looks like {format_name}" if format_name else ""
-            raise self._error(f"it begins with {head!r}, not {MAGIC!r}{guess}")
+            raise self._error(f"it begins with {head!r}, not {MAGIC!r}{looks_like(self._path)}")
         self._at = 4
         version = self._number("<I", "its version")
         self._ensure(version & 0xFFFF != 0, "it is big-endian, expected little-endian")

@@ -15,6 +15,7 @@ from model_export.sources.gguf.metadata import Metadata
 KEYS: dict[str, Any] = {
     "general.architecture": field_types.Text,
     "general.organization": field_types.Text,
+    "general.type": field_types.Text,
     "tokenizer.ggml.model": field_types.Text,
     "tokenizer.ggml.pre": field_types.Text,
     "tokenizer.ggml.add_bos_token": field_types.Flag,

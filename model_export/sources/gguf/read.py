@@ -26,6 +26,13 @@ from model_export.sources.weights import BLOCK, Blocks, LazyTensor, Matrix
 PART = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 QUANTIZATION_SUFFIX = re.compile(r"[-.](I?Q\d\w*|[BF]?F?(16|32))$", re.IGNORECASE)
 
+# Values of general.type of files that are no models.
+NO_MODELS = {
+    "adapter": "it holds an adapter; merge it into its model first",
+    "imatrix": "it holds an importance matrix for quantizing a model, not a model",
+    "mmproj": "it holds a projector of images for a model, not a model",
+}
+
 # The types whose blocks are kept as they are: the bits of a code, and the code of a weight of 0, None where each block
 # has a minimum.
 BLOCK_TYPES: Mapping[GGMLQuantizationType, tuple[int, int | None]] = {
@@ -55,6 +62,8 @@ def open_gguf(path: Path) -> GgufModel:
     for header in headers:
         check_metadata(header)
     metadata = headers[0].metadata
+    if kind := NO_MODELS.get(metadata.get("general.type", "")):
+        raise ExportError(f"{path}: general.type is {metadata['general.type']!r}: {kind}")
     if (count := metadata.get("split.count", 0)) > len(headers):
         raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
     stored = [tensor for header in headers for tensor in header.tensors]

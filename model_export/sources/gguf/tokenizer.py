@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from model_export.errors import ExportError
 from model_export.sources.field_types import abbreviated
+from model_export.sources.fill_in_the_middle import NAMES
 from model_export.sources.gguf.metadata import Metadata
+from model_export.sources.gguf.pre_tokenizers import KEY, PRE_TOKENIZERS, PreTokenizer, pre_tokenizer_name
 from model_export.sources.panics import reported_as
-from model_export.sources.vocabulary import Vocabulary, end_tokens
+from model_export.sources.vocabulary import Vocabulary, ends_of_generation
+from service.text.decoding import BYTE_CHARACTERS, byte_level
 
-CONTROL, USER_DEFINED = 3, 4
-END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# The tokens that llama.cpp assumes in a SentencePiece file without their keys.
+SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+ENDS = ("eos", "eot", "eom")
+# The keys of tokens that end what fills a gap, and the names of these tokens where a file does not have the key.
+GAP_ENDS: Mapping[str, tuple[str, ...]] = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
 # The keys of older files, then the current ones, which override them; and the part that each token precedes.
 MARK_KEYS = {
     "prefix": "prefix",
@@ -24,86 +38,85 @@ MARK_KEYS = {
     "fim_suf": "suffix",
     "fim_mid": "middle",
 }
-
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-PUNCTUATION, SPACES = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-
-def _words(digits: str, line_ends: str = r"[\r\n]*") -> str:
-    """A pattern of contractions, words, groups of `digits`, punctuation with the `line_ends` after it, and spaces."""
-    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{PUNCTUATION}{line_ends}|{SPACES}"
-
-
-def _cased_words(digits: str, contractions: str) -> str:
-    """A pattern of words, each capital beginning a new one, with `contractions`, groups of `digits`, and the rest."""
-    before = r"[^\r\n\p{L}\p{N}]?"
-    small, capital = f"{before}{UPPER}*{LOWER}+{contractions}", f"{before}{UPPER}+{LOWER}*{contractions}"
-    return rf"{small}|{capital}|\p{{N}}{digits}|{PUNCTUATION}[\r\n/]*|{SPACES}"
-
-
-SPLITS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "dbrx", "smaug-bpe"), _words("{1,3}")),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _words("")),
-    "seed-coder": _words("", line_ends=""),
-    "tekken": _cased_words("", ""),
-    "gpt-4o": _cased_words("{1,3}", f"{CONTRACTIONS}?"),
-}
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")
+# The most tokens that get a decoder of their own: each is tried on every token of the vocabulary.
+MOST_RESPELLED = 32
 
 
 @reported_as("its keys do not describe a tokenizer")
 def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
     """The vocabulary in the metadata. Raises ExportError for a tokenizer that is broken or not supported."""
-    model = metadata.require("tokenizer.ggml.model")
-    split = metadata.get("tokenizer.ggml.pre", "default")
-    if model == "gpt2":
-        tokenizer = _byte_level(metadata, split)
-    elif model == "llama":
-        tokenizer = _sentence_piece(metadata)
-    else:
-        raise ExportError(f"tokenizer model {model!r} is not supported; supported are gpt2 and llama")
-    _add_special_tokens(tokenizer, metadata)
-    ids: dict[str, Any] = {
-        name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", *END_KEYS, *MARK_KEYS)
+    model, tokens = metadata.require("tokenizer.ggml.model"), metadata.require("tokenizer.ggml.tokens")
+    ids: dict[str, int] = {
+        name: metadata[f"tokenizer.ggml.{name}_token_id"]
+        for name in ("bos", "unknown", *ENDS, *GAP_ENDS, *MARK_KEYS)
+        if f"tokenizer.ggml.{name}_token_id" in metadata
     }
-    bos_by_default = model == "llama" or split in WHOLE_WORDS_FIRST
+    if model == "llama":
+        ids = {name: index for name, index in SENTENCE_PIECE_IDS.items() if index < len(tokens)} | ids
+    ends = _ends(tokens, ids)
+    types = _types(metadata, ends)
+    if model == "gpt2":
+        way = PRE_TOKENIZERS[pre_tokenizer_name(metadata.get(KEY), tokens)]
+        tokenizer, begins = _byte_level(metadata, way, types), way.begins
+    elif model == "llama":
+        tokenizer, begins = _sentence_piece(metadata, types, ids.get("unknown")), True
+    else:
+        raise ExportError(f"tokenizer.ggml.model is {model!r}, which is not supported; supported are gpt2 and llama")
+    _add_special_tokens(tokenizer, types)
     return Vocabulary(
         tokenizer=tokenizer,
-        bos=ids["bos"],
-        add_bos=ids["bos"] is not None and metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
-        end=end_tokens(tokenizer, [ids[name] for name in END_KEYS]),
-        marks={part: ids[name] for name, part in MARK_KEYS.items() if ids[name] is not None},
+        bos=ids.get("bos"),
+        add_bos="bos" in ids and metadata.get("tokenizer.ggml.add_bos_token", begins),
+        end=tuple(sorted(ends)),
+        marks={part: ids[name] for name, part in MARK_KEYS.items() if name in ids},
     )
 
 
-def _byte_level(metadata: Metadata, split: str) -> Tokenizer:
+def _ends(tokens: Sequence[str], ids: Mapping[str, int]) -> set[int]:
+    """The tokens that end a completion: by their keys, whose `ids` these are, and by their names."""
+    numbers = {token: index for index, token in enumerate(tokens)}
+    unsaid = [name for key, names in GAP_ENDS.items() if key not in ids for name in names]
+    declared = {ids[key] for key in (*ENDS, *GAP_ENDS) if key in ids}
+    return ends_of_generation(numbers, declared | {numbers[name] for name in unsaid if name in numbers})
+
+
+def _types(metadata: Metadata, ends: Collection[int]) -> dict[str, int]:
+    """The type of each token. Control tokens, known by their names or as `ends`, are typed as text in many files."""
+    tokens = metadata.require("tokenizer.ggml.tokens")
+    stored = metadata.plain("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    types = dict(zip(tokens, stored, strict=True))
+    control = [*(tokens[index] for index in ends), *chain(*NAMES), *chain(*GAP_ENDS.values())]
+    return types | dict.fromkeys((token for token in control if token in types), CONTROL)
+
+
+def _byte_level(metadata: Metadata, way: PreTokenizer, types: Mapping[str, int]) -> Tokenizer:
     tokens = metadata.require("tokenizer.ggml.tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = pairs(metadata.require("tokenizer.ggml.merges"), tokens, vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split in WHOLE_WORDS_FIRST))
-    tokenizer.pre_tokenizer = _pre_tokenizer(split)
-    tokenizer.decoder = decoders.ByteLevel()
-    if split == "qwen2":
+    merged = {token for merge in merges for token in (*merge, "".join(merge))}
+    used = {token: index for token, index in vocab.items() if types[token] != UNUSED or token in merged}
+    tokenizer = Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=way.whole_words))
+    tokenizer.pre_tokenizer = way.build()
+    tokenizer.decoder = _byte_decoder(types)
+    if metadata.get(KEY) == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
-def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if split in ("gpt-2", "default"):
-        return gpt2
-    if split == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if split not in SPLITS:
-        known = ", ".join(["default", "gpt-2", "smollm", *SPLITS])
-        raise ExportError(f"pre-tokenizer {split!r} is not supported; supported are {known}")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def _byte_decoder(types: Mapping[str, int]) -> decoders.Decoder:
+    """The decoder of bytes, before which tokens of whole characters are spelled in bytes.
+
+    Without that, a token that was added in plain letters, all of which also stand for bytes, would lose its accents.
+    """
+    whole = [token for token, kind in types.items() if kind in (CONTROL, USER_DEFINED) and _looks_like_bytes(token)]
+    spelled = [
+        decoders.Replace(Regex(rf"\A{re.escape(token)}\z"), byte_level(token)) for token in whole[:MOST_RESPELLED]
+    ]
+    return decoders.Sequence([*spelled, decoders.ByteLevel()]) if spelled else decoders.ByteLevel()
+
+
+def _looks_like_bytes(token: str) -> bool:
+    return not token.isascii() and set(token) <= BYTE_CHARACTERS
 
 
 def pairs(merges: Sequence[str], tokens: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -119,12 +132,19 @@ def pairs(merges: Sequence[str], tokens: Sequence[str], vocab: Mapping[str, int]
     return joined
 
 
-def _sentence_piece(metadata: Metadata) -> Tokenizer:
+def _sentence_piece(metadata: Metadata, types: Mapping[str, int], unknown: int | None) -> Tokenizer:
     tokens = metadata.require("tokenizer.ggml.tokens")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores").tolist())
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    vocab = {token: index for index, token in enumerate(tokens) if types[token] != UNUSED}
+    merges = merges_by_score(tokens, metadata.require("tokenizer.ggml.scores").tolist(), types)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -133,14 +153,16 @@ def _sentence_piece(metadata: Metadata) -> Tokenizer:
     return tokenizer
 
 
-def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, the best-scored first.
+def merges_by_score(
+    tokens: Sequence[str], scores: Sequence[float], types: Mapping[str, int] = MappingProxyType({})
+) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, the best-scored first; only `types` of text are joined.
 
     SentencePiece joins those neighbours whose joint token has the highest score.
     """
-    ids = {token: index for index, token in enumerate(tokens)}
+    ids = {token: index for index, token in enumerate(tokens) if types.get(token, NORMAL) in (NORMAL, USER_DEFINED)}
     joined: list[tuple[float, int, int]] = []
-    for index, token in enumerate(tokens):
+    for token, index in ids.items():
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
@@ -148,10 +170,8 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
     return [(tokens[left], tokens[right]) for _, left, right in sorted(joined)]
 
 
-def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
-    tokens = metadata.require("tokenizer.ggml.tokens")
-    token_types = dict(zip(tokens, metadata.plain("tokenizer.ggml.token_type") or [], strict=False))
+def _add_special_tokens(tokenizer: Tokenizer, types: Mapping[str, int]) -> None:
     # All tokens of a type in one call: each call goes over every token that was added before.
-    for added_type, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [token for token, token_type in token_types.items() if token_type == added_type]
+    for added_types, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
+        added = [token for token, token_type in types.items() if token_type in added_types]
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
