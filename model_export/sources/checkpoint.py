@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -97,26 +97,31 @@ class Origin:
 class Checkpoint:
     """A source model: exactly the tensors of its architecture, each of the right shape.
 
-    Raises ExportError for a missing tensor, an extra one, or one of another shape.
+    `stored_name` is the name in the source of a tensor that has this name here. Raises ExportError for a missing
+    tensor, an extra one, or one of another shape.
     """
 
     origin: Origin
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
+    stored_name: Callable[[str], str] = str
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.architecture.rotary.frequencies).all():
             raise ExportError(f"{self.origin.name}: the rotary frequencies are not finite")
         expected = self.architecture.tensor_shapes()
+        extra = sorted(self.tensors.keys() - expected.keys())
+        family = self.architecture.family.name
+        unused = f"a tensor {self.stored_name(extra[0])}, which a {family} model does not have" if extra else ""
         for name, shape in expected.items():
+            stored = self.stored_name(name)
             if name not in self.tensors:
-                raise ExportError(f"{self.origin.name} has no tensor {name}")
+                raise ExportError(f"{self.origin.name} has no tensor {stored}{', but ' if extra else ''}{unused}")
             if self.tensors[name].shape != shape:
                 actual = list(self.tensors[name].shape)
-                raise ExportError(f"{self.origin.name}: tensor {name} has shape {actual}, expected {list(shape)}")
-        if extra := sorted(self.tensors.keys() - expected.keys()):
-            family = self.architecture.family.name
-            raise ExportError(f"{self.origin.name} has a tensor {extra[0]}, which a {family} model does not have")
+                raise ExportError(f"{self.origin.name}: tensor {stored} has shape {actual}, expected {list(shape)}")
+        if extra:
+            raise ExportError(f"{self.origin.name} has {unused}")
 
     def tensor(self, name: str) -> LazyTensor:
         """The tensor `name` in the form that it has in the source.
@@ -129,7 +134,9 @@ class Checkpoint:
             with np.errstate(all="ignore"):
                 matrix = tensor.read(rows)
             if not is_finite(matrix):
-                raise ExportError(f"{self.origin.name}: tensor {name} holds a weight that is not finite")
+                raise ExportError(
+                    f"{self.origin.name}: tensor {self.stored_name(name)} holds a weight that is not finite"
+                )
             return matrix
 
         return replace(tensor, read=read)

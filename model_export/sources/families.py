@@ -192,8 +192,8 @@ REASON_BY_ENTRY: Mapping[str, str] = {
 }
 
 
-def refusal(family: Any, config: Mapping[str, Any]) -> ExportError:
-    """The error for a family that cannot be exported; `config` holds the entries of its config.json."""
+def refusal(family: Any, config: Mapping[str, Any], *, gguf: bool = False) -> ExportError:
+    """The error for a family that cannot be exported, from a GGUF file if `gguf`; `config` has its entries."""
     reason = REFUSED.get(str(family)) or next(
         (why for entry, why in REASON_BY_ENTRY.items() if config.get(entry)), None
     )
@@ -201,5 +201,6 @@ def refusal(family: Any, config: Mapping[str, Any]) -> ExportError:
         return ExportError(f"architecture {family!r} is not supported: {reason}")
     if family in (*NATIVE, *MOBIUS):
         return ExportError(f"architecture {family!r} is supported as a Hugging Face directory, not as a GGUF file")
-    supported = f"{', '.join(NATIVE)}, and with the extra `families` {', '.join(MOBIUS)}"
+    native, mobius = (NATIVE_GGUF, MOBIUS_GGUF) if gguf else (NATIVE, MOBIUS)
+    supported = f"{', '.join(native)}, and with the extra `families` {', '.join(mobius)}"
     return ExportError(f"architecture {family!r} is not supported; supported are {supported}")

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from model_export.errors import ExportError
 
 MIB = 1 << 20
+# How files begin that stand in a model's place, and what they are.
+LOOKS_LIKE = {
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
+    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"GGUF": "a GGUF file, which is a source itself",
+    b"FUGG": "a big-endian GGUF file",
+    b"PK\x03\x04": "a zip archive, perhaps a pickle, which may run any code when it is read",
+    b"\x80": "a pickle, which may run any code when it is read",
+    b"ggml": "a file from before GGUF",
+    b"ggjt": "a file from before GGUF",
+}
+
+
+def looks_like(path: Path) -> str:
+    """What an error message adds where the beginning of the file tells what it is instead; else an empty text."""
+    with path.open("rb") as file:
+        head = file.read(32)
+    kind = next((kind for start, kind in LOOKS_LIKE.items() if head.startswith(start)), None)
+    if head[8:9] == b"{":
+        kind = "a safetensors file, whose directory is the source"
+    return f"; it looks like {kind}" if kind else ""
 
 
 def plain_file(directory: Path, name: str, largest: int | None = None) -> Path:
@@ -39,19 +61,11 @@ def read_json(directory: Path, name: str, largest: int = 16 * MIB) -> dict[str, 
     """The JSON object in the file `name` of `directory`. Raises ExportError where there is none."""
     path = plain_file(directory, name, largest)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ExportError(f"{path} is nested too deeply") from None
     except ValueError as error:
-        raise ExportError(f"{path} is not JSON: {error}") from error
+        raise ExportError(f"{path} is not JSON: {error}{looks_like(path)}") from error
     if not isinstance(value, dict):
         raise ExportError(f"{path} does not hold a JSON object")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{repeated!r} appears twice")
-    return entries

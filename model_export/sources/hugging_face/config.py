@@ -99,6 +99,23 @@ class TokenIds(Entries):
     eos_token_id: Tokens | None = None
 
 
+class AddedToken(Entries):
+    """A token with settings of its own."""
+
+    content: field_types.Text = MISSING
+
+
+class TokenizerSettings(Entries):
+    """The entries of tokenizer_config.json that are read."""
+
+    eos_token: (
+        Annotated[
+            field_types.Text | AddedToken, field_types.Expected("a text, or an object with a content that is a text")
+        ]
+        | None
+    ) = None
+
+
 class Config(TokenIds):
     """The configuration of any family, with every name that families have for the same number."""
 
@@ -171,8 +188,9 @@ def _check(where: str, entries: Mapping[str, Any], config: Config) -> None:
             raise ExportError(
                 f"{where}: {name} is {field_types.abbreviated(value)}, which may name other files or code; remove it"
             )
-    if method := entries.get("quantization_config") or entries.get("compression_config"):
-        by = method.get("quant_method") if isinstance(method, dict) else method
+    names = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
+    if method := next((entries[name] for name in names if entries.get(name)), None):
+        by = method.get("quant_method", f"{method.get('bits')} bits") if isinstance(method, dict) else method
         raise ExportError(f"{where}: weights that are already quantized ({by}) are supported only as GGUF")
     heads, hidden = config.num_attention_heads or config.n_head, config.hidden_size or config.n_embd
     if heads and hidden:

@@ -38,10 +38,12 @@ def read_directory(path: Path) -> Directory:
 
     Raises ExportError unless the directory has a configuration, complete safetensors and a tokenizer.json.
     """
-    entries = read_json(path, "config.json")
-    config = read_config(str(path / "config.json"), entries)
     if (path / ADAPTER).exists():
         raise ExportError(f"{path} holds an adapter ({ADAPTER}); merge it into its model first")
+    if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        raise ExportError(f"{path} has no config.json, but a GGUF file, which is a source itself: give {files[0]}")
+    entries = read_json(path, "config.json")
+    config = read_config(str(path / "config.json"), entries)
     tensors, size = open_shards(path)
     if not (path / "tokenizer.json").exists():
         raise ExportError(f"{path / 'tokenizer.json'} does not exist; a slow tokenizer has to be converted first")

@@ -11,13 +11,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from model_export.errors import ExportError
-from model_export.sources.files import MIB, plain_file, read_json
+from model_export.sources.files import MIB, looks_like, plain_file, read_json
 from model_export.sources.weights import Floats, LazyTensor
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LARGEST_INDEX = 64 * MIB
 FLOAT_TYPES = ("F32", "F16", "BF16")
+# The types and names of tensors that hold several quantized weights in each number.
+PACKED_TYPES, PACKED_NAMES = ("U32", "U8", "I8", "F8_E4M3", "F8_E5M2"), (".qweight", ".qzeros", ".g_idx")
+ONLY_AS_GGUF = "quantized weights are supported only as GGUF"
 # Tables in old files that no model uses.
 UNREAD = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 
@@ -50,11 +53,18 @@ def _open(path: Path) -> dict[str, LazyTensor]:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             stored = file.get_slice(name)
             if stored.get_dtype() not in FLOAT_TYPES and not UNREAD.fullmatch(name):
-                raise ExportError(f"{path}: tensor {name} holds {stored.get_dtype()}, which is not supported")
+                raise ExportError(f"{path}: tensor {name} holds {stored.get_dtype()}, {_unsupported(name, stored)}")
             tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, stored))
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
+        raise ExportError(f"{path} is not a complete safetensors file: {error}{looks_like(path)}") from error
     return tensors
+
+
+def _unsupported(name: str, stored: Any) -> str:
+    """Why a tensor of another type than FLOAT_TYPES cannot be read."""
+    if stored.get_dtype() in PACKED_TYPES or name.endswith(PACKED_NAMES):
+        return f"so it is already quantized; {ONLY_AS_GGUF}"
+    return f"which is not supported; supported are {', '.join(FLOAT_TYPES)}"
 
 
 def _load(stored: Any, rows: slice) -> Floats:
