@@ -15,10 +15,11 @@ from model_export.verify.verify import LOGITS_BYTES
 from service.host import memory
 
 MIB = 1 << 20
-# The interpreter with its libraries and the tokenizer; the files that are no weights.
-PROGRAM, SMALL_FILES = 256 * MIB, 16 * MIB
-# Arrays of logits in the comparison: three of its own, and what onnxruntime makes before the last one.
-ARRAYS_OF_LOGITS = 6
+# The interpreter with its libraries, and for each token of the vocabulary what reading and making the tokenizer took at
+# most; the files that are no weights.
+PROGRAM, BYTES_PER_TOKEN, SMALL_FILES = 128 * MIB, 800, 16 * MIB
+# Arrays of logits in the comparison: its own, and those that onnxruntime makes for them.
+ARRAYS_OF_LOGITS = 5
 # What a thread has in memory for each weight that it converts.
 BYTES_PER_WEIGHT_AT_ONCE = 40
 # Bytes per weight: codes, and for each 32 of them a float32 scale and at most a byte of zero point.
@@ -43,12 +44,19 @@ def check_room(
     prefill = 0 if prefill_form is None else graph_bytes(dimensions, precision, prefill_form)
     existing = next(parent for parent in directory.absolute().parents if parent.exists())
     _check(f"{existing}: the export takes", decode + prefill + SMALL_FILES, "disk", shutil.disk_usage(existing).free)
+    _check("the export takes", memory_needed(dimensions, precision, prefill_form, source), "memory", memory.free())
+
+
+def memory_needed(dimensions: Dimensions, precision: Precision, prefill_form: LinearForm | None, source: str) -> int:
+    """The most memory of its own that an export takes, about, without pages of files; see `check_room`."""
+    form = decode_form(precision, source)
+    forms = [form] if prefill_form is None else [form, prefill_form]
     parts = min(dimensions.layer_weights, threads() * WEIGHTS_AT_ONCE) * BYTES_PER_WEIGHT_AT_ONCE
-    building = max(_largest(dimensions, precision, each) for each in (form, prefill_form or form)) + parts
+    building = max(_largest(dimensions, precision, each) for each in forms) + parts
     # onnxruntime keeps its own copy of a graph's matrices; what it maps from the files can be given up at any time.
     logits = min(LOGITS_BYTES, 4 * dimensions.vocab_size * dimensions.context_length)
-    verifying = max(decode, prefill) + ARRAYS_OF_LOGITS * logits
-    _check("the export takes", PROGRAM + max(building, verifying), "memory", memory.free())
+    verifying = max(graph_bytes(dimensions, precision, each) for each in forms) + ARRAYS_OF_LOGITS * logits
+    return PROGRAM + BYTES_PER_TOKEN * dimensions.vocab_size + max(building, verifying)
 
 
 def _check(what: str, needed: int, kind: str, free: int) -> None:

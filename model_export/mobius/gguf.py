@@ -16,16 +16,15 @@ from model_export.sources.gguf.read import GgufModel
 from model_export.sources.weights import Floats
 
 # The number of layers of the one model per family whose attention scores are not scaled by the head size.
-_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+_SCALED_BY_WIDTH = 46
 # In every group of this many layers, only the last has no window.
-_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
-_LOCAL_BASE = 10000.0
+_FULL_EVERY = 2
 
 
 def configuration(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
     """The configuration of the family that `metadata` names. Raises ExportError where something is missing."""
     family = metadata.require("general.architecture")
-    return _gpt2(metadata, vocab_size) if family == "gpt2" else _gemma(metadata, family, vocab_size)
+    return _gpt2(metadata, vocab_size) if family == "gpt2" else _gemma2(metadata, vocab_size)
 
 
 def _gpt2(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
@@ -43,17 +42,21 @@ def _gpt2(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
+def _gemma2(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
     def require(key: str) -> Any:
-        return metadata.require(f"{family}.{key}")
+        return metadata.require(f"gemma2.{key}")
 
     layers, heads, hidden = require("block_count"), require("attention.head_count"), require("embedding_length")
     head_dim = require("attention.key_length")
     check_head_size("the GGUF file", head_dim)
     check_rotation("the GGUF file", require("context_length"), head_dim)
-    every = _FULL_EVERY[family]
-    _check_common_keys(metadata, family, [(layer + 1) % every != 0 for layer in range(layers)])
-    config = {
+    windowed = [(layer + 1) % _FULL_EVERY != 0 for layer in range(layers)]
+    _check_common_keys(metadata, windowed)
+    rotation: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("gemma2.rope.freq_base", 1e4)}
+    if metadata.get("gemma2.rope.scaling.type", "none") != "none":
+        rotation |= {"rope_type": "linear", "factor": require("rope.scaling.factor")}
+    return {
+        "model_type": "gemma2",
         "vocab_size": vocab_size,
         "max_position_embeddings": require("context_length"),
         "hidden_size": hidden,
@@ -63,37 +66,26 @@ def _gemma(metadata: Metadata, family: str, vocab_size: int) -> dict[str, Any]:
         "num_key_value_heads": require("attention.head_count_kv"),
         "head_dim": head_dim,
         "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
-        "query_pre_attn_scalar": hidden // heads if layers == _SCALED_BY_WIDTH[family] else head_dim,
+        "query_pre_attn_scalar": hidden // heads if layers == _SCALED_BY_WIDTH else head_dim,
         "sliding_window": require("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)],
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windowed],
+        "attn_logit_softcapping": metadata.get("gemma2.attn_logit_softcapping"),
+        "final_logit_softcapping": metadata.get("gemma2.final_logit_softcapping"),
+        "rope_parameters": rotation,
     }
-    base = metadata.get(f"{family}.rope.freq_base", 1e6 if family == "gemma3" else _LOCAL_BASE)
-    rotation: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
-    if metadata.get(f"{family}.rope.scaling.type", "none") != "none":
-        rotation |= {"rope_type": "linear", "factor": require("rope.scaling.factor")}
-    soft_caps = {
-        "attn_logit_softcapping": metadata.get(f"{family}.attn_logit_softcapping"),
-        "final_logit_softcapping": metadata.get(f"{family}.final_logit_softcapping"),
-    }
-    if family == "gemma2":
-        return config | soft_caps | {"model_type": "gemma2", "rope_parameters": rotation}
-    local = {"rope_type": "default", "rope_theta": _LOCAL_BASE}
-    rotations = {"sliding_attention": local, "full_attention": rotation}
-    return config | soft_caps | {"model_type": "gemma3_text", "rope_parameters": rotations}
 
 
-def _check_common_keys(metadata: Metadata, family: str, windowed: list[bool]) -> None:
-    """Raises ExportError when a key contradicts the properties that all models of the family share."""
-    every = _FULL_EVERY[family]
+def _check_common_keys(metadata: Metadata, windowed: list[bool]) -> None:
+    """Raises ExportError when a key contradicts the properties that all models of Gemma 2 share."""
     usual: dict[str, tuple[object, ...]] = {
-        "attention.sliding_window_pattern": (every, windowed, [int(window) for window in windowed]),
+        "attention.sliding_window_pattern": (_FULL_EVERY, windowed),
         "attention.causal": (True,),
-        "rope.freq_base_swa": (_LOCAL_BASE,),
+        "rope.freq_base_swa": (1e4,),
         "rope.scaling.type": ("none", "linear"),
     }
     for key, values in usual.items():
-        if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
-            raise ExportError(f"{family}.{key} is {abbreviated(value)}, supported is {abbreviated(values[0])}")
+        if (value := metadata.plain(f"gemma2.{key}")) is not None and value not in values:
+            raise ExportError(f"gemma2.{key} is {abbreviated(value)}, supported is {abbreviated(values[0])}")
 
 
 def state(file: GgufModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
@@ -140,6 +132,5 @@ def _gpt2_tensor(name: str, values: Floats) -> Floats:
 
 _ADAPTED: dict[str, Callable[[str, Floats], Floats]] = {
     "gemma2": _gemma_tensor,
-    "gemma3": _gemma_tensor,
     "gpt2": _gpt2_tensor,
 }

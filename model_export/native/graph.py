@@ -34,8 +34,9 @@ import numpy as np
 import onnx_ir as ir
 
 from model_export.graph.interface import Interface
-from model_export.graph.operators import CONTRIB, Operators
+from model_export.graph.operators import CONTRIB, Operators, Table
 from model_export.sources.checkpoint import Checkpoint
+from model_export.sources.rotary import Rotary
 from model_export.sources.weights import Floats, LazyTensor, stack_rows
 
 
@@ -48,15 +49,19 @@ class Decoder:
         self.operators = operators
         self.prefill = prefill
         self.interface = Interface(operators)
-        # Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale.
-        self.rotary_caches = [
-            operators.rows("cos_cache", self._rotations(np.cos)),
-            operators.rows("sin_cache", self._rotations(np.sin)),
+        self.rotary_caches = self._caches("", self.architecture.rotary)
+        local = self.architecture.local_rotary
+        self.local_rotary_caches = None if local is None else self._caches("local_", local)
+
+    def _caches(self, prefix: str, rotary: Rotary) -> list[ir.Value]:
+        """Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale."""
+        functions = {"cos": np.cos, "sin": np.sin}
+        return [
+            self.operators.rows(f"{prefix}{name}_cache", self._rotations(rotary, function))
+            for name, function in functions.items()
         ]
 
-    def _rotations(self, function: np.ufunc) -> LazyTensor:
-        rotary = self.architecture.rotary
-
+    def _rotations(self, rotary: Rotary, function: np.ufunc) -> LazyTensor:
         def read(rows: slice) -> Floats:
             angles = np.outer(np.arange(rows.start, rows.stop), rotary.frequencies)
             return np.asarray(rotary.scale * function(angles), np.float32)
@@ -70,7 +75,7 @@ class Decoder:
         """
         table = self.operators.table("token_embd.weight", self.checkpoint.tensor("token_embd.weight"))
         on_table()
-        residual = self.operators.look_up(table, self.interface.input_ids)
+        residual = self._embedded(table)
         scale = self._vector("blk.0.attn_norm.weight")
         hidden = self.operators.rms_norm(residual, scale, self.architecture.norm_epsilon)
         for layer in range(self.architecture.layers):
@@ -81,8 +86,10 @@ class Decoder:
                 attended = self.interface.wanted_positions(attended)
                 residual = self.interface.wanted_positions(residual)
             attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few_rows)
+            attended = self._post_norm(attended, f"blk.{layer}.post_attention_norm.weight")
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
             added = self._mlp(layer, hidden, few_rows=few_rows)
+            added = self._post_norm(added, f"blk.{layer}.post_ffw_norm.weight")
             next_norm = "output_norm.weight" if is_last else f"blk.{layer + 1}.attn_norm.weight"
             hidden, residual = self._add_and_norm(added, residual, next_norm)
             on_layer()
@@ -94,15 +101,33 @@ class Decoder:
         on_table()
         return logits
 
+    def _embedded(self, table: Table) -> ir.Value:
+        """The embeddings [B, S, hidden] of the tokens."""
+        embedded = self.operators.look_up(table, self.interface.input_ids)
+        scale = self.architecture.embedding_scale
+        if scale == 1:
+            return embedded
+        return self.operators.apply(
+            "Mul", embedded, self.operators.vector("embedding_scale", np.array([scale], np.float32))
+        )
+
+    def _post_norm(self, value: ir.Value, name: str) -> ir.Value:
+        """The `value` that is about to be added to the residual; normed in families that do so."""
+        if not self.architecture.family.post_norms:
+            return value
+        return self.operators.rms_norm(value, self._vector(name), self.architecture.norm_epsilon)
+
     def _attention(self, layer: int, hidden: ir.Value) -> ir.Value:
         """The output [B, S, heads * head_dim] of a layer's attention."""
         architecture, attention = self.architecture, self.architecture.attention[layer]
+        caches = self.local_rotary_caches if attention.local else self.rotary_caches
         return self.interface.attend(
             self._queries_keys_values(f"blk.{layer}.", hidden),
-            self.rotary_caches if attention.rotary else [None, None],
+            caches if caches and attention.rotary else [None, None],
             architecture.kv_heads,
             architecture.head_dim,
             num_heads=architecture.heads,
+            scale=architecture.score_divisor**-0.5,
             do_rotary=int(attention.rotary),
             local_window_size=-1 if attention.window is None else attention.window,
         )
@@ -128,7 +153,10 @@ class Decoder:
         prefix = f"blk.{layer}."
         both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up", few_rows=few_rows)
         gate, up = self.operators.apply_many("Split", both, outputs=2, axis=-1, num_outputs=2)
-        activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
+        if self.architecture.family.gelu:
+            activated = self.operators.apply("FastGelu", gate, domain=CONTRIB)
+        else:
+            activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
         product = self.operators.apply("Mul", activated, up)
         return self._linear(product, prefix + "ffn_down", outliers=True, few_rows=few_rows)
 

@@ -23,10 +23,12 @@ def reference_logits(
     A few rows of a matrix are in memory at a time.
     """
     architecture = checkpoint.architecture
-    hidden = _embedded(checkpoint, tokens)
+    hidden = _embedded(checkpoint, tokens) * np.float32(architecture.embedding_scale)
     for layer, attention in enumerate(architecture.attention):
-        hidden = hidden + _attention(checkpoint, f"blk.{layer}.", hidden, attention)
-        hidden = hidden + _mlp(checkpoint, f"blk.{layer}.", hidden)
+        prefix = f"blk.{layer}."
+        attended = _attention(checkpoint, prefix, hidden, attention)
+        hidden = hidden + _post_norm(checkpoint, prefix + "post_attention_norm", attended)
+        hidden = hidden + _post_norm(checkpoint, prefix + "post_ffw_norm", _mlp(checkpoint, prefix, hidden))
         on_layer()
     if positions is not None:
         hidden = hidden[positions]
@@ -53,14 +55,14 @@ def _attention(checkpoint: Checkpoint, prefix: str, hidden: Floats, attention: L
     if architecture.family.qk_norm:
         query = _rms_norm(checkpoint, prefix + "attn_q_norm", query)
         key = _rms_norm(checkpoint, prefix + "attn_k_norm", key)
-    if attention.rotary:
-        query, key = (_rotate(vectors, architecture.rotary) for vectors in (query, key))
+    if (rotary := architecture.rotation(attention)) is not None:
+        query, key = (_rotate(vectors, rotary) for vectors in (query, key))
     group = architecture.heads // architecture.kv_heads
     distance = np.arange(len(hidden))[:, None] - np.arange(len(hidden))
     masked = (distance < 0) | (distance >= (attention.window or len(hidden)))
     mixed = np.empty_like(query)
     for head in range(architecture.heads):
-        scores = query[:, head] @ key[:, head // group].T / np.float32(np.sqrt(architecture.head_dim))
+        scores = query[:, head] @ key[:, head // group].T / np.float32(np.sqrt(architecture.score_divisor))
         mixed[:, head] = _softmax(np.where(masked, -np.inf, scores)) @ value[:, head // group]
     return _linear(checkpoint, prefix + "attn_output", mixed.reshape(len(hidden), -1))
 
@@ -69,13 +71,24 @@ def _mlp(checkpoint: Checkpoint, prefix: str, hidden: Floats) -> Floats:
     normed = _rms_norm(checkpoint, prefix + "ffn_norm", hidden)
     gate = _linear(checkpoint, prefix + "ffn_gate", normed)
     up = _linear(checkpoint, prefix + "ffn_up", normed)
-    return _linear(checkpoint, prefix + "ffn_down", gate / (1 + np.exp(-gate)) * up)
+    activated = _gelu(gate) if checkpoint.architecture.family.gelu else gate / (1 + np.exp(-gate))
+    return _linear(checkpoint, prefix + "ffn_down", activated * up)
+
+
+def _gelu(values: Floats) -> Floats:
+    """GELU in its approximation by tanh."""
+    inner = np.float32(np.sqrt(2 / np.pi)) * (values + np.float32(0.044715) * values**3)
+    return np.asarray(values / 2 * (1 + np.tanh(inner)), np.float32)
 
 
 def _linear(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
     (product,) = checkpoint.tensor(f"{name}.weight").joined(lambda part: [values @ dequantize(part).T], axis=1)
     bias = f"{name}.bias"
     return product + checkpoint.floats(bias) if bias in checkpoint.tensors else product
+
+
+def _post_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:
+    return _rms_norm(checkpoint, name, values) if checkpoint.architecture.family.post_norms else values
 
 
 def _rms_norm(checkpoint: Checkpoint, name: str, values: Floats) -> Floats:

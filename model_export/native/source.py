@@ -42,7 +42,9 @@ class DecoderSource:
             context_length=architecture.context_length,
             layer_weights=sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith("blk.")),
             hidden_size=architecture.hidden_size,
-            rotary_pairs=len(architecture.rotary.frequencies),
+            rotary_pairs=sum(
+                len(rotary.frequencies) for rotary in (architecture.rotary, architecture.local_rotary) if rotary
+            ),
             table_weights=architecture.vocab_size * architecture.hidden_size,
             largest_matrix=2 * architecture.intermediate_size * architecture.hidden_size,
             tied_embedding=architecture.tied_embedding,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,18 +20,20 @@ class LayerAttention:
     """The attention of one layer.
 
     A token attends to the last `window` positions up to and including its own, or to all if `window` is None. Queries
-    and keys are rotated by their positions if `rotary`.
+    and keys are rotated by their positions if `rotary`: by the architecture's `local_rotary` if `local`.
     """
 
     window: int | None = None
     rotary: bool = True
+    local: bool = False
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A decoder of the Llama architecture.
 
-    `attention` has one entry per layer; `biases` names the linear maps of a layer that have a bias.
+    `attention` has one entry per layer; `biases` names the linear maps of a layer that have a bias. Scores are divided
+    by the square root of `score_divisor`.
     """
 
     family: Family
@@ -45,11 +48,23 @@ class Architecture:
     norm_epsilon: float
     rotary: Rotary
     tied_embedding: bool
+    score_divisor: int
     biases: frozenset[str] = frozenset()
+    local_rotary: Rotary | None = None
 
     @property
     def layers(self) -> int:
         return len(self.attention)
+
+    @property
+    def embedding_scale(self) -> float:
+        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
+
+    def rotation(self, attention: LayerAttention) -> Rotary | None:
+        """How a layer rotates queries and keys."""
+        if not attention.rotary:
+            return None
+        return self.local_rotary if attention.local else self.rotary
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the architecture, by name."""
@@ -68,6 +83,8 @@ class Architecture:
         in_layer |= {f"{name}.bias": in_layer[f"{name}.weight"][:1] for name in self.biases}
         if self.family.qk_norm:
             in_layer |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+        if self.family.post_norms:
+            in_layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocab_size, hidden),
             "output_norm.weight": (hidden,),

@@ -74,6 +74,18 @@ class Family:
     gguf_adjacent_pairs: bool = False
     # Tensors of a layer that have another name in GGUF files, and their usual names.
     gguf_names: Mapping[str, str] = field(default_factory=dict)
+    # Whether `native` reads Hugging Face directories too, or only GGUF files.
+    directories: bool = True
+    gelu: bool = False
+    # Whether embeddings are multiplied by the square root of the hidden size.
+    scaled_embedding: bool = False
+    # Whether the outputs of attention and MLP are normed before they are added to the residual.
+    post_norms: bool = False
+    # In GGUF files, every layer but each n-th has a window, and rotates by the local base, without scaling.
+    full_every: int | None = None
+    local_rotary_base: float = 10_000.0
+    # In GGUF files, models of that many layers scale scores by hidden size / heads instead of the head size.
+    scaled_by_width: int | None = None
 
 
 FAMILIES = (
@@ -131,9 +143,21 @@ FAMILIES = (
         ),
         gguf_names={"post_attention_norm": "ffn_norm"},
     ),
+    Family(
+        "gemma3",
+        gguf="gemma3",
+        directories=False,
+        qk_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        post_norms=True,
+        full_every=6,
+        rotary_base=1e6,
+        scaled_by_width=62,
+    ),
 )
 # Families that `native` builds, without torch, by their names in config.json and in GGUF files.
-NATIVE: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+NATIVE: Mapping[str, Family] = {family.name: family for family in FAMILIES if family.directories}
 NATIVE_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES if family.gguf}
 # Families that `mobius` builds, with the extra `families`, by their names in config.json.
 MOBIUS = (
@@ -141,7 +165,7 @@ MOBIUS = (
     *("olmo", "olmo2", "olmo3", "phi", "stablelm", "starcoder2"),
 )
 # Those of them that can also be read from GGUF files.
-MOBIUS_GGUF = ("gemma2", "gemma3", "gpt2")
+MOBIUS_GGUF = ("gemma2", "gpt2")
 
 RECURRENT = "its recurrent layers keep a state, which the engine's KV cache cannot hold"
 LATENT = "its latent attention (MLA) does not cache keys and values per head, as the engine's KV cache does"

@@ -44,13 +44,14 @@ class Runner:
         The text is run from its start in `chunks` of those sizes.
         """
         wanted = np.arange(len(tokens)) if positions is None else positions
-        parts, start = [], 0
+        vocab_size = next(entry.shape[1] for entry in self._session.get_outputs() if entry.name == "logits")
+        rows, start = np.empty((len(wanted), vocab_size), np.float32), 0
         for size in chunks:
             end = start + size
-            inside = wanted[(start <= wanted) & (wanted < end)] - start
-            parts.append(self._forward(tokens[start:end], end, inside))
+            inside = (start <= wanted) & (wanted < end)
+            rows[inside] = self._forward(tokens[start:end], end, wanted[inside] - start)
             start = end
-        return np.concatenate(parts)
+        return rows
 
     def prefill_rate(self, tokens: NDArray[np.int64], chunk: int) -> float:
         """Tokens per second of prefill, `chunk` tokens at a time, of which the last one gets logits."""
@@ -97,6 +98,8 @@ class Runner:
 
 def _session(graph: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    # Memory goes back after each call: an arena would keep several arrays of logits.
+    options.enable_cpu_mem_arena = False
     for name, value in byte_options().items():
         options.add_session_config_entry(name, value)
     with reported_as(_CANNOT_RUN):

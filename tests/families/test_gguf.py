@@ -1,4 +1,4 @@
-"""GGUF files of families whose graphs come from mobius-onnx."""
+"""GGUF files of families whose Hugging Face directories mobius-onnx builds."""
 
 from __future__ import annotations
 
@@ -164,10 +164,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "gemma3",
         {"attention.sliding_window_pattern": [True] * 6},
         None,
-        "sliding_window_pattern is [True, True, True, True, True, True], supported is 6",
+        "sliding_window_pattern of [True, True, True, True, True, True] is not supported",
     ),
-    "base in windows": ("gemma3", {"rope.freq_base_swa": 500.0}, None, "gemma3.rope.freq_base_swa is 500.0"),
-    "yarn": ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "rope.scaling.type is 'yarn'"),
+    "base in windows": ("gemma3", {"rope.freq_base_swa": 500.0}, None, "gemma3.rope.freq_base_swa of 500.0"),
+    "yarn": ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "rope.scaling.type of 'yarn'"),
     "rotations": (
         "gemma2",
         {"context_length": 1 << 22, "attention.key_length": 4096},

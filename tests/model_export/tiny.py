@@ -30,7 +30,7 @@ class Shape:
     """How the files of a family differ from Llama's.
 
     `gguf`: GGUF files have an architecture for the family. In these, the numbers of a rotary pair may be `adjacent`,
-    and tensors may have other `names`.
+    and tensors may have other `names`. With `post_norms` the outputs of attention and MLP have norms of their own.
     """
 
     biases: bool = False
@@ -39,6 +39,7 @@ class Shape:
     gguf: bool = True
     adjacent: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    post_norms: bool = False
 
 
 FAMILIES = {
@@ -51,6 +52,19 @@ FAMILIES = {
     "phi3": Shape(fused=True),
     "seed_oss": Shape(biases=True, names={"post_attention_layernorm": "post_attention_norm"}),
 }
+# Families whose directories `mobius` builds.
+ONLY_GGUF = {
+    "gemma3": Shape(
+        qk_norm=True,
+        post_norms=True,
+        names={
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+    ),
+}
+SHAPES = FAMILIES | ONLY_GGUF
 
 
 def config(family: str, **changes: Any) -> dict[str, Any]:
@@ -75,7 +89,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 
 def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Random weights under their Hugging Face names, large enough that a wrong graph gives other logits."""
-    rng, shape = np.random.default_rng(7), FAMILIES[family]
+    rng, shape = np.random.default_rng(7), SHAPES[family]
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
@@ -105,6 +119,8 @@ def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, n
             }
         if shape.qk_norm:
             named |= {f"self_attn.{kind}_norm.weight": scale(HEAD_DIM) for kind in "qk"}
+        if shape.post_norms:
+            named |= {f"{part}_feedforward_layernorm.weight": scale(HIDDEN) for part in ("pre", "post")}
         if shape.fused:
             named = fused(named)
         tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()}
@@ -192,7 +208,7 @@ def gguf(
     `entries` are further keys of its metadata, `short_factors` [pairs] those of LongRoPE. With `split_max_tensors` the
     model is in several files of at most that many tensors; with `keys_first` the first file has no tensors.
     """
-    shape = FAMILIES[family]
+    shape = SHAPES[family]
     writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors, small_first_shard=keys_first)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)

@@ -63,7 +63,7 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
     hidden = metadata.require(f"{name}.embedding_length")
     head_dim = metadata.get(f"{name}.attention.key_length", hidden // heads)
     check_head_size("the GGUF file", head_dim)
-    _check_variant(metadata, name, head_dim)
+    _check_variant(metadata, family, head_dim)
     rotation = _rotary(metadata, family, head_dim, factors)
     context = int(metadata.require(f"{name}.context_length"))
     context = min(context, rotation.longest or context)
@@ -79,41 +79,66 @@ def architecture(metadata: Metadata, tensors: Sequence[str], factors: Mapping[st
         context_length=context,
         norm_epsilon=metadata.require(f"{name}.attention.layer_norm_rms_epsilon"),
         rotary=rotation,
+        local_rotary=None if family.full_every is None else _local_rotary(family, head_dim),
         tied_embedding="output.weight" not in tensors,
+        score_divisor=hidden // heads if _layers(metadata, family) == family.scaled_by_width else head_dim,
         biases=frozenset(
             tensor.split(".")[2] for tensor in tensors if tensor.startswith("blk.0.") and tensor.endswith(".bias")
         ),
     )
 
 
-def _check_variant(metadata: Metadata, family: str, head_dim: int) -> None:
+def _check_variant(metadata: Metadata, family: Family, head_dim: int) -> None:
     """Raises ExportError where a key asks for a computation that the builder does not have."""
-    if metadata.get(f"{family}.attention.value_length", head_dim) != head_dim:
-        raise ExportError(f"{family}.attention.value_length other than the head size {head_dim} is not supported")
-    if experts := metadata.get(f"{family}.expert_count"):
-        raise ExportError(f"{family}.expert_count is {abbreviated(experts)}: {EXPERTS}")
-    for key, values in SUPPORTED.items():
-        if (value := metadata.plain(f"{family}.{key}")) is not None and value not in values:
+    name = family.gguf
+    if metadata.get(f"{name}.attention.value_length", head_dim) != head_dim:
+        raise ExportError(f"{name}.attention.value_length other than the head size {head_dim} is not supported")
+    if experts := metadata.get(f"{name}.expert_count"):
+        raise ExportError(f"{name}.expert_count is {abbreviated(experts)}: {EXPERTS}")
+    for key, values in {**SUPPORTED, **_supported_by_layer(metadata, family)}.items():
+        if (value := metadata.plain(f"{name}.{key}")) is not None and value not in values:
             allowed = " or ".join(map(abbreviated, values)) or "its absence"
-            raise ExportError(f"{family}.{key} of {abbreviated(value)} is not supported; supported is {allowed}")
+            raise ExportError(f"{name}.{key} of {abbreviated(value)} is not supported; supported is {allowed}")
+
+
+def _supported_by_layer(metadata: Metadata, family: Family) -> dict[str, tuple[object, ...]]:
+    """The values of keys that are supported in a family whose layers differ, as all its models have them."""
+    if family.full_every is None:
+        return {}
+    windowed = [bool((layer + 1) % family.full_every) for layer in range(_layers(metadata, family))]
+    return {
+        "attention.sliding_window_pattern": (family.full_every, windowed),
+        "rope.freq_base_swa": (family.local_rotary_base,),
+        "rope.scaling.type": ("none", "linear"),
+    }
+
+
+def _layers(metadata: Metadata, family: Family) -> int:
+    return int(metadata.require(f"{family.gguf}.block_count"))
 
 
 def _attention(metadata: Metadata, family: Family, context: int) -> tuple[LayerAttention, ...]:
     """The attention of each layer. A window as long as the context is no window."""
-    layers = metadata.require(f"{family.gguf}.block_count")
-    window = metadata.get(f"{family.gguf}.attention.sliding_window") or context
+    layers = _layers(metadata, family)
+    size = metadata.get(f"{family.gguf}.attention.sliding_window") or context
+    window = size if size < context else None
+    if family.full_every is not None:
+        local = [(layer + 1) % family.full_every != 0 for layer in range(layers)]
+        return tuple(LayerAttention(window if is_local else None, local=is_local) for is_local in local)
     interval = family.unrotated_every or layers + 1
-    return tuple(
-        LayerAttention(window if window < context else None, rotary=(layer + 1) % interval != 0)
-        for layer in range(layers)
-    )
+    return tuple(LayerAttention(window, rotary=(layer + 1) % interval != 0) for layer in range(layers))
+
+
+def _local_rotary(family: Family, head_dim: int) -> rotary.Rotary:
+    """The rotation of layers with a window, where it is not that of the others."""
+    return rotary.Rotary(rotary.plain(head_dim, family.local_rotary_base))
 
 
 def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[str, Floats]) -> rotary.Rotary:
     scaling = f"{family.gguf}.rope.scaling."
-    base = float(metadata.get(f"{family.gguf}.rope.freq_base", 10000.0))
+    base = float(metadata.get(f"{family.gguf}.rope.freq_base", family.rotary_base if family.full_every else 10000.0))
     size = rotary.checked_size(metadata.get(f"{family.gguf}.rope.dimension_count", head_dim), head_dim)
-    if family.gguf_adjacent_pairs and size != head_dim:
+    if (family.gguf_adjacent_pairs or family.full_every) and size != head_dim:
         raise ExportError(f"{family.gguf}.rope.dimension_count other than the head size {head_dim} is not supported")
     for name, values in factors.items():
         if values.shape != (size // 2,):

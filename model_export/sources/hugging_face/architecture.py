@@ -48,6 +48,7 @@ def read_architecture(config: Config, entries: Mapping[str, Any]) -> Architectur
         norm_epsilon=config.rms_norm_eps or family.norm_epsilon,
         rotary=rotation,
         tied_embedding=config.entry("tie_word_embeddings", family.tied_embedding),
+        score_divisor=head_dim,
         biases=frozenset(
             name
             for biases in family.biases
