@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from service.settings import ENV_PREFIX, Settings
+from tests.support import slow_start
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -44,6 +45,15 @@ def test_drains(service: dict[str, Any]) -> None:
     """Every container has longer to stop than the service takes to drain, and says whether it is healthy."""
     assert service["stop_grace_period"] == "40s"
     assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_large_models_have_time_to_start() -> None:
+    """A container counts as unhealthy only after an 8B could have been read from a slow disk and loaded."""
+    periods = [SERVICES[name]["healthcheck"]["start_period"] for name in ("service", "service-gpu")]
+    periods += re.findall(r"--start-period=(\S+)", (ROOT / "deploy" / "Dockerfile").read_text())
+    assert len(periods) == 3
+    for period in periods:
+        assert int(period.removesuffix("s")) > slow_start.SECONDS
 
 
 def test_published_on_loopback_only(service: dict[str, Any]) -> None:

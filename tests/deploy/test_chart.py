@@ -17,6 +17,7 @@ from deploy import envoy_config, local
 from service import settings
 from service.settings import Settings
 from tests.deploy import helm as helms
+from tests.support import slow_start
 from tests.support.stack import ROOT
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
@@ -182,6 +183,7 @@ def test_start_and_stop(rendered: tuple[dict[str, Any], list[Manifest]]) -> None
     assert port == Settings.model_fields["port"].default
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert service[probe]["grpc"] == {"port": port, "service": values["probes"][probe.removesuffix("Probe")]}
+    assert service["startupProbe"]["periodSeconds"] * service["startupProbe"]["failureThreshold"] > slow_start.SECONDS
 
 
 def test_variables_are_settings(rendered: tuple[dict[str, Any], list[Manifest]]) -> None:
