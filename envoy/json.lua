@@ -656,9 +656,7 @@ local function read(body, contract, name)
   elseif #result.edits > 0 then
     result.body = edited()
   end
-  local finished = result
-  text, bytes, result = nil, nil, nil
-  return finished
+  return result
 end
 
 return { read = read, shown = shown }

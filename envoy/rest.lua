@@ -97,7 +97,13 @@ local function read(handle, path, body)
   if not request or not body or body:length() == 0 then
     return false, false
   end
-  local found = json.read(body:getBytes(0, body:length()), contract.messages, request)
+  local done, found = pcall(json.read, body:getBytes(0, body:length()), contract.messages, request)
+  if not done then
+    -- Envoy would send on what a script that fails has not refused.
+    handle:logErr(found)
+    handle:respond({ [":status"] = "500" }, "")
+    return true, false
+  end
   local fault = found.fault
   if #found.unknown > 0 then
     if IGNORE_UNKNOWN then
@@ -128,7 +134,8 @@ function envoy_on_request(handle)
   drop_headers(headers)
   if bad_client_id(client_id) then
     headers:remove("x-client-request-id")
-    refuse(handle, { message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII." })
+    local message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
+    refuse(handle, { message = message, code = "invalid_header" })
     return
   end
 

@@ -189,7 +189,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if client_id:
             if not _CLIENT_REQUEST_ID.fullmatch(client_id):
                 message = "Invalid x-client-request-id: it may have at most 512 characters, all of them ASCII."
-                raise InvalidRequestError(message)
+                raise InvalidRequestError(message, code="invalid_header")
             call.identifiers += (("x-client-request-id", client_id),)
             call.notes["client_request_id"] = client_id
         # A header that comes twice is one with a comma, as HTTP has it.

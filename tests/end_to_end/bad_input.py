@@ -75,7 +75,13 @@ class Row:
 
 
 # The codes of Envoy's own refusals.
-CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type", 431: "headers_too_large"}
+CODES = {
+    404: "unknown_url",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    431: "headers_too_large",
+}
 
 
 def edge(ask: Ask, status: int, says: str = "", code: str | None = None) -> Row:
@@ -214,8 +220,8 @@ BODIES = [
     edge(raw(b" " * (2 << 20) + json.dumps(GOOD).encode()), 413, "The body is too large. It may have up to 2 MiB (2097152 bytes)."),
     edge(sent(x_large="x" * (40 << 10)), 431, "up to 64 with up to 32 KiB together"),
     edge(Ask(headers={**JSON, **{f"x-{index}": "1" for index in range(70)}}), 431, "up to 64 with up to 32 KiB together"),
-    edge(Ask(headers={**JSON, "x-client-request-id": "x" * 513}), 400, "at most 512 characters, all of them ASCII"),
-    edge(Ask(headers={**JSON, "x-client-request-id": "é"}), 400, "at most 512 characters, all of them ASCII"),
+    edge(Ask(headers={**JSON, "x-client-request-id": "x" * 513}), 400, "at most 512 characters, all of them ASCII", "invalid_header"),
+    edge(Ask(headers={**JSON, "x-client-request-id": "é"}), 400, "at most 512 characters, all of them ASCII", "invalid_header"),
     edge(Ask(headers={**JSON, "x_y": "1"}), 400, "underscore in its name", "invalid_header"),
     edge(sent("/v1%2Fcompletions"), 400),
     *(Row(sent(path), "OK", holds=paris, typed=False) for path in ("//v1/completions", "/v1/../v1/completions")),

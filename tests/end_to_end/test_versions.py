@@ -28,14 +28,19 @@ SERVICE = "completion.v1.CompletionService"
 LAST_FIELD = "  optional OnDeadline on_deadline = 48"
 
 
+def copied(folder: Path) -> Path:
+    """A copy of Envoy's files in a folder, from where Envoy can run."""
+    for name in ("envoy", "docs"):
+        shutil.copytree(ROOT / name, folder / "files" / name)
+    return folder / "files"
+
+
 @contextmanager
 def running(model_dir: Path, folder: Path, contract: str | None = None, unknown: str = "refuse") -> Iterator[Stack]:
     """The service behind Envoy, whose files are derived from another `contract` than the service's, if one is given."""
     files = None
     if contract is not None:
-        files = folder / "files"
-        for name in ("envoy", "docs"):
-            shutil.copytree(ROOT / name, files / name)
+        files = copied(folder)
         proto = folder / "proto" / CONTRACT
         proto.parent.mkdir(parents=True)
         proto.write_text(contract)
@@ -185,3 +190,24 @@ def test_a_body_without_a_field_is_the_same(stack_now: Stack) -> None:
         for each in (body, {**nulls, "prompt": None, "stop": None, **body})
     ]
     assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_a_filter_that_fails_lets_nothing_through(model_dir: Path, tmp_path: Path) -> None:
+    """Where the reading of a body fails, the caller gets an error and the service no request."""
+    files = copied(tmp_path)
+    reader = files / "envoy" / "json.lua"
+    text = reader.read_text()
+    broken = text.replace("local function document(", "local function document() missing() end\nlocal function unused(")
+    assert broken != text
+    reader.write_text(broken)
+    http_port, grpc_port = free_ports(2)
+    with (
+        ServiceThread(Settings(model_dir=model_dir, port=grpc_port)) as service,
+        envoy(http_port, grpc_port, tmp_path, files=files),
+    ):
+        stack = Stack(http_port, grpc_port)
+        stack.wait_until_ready()
+        before = service.server.models[0].engine.stats
+        answer = stack.complete(prompt="a", max_tokens=1)
+        assert error(answer) == (500, None, "The server had an error while processing the request.")
+        assert service.server.models[0].engine.stats == before
