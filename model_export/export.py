@@ -93,6 +93,8 @@ def export(
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
+        if vocabulary.chat_template is not None:
+            (work / manifest.CHAT_TEMPLATE_FILE).write_text(vocabulary.chat_template, encoding="utf-8", newline="")
         prefill_form, quality, refusal = _add_prefill_graph(source, precision, options, work, progress)
         files = {file.name: manifest.FileEntry.of(file) for file in sorted(work.iterdir())}
         described = manifest.Manifest(
@@ -225,5 +227,6 @@ def _special_tokens(vocabulary: Vocabulary, order: Order | Literal["auto"]) -> m
         add_bos=vocabulary.add_bos,
         end=tuple(sorted(end)),
         default_prompt=vocabulary.bos if end_of_text is None else end_of_text,
+        eos=vocabulary.eos,
         fill_in_the_middle=marks,
     )

@@ -21,8 +21,9 @@ WEIGHTS_FILE = f"model{WEIGHTS_SUFFIX}"
 PROMPT_MODEL_FILE = "prompt.onnx"
 PROMPT_WEIGHTS_FILE = f"prompt{WEIGHTS_SUFFIX}"
 TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 FORMAT_VERSION: Final = 1
-LARGEST_MANIFEST = 1 << 20
+LARGEST_MANIFEST = LARGEST_CHAT_TEMPLATE = 1 << 20
 _HINT = "export the model again: python -m model_export SOURCE DIRECTORY"
 
 
@@ -71,13 +72,15 @@ class SpecialTokens(_Record):
     """Token ids with a special meaning.
 
     `default_prompt` replaces an empty prompt; it is None when the model has neither a beginning-of-sequence nor an
-    end-of-text token. The tokens of `end` end a completion. With `add_bos` every text prompt is preceded by `bos`.
+    end-of-text token. The tokens of `end` end a completion; `eos` is the source's own, if it is known. With `add_bos`
+    every text prompt is preceded by `bos`.
     """
 
     bos: int | None = Field(ge=0)
     add_bos: bool
     end: tuple[int, ...]
     default_prompt: int | None = Field(ge=0)
+    eos: int | None = Field(None, ge=0)
     fill_in_the_middle: FillInTheMiddle | None = None
 
 
@@ -150,7 +153,7 @@ class Quality(_Record):
 class Manifest(_Record):
     """The description of a model directory; docs/model-directory.md shows it as JSON.
 
-    `devices` are the devices that have a kernel for every operator of the graphs.
+    `devices` have a kernel for every operator of the graphs.
     """
 
     format_version: Literal[1]
@@ -170,9 +173,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        special = self.special_tokens
-        marks = special.fill_in_the_middle
-        ids: set[int | None] = {special.bos, special.default_prompt, *special.end}
+        special, marks = self.special_tokens, self.special_tokens.fill_in_the_middle
+        ids: set[int | None] = {special.bos, special.default_prompt, special.eos, *special.end}
         if marks is not None:
             ids |= {marks.prefix, marks.suffix, marks.middle}
         wrong = sorted(index for index in ids if index is not None and index >= self.vocab_size)
@@ -211,8 +213,7 @@ def read(directory: Path) -> Manifest:
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {_HINT}") from None
     needed = {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
-    if manifest.quantization.prompts:
-        needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE}
+    needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE} if manifest.quantization.prompts else set()
     if missing := needed - set(manifest.files):
         raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {_HINT}")
     for name, entry in manifest.files.items():

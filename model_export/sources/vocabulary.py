@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
 from model_export.sources.panics import reported_as
+from service.manifest import LARGEST_CHAT_TEMPLATE
 from service.text.decoding import Decoding
 from service.text.tokenizer import token_outside
 
@@ -40,7 +41,8 @@ class Vocabulary:
 
     `bos` is the token that begins a text; `add_bos`: every text begins with it. `end` are the tokens that end a
     completion. `marks` are the fill-in-the-middle tokens that the source declares, by the part that each one precedes:
-    `prefix`, `suffix`, `middle`.
+    `prefix`, `suffix`, `middle`. `eos` is the end token that the source names as its own, and `chat_template` the
+    template of its chats, in Jinja, which is stored and never run.
     """
 
     tokenizer: Tokenizer
@@ -48,6 +50,8 @@ class Vocabulary:
     add_bos: bool
     end: tuple[int, ...]
     marks: Mapping[str, int] = field(default_factory=dict)
+    eos: int | None = None
+    chat_template: str | None = None
 
 
 def ends_of_generation(numbers: Mapping[str, int], declared: Iterable[int]) -> set[int]:
@@ -57,6 +61,17 @@ def ends_of_generation(numbers: Mapping[str, int], declared: Iterable[int]) -> s
         if any(all(numbers.get(sign) in ends for sign in group) for group in groups):
             ends.discard(numbers.get(name, -1))
     return ends
+
+
+def check_chat_template(where: str, template: str | None) -> str | None:
+    """The chat template at `where` in the source. Raises ExportError where it is too large, or no text in UTF-8."""
+    try:
+        size = 0 if template is None else len(template.encode())
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{where} is no text: character {error.start} is half of a surrogate pair") from None
+    if size > LARGEST_CHAT_TEMPLATE:
+        raise ExportError(f"{where} has {size} bytes, expected at most {LARGEST_CHAT_TEMPLATE}")
+    return template
 
 
 def check_vocabulary(name: str, vocabulary: Vocabulary, vocab_size: int) -> None:

@@ -121,3 +121,26 @@ def test_merges_cover_every_split() -> None:
         ("a", "ba"),
         ("ab", "a"),
     ]
+
+
+def test_merges_make_no_control_token(tmp_path: Path) -> None:
+    """Text that spells a control token stays text, also where the vocabulary has the pieces to make it of.
+
+    `s>` is such a piece of a vocabulary that was trained on HTML; SentencePiece itself never makes `</s>` of it.
+    """
+    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3, "<0x41>": 6, "ab": 5, **dict.fromkeys(["▁", "a", "b", "<", "/", "s"], 1)}
+    pieces |= dict.fromkeys([">", "</", "s>", "▁a"], 1)
+    tokens = list(pieces)
+    merges = merges_by_score(tokens, [0.0] * len(tokens), pieces)
+    assert {first + second for first, second in merges} == {"</", "s>", "▁a"}
+    writer = GGUFWriter(tmp_path / "html.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(list(pieces.values()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = vocabulary_from_metadata(read_header(tmp_path / "html.gguf").metadata).tokenizer
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.encode("a</s>b", add_special_tokens=False).tokens == ["▁a", "</", "s>", "b"]

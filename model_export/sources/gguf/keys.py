@@ -18,6 +18,7 @@ KEYS: dict[str, Any] = {
     "general.type": field_types.Text,
     "tokenizer.ggml.model": field_types.Text,
     "tokenizer.ggml.pre": field_types.Text,
+    "tokenizer.chat_template": field_types.Text,
     "tokenizer.ggml.add_bos_token": field_types.Flag,
     "tokenizer.ggml.add_space_prefix": field_types.Flag,
     "split.count": Annotated[int, field_types.Within(0, 99_999)],

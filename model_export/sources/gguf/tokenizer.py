@@ -15,11 +15,12 @@ from model_export.sources.fill_in_the_middle import NAMES
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.pre_tokenizers import KEY, PRE_TOKENIZERS, PreTokenizer, pre_tokenizer_name
 from model_export.sources.panics import reported_as
-from model_export.sources.vocabulary import Vocabulary, ends_of_generation
+from model_export.sources.vocabulary import Vocabulary, check_chat_template, ends_of_generation
 from service.text.decoding import BYTE_CHARACTERS, byte_level
 
 # Values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+CHAT_TEMPLATE = "tokenizer.chat_template"
 # The tokens that llama.cpp assumes in a SentencePiece file without their keys.
 SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 ENDS = ("eos", "eot", "eom")
@@ -69,6 +70,8 @@ def vocabulary_from_metadata(metadata: Metadata) -> Vocabulary:
         add_bos="bos" in ids and metadata.get("tokenizer.ggml.add_bos_token", begins),
         end=tuple(sorted(ends)),
         marks={part: ids[name] for name, part in MARK_KEYS.items() if name in ids},
+        eos=ids.get("eos"),
+        chat_template=check_chat_template(CHAT_TEMPLATE, metadata.get(CHAT_TEMPLATE)),
     )
 
 

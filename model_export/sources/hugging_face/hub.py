@@ -10,11 +10,13 @@ from model_export.errors import ExportError
 from model_export.sources import families
 from model_export.sources.files import read_json
 from model_export.sources.panics import first_line, quiet
+from service.manifest import CHAT_TEMPLATE_FILE
 
 CONFIG = "config.json"
 # The files that are downloaded: no code, and no pickles, which run code when they are opened.
 WANTED = (
     CONFIG,
+    CHAT_TEMPLATE_FILE,
     "generation_config.json",
     "model.safetensors.index.json",
     "special_tokens_map.json",

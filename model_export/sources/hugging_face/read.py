@@ -17,6 +17,7 @@ from model_export.sources.checkpoint import Architecture, Checkpoint, Origin, sp
 from model_export.sources.field_types import parse
 from model_export.sources.files import looks_like, read_json
 from model_export.sources.hugging_face.architecture import read_architecture
+from model_export.sources.hugging_face.chat_template import chat_template
 from model_export.sources.hugging_face.config import TokenIds, TokenizerSettings
 from model_export.sources.hugging_face.directory import Directory
 from model_export.sources.panics import reported_as
@@ -140,6 +141,8 @@ def vocabulary_from_directory(directory: Path, config: TokenIds, generation: Tok
         bos=first[0] if first else config.bos_token_id,
         add_bos=bool(first),
         end=tuple(sorted(_ends(directory, tokenizer, config, generation))),
+        eos=_eos(directory, tokenizer, config, generation),
+        chat_template=chat_template(directory),
     )
 
 
@@ -148,10 +151,20 @@ def _ends(directory: Path, tokenizer: Tokenizer, config: TokenIds, generation: T
 
     Where none of these files names one, these are the tokens with the name of an end token.
     """
-    declared = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    found = {index for index in (*ids, _own_end(directory, tokenizer)) if index is not None}
+    found = {index for index in (*_declared(config, generation), _own_end(directory, tokenizer)) if index is not None}
     return found or ends_of_generation(tokenizer.get_vocab(with_added_tokens=True), ())
+
+
+def _declared(config: TokenIds, generation: TokenIds) -> list[int | None]:
+    """The end tokens of generation_config.json, or else of config.json."""
+    declared = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+    return declared if isinstance(declared, list) else [declared]
+
+
+def _eos(directory: Path, tokenizer: Tokenizer, config: TokenIds, generation: TokenIds) -> int | None:
+    """The token that ends a text: the tokenizer's own, or else the first one of the configuration."""
+    ids = (_own_end(directory, tokenizer), *_declared(config, generation))
+    return next((index for index in ids if index is not None), None)
 
 
 def _own_end(directory: Path, tokenizer: Tokenizer) -> int | None:
