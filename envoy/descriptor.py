@@ -52,10 +52,18 @@ NULLS = {
     ("Choice", "no_logprobs"): "logprobs",
     ("Error", "no_param"): "param",
     ("Error", "no_code"): "code",
+    ("TokenizeResponse", "no_token_strs"): "token_strs",
+    ("GetTokenizerResponse", "no_bos_token"): "bos_token",
+    ("GetTokenizerResponse", "no_eos_token"): "eos_token",
+    ("GetTokenizerResponse", "no_chat_template"): "chat_template",
 }
 
-# Laid out on the wire like google.protobuf.Value, which prints as a bare number, object or null.
-VALUES = {("Logprobs", "token_logprobs"), ("Logprobs", "top_logprobs")}
+# Laid out on the wire like a type of google.protobuf, which prints as a bare number, object, array or null.
+BARE = {
+    ("Logprobs", "token_logprobs"): "Value",
+    ("Logprobs", "top_logprobs"): "Value",
+    ("TokenizeResponse", "token_strs"): "ListValue",
+}
 
 ENUM_NAMES = {
     "FINISH_REASON_STOP": "stop",
@@ -115,7 +123,7 @@ def json_view(file: FileDescriptorProto) -> None:
             field.json_name = field.name
         for oneof in message.oneof_decl:
             oneof.ClearField("options")
-        if message.name == "CreateCompletionRequest":
+        if message.name in {"CreateCompletionRequest", "TokenizeRequest"}:
             replace_typed_prompt(message)
             replace_typed_stop(message)
         if message.name in requests:
@@ -174,8 +182,8 @@ def in_oneof(field: FieldDescriptorProto, index: int) -> bool:
 def view_response_field(message: str, field: FieldDescriptorProto) -> None:
     """Gives a field of an answer its OpenAI name and a type that prints as OpenAI prints it."""
     field.json_name = NULLS.get((message, field.name), field.name)
-    if (message, field.name) in VALUES:
-        field.type_name = ".google.protobuf.Value"
+    if bare := BARE.get((message, field.name)):
+        field.type_name = f".google.protobuf.{bare}"
     if field.name == "created":
         # JSON prints 64-bit integers as strings. Seconds since 1970 fit 32 bits until 2106.
         field.type = FieldDescriptorProto.TYPE_UINT32

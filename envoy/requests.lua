@@ -45,7 +45,14 @@ return {
       ["truncate_prompt_tokens"] = { ["bits"] = 32, ["min"] = "-1", ["type"] = "integer" },
       ["user"] = { ["type"] = "string" },
     },
+    ["DetokenizeRequest"] = {
+      ["model"] = { ["type"] = "string" },
+      ["tokens"] = { ["bits"] = 32, ["repeated"] = true, ["type"] = "integer" },
+    },
     ["GetModelRequest"] = {
+      ["model"] = { ["type"] = "string" },
+    },
+    ["GetTokenizerRequest"] = {
       ["model"] = { ["type"] = "string" },
     },
     ["JsonSchema"] = {
@@ -79,6 +86,13 @@ return {
       ["json_object"] = { ["one_of"] = "constraint", ["type"] = "boolean" },
       ["regex"] = { ["one_of"] = "constraint", ["type"] = "string" },
     },
+    ["TokenizeRequest"] = {
+      ["add_special_tokens"] = { ["type"] = "boolean" },
+      ["model"] = { ["type"] = "string" },
+      ["parse_special"] = { ["type"] = "boolean" },
+      ["prompt"] = { ["type"] = "any" },
+      ["return_token_strs"] = { ["type"] = "boolean" },
+    },
   },
-  ["paths"] = { ["/v1/completions"] = "CreateCompletionRequest" },
+  ["paths"] = { ["/detokenize"] = "DetokenizeRequest", ["/tokenize"] = "TokenizeRequest", ["/v1/completions"] = "CreateCompletionRequest" },
 }

@@ -149,6 +149,7 @@ class Settings(BaseSettings):
         "refuse",
         description="Whether parameters that the contract lacks are refused, or named in a header; for Envoy too.",
     )
+    parse_special: bool = Field(True, description="Whether text prompts are read with control tokens by default.")
     max_message_bytes: int = Field(
         16 << 20, ge=1 << 16, description="Largest request message in bytes; JSON of 2 MiB can grow to 12 MiB."
     )
@@ -182,7 +183,6 @@ class Settings(BaseSettings):
         description="Where to send traces by OTLP over gRPC, as `http://host:port`; needs the extra `otel`.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-
     config: Path | None = Field(None, description="TOML file with these settings.")
 
     @classmethod

@@ -54,8 +54,9 @@ class Request:
     """A parsed request: every field is within its range, and every prompt fits the context with `max_tokens`.
 
     `best_of` candidates are generated per prompt, of which `n` are returned. `stop_token_ids` includes the model's end
-    tokens, unless the caller ignores them. `identity` is the caller's, derived by the service: callers with different
-    identities never share cached prompts. A default stands for a parameter that the caller did not set.
+    tokens, unless the caller ignores them. With `skip_special_tokens` control tokens that are generated have no text.
+    `identity` is the caller's, derived by the service: callers with different identities never share cached prompts. A
+    default stands for a parameter that the caller did not set.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Request:
     echo: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    skip_special_tokens: bool = True
     min_tokens: int = 0
     sampling: SamplingParams = SamplingParams()
 

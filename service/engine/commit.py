@@ -63,7 +63,8 @@ class Committer:
         sequence.counts[token] = sequence.counts.get(token, 0) + 1
         if score is not None and request.logprobs is not None:
             sequence.unshown.append((token, score))
-        piece = sequence.transcript.push(self._tokenizer.token_bytes(token))
+        shown = self._tokenizer.token_bytes(token, skip_special=request.skip_special_tokens)
+        piece = sequence.transcript.push(shown)
         if piece.stopped:
             return self._show(sequence, piece, FinishReason.STOP)
         if sequence.generated < request.max_tokens:

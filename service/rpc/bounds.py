@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import protovalidate
 from buf.validate import validate_pb2
-from completion.v1 import completion_pb2 as pb
+from google.protobuf.message import Message
 
 from service.errors import InvalidRequestError
 from service.rpc.checks import at_most, invalid, missing, model_missing, not_supported_value, out_of_range, shown
 
 _VALIDATOR = protovalidate.Validator()
-_REQUEST = pb.CreateCompletionRequest.DESCRIPTOR
 _PROMPTS = {"text", "texts", "tokens", "token_batch", "parts"}
 # Parts of a path that JSON does not have: the oneof, and the array in a message of its own.
 _UNNAMED = {"constraint", "texts"}
@@ -32,18 +31,20 @@ def rules(message: Any, field: str) -> Any:
     return message.DESCRIPTOR.fields_by_name[field].GetOptions().Extensions[validate_pb2.field]
 
 
-def check(request: pb.CreateCompletionRequest) -> None:
+def check(request: Message) -> None:
     """Refuses a request outside the bounds of its contract: InvalidRequestError for the first rule that it breaks."""
     violations = _VALIDATOR.collect_violations(request, fail_fast=True)
     if violations:
         path = violations[0].proto.field
         assert path is not None, "the contract has rules of fields alone"
-        raise _refusal(path.elements, violations[0].proto.rule_id, violations[0].field_value, violations[0].rule_value)
+        owner = _owner(request.DESCRIPTOR, path.elements)
+        rule, value, limit = violations[0].proto.rule_id, violations[0].field_value, violations[0].rule_value
+        raise _refusal(owner, path.elements, rule, value, limit)
 
 
-def _refusal(path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestError:
-    """The error for a rule that the field at the end of a path breaks with a value."""
-    last, name, owner = path[-1], _name(path), _owner(path)
+def _refusal(owner: Any, path: Any, rule: str, value: Any, limit: Any) -> InvalidRequestError:
+    """The error for a rule that the field at the end of a path, in a message of type `owner`, breaks with a value."""
+    last, name = path[-1], _name(path)
     if rule in _SIZES:
         what, code = _SIZES[rule]
         what = "prompts" if name == "prompt" else f"{what} per entry" if last.subscript else what
@@ -78,15 +79,16 @@ def _name(path: Any) -> str:
     """What a refusal calls the field at the end of a path: in an array it has the array's name."""
     names = [element.field_name for element in path]
     if names[0] in _PROMPTS:
+        if names[0] == "parts" and len(path) > 1 and path[1].subscript:
+            return f"prompt[{path[1].subscript.value}]" + (".tokens" if "tokens" in names else "")
         return "prompt"
     if path[-1].subscript and path[-1].subscript.field == "string_key":
         names.append(shown(path[-1].subscript.value))
     return ".".join(name for name in names if name not in _UNNAMED)
 
 
-def _owner(path: Any) -> Any:
-    """The descriptor of the message that has the field at the end of a path."""
-    message: Any = _REQUEST
+def _owner(message: Any, path: Any) -> Any:
+    """The descriptor of the message within `message` that has the field at the end of a path."""
     for element in path[:-1]:
         message = message.fields_by_name[element.field_name].message_type
     return message

@@ -12,14 +12,14 @@ from completion.v1 import completion_pb2 as pb
 from service.manifest import Manifest
 from service.rpc import bounds
 from service.rpc.checks import JSON_TYPES, check_maximum, invalid, shown, unsupported, wrong_type
-from service.rpc.prompts import check_characters, check_context, parse_prompts
+from service.rpc.parts import check_count
+from service.rpc.prompts import Reading, check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
 from service.text.tokenizer import Tokenizer
 from service.types import Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 NOT_SUPPORTED_YET = {
-    "add_special_tokens",
     "allowed_token_ids",
     "bad_words",
     "include_stop_str_in_output",
@@ -27,15 +27,12 @@ NOT_SUPPORTED_YET = {
     "logprobs_from",
     "on_deadline",
     "output_message",
-    "parse_special",
-    "parts",
     "prediction",
     "priority",
     "response_format",
     "resume",
     "return_timings",
     "return_token_ids",
-    "skip_special_tokens",
     "structured_outputs",
     "truncate_prompt_tokens",
 }
@@ -44,10 +41,14 @@ _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the service and the model allow a request: tokens of context, and entries of `stop`."""
+    """What the service and the model allow a request: tokens of context, and entries of `stop`.
+
+    `parse_special`: control tokens are read in the texts of a request that does not say whether.
+    """
 
     context_length: int
     stops: int
+    parse_special: bool = True
 
 
 def parse(
@@ -64,6 +65,7 @@ def parse(
     `streaming` says whether the answer is sent in pieces, which some fields depend on.
     """
     stop = _stop(request, limits.stops)
+    check_count(len(request.parts.parts), limits.context_length)
     bounds.check(request)
     if request.HasField("json_stop"):  # which has no rules in the proto: its texts are checked as `stop`
         bounds.check(pb.CreateCompletionRequest(model=request.model, stop=stop))
@@ -73,13 +75,17 @@ def parse(
     if request.HasField("stream_options") and not streaming:
         raise invalid("stream_options", "only allowed when 'stream' is true.", "invalid_value")
     sampling = _sampling(request, manifest.vocab_size)
+    skip_special = request.skip_special_tokens or not request.HasField("skip_special_tokens")
     stop_token_ids = _stop_token_ids(request, manifest)
+    if skip_special:  # a control token that has no text is found by its id
+        stop_token_ids |= {index for text in stop if (index := tokenizer.control_token(text)) is not None}
     check_maximum("min_tokens", request.min_tokens, max_tokens)
     if any(character < " " or character == "\x7f" for character in request.user):
         raise invalid("user", "must not contain control characters.", "invalid_value")
     suffix = _suffix(request, manifest)
     check_characters("suffix", suffix, limits.context_length)
-    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens)
+    reading = Reading.of(request, limits.parse_special)
+    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens, reading=reading)
     if suffix:
         prompts = tuple(tokenizer.fill_in_the_middle(prompt, suffix) for prompt in prompts)
         for prompt in prompts:
@@ -100,6 +106,7 @@ def parse(
         echo=request.echo,
         stop=stop,
         stop_token_ids=stop_token_ids,
+        skip_special_tokens=skip_special,
         min_tokens=request.min_tokens,
         sampling=sampling,
     )
@@ -111,7 +118,7 @@ def _check_supported(request: pb.CreateCompletionRequest) -> None:
     """Refuses the parameters that the contract has and the service does not honour yet."""
     given = {field.name for field, _ in request.ListFields()}
     for name in sorted(given & NOT_SUPPORTED_YET):
-        raise unsupported("prompt" if name == "parts" else name, "yet")
+        raise unsupported(name, "yet")
     if request.stream_options.HasField("include_obfuscation"):
         raise unsupported("stream_options.include_obfuscation", "yet")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from completion.v1 import completion_pb2 as pb
@@ -10,7 +11,8 @@ from google.protobuf import struct_pb2
 
 from service.errors import InvalidRequestError
 from service.rpc.bounds import rules
-from service.rpc.checks import JSON_TYPES, at_most, invalid, shown, wrong_type
+from service.rpc.checks import JSON_TYPES, at_most, invalid, wrong_type
+from service.rpc.parts import Parts, json_parts, read_ids, typed_parts
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt
 
@@ -26,8 +28,30 @@ _Items = TypeVar("_Items", bound=Sized)
 _FORMS = "a string, an array of strings, an array of tokens or array of token arrays"
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a request's texts are read: with their control tokens, and with the tokens that go before every text."""
+
+    parse_special: bool
+    add_special: bool
+
+    @classmethod
+    def of(cls, request: pb.CreateCompletionRequest | pb.TokenizeRequest, parse_special: bool) -> Reading:
+        """That which a request asks for; `parse_special` is the service's setting."""
+        return cls(
+            request.parse_special if request.HasField("parse_special") else parse_special,
+            request.add_special_tokens or not request.HasField("add_special_tokens"),
+        )
+
+
 def parse_prompts(
-    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, best_of: int, max_tokens: int
+    request: pb.CreateCompletionRequest,
+    tokenizer: Tokenizer,
+    context_length: int,
+    best_of: int,
+    max_tokens: int,
+    *,
+    reading: Reading,
 ) -> tuple[Prompt, ...]:
     """The request's prompts, none of them empty; `best_of` counts each of them as that many sequences.
 
@@ -37,9 +61,10 @@ def parse_prompts(
     json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
     if typed and json_set:
         raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
-    items: Sequence[Any] = _typed(request, typed) if typed else _json(request.json_prompt) if json_set else [""]
-    if len(items) > MAX_PROMPTS:
-        raise at_most("prompt", "prompts", len(items), MAX_PROMPTS, "array_above_max_length")
+    items: Sequence[Any] = [""]
+    if typed or json_set:
+        items = _typed(request, typed, context_length) if typed else _json(request.json_prompt, context_length)
+    _check_prompts(len(items))
     if len(items) * best_of > MAX_SEQUENCES:
         problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(items)} prompts and {best_of} for each."
         raise invalid("n", problem, "invalid_value")
@@ -47,11 +72,16 @@ def parse_prompts(
     for item in items:
         if isinstance(item, str):
             check_characters("prompt", item, context_length)
-            prompt = tokenizer.prompt(item)
+            prompt = tokenizer.prompt(item, parse_special=reading.parse_special, add_special=reading.add_special)
+        elif isinstance(item, Parts):
+            check_characters("prompt", item.text, context_length)
+            check_context(item.ids, max_tokens, context_length)
+            add_special = reading.add_special and not item.begins_with_tokens
+            prompt = tokenizer.prompt_of_parts(item.read(tokenizer), add_special=add_special)
         else:
+            # The ids are looked at only now, so that too many are refused unread.
             check_context(len(item), max_tokens, context_length)
-            # The tokens of JSON are checked only now, so that too many are refused unread.
-            prompt = _tokens(map(_json_token, item) if json_set else item, tokenizer)
+            prompt = tokenizer.prompt_of_tokens(read_ids("prompt", item, tokenizer))
         check_context(len(prompt.token_ids), max_tokens, context_length)
         prompts.append(prompt)
     return tuple(prompts)
@@ -68,7 +98,11 @@ def check_context(length: int, max_tokens: int, context_length: int) -> None:
         raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
 
 
-def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Sequence[int]]:
+def _typed(
+    request: pb.CreateCompletionRequest, form: str, context_length: int
+) -> Sequence[str | Sequence[int] | Parts]:
+    if form == "parts":
+        return [typed_parts(request.parts, context_length)]
     if form == "text":
         return [request.text]
     if form == "tokens":
@@ -78,29 +112,26 @@ def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Seq
     return [prompt.ids for prompt in request.token_batch.prompts]
 
 
-def _json(value: struct_pb2.Value) -> Sequence[str | Sequence[struct_pb2.Value]]:
+def _json(value: struct_pb2.Value, context_length: int) -> Sequence[str | Sequence[struct_pb2.Value] | Parts]:
     json_type = value.WhichOneof("kind")
     if json_type == "string_value":
         return [value.string_value]
     if json_type != "list_value":
         raise wrong_type("prompt", _FORMS, JSON_TYPES[json_type])
     items = _not_empty(value.list_value.values)
-    json_types = {item.WhichOneof("kind") for item in items}
+    # More items than these are too many of any kind, and refused by their number.
+    json_types = {item.WhichOneof("kind") for item in items[: max(MAX_PROMPTS, context_length) + 1]}
+    if json_types in ({"string_value"}, {"list_value"}):
+        _check_prompts(len(items))
     if json_types == {"string_value"}:
         return [item.string_value for item in items]
     if json_types == {"list_value"}:
         return [item.list_value.values for item in items]
+    if json_types == {"struct_value"}:
+        return [json_parts(items, context_length)]
     if json_types <= {"number_value", "bool_value"}:
         return [items]
     raise wrong_type("prompt", _FORMS, "a mixture")
-
-
-def _json_token(value: struct_pb2.Value) -> int:
-    json_type = value.WhichOneof("kind")
-    if json_type != "number_value" or not value.number_value.is_integer():
-        given = "a decimal number" if json_type == "number_value" else JSON_TYPES[json_type]
-        raise wrong_type("prompt", "an integer as token id", given)
-    return int(value.number_value)
 
 
 def check_characters(name: str, text: str, context_length: int) -> None:
@@ -114,15 +145,9 @@ def check_characters(name: str, text: str, context_length: int) -> None:
         raise InvalidRequestError(message, param=name, code="context_length_exceeded")
 
 
-def _tokens(ids: Iterable[int], tokenizer: Tokenizer) -> Prompt:
-    vocabulary = tokenizer.vocab_size
-    token_ids = _not_empty(list(ids))
-    for token in token_ids:
-        if not 0 <= token < vocabulary:
-            raise invalid(
-                "prompt", f"Token id {shown(str(token))} is out of vocabulary (0..{vocabulary - 1}).", "invalid_value"
-            )
-    return tokenizer.prompt_of_tokens(token_ids)
+def _check_prompts(count: int) -> None:
+    if count > MAX_PROMPTS:
+        raise at_most("prompt", "prompts", count, MAX_PROMPTS, "array_above_max_length")
 
 
 def _not_empty(items: _Items) -> _Items:

@@ -12,12 +12,13 @@ from typing import TypeVar
 from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 from google.api import httpbody_pb2
+from google.protobuf.message import Message
 
 from service.engine.engine import Engine
 from service.engine.generation import Generation
 from service.errors import ForbiddenModelError, InvalidRequestError, ModelNotFoundError
 from service.manifest import Manifest
-from service.rpc import render
+from service.rpc import render, tokenizing
 from service.rpc.calls import Context, RpcCall, current_call
 from service.rpc.checks import model_missing, shown
 from service.rpc.deadline import Deadline
@@ -38,6 +39,8 @@ _LARGE_ANSWER = 256 << 10
 _MANY_TOKENS = 512
 
 _Made = TypeVar("_Made")
+_Answer = TypeVar("_Answer", bound=Message)
+_Tokenizing = pb.TokenizeRequest | pb.DetokenizeRequest | pb.GetTokenizerRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class ServedModel:
     engine: Engine
     limits: Limits
     aliases: tuple[str, ...] | None = None
+    chat_template: str | None = None
 
     @property
     def id(self) -> str:
@@ -124,6 +128,28 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
         return _describe(request.model, self._find(request.model))
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        model = self._find_or_first(request)
+        return await self._tokenized(lambda: tokenizing.tokenize(request, model.tokenizer, model.limits))
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        model = self._find_or_first(request)
+        return await self._tokenized(lambda: tokenizing.detokenize(request, model.tokenizer, model.limits))
+
+    async def GetTokenizer(  # noqa: N802
+        self, request: pb.GetTokenizerRequest, context: Context
+    ) -> pb.GetTokenizerResponse:
+        model = self._find_or_first(request)
+        return tokenizing.describe(model.manifest, model.tokenizer, model.limits, model.chat_template)
+
+    async def _tokenized(self, make: Callable[[], _Answer]) -> _Answer:
+        """The answer of `make`, which runs off the event loop in its caller's turn."""
+        answer = await self._made(make, large=True)
+        current_call.get().hold(answer.ByteSize())
+        return answer
 
     async def _whole(self, request: pb.CreateCompletionRequest, deadline: Deadline) -> pb.CreateCompletionResponse:
         model, parsed = await self._parse(request, deadline, streaming=False)
@@ -215,6 +241,16 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         finally:
             used = 0 if call.usage is None else call.usage.prompt_tokens + call.usage.completion_tokens
             self._meter.give_back(caller.identity, tokens - used, sequences)
+
+    def _find_or_first(self, request: _Tokenizing) -> ServedModel:
+        """The model that a request names, or the first one that its caller's key may use."""
+        if request.HasField("model"):
+            if not request.model:
+                raise model_missing()
+            return self._find(request.model)
+        may_use = current_call.get().caller.may_use
+        usable = (name for name, model in self._models.items() if may_use(*model.names))
+        return self._find(next(usable, ""))
 
     def _find(self, name: str) -> ServedModel:
         """The model of this name. One that the caller's key may not use is refused as if it did not exist."""

@@ -15,7 +15,7 @@ from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.ort.model import Model
 from service.engine.scheduler import LEAST_CHUNK, Scheduler
-from service.errors import StartupError
+from service.errors import ModelDirectoryError, StartupError
 from service.manifest import Manifest
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
@@ -187,7 +187,23 @@ def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
         max_queue_seconds=settings.max_queue_seconds,
         name=manifest.id,
     )
-    return ServedModel(manifest, tokenizer, engine, Limits(length, settings.max_stops), aliases)
+    limits = Limits(length, settings.max_stops, settings.parse_special)
+    template = _chat_template(directory, manifest)
+    return ServedModel(manifest, tokenizer, engine, limits, aliases, template)
+
+
+def _chat_template(directory: Path, manifest: Manifest) -> str | None:
+    """The model's chat template; None if it has none. Raises ModelDirectoryError if it is too large or not UTF-8."""
+    entry = manifest.files.get(manifests.CHAT_TEMPLATE_FILE)
+    if entry is None:
+        return None
+    path, limit = directory / manifests.CHAT_TEMPLATE_FILE, manifests.LARGEST_CHAT_TEMPLATE
+    if entry.bytes > limit:
+        raise ModelDirectoryError(f"{path} has {entry.bytes} bytes, expected at most {limit}")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelDirectoryError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def warm_up_requests(model: ServedModel) -> Iterator[Request]:

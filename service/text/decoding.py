@@ -65,11 +65,6 @@ class Decoding:
             if (first := _apply(chain.first_steps, token)) != self._bytes[index]:
                 self._first[index] = first
 
-    @property
-    def loses_first_space(self) -> bool:
-        """Whether a text that begins with a space may lose it."""
-        return bool(self._stripped or self._first)
-
     def of_token(self, index: int) -> bytes:
         """The bytes of a token that is not the first of a text."""
         return self._bytes[index]

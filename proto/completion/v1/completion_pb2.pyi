@@ -247,7 +247,9 @@ class CreateCompletionRequest(_message.Message):
     parse_special: _builtins.bool
     """Whether control tokens in text prompts are read as such. Default: a setting of the service, true."""
     add_special_tokens: _builtins.bool
-    """Whether a text prompt gets the beginning-of-sequence token and the like. Default: as the model's tokenizer does."""
+    """Whether a text prompt gets the beginning-of-sequence token and the like, where the model's tokenizer adds it; false
+    adds none. It is never added twice. Default: true.
+    """
     skip_special_tokens: _builtins.bool
     """Whether control tokens that are generated are left out of the text; false shows them by name. Default: true."""
     include_stop_str_in_output: _builtins.bool
@@ -544,7 +546,9 @@ class PromptParts(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptPart]:
-        """At least one part."""
+        """At least one part, and at most as many as the context has tokens. Texts that follow one another are one text. A
+        prompt whose first part is `tokens` gets no beginning-of-sequence token.
+        """
 
     def __init__(
         self,
@@ -1322,6 +1326,350 @@ class Model(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """A prompt to tokenize."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    JSON_PROMPT_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_STRS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Id or alias of a served model. Default: the first served model that the key may use."""
+    text: _builtins.str
+    """One prompt as text."""
+    add_special_tokens: _builtins.bool
+    """As in CreateCompletionRequest."""
+    parse_special: _builtins.bool
+    """As in CreateCompletionRequest."""
+    return_token_strs: _builtins.bool
+    """Whether the answer has the text and the offset of each token. Default: false."""
+    @_builtins.property
+    def parts(self) -> Global___PromptParts:
+        """One prompt in parts."""
+
+    @_builtins.property
+    def json_prompt(self) -> _struct_pb2.Value:
+        """The prompt as REST callers send it: a string, or an array of parts, as in CreateCompletionRequest. Setting this and
+        a typed prompt is INVALID_ARGUMENT.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str | None = ...,
+        text: _builtins.str = ...,
+        parts: Global___PromptParts | None = ...,
+        json_prompt: _struct_pb2.Value | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        parse_special: _builtins.bool | None = ...,
+        return_token_strs: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_model", b"_model", "_parse_special", b"_parse_special", "_return_token_strs", b"_return_token_strs", "add_special_tokens", b"add_special_tokens", "json_prompt", b"json_prompt", "model", b"model", "parse_special", b"parse_special", "parts", b"parts", "prompt", b"prompt", "return_token_strs", b"return_token_strs", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_model", b"_model", "_parse_special", b"_parse_special", "_return_token_strs", b"_return_token_strs", "add_special_tokens", b"add_special_tokens", "json_prompt", b"json_prompt", "model", b"model", "parse_special", b"parse_special", "parts", b"parts", "prompt", b"prompt", "return_token_strs", b"return_token_strs", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    _WhichOneofReturnType__parse_special: _TypeAlias = _typing.Literal["parse_special"]  # noqa: Y015
+    _WhichOneofArgType__parse_special: _TypeAlias = _typing.Literal["_parse_special", b"_parse_special"]  # noqa: Y015
+    _WhichOneofReturnType__return_token_strs: _TypeAlias = _typing.Literal["return_token_strs"]  # noqa: Y015
+    _WhichOneofArgType__return_token_strs: _TypeAlias = _typing.Literal["_return_token_strs", b"_return_token_strs"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "parts"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parse_special) -> _WhichOneofReturnType__parse_special | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__return_token_strs) -> _WhichOneofReturnType__return_token_strs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """The tokens of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_STRS_FIELD_NUMBER: _builtins.int
+    NO_TOKEN_STRS_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many tokens there are."""
+    max_model_len: _builtins.int
+    """Most tokens of prompt and completion together."""
+    no_token_strs: _struct_pb2.NullValue.ValueType
+    """Set when texts were not requested, so that JSON prints null. Typed callers can ignore it."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The token ids."""
+
+    @_builtins.property
+    def token_strs(self) -> Global___TokenTexts:
+        """The texts, as in `Logprobs.tokens`."""
+
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where each token starts, in code points, when the request set `return_token_strs`; else empty."""
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        token_strs: Global___TokenTexts | None = ...,
+        no_token_strs: _struct_pb2.NullValue.ValueType = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["no_token_strs", b"no_token_strs", "texts_or_null", b"texts_or_null", "token_strs", b"token_strs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "max_model_len", b"max_model_len", "no_token_strs", b"no_token_strs", "offsets", b"offsets", "texts_or_null", b"texts_or_null", "token_strs", b"token_strs", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_texts_or_null: _TypeAlias = _typing.Literal["token_strs", "no_token_strs"]  # noqa: Y015
+    _WhichOneofArgType_texts_or_null: _TypeAlias = _typing.Literal["texts_or_null", b"texts_or_null"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_texts_or_null) -> _WhichOneofReturnType_texts_or_null | None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class TokenTexts(_message.Message):
+    """The texts of tokens. On the wire a google.protobuf.ListValue, so that JSON prints a bare array."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenText]:
+        """One for each token."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[Global___TokenText] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenTexts: _TypeAlias = TokenTexts  # noqa: Y015
+
+@_typing.final
+class TokenText(_message.Message):
+    """The text of a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """As in `Logprobs.tokens`: bytes that are not whole UTF-8 are written `bytes:\\xNN...`; an added token has no text."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenText: _TypeAlias = TokenText  # noqa: Y015
+
+@_typing.final
+class DetokenizeRequest(_message.Message):
+    """Tokens to turn into text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Id or alias of a served model. Default: the first served model that the key may use."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids, each in 0..vocabulary - 1. At most 32 times the context."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
+
+@_typing.final
+class DetokenizeResponse(_message.Message):
+    """The text of tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """The text."""
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class GetTokenizerRequest(_message.Message):
+    """Asks for a model's tokenizer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Id or alias of a served model. Default: the first served model that the key may use."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___GetTokenizerRequest: _TypeAlias = GetTokenizerRequest  # noqa: Y015
+
+@_typing.final
+class GetTokenizerResponse(_message.Message):
+    """A model's tokenizer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENIZER_CLASS_FIELD_NUMBER: _builtins.int
+    BOS_TOKEN_FIELD_NUMBER: _builtins.int
+    NO_BOS_TOKEN_FIELD_NUMBER: _builtins.int
+    EOS_TOKEN_FIELD_NUMBER: _builtins.int
+    NO_EOS_TOKEN_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    NO_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    ADD_BOS_TOKEN_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    CONTROL_TOKENS_FIELD_NUMBER: _builtins.int
+    tokenizer_class: _builtins.str
+    """The class of transformers that loads the model's tokenizer.json."""
+    bos_token: _builtins.str
+    """The name."""
+    no_bos_token: _struct_pb2.NullValue.ValueType
+    """Set when the model has none, so that JSON prints null."""
+    eos_token: _builtins.str
+    """The name."""
+    no_eos_token: _struct_pb2.NullValue.ValueType
+    """Set when the model has none, so that JSON prints null."""
+    chat_template: _builtins.str
+    """The template."""
+    no_chat_template: _struct_pb2.NullValue.ValueType
+    """Set when the model has none, so that JSON prints null."""
+    add_bos_token: _builtins.bool
+    """Whether a text prompt gets the beginning-of-sequence token by default."""
+    vocab_size: _builtins.int
+    """Token ids are 0..vocab_size - 1."""
+    max_model_len: _builtins.int
+    """Most tokens of prompt and completion together."""
+    @_builtins.property
+    def control_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlToken]:
+        """The control tokens, by id."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer_class: _builtins.str = ...,
+        bos_token: _builtins.str = ...,
+        no_bos_token: _struct_pb2.NullValue.ValueType = ...,
+        eos_token: _builtins.str = ...,
+        no_eos_token: _struct_pb2.NullValue.ValueType = ...,
+        chat_template: _builtins.str = ...,
+        no_chat_template: _struct_pb2.NullValue.ValueType = ...,
+        add_bos_token: _builtins.bool = ...,
+        vocab_size: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
+        control_tokens: _abc.Iterable[Global___ControlToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bos_or_null", b"bos_or_null", "bos_token", b"bos_token", "chat_template", b"chat_template", "eos_or_null", b"eos_or_null", "eos_token", b"eos_token", "no_bos_token", b"no_bos_token", "no_chat_template", b"no_chat_template", "no_eos_token", b"no_eos_token", "template_or_null", b"template_or_null"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_bos_token", b"add_bos_token", "bos_or_null", b"bos_or_null", "bos_token", b"bos_token", "chat_template", b"chat_template", "control_tokens", b"control_tokens", "eos_or_null", b"eos_or_null", "eos_token", b"eos_token", "max_model_len", b"max_model_len", "no_bos_token", b"no_bos_token", "no_chat_template", b"no_chat_template", "no_eos_token", b"no_eos_token", "template_or_null", b"template_or_null", "tokenizer_class", b"tokenizer_class", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_bos_or_null: _TypeAlias = _typing.Literal["bos_token", "no_bos_token"]  # noqa: Y015
+    _WhichOneofArgType_bos_or_null: _TypeAlias = _typing.Literal["bos_or_null", b"bos_or_null"]  # noqa: Y015
+    _WhichOneofReturnType_eos_or_null: _TypeAlias = _typing.Literal["eos_token", "no_eos_token"]  # noqa: Y015
+    _WhichOneofArgType_eos_or_null: _TypeAlias = _typing.Literal["eos_or_null", b"eos_or_null"]  # noqa: Y015
+    _WhichOneofReturnType_template_or_null: _TypeAlias = _typing.Literal["chat_template", "no_chat_template"]  # noqa: Y015
+    _WhichOneofArgType_template_or_null: _TypeAlias = _typing.Literal["template_or_null", b"template_or_null"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_bos_or_null) -> _WhichOneofReturnType_bos_or_null | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_eos_or_null) -> _WhichOneofReturnType_eos_or_null | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_template_or_null) -> _WhichOneofReturnType_template_or_null | None: ...
+
+Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
+
+@_typing.final
+class ControlToken(_message.Message):
+    """A control token: text becomes one only where control tokens are read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Its id."""
+    name: _builtins.str
+    """Its name, as prompt parts give it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlToken: _TypeAlias = ControlToken  # noqa: Y015
 
 @_typing.final
 class ErrorResponse(_message.Message):

@@ -64,6 +64,21 @@ class CompletionServiceStub:
                 request_serializer=completion_dot_v1_dot_completion__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=completion_dot_v1_dot_completion__pb2.Model.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/completion.v1.CompletionService/Tokenize',
+                request_serializer=completion_dot_v1_dot_completion__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=completion_dot_v1_dot_completion__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/completion.v1.CompletionService/Detokenize',
+                request_serializer=completion_dot_v1_dot_completion__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=completion_dot_v1_dot_completion__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/completion.v1.CompletionService/GetTokenizer',
+                request_serializer=completion_dot_v1_dot_completion__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=completion_dot_v1_dot_completion__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
 
 
 class CompletionServiceServicer:
@@ -130,6 +145,31 @@ class CompletionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Says which tokens a prompt is: for the same fields, exactly those that CreateCompletion computes.
+
+        A prompt may have more tokens than the context. One with more characters than 8 times the context is
+        INVALID_ARGUMENT, code `context_length_exceeded`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Says which text tokens are. Control tokens show by name; bytes that are no character show as U+FFFD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokenizer(self, request, context):
+        """Describes a model's tokenizer, with the model's own chat template. Over REST, which names no model, that of the
+        first served model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CompletionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +197,21 @@ def add_CompletionServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=completion_dot_v1_dot_completion__pb2.GetModelRequest.FromString,
                     response_serializer=completion_dot_v1_dot_completion__pb2.Model.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=completion_dot_v1_dot_completion__pb2.TokenizeRequest.FromString,
+                    response_serializer=completion_dot_v1_dot_completion__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=completion_dot_v1_dot_completion__pb2.DetokenizeRequest.FromString,
+                    response_serializer=completion_dot_v1_dot_completion__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=completion_dot_v1_dot_completion__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=completion_dot_v1_dot_completion__pb2.GetTokenizerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -298,6 +353,87 @@ class CompletionService:
             '/completion.v1.CompletionService/GetModel',
             completion_dot_v1_dot_completion__pb2.GetModelRequest.SerializeToString,
             completion_dot_v1_dot_completion__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/completion.v1.CompletionService/Tokenize',
+            completion_dot_v1_dot_completion__pb2.TokenizeRequest.SerializeToString,
+            completion_dot_v1_dot_completion__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/completion.v1.CompletionService/Detokenize',
+            completion_dot_v1_dot_completion__pb2.DetokenizeRequest.SerializeToString,
+            completion_dot_v1_dot_completion__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/completion.v1.CompletionService/GetTokenizer',
+            completion_dot_v1_dot_completion__pb2.GetTokenizerRequest.SerializeToString,
+            completion_dot_v1_dot_completion__pb2.GetTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

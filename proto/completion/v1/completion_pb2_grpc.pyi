@@ -86,6 +86,18 @@ class CompletionServiceStub:
 
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     """
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_completion_pb2.TokenizeRequest, _completion_pb2.TokenizeResponse]
+    """Says which tokens a prompt is: for the same fields, exactly those that CreateCompletion computes.
+
+    A prompt may have more tokens than the context. One with more characters than 8 times the context is
+    INVALID_ARGUMENT, code `context_length_exceeded`.
+    """
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_completion_pb2.DetokenizeRequest, _completion_pb2.DetokenizeResponse]
+    """Says which text tokens are. Control tokens show by name; bytes that are no character show as U+FFFD."""
+    GetTokenizer: _grpc.UnaryUnaryMultiCallable[_completion_pb2.GetTokenizerRequest, _completion_pb2.GetTokenizerResponse]
+    """Describes a model's tokenizer, with the model's own chat template. Over REST, which names no model, that of the
+    first served model.
+    """
 
 @_typing.type_check_only
 class CompletionServiceAsyncStub(CompletionServiceStub):
@@ -131,6 +143,18 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
     """Describes one served model, by id or alias. NOT_FOUND, code `model_not_found`, when there is no such model.
 
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    Tokenize: _aio.UnaryUnaryMultiCallable[_completion_pb2.TokenizeRequest, _completion_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Says which tokens a prompt is: for the same fields, exactly those that CreateCompletion computes.
+
+    A prompt may have more tokens than the context. One with more characters than 8 times the context is
+    INVALID_ARGUMENT, code `context_length_exceeded`.
+    """
+    Detokenize: _aio.UnaryUnaryMultiCallable[_completion_pb2.DetokenizeRequest, _completion_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Says which text tokens are. Control tokens show by name; bytes that are no character show as U+FFFD."""
+    GetTokenizer: _aio.UnaryUnaryMultiCallable[_completion_pb2.GetTokenizerRequest, _completion_pb2.GetTokenizerResponse]  # type: ignore[assignment]
+    """Describes a model's tokenizer, with the model's own chat template. Over REST, which names no model, that of the
+    first served model.
     """
 
 class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -204,6 +228,36 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Describes one served model, by id or alias. NOT_FOUND, code `model_not_found`, when there is no such model.
 
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _completion_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_completion_pb2.TokenizeResponse, _abc.Awaitable[_completion_pb2.TokenizeResponse]]:
+        """Says which tokens a prompt is: for the same fields, exactly those that CreateCompletion computes.
+
+        A prompt may have more tokens than the context. One with more characters than 8 times the context is
+        INVALID_ARGUMENT, code `context_length_exceeded`.
+        """
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _completion_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_completion_pb2.DetokenizeResponse, _abc.Awaitable[_completion_pb2.DetokenizeResponse]]:
+        """Says which text tokens are. Control tokens show by name; bytes that are no character show as U+FFFD."""
+
+    @_abc_1.abstractmethod
+    def GetTokenizer(
+        self,
+        request: _completion_pb2.GetTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_completion_pb2.GetTokenizerResponse, _abc.Awaitable[_completion_pb2.GetTokenizerResponse]]:
+        """Describes a model's tokenizer, with the model's own chat template. Over REST, which names no model, that of the
+        first served model.
         """
 
 def add_CompletionServiceServicer_to_server(servicer: CompletionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

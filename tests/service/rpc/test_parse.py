@@ -276,7 +276,7 @@ def test_too_many_ids_are_refused_unseen(parsed):
 def test_a_prompt_that_is_too_long_is_the_last_that_is_tokenized(parsed, letters, monkeypatch):
     """Those after it are not looked at."""
     seen = []
-    monkeypatch.setattr(letters, "prompt", lambda text: seen.append(text) or Prompt((1,) * len(text), text))
+    monkeypatch.setattr(letters, "prompt", lambda text, **_: seen.append(text) or Prompt((1,) * len(text), text))
     error = refused_by(parsed, texts=pb.TextBatch(texts=["a", "b" * 100, "c"]))
     assert error.code == "context_length_exceeded"
     assert seen == ["a", "b" * 100]
