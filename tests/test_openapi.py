@@ -45,6 +45,8 @@ UNIONS = {
     ("JsonSchema", "schema"): {"null", "string", "object"},
     ("StructuredOutputs", "json"): {"null", "string", "object"},
     ("StructuredOutputs", "choice"): {"null", "array"},
+    ("TokenizeRequest", "prompt"): {"string", "array"},
+    ("TokenizeResponse", "token_strs"): {"array", "null"},
     ("Logprobs", "token_logprobs"): {"array"},
     ("Logprobs", "top_logprobs"): {"array"},
 }
@@ -262,6 +264,17 @@ def test_real_answers_are_as_described(stack: Stack) -> None:
     described(stack.request("GET", "/v1/models"), "/v1/models", "get")
     described(stack.request("GET", "/v1/models/nothing"), "/v1/models/{model}", "get")
     described(stack.request("GET", "/v1/models/gpt-3.5-turbo-instruct"), "/v1/models/{model}", "get")
+    for path in ("/tokenize", "/detokenize"):
+        content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        schema = content["schema"]["$ref"].rsplit("/", 1)[-1]
+        for example in content["examples"].values():
+            validator(schema).validate(example["value"])
+            described(stack.request("POST", path, json.dumps(example["value"])), path, "post")
+        described(stack.request("POST", path, '{"model": "nothing"}'), path, "post")
+        described(stack.request("POST", path, "{}", {}), path, "post")
+        described(stack.request("GET", path), path, "post")
+    described(stack.request("GET", "/tokenizer_info"), "/tokenizer_info", "get")
+    described(stack.request("POST", "/tokenizer_info"), "/tokenizer_info", "get")
     streamed = stack.complete(**fields, stream=True, stream_options={"include_usage": True})
     described(streamed, "/v1/completions", "post")
     for event in streamed.events[:-1]:
