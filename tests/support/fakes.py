@@ -35,7 +35,8 @@ def letters_tokenizer(directory: Path, special: SpecialTokens = NO_SPECIAL) -> T
     """A tokenizer of one token per letter: "a" is 0, "z" is 25."""
     vocabulary = {**{letter: index for index, letter in enumerate(LETTERS)}, "<end>": END, "<begin>": BEGIN}
     path = directory / "tokenizer.json"
-    path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    path.write_text(json.dumps({"version": "1.0", "model": model, "decoder": {"type": "Fuse"}}))
     return Tokenizer(path, special, VOCABULARY)
 
 

@@ -31,7 +31,7 @@ def made(directory, special=NO_SPECIAL):
     ]
     model = {"type": "BPE", "vocab": vocabulary, "merges": []}
     path = directory / "tokenizer.json"
-    path.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model, "decoder": {"type": "Fuse"}}))
     return Tokenizer(path, special, VOCABULARY + 2)
 
 
@@ -229,7 +229,7 @@ BOTH = {
         {"json_prompt": value([{"tokens": [1.5]}])},
         "prompt[0].tokens",
         "invalid_type",
-        "must be integers",
+        "expected an integer as token id",
     ),
     "JSON: mixed": ({"json_prompt": value([{"text": "a"}, "a"])}, "prompt", "invalid_type", "expected"),
     "JSON: number": ({"json_prompt": value(5)}, "prompt", "invalid_type", "expected a string"),

@@ -170,7 +170,7 @@ def test_bos_is_not_added_twice(tmp_path):
     assert tokenizer.tokens(["<s>a"], parse_special=True, add_special=True) == ([BOS, *a], 0)
     assert tokenizer.tokens([[BOS], "a"], parse_special=False, add_special=True) == ([BOS, *a], 0)
     assert tokenizer.prompt("<s>", add_special=True).implied == 1
-    assert tokenizer.prompt_of_parts([[EOS], "a"], add_special=True) == Prompt((BOS, EOS, *a), "</s>a", implied=1)
+    assert tokenizer.prompt_of_parts([[EOS], "a"], add_special=True) == Prompt((BOS, EOS, *a), "</s> a", implied=1)
 
 
 def test_stripping_tokens_are_the_librarys(tmp_path):
