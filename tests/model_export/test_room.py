@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 
 from model_export import room
 from model_export.__main__ import main
+from model_export.graph.operators import LinearForm
 from model_export.graph.precision import Precision
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Dimensions
@@ -75,23 +76,83 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_estimate_for_an_8b(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A model of eight billion weights in 4 bits fits into 8 GiB of memory, not into 5."""
-    dimensions = Dimensions(
-        family="llama",
+LLAMA = {"family": "llama", "kv_heads": 8, "vocab_size": 128_256, "context_length": 131_072}
+SHAPES = {
+    "llama-3.1-8b": Dimensions(
+        **LLAMA,
         layers=32,
-        kv_heads=8,
         head_dim=128,
-        vocab_size=128_256,
-        context_length=131_072,
-        layer_weights=6_979_321_856,
+        layer_weights=6_979_584_000,
         hidden_size=4096,
         rotary_pairs=64,
         table_weights=128_256 * 4096,
         largest_matrix=2 * 14_336 * 4096,
-    )
+    ),
+    "llama-3.2-1b": Dimensions(
+        **LLAMA,
+        layers=16,
+        head_dim=64,
+        layer_weights=973_144_064,
+        hidden_size=2048,
+        rotary_pairs=32,
+        table_weights=128_256 * 2048,
+        largest_matrix=2 * 8192 * 2048,
+        tied_embedding=True,
+    ),
+    "qwen2.5-0.5b": Dimensions(
+        family="qwen2",
+        layers=24,
+        kv_heads=2,
+        head_dim=64,
+        vocab_size=151_936,
+        context_length=32_768,
+        layer_weights=357_897_216,
+        hidden_size=896,
+        rotary_pairs=32,
+        table_weights=151_936 * 896,
+        largest_matrix=2 * 4864 * 896,
+        tied_embedding=True,
+    ),
+    "gemma-3-270m": Dimensions(
+        family="gemma3",
+        layers=18,
+        kv_heads=1,
+        head_dim=256,
+        vocab_size=262_144,
+        context_length=32_768,
+        layer_weights=100_325_376,
+        hidden_size=640,
+        rotary_pairs=256,
+        table_weights=262_144 * 640,
+        largest_matrix=2 * 2048 * 640,
+        tied_embedding=True,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "prefill", "source", "measured"),
+    [
+        ("gemma-3-270m", "int8", "float32", "Q8_0", 1375),
+        ("qwen2.5-0.5b", "int4-int8", "float32", "Q4_0", 2399),
+        ("llama-3.2-1b", "int4-int8", None, "Q4_0", 1843),
+        ("llama-3.2-1b", "int8", None, "BF16", 2264),
+        ("llama-3.1-8b", "int4-int8", None, "Q4_0", 6697),
+    ],
+)
+def test_estimated_memory(
+    shape: str, form: Form, prefill: LinearForm | None, source: str, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate is not below the MiB that whole exports took of their own on two cores, and not far above."""
+    monkeypatch.setattr(room, "threads", lambda: 2)
+    estimate = room.memory_needed(SHAPES[shape], Precision(form, "float32"), prefill, source) / MIB
+    assert measured < estimate < 1.3 * measured
+
+
+def test_memory_for_an_8b(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model of eight billion weights in 4 bits fits into 8 GiB of memory, not into 5."""
+    dimensions, precision = SHAPES["llama-3.1-8b"], Precision("int4-int8", "float32")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
-    precision = Precision("int4-int8", "float32")
     monkeypatch.setattr(memory, "free", lambda: 8192 * MIB)
     room.check_room(dimensions, precision, None, "Q4_0", tmp_path / "model")
     monkeypatch.setattr(memory, "free", lambda: 5120 * MIB)

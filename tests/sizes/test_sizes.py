@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ import pytest
 from completion.v1 import completion_pb2 as pb
 
 from bench.processes import memory
+from tests.support.measured import taken
 from tests.support.patience import PATIENCE, eventually
 from tests.support.processes import Service, service
 from tests.support.stack import ROOT
@@ -38,10 +37,7 @@ THREADS = f"--threads={len(os.sched_getaffinity(0))}"
 
 def run(*arguments: object) -> None:
     """Runs a module of this repository, and prints what it took."""
-    before = time.monotonic()
-    subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
-    print(f"{arguments[0]} {arguments[1]}: {time.monotonic() - before:.0f} s, peak of all so far {peak} MiB")
+    print(f"{arguments[0]} {arguments[1]}: {taken([sys.executable, '-m', *map(str, arguments)])}")
 
 
 def exported(shape: str, form: str) -> Path:
