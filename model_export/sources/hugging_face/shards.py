@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from model_export.errors import ExportError
 from model_export.sources.files import MIB, looks_like, plain_file, read_json
+from model_export.sources.hugging_face.pages import Mappings
 from model_export.sources.weights import Floats, LazyTensor
 
 INDEX = "model.safetensors.index.json"
@@ -50,11 +51,12 @@ def _open(path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     try:
         file: Any = safe_open(path, "numpy")
+        mappings = Mappings.of(path)
         for name in file.keys():  # noqa: SIM118 - not a mapping
             stored = file.get_slice(name)
             if stored.get_dtype() not in FLOAT_TYPES and not UNREAD.fullmatch(name):
                 raise ExportError(f"{path}: tensor {name} holds {stored.get_dtype()}, {_unsupported(name, stored)}")
-            tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, stored))
+            tensors[name] = LazyTensor(tuple(stored.get_shape()), partial(_load, stored, mappings))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} is not a complete safetensors file: {error}{looks_like(path)}") from error
     return tensors
@@ -67,8 +69,11 @@ def _unsupported(name: str, stored: Any) -> str:
     return f"which is not supported; supported are {', '.join(FLOAT_TYPES)}"
 
 
-def _load(stored: Any, rows: slice) -> Floats:
-    return np.asarray(stored[rows]).astype(np.float32)
+def _load(stored: Any, mappings: Mappings, rows: slice) -> Floats:
+    """Rows of a tensor; `stored` keeps its file mapped."""
+    loaded = np.asarray(stored[rows]).astype(np.float32)
+    mappings.give_back()
+    return loaded
 
 
 def _listed(directory: Path) -> dict[Path, list[str]]:
