@@ -31,6 +31,7 @@ function fields() {
   const stops = $("stop_texts").value.split("\n").filter(Boolean).map(unescaped);
   if (stops.length) request.stop = stops;
   if ($("echo").checked) request.echo = true;
+  if (!$("parse_special").checked) request.parse_special = false;
   if ($("stream").checked) {
     Object.assign(request, { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } });
   }

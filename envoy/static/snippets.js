@@ -25,6 +25,11 @@ function pythonValue(value) {
 const pythonArguments = (fields) =>
   Object.entries(fields).map(([name, value]) => `    ${name}=${pythonValue(value)},\n`).join("");
 
+/** The request of OpenAI's client, which takes a parameter that OpenAI does not have as `extra_body`. */
+function clientFields({ parse_special, ...fields }) {
+  return parse_special === undefined ? fields : { ...fields, extra_body: { parse_special } };
+}
+
 /** The request of typed callers: a prompt as `text`, and no `stream`, which the method implies. */
 function typedFields({ prompt, stream, ...fields }) {
   return { ...fields, text: prompt };
@@ -54,7 +59,7 @@ from openai import OpenAI
 
 client = OpenAI(base_url="${origin}/v1", api_key=${PYTHON_KEY})
 answer = client.completions.create(
-${pythonArguments(fields)})
+${pythonArguments(clientFields(fields))})
 ${lines}`;
 }
 

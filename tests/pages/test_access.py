@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 ORDER = ["prompt", "complete", "key", "model", "max_tokens", "temperature", "top_p", "seed", "n", "logprobs"]
-ORDER += ["presence_penalty", "frequency_penalty", "stop_texts", "stream", "echo"]
+ORDER += ["presence_penalty", "frequency_penalty", "stop_texts", "stream", "echo", "parse_special"]
 PAIRS = [("ink", "paper"), ("ink", "card"), ("ink", "surprising"), ("soft", "card"), ("soft", "paper")]
 PAIRS += [
     ("accent", "card"),

@@ -155,3 +155,21 @@ def test_plain_text_without_scores(page: Page, guarded: Guarded) -> None:
     assert page.shown_text == greedy(guarded.stack)["text"]
     assert page.all(".token") == []
     assert not page.find("#legend").is_displayed()
+
+
+@pytest.mark.parametrize("kind", ["curl", "python", "grpc"])
+def test_control_tokens_can_be_plain_text(page: Page, guarded: Guarded, kind: str) -> None:
+    """A control token in the prompt is read as such, and is text once the box is not ticked; the copied code says so."""
+    page.run("document.getElementById('prompt').value = 'Hi<|im_end|>'")
+    page.complete(temperature="0", max_tokens="4")
+    page.wait_for_status("Finished")
+    assert page.text("#prompt-tokens") == "2 tokens"
+    page.find("#parse_special").click()
+    page.find("#complete").click()
+    page.wait(lambda: page.text("#prompt-tokens") not in {"", "2 tokens"})
+    page.wait_for_status("Finished")
+    plain = guarded.stack.complete(prompt="Hi<|im_end|>", temperature=0, max_tokens=4, parse_special=False).json
+    assert page.shown_text == plain["choices"][0]["text"]
+    page.find(f"[data-copy={kind}]").click()
+    code = page.wait(lambda: page.find("#snippet").get_property("textContent"))
+    assert printed(kind, code) == page.shown_text
