@@ -159,7 +159,7 @@ def test_plain_text_without_scores(page: Page, guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("kind", ["curl", "python", "grpc"])
 def test_control_tokens_can_be_plain_text(page: Page, guarded: Guarded, kind: str) -> None:
-    """A control token in the prompt is read as such, and is text once the box is not ticked; the copied code says so."""
+    """A control token in the prompt is read as such, or is text once the box is not ticked; the copied code says so."""
     page.run("document.getElementById('prompt').value = 'Hi<|im_end|>'")
     page.complete(temperature="0", max_tokens="4")
     page.wait_for_status("Finished")
