@@ -95,7 +95,7 @@ def compile_contract(proto: Path) -> FileDescriptorSet:
         compiled = Path(folder) / "contract.binpb"
         includes = [
             proto,
-            ROOT / "proto" / "third_party",
+            ROOT / "proto",
             Path(protoc.__file__).parent / "_proto",
         ]
         status = protoc.main(

@@ -22,7 +22,6 @@ def generate(target: Path) -> None:
     arguments = [
         "protoc",
         f"-I{PROTO}",
-        f"-I{PROTO / 'third_party'}",
         f"-I{files('grpc_tools') / '_proto'}",
         *(f"--plugin=protoc-gen-{name}={path}" for name, path in plugins.items()),
         f"--python_out={target}",
