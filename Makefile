@@ -21,6 +21,9 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+CALLERS := build/callers
+RUNTIMES := $(addprefix $(CALLERS)/,protobuf-5 protobuf-6 protobuf-7 typescript-oldest typescript-newest go-newest)
+GENERATORS := build/generators
 GPU := .venv-gpu
 ARM64 := .venv-arm64
 GEMMA := .venv-gemma
@@ -110,9 +113,10 @@ bench-gpu: driver $(GPU)/.installed ## MODEL_DIR=... measures another model that
 	MODEL_DIR=$(or $(MODEL_DIR),$(GPU_MODEL)) $(GPU)/bin/python -m bench --peers rest-cuda engine-cuda rest engine \
 	  --loads closed ttft $(BENCH)
 
-# Three installations run in parallel.
+# The installations run in parallel.
 test-clients: $(VENV)/.test
-	$(MAKE) --no-print-directory --jobs=3 --output-sync=target $(CLIENTS)/.installed tests/clients/node_modules/.installed toolchains
+	$(MAKE) --no-print-directory --jobs=4 --output-sync=target $(CLIENTS)/.installed tests/clients/node_modules/.installed toolchains \
+	  $(GENERATORS)/.installed $(RUNTIMES:=/.installed)
 	$(BIN)/pytest -m clients tests/clients
 
 toolchains:
@@ -150,7 +154,7 @@ viewer: ## Fetches the viewer behind /docs again, and checks that it is the comm
 	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
 	cd envoy/static/vendor && sha256sum --check SHA256SUMS
 
-client-stubs: $(VENV)/.test ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes only these.
+client-stubs: $(VENV)/.test $(GENERATORS)/.installed ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes only these.
 	$(PYTHON) proto/clients.py $(LANGUAGES)
 
 bench: $(VENV)/.bench ## The service beside llama.cpp and onnxruntime-genai; BENCH="--rounds 1 ..." passes arguments on.
@@ -226,3 +230,23 @@ tests/clients/node_modules/.installed: tests/clients/package-lock.json
 	if command -v npm > /dev/null; then npm ci --silent --prefix tests/clients \
 	  && npm rebuild --silent --prefix tests/clients better-sqlite3; else echo "npm not found: its clients are skipped"; fi
 	mkdir -p $(@D) && touch $@
+
+$(GENERATORS)/.installed: proto/generators.txt | $(VENV)/.run
+	$(PYTHON3) -m venv --clear --without-pip $(@D)
+	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet --no-compile --no-deps --requirement $<
+	touch $@
+
+# Where callers live: each language's oldest and newest libraries that docs/clients.md names.
+$(CALLERS)/%/.installed: tests/clients/callers/%.txt | $(VENV)/.run
+	$(PYTHON3) -m venv --clear --without-pip $(@D)
+	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet --no-compile --requirement $<
+	touch $@
+
+$(CALLERS)/%/.installed: tests/clients/callers/%/package-lock.json
+	mkdir -p $(@D) && cp $(<D)/package.json $< $(@D)
+	if command -v npm > /dev/null; then npm ci --silent --prefix $(@D); fi
+	touch $@
+
+# The oldest are Debian 12's own. The newest are those of a moving release: where they cannot be had, a test is skipped.
+$(CALLERS)/go-newest/.installed: tests/clients/callers/install-newest-go.sh | $(VENV)/.run
+	if ! grep -qs '^12' /etc/debian_version || $< $(@D); then mkdir -p $(@D) && touch $@; else rm -rf $(@D); fi

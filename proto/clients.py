@@ -2,6 +2,8 @@
 
 The stubs are made from the callers' view of the contract: without the options that only the service and Envoy read, and
 without the method that only Envoy calls. So they need nothing but the language's own protobuf and gRPC libraries.
+
+The generators are old: generated code works with libraries of its own version and later, never with earlier ones.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2
@@ -26,11 +28,12 @@ STATUS = "google/rpc/status.proto"
 ENVOYS_METHOD = "completion.v1.CompletionService.StreamCompletionEvents"
 
 BIN = Path(sys.executable).parent
+GENERATORS_PYTHON = ROOT / "build" / "generators" / "bin" / "python"
 SEARCH = [EXAMPLES / "typescript" / "node_modules" / ".bin", ROOT / "build" / "bin", BIN]
 
 DEBIAN = "install it with examples/install-toolchains.sh (Debian 12)"
 NPM = "run `npm ci` in examples/typescript"
-PIP = "run `make client-stubs`, which installs it into .venv"
+PIP = "run `make client-stubs`, which installs it"
 
 
 class MissingToolError(Exception):
@@ -52,61 +55,103 @@ class Tool:
         if found is None:
             raise MissingToolError(f"{f'{self.program} {self.version}'.strip()} is missing: {self.source}")
         if self.version:
-            printed = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-            if self.version not in re.findall(r"\d[\d.]*", printed):
-                raise MissingToolError(f"{found} is {printed!r}, {self.version} is needed: {self.source}")
+            check_version([found], self.version, self.source)
         return found
+
+    def command(self) -> list[str]:
+        return [self.path()]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A protoc that is a Python module in build/generators, and its pinned version."""
+
+    name: str
+    version: str
+
+    def command(self) -> list[str]:
+        """The command that runs it, after a check that it is the pinned version."""
+        if not GENERATORS_PYTHON.exists():
+            raise MissingToolError(f"{self.name} {self.version} is missing: {PIP}")
+        command = [str(GENERATORS_PYTHON), "-m", self.name]
+        check_version(command, self.version, PIP)
+        return command
+
+
+def check_version(command: list[str], version: str, source: str) -> None:
+    """Raises unless the program reports this version."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    printed = (done.stdout + done.stderr).strip()
+    if done.returncode != 0 or version not in re.findall(r"\d[\d.]*", printed):
+        raise MissingToolError(f"{' '.join(command)} is {printed!r}, {version} is needed: {source}")
 
 
 PROTOC = Tool("protoc", DEBIAN, "3.21.12")
+# Those of generators.txt: grpcio-tools 1.66.2 contains protoc 27.2.
+PYTHON_MESSAGES = Module("protoc", "25.5")
+PYTHON_SERVICES = Module("grpc_tools.protoc", "27.2")
 GRPC_TOOLS_PROTOC = [sys.executable, "-m", "grpc_tools.protoc"]
 
 
 @dataclass(frozen=True)
-class Language:
-    """How protoc makes one language's stubs: its output flags, {out} being the folder, and its plugins by flag."""
+class Run:
+    """A run of protoc: its output flags, {out} being the folder, and its plugins by flag."""
 
     flags: tuple[str, ...]
-    plugins: dict[str, Tool]
-    protoc: Tool | None = None  # None: that of grpcio-tools
+    plugins: dict[str, Tool] = field(default_factory=dict)
+    protoc: Tool | Module | None = None  # None: that of .venv's grpcio-tools
     sources: tuple[str, ...] = (CONTRACT,)
 
 
 LANGUAGES = {
-    "python": Language(
-        ("--python_out={out}", "--grpc_python_out={out}", "--mypy_out=quiet:{out}", "--mypy_grpc_out=quiet:{out}"),
-        {name: Tool(f"protoc-gen-{name}", PIP) for name in ("mypy", "mypy_grpc")},
-    ),
-    "typescript": Language(
-        ("--es_out={out}", "--es_opt=target=ts,import_extension=js"),
-        {"es": Tool("protoc-gen-es", NPM, "2.12.0")},
-    ),
-    "go": Language(
-        (
-            "--go_out={out}",
-            "--go_opt=paths=source_relative",
-            "--go-grpc_out={out}",
-            "--go-grpc_opt=paths=source_relative",
+    "python": (
+        Run(
+            ("--python_out={out}", "--mypy_out=quiet:{out}", "--mypy_grpc_out=quiet:{out}"),
+            {name: Tool(f"protoc-gen-{name}", PIP) for name in ("mypy", "mypy_grpc")},
+            PYTHON_MESSAGES,
         ),
-        {"go": Tool("protoc-gen-go", DEBIAN, "1.28.1"), "go-grpc": Tool("protoc-gen-go-grpc", DEBIAN, "1.0")},
-        PROTOC,
+        Run(("--grpc_python_out={out}",), protoc=PYTHON_SERVICES),
     ),
-    "java": Language(
-        ("--java_out={out}", "--grpc_out={out}"),
-        {"grpc": Tool("grpc_java_plugin", DEBIAN)},
-        PROTOC,
-        (CONTRACT, STATUS),
+    "typescript": (
+        Run(
+            ("--es_out={out}", "--es_opt=target=ts,import_extension=js"),
+            {"es": Tool("protoc-gen-es", NPM, "2.2.0")},
+        ),
     ),
-    "cpp": Language(
-        ("--cpp_out={out}", "--grpc_out={out}"),
-        {"grpc": Tool("grpc_cpp_plugin", DEBIAN)},
-        PROTOC,
-        (CONTRACT, STATUS),
+    "go": (
+        Run(
+            (
+                "--go_out={out}",
+                "--go_opt=paths=source_relative",
+                "--go-grpc_out={out}",
+                "--go-grpc_opt=paths=source_relative",
+            ),
+            {"go": Tool("protoc-gen-go", DEBIAN, "1.28.1"), "go-grpc": Tool("protoc-gen-go-grpc", DEBIAN, "1.0")},
+            PROTOC,
+        ),
     ),
-    "csharp": Language(
-        ("--csharp_out={out}", "--grpc_out={out}", "--grpc_opt=no_server"),
-        {"grpc": Tool("grpc_csharp_plugin", DEBIAN)},
-        PROTOC,
+    "java": (
+        Run(
+            ("--java_out={out}", "--grpc_out={out}"),
+            {"grpc": Tool("grpc_java_plugin", DEBIAN)},
+            PROTOC,
+            (CONTRACT, STATUS),
+        ),
+    ),
+    "cpp": (
+        Run(
+            ("--cpp_out={out}", "--grpc_out={out}"),
+            {"grpc": Tool("grpc_cpp_plugin", DEBIAN)},
+            PROTOC,
+            (CONTRACT, STATUS),
+        ),
+    ),
+    "csharp": (
+        Run(
+            ("--csharp_out={out}", "--grpc_out={out}", "--grpc_opt=no_server"),
+            {"grpc": Tool("grpc_csharp_plugin", DEBIAN)},
+            PROTOC,
+        ),
     ),
 }
 
@@ -164,14 +209,17 @@ def write_view(folder: Path) -> Path:
 
 def generate(name: str, view: Path) -> Path:
     """Writes one language's stubs into an emptied folder, and returns the folder."""
-    language = LANGUAGES[name]
-    protoc = [language.protoc.path()] if language.protoc else GRPC_TOOLS_PROTOC
-    plugins = [f"--plugin=protoc-gen-{flag}={tool.path()}" for flag, tool in language.plugins.items()]
     out = EXAMPLES / name / "stubs"
+    commands = []
+    for part in LANGUAGES[name]:
+        protoc = part.protoc.command() if part.protoc else GRPC_TOOLS_PROTOC
+        plugins = [f"--plugin=protoc-gen-{flag}={tool.path()}" for flag, tool in part.plugins.items()]
+        flags = [flag.format(out=out) for flag in part.flags]
+        commands.append([*protoc, f"--descriptor_set_in={view}", *plugins, *flags, *part.sources])
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    flags = [flag.format(out=out) for flag in language.flags]
-    run(*protoc, f"--descriptor_set_in={view}", *plugins, *flags, *language.sources)
+    for command in commands:
+        run(*command)
     return out
 
 
