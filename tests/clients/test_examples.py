@@ -120,15 +120,6 @@ def test_a_missing_generator_is_named() -> None:
     assert "no such language: cobol; there are python, typescript, go, java, cpp, csharp" in unknown.stderr
 
 
-def test_the_stubs_live_beside_googles_own_types() -> None:
-    """google.api's types, from their own package, and the stubs load into one process, in either order."""
-    build("python")
-    google, stubs = "import google.api.annotations_pb2, google.api.httpbody_pb2", "import completion.v1.completion_pb2"
-    for program in (f"{google}\n{stubs}", f"{stubs}\n{google}"):
-        done = run(BUILD / "python" / "bin" / "python", "-c", program)
-        assert done.returncode == 0, done.stderr
-
-
 def test_the_wheel_needs_protobuf_and_grpcio_alone(stack: Stack, tmp_path: Path) -> None:
     """The stubs' wheel installs with protobuf, grpcio and what grpcio itself needs, and completes with them."""
     build("python")
