@@ -87,7 +87,17 @@ def test_promptfoo(here: Workplace, greedy: dict) -> None:
 
 def test_buf_curl(here: Workplace, greedy: dict) -> None:
     """With only the contract, buf curl streams the greedy text through Envoy."""
-    output = here.bash("`buf curl`")
+    check_pieces(here.bash("`buf curl`"), greedy)
+
+
+def test_grpcurl(here: Workplace, greedy: dict) -> None:
+    """With only the contract and one import path, grpcurl streams the greedy text through Envoy."""
+    here.needs("grpcurl")
+    check_pieces(here.bash("`grpcurl`"), greedy)
+
+
+def check_pieces(output: str, greedy: dict) -> None:
+    """A command has printed the messages of a stream as JSON, one after the other."""
     pieces, decoder = [], json.JSONDecoder()
     while output.strip():
         piece, end = decoder.raw_decode(output.lstrip())
@@ -96,6 +106,13 @@ def test_buf_curl(here: Workplace, greedy: dict) -> None:
     assert "".join(piece.get("text", "") for piece in pieces) == greedy["text"]
     assert [piece.get("finishReason") for piece in pieces][-1] == "FINISH_REASON_LENGTH"
     assert len(pieces) > 3
+
+
+def test_grpc_js(here: Workplace, greedy: dict) -> None:
+    """With only the contract and one import path, grpc-js prints the greedy text, whole and streamed."""
+    here.needs("proto-loader-gen-types")
+    output = here.run("node", here.write("program.mjs", "grpc-js, with proto-loader", "js"))
+    assert output == f"{greedy['text']}\n{greedy['text']}\n"
 
 
 class Page(Files):
