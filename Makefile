@@ -35,7 +35,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-sizes test-gemma gemma-terms toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer soak bench clean
+.PHONY: run test test-sizes test-gemma gemma-terms toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer supported soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -153,6 +153,9 @@ viewer: ## Fetches the viewer behind /docs again, and checks that it is the comm
 	folder=$$(mktemp -d) && cd $$folder && npm pack --silent $(VIEWER) && tar -xzf *.tgz && \
 	  cp package/LICENSE package/dist/browser/openapi-explorer.min.js $(CURDIR)/envoy/static/vendor/
 	cd envoy/static/vendor && sha256sum --check SHA256SUMS
+
+supported: $(VENV)/.test ## Regenerates the lists of docs/models.md.
+	$(PYTHON) -c 'from model_export.supported import write; write()'
 
 client-stubs: $(VENV)/.test $(GENERATORS)/.installed ## The callers' stubs in examples/*/stubs; LANGUAGES="go java" makes only these.
 	$(PYTHON) proto/clients.py $(LANGUAGES)

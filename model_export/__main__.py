@@ -9,8 +9,9 @@ from pathlib import Path
 
 from model_export.errors import ExportError
 from model_export.export import Options, export
-from model_export.graph.precision import MAX_KL, MAX_KL_INT4
+from model_export.graph.precision import FORMS, MAX_KL, MAX_KL_INT4
 from model_export.progress import progress
+from model_export.supported import help_text
 from model_export.verify.report import table
 from model_export.verify.verify import FEWEST_TOKENS, MAX_TOKENS, MIN_TOKENS
 
@@ -70,11 +71,17 @@ def _printable(message: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m model_export", description="Exports a language model to ONNX.")
+    parser = argparse.ArgumentParser(
+        "python -m model_export",
+        description="Exports a language model to ONNX.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "source",
         type=Path,
-        help="a GGUF file, a Hugging Face directory, or a model's name on the hub: owner/name, owner/name@revision",
+        help="a GGUF file, a Hugging Face directory, or a model's name on the hub: owner/name, owner/name@revision, or "
+        "owner/name:Q4_K_M with the form of a GGUF file",
     )
     parser.add_argument("directory", type=Path, help="the model directory to write")
     parser.add_argument("--id", help="the model's id; the source's name without its quantization by default")
@@ -82,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--owned-by", help="who owns the model; the source's organization by default")
     parser.add_argument(
         "--quantization",
-        choices=("auto", "int4", "int4-int8", "int8", "float16", "float32"),
+        choices=tuple(FORMS),
         default="auto",
         help="form of the matrices; auto keeps 4-bit sources in 4 bits and uses 8 bits for all others",
     )

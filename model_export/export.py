@@ -19,7 +19,7 @@ from model_export.graph.operators import LinearForm
 from model_export.graph.precision import Precision, TargetDevice, choose_precision
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Source
-from model_export.opening import read_source
+from model_export.opening import check_before_download, read_source
 from model_export.room import check_room
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.sources.hugging_face.hub import download, hub_name
@@ -74,7 +74,7 @@ def export(
     for sentence in remove_leftovers(directory):
         say(sentence)
     check_destination(path, directory, overwrite=options.overwrite)
-    path, source, options = _open(path, options)
+    path, source, options = _open(path, options, progress)
     precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
     if options.prompts in ("int8", "float32") and precision.activations == "float16":
         raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
@@ -209,12 +209,13 @@ def _prefill_forms(
     return [form for form in fast if weights * BYTES_PER_WEIGHT[form] <= PREFILL_GRAPH_BYTES]
 
 
-def _open(path: Path, options: Options) -> tuple[Path, Source, Options]:
+def _open(path: Path, options: Options, progress: Progress) -> tuple[Path, Source, Options]:
     """The path of the source, the source, and the options, completed by its name and owner on the hub."""
     name = None if path.exists() else hub_name(str(path))
     if name is not None:
-        path = download(name)
-        options = replace(options, id=options.id or name.name, owned_by=options.owned_by or name.owner)
+        path = download(name, check_before_download, progress)
+        own_name = None if name.form else name.name
+        options = replace(options, id=options.id or own_name, owned_by=options.owned_by or name.owner)
     return path, read_source(path), options
 
 

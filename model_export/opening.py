@@ -11,9 +11,13 @@ from model_export.graph.source import Source
 from model_export.mobius import source as mobius
 from model_export.native.source import DecoderSource
 from model_export.sources import families
-from model_export.sources.gguf.read import open_gguf, read_gguf
+from model_export.sources.files import read_json
+from model_export.sources.gguf.read import open_gguf, open_header, read_gguf
+from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
+from model_export.sources.hugging_face.architecture import read_architecture
+from model_export.sources.hugging_face.config import TokenIds, read_config
 from model_export.sources.hugging_face.directory import read_directory
-from model_export.sources.hugging_face.read import read_hugging_face
+from model_export.sources.hugging_face.read import read_hugging_face, vocabulary_from_directory
 from model_export.sources.vocabulary import check_vocabulary
 
 
@@ -28,6 +32,30 @@ def read_source(path: Path) -> Source:
             raise
         raise ExportError(f"{path}: {error}") from error
     return source
+
+
+def check_before_download(path: Path) -> None:
+    """Raises ExportError for a source that cannot be exported, as far as can be told without its weights.
+
+    `path` is a GGUF file of which only the header is there, or a directory in which files are missing.
+    """
+    if path.is_file():
+        metadata = open_header(path).metadata
+        family = metadata.require("general.architecture")
+        if family not in (*families.NATIVE_GGUF, *families.MOBIUS_GGUF):
+            raise families.refusal(family, {"num_experts": metadata.get(f"{family}.expert_count")}, gguf=True)
+        vocabulary = vocabulary_from_metadata(metadata)
+        check_vocabulary(path.name, vocabulary, len(metadata.require("tokenizer.ggml.tokens")))
+        return
+    entries, where = read_json(path, "config.json"), str(path / "config.json")
+    config = read_config(where, entries)
+    if config.model_type in families.MOBIUS:
+        ids = mobius.check_configuration(where, entries)
+    else:
+        read_architecture(config, entries)
+        ids = config
+    if (path / "tokenizer.json").exists():
+        vocabulary_from_directory(path, ids, TokenIds())
 
 
 def _open(path: Path) -> Source:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from model_export.errors import ExportError
 from model_export.graph.quantize import PLAIN_FORMS, Activations, Form
+
+# The values of --quantization: what becomes of weights, and of which sources exactly.
+FORMS: Mapping[Form | Literal["auto"], tuple[str, str]] = {
+    "auto": ("`int4-int8` for 4-bit sources, `int8` for all others; for GPUs `float16` in place of `int8`", "-"),
+    "int4-int8": (
+        "4-bit blocks exactly, with an integer zero point, and the rest of the exact zero point as a stored remainder; "
+        "8 bits for matrices that are not in 4-bit blocks",
+        "Q4_0, Q4_1",
+    ),
+    "int4": ("the same for 4-bit blocks; all other matrices are rounded to 4 bits", "Q4_0, Q4_1"),
+    "int8": ("8 bits", "Q8_0"),
+    "float16": ("not quantized, in float16", "float16"),
+    "float32": ("not quantized", "all"),
+}
 
 # The device that a model is exported for.
 TargetDevice = Literal["cpu", "cuda"]

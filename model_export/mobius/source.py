@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,14 +140,18 @@ class MobiusSource:
 
 def from_directory(directory: Directory) -> MobiusSource:
     """The source in a Hugging Face directory of a family in `families.MOBIUS`."""
-    entries, config = directory.entries, directory.config
-    where, text = str(directory.path / "config.json"), entries.get("text_config", {})
+    ids = check_configuration(str(directory.path / "config.json"), directory.entries)
+    return MobiusSource(directory, directory_origin(directory, ids), directory.config.model_type)
+
+
+def check_configuration(where: str, entries: Mapping[str, Any]) -> TokenIds:
+    """The tokens in a config.json. Raises ExportError where its `entries` ask for a variant that cannot be built."""
+    text = entries.get("text_config") or {}
     if not isinstance(text, dict):
         raise ExportError(f"{where}: text_config is {abbreviated(text)}, expected an object")
-    for part in (entries, {**text, "model_type": f"{config.model_type}_text"}):
+    for part in (entries, {**text, "model_type": f"{entries['model_type']}_text"}):
         check_variant(where, part)
-    ids = parse(TokenIds, where, {**text, **entries})
-    return MobiusSource(directory, directory_origin(directory, ids), config.model_type)
+    return parse(TokenIds, where, {**text, **entries})
 
 
 def from_gguf(model: GgufModel) -> MobiusSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -98,11 +99,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Origin:
-    """What every source has, whatever its architecture.
+    """What every source has, whatever its architecture. It lies at `path`.
 
     `weights` names the form of the source's matrices, `size` is that of its weight files in bytes.
     """
 
+    path: Path
     name: str
     organization: str
     weights: str
@@ -125,7 +127,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.architecture.rotary.frequencies).all():
-            raise ExportError(f"{self.origin.name}: the rotary frequencies are not finite")
+            raise ExportError(f"{self.origin.path}: the rotary frequencies are not finite")
         expected = self.architecture.tensor_shapes()
         extra = sorted(self.tensors.keys() - expected.keys())
         family = self.architecture.family.name
@@ -133,12 +135,12 @@ class Checkpoint:
         for name, shape in expected.items():
             stored = self.stored_name(name)
             if name not in self.tensors:
-                raise ExportError(f"{self.origin.name} has no tensor {stored}{', but ' if extra else ''}{unused}")
+                raise ExportError(f"{self.origin.path} has no tensor {stored}{', but ' if extra else ''}{unused}")
             if self.tensors[name].shape != shape:
                 actual = list(self.tensors[name].shape)
-                raise ExportError(f"{self.origin.name}: tensor {stored} has shape {actual}, expected {list(shape)}")
+                raise ExportError(f"{self.origin.path}: tensor {stored} has shape {actual}, expected {list(shape)}")
         if extra:
-            raise ExportError(f"{self.origin.name} has {unused}")
+            raise ExportError(f"{self.origin.path} has {unused}")
 
     def tensor(self, name: str) -> LazyTensor:
         """The tensor `name` in the form that it has in the source.
@@ -152,7 +154,7 @@ class Checkpoint:
                 matrix = tensor.read(rows)
             if not is_finite(matrix):
                 raise ExportError(
-                    f"{self.origin.name}: tensor {self.stored_name(name)} holds a weight that is not finite"
+                    f"{self.origin.path}: tensor {self.stored_name(name)} holds a weight that is not finite"
                 )
             return matrix
 

@@ -46,11 +46,13 @@ class Windows:
 class Family:
     """A family of the Llama architecture: what its class in transformers computes, and the layout of its files.
 
-    `name` is config.json's `model_type`, `gguf` the `general.architecture` of GGUF files, None where GGUF files have
-    no architecture of their own for this family. Defaults of entries apply where config.json does not have them.
+    `name` is config.json's `model_type`, `title` what its models are called, `gguf` the `general.architecture` of GGUF
+    files, None where GGUF files have no architecture of their own for this family. Defaults of entries apply where
+    config.json does not have them.
     """
 
     name: str
+    title: str
     gguf: str | None = None
     tied_embedding: bool = False
     norm_epsilon: float = 1e-6
@@ -91,20 +93,23 @@ class Family:
 FAMILIES = (
     Family(
         "llama",
+        "Llama, SmolLM, SmolLM2, Yi and others with the same architecture",
         gguf="llama",
         biases=(Biases(ATTENTION, "attention_bias"), Biases(MLP, "mlp_bias")),
         gguf_adjacent_pairs=True,
     ),
-    Family("mistral", windows=Windows(size=4096)),
-    Family("ministral", windows=Windows(size=4096)),
+    Family("mistral", "Mistral", windows=Windows(size=4096)),
+    Family("ministral", "Ministral", windows=Windows(size=4096)),
     Family(
         "qwen2",
+        "Qwen2, Qwen2.5",
         gguf="qwen2",
         biases=(Biases(QUERY_KEY_VALUE),),
         windows=Windows(size=4096, opt_in=True, layers="late"),
     ),
     Family(
         "qwen3",
+        "Qwen3",
         gguf="qwen3",
         head_dim=128,
         biases=(Biases(ATTENTION, "attention_bias"),),
@@ -113,6 +118,7 @@ FAMILIES = (
     ),
     Family(
         "smollm3",
+        "SmolLM3",
         gguf="smollm3",
         tied_embedding=True,
         biases=(Biases(ATTENTION, "attention_bias"), Biases(MLP, "mlp_bias")),
@@ -123,6 +129,7 @@ FAMILIES = (
     ),
     Family(
         "phi3",
+        "Phi-3, Phi-3.5, Phi-4",
         gguf="phi3",
         norm_epsilon=1e-5,
         windows=Windows(reads_layer_types=False),
@@ -134,6 +141,7 @@ FAMILIES = (
     ),
     Family(
         "seed_oss",
+        "Seed-OSS",
         gguf="seed_oss",
         head_dim=128,
         biases=(
@@ -159,11 +167,25 @@ FAMILIES = (
 # Families that `native` builds, without torch, by their names in config.json and in GGUF files.
 NATIVE: Mapping[str, Family] = {family.name: family for family in FAMILIES if family.directories}
 NATIVE_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES if family.gguf}
-# Families that `mobius` builds, with the extra `families`, by their names in config.json.
-MOBIUS = (
-    *("arcee", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "nemotron"),
-    *("olmo", "olmo2", "olmo3", "phi", "stablelm", "starcoder2"),
-)
+# Families that `mobius` builds, with the extra `families`: their names in config.json, and what they are called.
+MOBIUS: Mapping[str, str] = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3, its text decoder",
+    "gemma3_text": "Gemma 3, text only",
+    "gpt2": "GPT-2",
+    "gpt_bigcode": "StarCoder and others with the same architecture",
+    "starcoder2": "StarCoder2",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "phi": "Phi-1.5, Phi-2",
+    "granite": "Granite",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "nemotron": "Nemotron",
+    "stablelm": "StableLM",
+    "arcee": "Arcee",
+}
 # Those of them that can also be read from GGUF files.
 MOBIUS_GGUF = ("gemma2", "gpt2")
 

@@ -127,5 +127,5 @@ def abbreviated(value: object) -> str:
     """A value for an error message, cut off after 80 characters."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = repr(value)
+    text = " ".join(repr(value).split())  # arrays have several lines
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -192,10 +192,10 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 def _tokens(source: Source, most: int) -> NDArray[np.int64]:
     limit = min(most, source.dimensions.context_length)
     vocabulary = source.origin.vocabulary
-    with reported_as(f"{source.origin.name}: its tokenizer fails on plain text"):
+    with reported_as(f"{source.origin.path}: its tokenizer fails on plain text"):
         ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
     if vocabulary.add_bos and vocabulary.bos is not None:
         ids = [vocabulary.bos, *ids]
     if len(ids) < 2:
-        raise ExportError(f"{source.origin.name}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
+        raise ExportError(f"{source.origin.path}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
     return np.array(ids[:limit], np.int64)

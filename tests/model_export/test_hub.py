@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from model_export.sources.hugging_face.hub import HubName, hub_name
 from service import manifest
@@ -26,12 +29,16 @@ NAME = "Somebody/Tiny-1M"
 
 
 class Hub(ThreadingHTTPServer):
-    """The paths of a hub's API that the client uses, for one model in `folder`. `asked` records the requests."""
+    """The paths of a hub's API that are used, for one model in `folder`. `asked` records the requests."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.asked: list[str] = []
+        # The name of a file and the first byte of each part of it that was asked for.
+        self.ranges: list[tuple[str, int]] = []
+        # What is sent in place of a file's own content.
+        self.sent: dict[str, bytes] = {}
 
     @property
     def url(self) -> str:
@@ -63,13 +70,33 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if "/tree/" in path:
             return self._send(200, json.dumps([self._entry(file) for file in self._files()]).encode(), {}, body)
-        if path.startswith("/api/"):
-            siblings = [{"rfilename": str(file.relative_to(self.server.folder))} for file in self._files()]
-            info = {"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
-            return self._send(200, json.dumps(info).encode(), {}, body)
-        file = self.server.folder / path.split(f"/resolve/{COMMIT}/")[1]
-        headers = {"ETag": f'"{self._entry(file)["oid"]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        return self._send(200, file.read_bytes(), headers, body)
+        if not path.startswith("/api/"):
+            return self._send_file(self.server.folder / path.split(f"/resolve/{COMMIT}/")[1], body)
+        siblings = [self._sibling(file) for file in self._files()]
+        info = {"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
+        return self._send(200, json.dumps(info).encode(), {}, body)
+
+    def _send_file(self, file: Path, body: bool) -> None:
+        sibling = self._sibling(file)
+        etag = sibling["lfs"]["sha256"] if "lfs" in sibling else sibling["blobId"]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        data = self.server.sent.get(file.name, file.read_bytes())
+        status = 200
+        if body and (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            self.server.ranges.append((file.name, int(wanted[1])))
+            end = min(len(data), int(wanted[2]) + 1 if wanted[2] else len(data))
+            headers["Content-Range"] = f"bytes {wanted[1]}-{end - 1}/{len(data)}"
+            status, data = 206, data[int(wanted[1]) : end]
+        self._send(status, data, headers, body)
+
+    def _sibling(self, file: Path) -> dict[str, Any]:
+        """A file's entry in the description of the model; LFS holds large ones under the hash of their content."""
+        entry = self._entry(file)
+        made: dict[str, Any] = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+        if file.suffix in (".safetensors", ".gguf"):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            made["lfs"] = {"sha256": digest, "size": entry["size"], "pointerSize": 134}
+        return made
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.server.folder.rglob("*") if file.is_file())
@@ -154,12 +181,134 @@ def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+EARLY: dict[str, tuple[dict[str, Any], str]] = {
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq) are supported only as"),
+    "activation": ({"hidden_act": "gelu"}, "activation 'gelu' is not supported; supported is silu"),
+    "rotation": ({"rope_scaling": {"rope_type": "foo"}}, "rotary scaling 'foo' is not supported in qwen2"),
+    "head size": ({"head_dim": 100}, "the head size is 100, supported are multiples of 16"),
+    "variant": ({"model_type": "nemotron", "mlp_bias": True}, "mlp_bias is True, supported with nemotron is False"),
+    "tokenizer": ({}, "is not a tokenizer"),
+}
+NO_FILES = {
+    "tokenizer.json": "has no tokenizer.json on the hub; a slow tokenizer has to be converted first",
+    "*.safetensors": "has no safetensors on the hub; other weights have to be converted first",
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_refused_before_the_weights(hub: Hub, tmp_path: Path, case: str) -> None:
+    """What can be told without weights is told before any of them is downloaded."""
+    changes, message = EARLY[case]
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | changes))
+    if case == "tokenizer":
+        (hub.folder / "tokenizer.json").write_text("{}")
+    refused(hub, tmp_path, NAME, message)
+
+
+@pytest.mark.parametrize("missing", NO_FILES)
+def test_refused_for_what_is_missing(hub: Hub, tmp_path: Path, missing: str) -> None:
+    """So is a file that the model does not have."""
+    for file in hub.folder.glob(missing):
+        file.unlink()
+    refused(hub, tmp_path, NAME, NO_FILES[missing])
+
+
+def test_adapters(hub: Hub, tmp_path: Path) -> None:
+    """An adapter is refused, also beside a whole model, as in a directory."""
+    (hub.folder / "adapter_config.json").write_text("{}")
+    refused(hub, tmp_path, NAME, "is an adapter (adapter_config.json); merge it into its model first")
+
+
+def refused(hub: Hub, tmp_path: Path, source: str, message: str) -> None:
+    """The model is refused in one sentence, and no weights were asked for."""
+    ran = run(hub.url, tmp_path / "home", source, str(tmp_path / "out" / "model"))
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith(f"model_export: {source}")
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not any(path.endswith((".safetensors", ".gguf")) for path in hub.asked)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def gguf_hub(hub: Hub) -> Hub:
+    """The hub with two forms of a GGUF model, one of them in two parts."""
+    for file in hub.folder.iterdir():
+        if file.is_file():
+            file.unlink()
+    tiny.gguf(hub.folder / "Tiny-1M-Q8_0.gguf", GGMLQuantizationType.Q8_0)
+    (hub.folder / "Q4_0").mkdir()
+    tiny.gguf(hub.folder / "Q4_0" / "Tiny-1M-Q4_0.gguf", GGMLQuantizationType.Q4_0, split_max_tensors=12)
+    (hub.folder / "mmproj-Tiny-1M-F16.gguf").write_bytes(b"GGUF")
+    return hub
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "q4_0"])
+def test_a_gguf_file(gguf_hub: Hub, tmp_path: Path, form: str) -> None:
+    """`owner/name:form` is that GGUF file, in all its parts, and only that."""
+    ran = run(gguf_hub.url, tmp_path / "home", f"{NAME}:{form}", str(tmp_path / "model"), "--max-kl", "0.3")
+    assert ran.returncode == 0, ran.stderr
+    described = manifest.load(tmp_path / "model")
+    assert (described.id, described.owned_by) == ("Tiny-1M", "Somebody")
+    assert described.quantization.source == form.upper()
+    assert {form.upper()} == {name for path in gguf_hub.asked for name in ("Q8_0", "Q4_0") if f"{name}" in path}
+    again = run("http://127.0.0.1:9", tmp_path / "home", f"{NAME}:{form}", str(tmp_path / "2"), "--max-kl", "0.3")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_broken_download_goes_on(gguf_hub: Hub, tmp_path: Path) -> None:
+    """A download goes on where an earlier one ended."""
+    content = (gguf_hub.folder / "Tiny-1M-Q8_0.gguf").read_bytes()
+    blobs = tmp_path / "home" / "hub" / "models--Somebody--Tiny-1M" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(content).hexdigest()}.unfinished").write_bytes(content[:50_000])
+    ran = run(gguf_hub.url, tmp_path / "home", f"{NAME}:Q8_0", str(tmp_path / "model"), "--max-kl", "0.3")
+    assert ran.returncode == 0, ran.stderr
+    assert gguf_hub.ranges == [("Tiny-1M-Q8_0.gguf", 0), ("Tiny-1M-Q8_0.gguf", 50_000)]
+
+
+@pytest.mark.parametrize("source", [f"{NAME}:Q8_0", NAME])
+def test_other_bytes(hub: Hub, tmp_path: Path, source: str, request: pytest.FixtureRequest) -> None:
+    """A file that is not what the hub says it is is refused and removed, so that another export downloads it again."""
+    if ":" in source:
+        request.getfixturevalue("gguf_hub")
+    name = "Tiny-1M-Q8_0.gguf" if ":" in source else "model-0.safetensors"
+    content = (hub.folder / name).read_bytes()
+    hub.sent[name] = content[:-1] + bytes([content[-1] ^ 1])
+    ran = run(hub.url, tmp_path / "home", source, str(tmp_path / "model"), "--max-kl", "0.3")
+    assert ran.returncode == 2
+    assert f"expected {hashlib.sha256(content).hexdigest()}; it was removed" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    hub.sent.clear()
+    assert run(hub.url, tmp_path / "home", source, str(tmp_path / "model"), "--max-kl", "0.3").returncode == 0
+
+
+def test_an_unsupported_gguf_file(gguf_hub: Hub, tmp_path: Path) -> None:
+    """The header of a GGUF file is checked before the rest is downloaded."""
+    file = gguf_hub.folder / "Tiny-1M-Q8_0.gguf"
+    file.write_bytes(file.read_bytes().replace(b"llama", b"olmo2"))
+    ran = run(gguf_hub.url, tmp_path / "home", f"{NAME}:Q8_0", str(tmp_path / "model"))
+    assert ran.returncode == 2
+    assert "'olmo2' is supported as a Hugging Face directory, not as a GGUF file" in ran.stderr
+    assert gguf_hub.ranges == [(file.name, 0)]
+    assert not list((tmp_path / "home").rglob("*.gguf"))
+
+
+def test_other_forms(gguf_hub: Hub, tmp_path: Path) -> None:
+    """A form that is not there, and none where one is needed, is refused with those that are there."""
+    refused(
+        gguf_hub, tmp_path, f"{NAME}:Q2_K", "has no GGUF file of the form Q2_K on the hub; its forms are Q4_0, Q8_0"
+    )
+    refused(gguf_hub, tmp_path, NAME, f"but GGUF files; name one of them: {NAME}:Q4_0, {NAME}:Q8_0")
+
+
 def test_no_configuration(hub: Hub, tmp_path: Path) -> None:
     """A model without a configuration, for example with only GGUF files, is refused for that reason."""
     (hub.folder / "config.json").unlink()
     ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
     assert ran.returncode == 2
-    assert f"{NAME} has no config.json on the hub" in ran.stderr
+    assert f"{NAME} has no config.json on the hub, so it is no model" in ran.stderr
     assert not any("/resolve/" in path for path in hub.asked)
 
 
@@ -193,6 +342,11 @@ def test_no_network(tmp_path: Path) -> None:
     [
         ("a/b", HubName("a", "b", None)),
         ("HuggingFaceTB/SmolLM2-135M@refs/pr/1", HubName("HuggingFaceTB", "SmolLM2-135M", "refs/pr/1")),
+        ("a/b:Q4_K_M", HubName("a", "b", None, "Q4_K_M")),
+        ("a/b@v1:Q8_0", HubName("a", "b", "v1", "Q8_0")),
+        (str(Path("https://huggingface.co/a/b")), HubName("a", "b")),
+        (str(Path("https://huggingface.co/a/b/tree/v1/")), HubName("a", "b", "v1")),
+        ("a/b:", None),
         ("model.gguf", None),
         ("/a/b", None),
         ("./a/b", None),

@@ -17,7 +17,7 @@ from model_export.errors import ExportError
 from model_export.sources import weights
 from model_export.sources.checkpoint import Architecture, Checkpoint, Origin, split_fused
 from model_export.sources.gguf import config
-from model_export.sources.gguf.header import Tensor, read_header
+from model_export.sources.gguf.header import Header, Tensor, read_header
 from model_export.sources.gguf.keys import check_metadata
 from model_export.sources.gguf.metadata import Metadata
 from model_export.sources.gguf.tokenizer import vocabulary_from_metadata
@@ -58,12 +58,8 @@ class GgufModel:
 
 def open_gguf(path: Path) -> GgufModel:
     """Reads the headers of a model's files. Raises ExportError where they are not complete or not one model."""
-    headers = [read_header(part) for part in _parts(path)]
-    for header in headers:
-        check_metadata(header)
+    headers = [open_header(part) for part in _parts(path)]
     metadata = headers[0].metadata
-    if kind := NO_MODELS.get(metadata.get("general.type", "")):
-        raise ExportError(f"{path}: general.type is {metadata['general.type']!r}: {kind}")
     if (count := metadata.get("split.count", 0)) > len(headers):
         raise ExportError(f"{path} is one of {count} parts, but not named -00001-of-{count:05}.gguf")
     stored = [tensor for header in headers for tensor in header.tensors]
@@ -71,6 +67,15 @@ def open_gguf(path: Path) -> GgufModel:
     if len(tensors) < len(stored):
         raise ExportError(f"{path} and the parts that follow it hold a tensor twice")
     return GgufModel(path, len(headers), sum(header.size for header in headers), metadata, tensors)
+
+
+def open_header(path: Path) -> Header:
+    """The checked header of one file. Raises ExportError where the file is not complete or no model."""
+    header = read_header(path)
+    check_metadata(header)
+    if kind := NO_MODELS.get(header.metadata.get("general.type", "")):
+        raise ExportError(f"{path}: general.type is {header.metadata['general.type']!r}: {kind}")
+    return header
 
 
 def gguf_name(path: Path) -> str:
@@ -109,6 +114,7 @@ def read_gguf(model: GgufModel) -> Checkpoint:
 def gguf_origin(model: GgufModel) -> Origin:
     """The name, the tokenizer and the weights' form of a model."""
     return Origin(
+        path=model.path,
         name=gguf_name(model.path),
         organization=model.metadata.get("general.organization", ""),
         weights=_main_type(model.tensors.values()),

@@ -90,6 +90,7 @@ def directory_origin(directory: Directory, ids: TokenIds) -> Origin:
     """The name, the tokenizer and the weights' form of a directory whose config.json has the token `ids`."""
     organization, name = _origin_name(directory.path.resolve())
     return Origin(
+        path=directory.path,
         name=name,
         organization=organization,
         weights=directory.config.torch_dtype or directory.config.dtype or "float32",
