@@ -101,8 +101,8 @@ def _types_text() -> str:
     safetensors = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     floats = ", ".join(safetensors[kind] for kind in FLOAT_TYPES)
     return _paragraph(
-        f"Safetensors are read in {floats}. Of GGUF's types, the blocks of {kept} are kept as they are. All others that "
-        f"can be read are dequantized, then quantized to the form that `--quantization` asks for: {read}."
+        f"Safetensors are read in {floats}. Of GGUF's types, the blocks of {kept} are kept as they are. All others that"
+        f" can be read are dequantized, then quantized to the form that `--quantization` asks for: {read}."
     )
 
 

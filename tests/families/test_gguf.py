@@ -108,6 +108,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, family: Family) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     if byte_level:
+        writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges(["t h", "Ġ th", "th e"])
     else:
         writer.add_token_scores([-float(index) for index in range(len(tokens))])

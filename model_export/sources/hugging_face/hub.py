@@ -33,7 +33,7 @@ BEGINNING = 32 << 20
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(
-    rf"(?P<owner>{_PART})/(?P<name>{_PART})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?(:(?P<form>[A-Za-z0-9_]+))?"
+    rf"(?P<owner>{_PART})/(?P<name>{_PART})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?(:(?P<form>[A-Za-z0-9][A-Za-z0-9_-]*))?"
 )
 # The address of a model's page, in which a path has lost one of its slashes.
 _PAGE = re.compile(r"https?:/+(www\.)?(huggingface\.co|hf\.co)/(?P<name>[^/]+/[^/]+)(/tree/(?P<revision>[^/]+))?/*")
