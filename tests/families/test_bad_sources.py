@@ -172,7 +172,7 @@ TENSORS = [
     ("infinite", infinite, "holds a weight that is not finite"),
     ("missing tensor", removed, "weights, but its files hold "),
     ("misshapen", doubled, "expected ["),
-    ("integers", integers, "holds I8, which is not supported"),
+    ("integers", integers, "holds I8, so it is already quantized"),
 ]
 ADDED = [
     ("tensor too many", "model.evil\n.weight", np.zeros(3, np.float32), "has a tensor that its family does not have, ")

@@ -200,11 +200,19 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "rotation of each kind": (
         "ministral",
         setting(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}),
-        "'full_attention' is not supported",
+        "layers of the type 'full_attention' is not",
     ),
-    "linear phi3": ("phi3", rotary_of_old(type="linear", factor=2.0), "'linear' is not supported in phi3"),
-    "su of others": ("llama", rotary_of_old(type="su", factor=2.0), "'su' is not supported"),
-    "proportional": ("llama", rotary(rope_type="proportional"), "'proportional' is not supported"),
+    "linear phi3": (
+        "phi3",
+        rotary_of_old(type="linear", factor=2.0),
+        "rope_type is 'linear', supported in phi3 are default, ",
+    ),
+    "su of others": (
+        "llama",
+        rotary_of_old(type="su", factor=2.0),
+        "rope_type is 'su', supported in llama are default, ",
+    ),
+    "proportional": ("llama", rotary(rope_type="proportional"), "rope_type is 'proportional', supported in llama are"),
     "windows off, kinds on": (
         "qwen2-window",
         setting(use_sliding_window=False),

@@ -183,8 +183,8 @@ def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) ->
 
 EARLY: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq) are supported only as"),
-    "activation": ({"hidden_act": "gelu"}, "activation 'gelu' is not supported; supported is silu"),
-    "rotation": ({"rope_scaling": {"rope_type": "foo"}}, "rotary scaling 'foo' is not supported in qwen2"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported are silu and swish"),
+    "rotation": ({"rope_scaling": {"rope_type": "foo"}}, "rope_type is 'foo', supported in qwen2 are default"),
     "head size": ({"head_dim": 100}, "the head size is 100, supported are multiples of 16"),
     "variant": ({"model_type": "nemotron", "mlp_bias": True}, "mlp_bias is True, supported with nemotron is False"),
     "tokenizer": ({}, "is not a tokenizer"),

@@ -92,7 +92,8 @@ def _check_variant(metadata: Metadata, family: Family, head_dim: int) -> None:
     """Raises ExportError where a key asks for a computation that the builder does not have."""
     name = family.gguf
     if metadata.get(f"{name}.attention.value_length", head_dim) != head_dim:
-        raise ExportError(f"{name}.attention.value_length other than the head size {head_dim} is not supported")
+        length = metadata[f"{name}.attention.value_length"]
+        raise ExportError(f"{name}.attention.value_length is {length}, supported is the head size, {head_dim}")
     if experts := metadata.get(f"{name}.expert_count"):
         raise ExportError(f"{name}.expert_count is {abbreviated(experts)}: {EXPERTS}")
     for key, values in {**SUPPORTED, **_supported_by_layer(metadata, family)}.items():
@@ -139,7 +140,7 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
     base = float(metadata.get(f"{family.gguf}.rope.freq_base", family.rotary_base if family.full_every else 10000.0))
     size = rotary.checked_size(metadata.get(f"{family.gguf}.rope.dimension_count", head_dim), head_dim)
     if (family.gguf_adjacent_pairs or family.full_every) and size != head_dim:
-        raise ExportError(f"{family.gguf}.rope.dimension_count other than the head size {head_dim} is not supported")
+        raise ExportError(f"{family.gguf}.rope.dimension_count is {size}, supported is the head size, {head_dim}")
     for name, values in factors.items():
         if values.shape != (size // 2,):
             raise ExportError(f"tensor {name} has shape {list(values.shape)}, expected {[size // 2]}")
@@ -147,7 +148,8 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
     if SHORT_FACTORS in factors:
         original = int(metadata.require(scaling + "original_context_length"))
         if metadata.get(scaling + "factor") not in (None, 1):
-            raise ExportError(f"{scaling}factor beside a tensor {SHORT_FACTORS} is not supported")
+            factor = metadata[scaling + "factor"]
+            raise ExportError(f"{scaling}factor is {factor}, supported beside a tensor {SHORT_FACTORS} is 1")
         factor = metadata.require(f"{family.gguf}.context_length") / original
         scale = metadata.get(scaling + "attn_factor") or rotary.longrope_scale(factor, original)
         return rotary.Rotary(rotary.plain(size, base, factors[SHORT_FACTORS]), scale, longest=original)
@@ -158,7 +160,9 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             return rotary.Rotary(plain / float(metadata.require(scaling + "factor")))
         case "yarn":
             if LLAMA3_FACTORS in factors:
-                raise ExportError(f"YaRN beside a tensor {LLAMA3_FACTORS} is not supported")
+                raise ExportError(
+                    f"{scaling}type is yarn, supported beside a tensor {LLAMA3_FACTORS} are none and linear"
+                )
             factor = float(metadata.require(scaling + "factor"))
             original = int(metadata.require(scaling + "original_context_length"))
             beta_fast = float(metadata.get(scaling + "yarn_beta_fast", 32))
@@ -169,4 +173,4 @@ def _rotary(metadata: Metadata, family: Family, head_dim: int, factors: Mapping[
             )
         case other:
             known = "none, linear, yarn, and llama3 and longrope by their factor tensors"
-            raise ExportError(f"rotary scaling {other!r} is not supported; supported are {known}")
+            raise ExportError(f"{scaling}type is {other!r}, supported are {known}")

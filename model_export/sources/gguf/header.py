@@ -43,6 +43,7 @@ READABLE = {
         *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
     )
 }
+NAMES = ", ".join(kind.name for kind in sorted(READABLE, key=int))
 # The fewest bytes of a key with its value, and of a tensor's description.
 SMALLEST_ENTRY, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # The most elements of all keys together, each of which may become a Python object.
@@ -191,7 +192,7 @@ class _Parser:
         number = self._number("<I", f"the type of tensor {name}")
         if number not in READABLE:
             type_name = next((known.name for known in GGMLQuantizationType if known == number), str(number))
-            raise self._error(f"tensor {name} is of type {type_name}, which is not supported")
+            raise self._error(f"tensor {name} is of type {type_name}, which is not supported; supported are {NAMES}")
         dtype = GGMLQuantizationType(number)
         block, size = GGML_QUANT_SIZES[dtype]
         self._ensure(

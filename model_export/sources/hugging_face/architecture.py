@@ -29,7 +29,9 @@ def read_architecture(config: Config, entries: Mapping[str, Any]) -> Architectur
     if family is None:
         raise refusal(config.model_type, entries)
     if config.hidden_act not in ACTIVATIONS:
-        raise ExportError(f"activation {config.hidden_act!r} is not supported; supported is silu")
+        raise ExportError(
+            f"config.json: hidden_act is {config.hidden_act!r}, supported are {' and '.join(ACTIVATIONS)}"
+        )
     heads = config.num_attention_heads
     head_dim = config.head_dim or family.head_dim or config.hidden_size // heads
     check_head_size("config.json", head_dim)
@@ -71,7 +73,9 @@ def _attention(config: Config, family: Family, context: int) -> tuple[LayerAtten
     layer_types = _default_layer_types(config, windows, rotates) if listed is None else listed
     _check_layers(config, len(layer_types))
     if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ExportError(f"layers of the type {min(unknown)!r} are not supported")
+        raise ExportError(
+            f"config.json: layer_types has {min(unknown)!r}, supported are full_attention and sliding_attention"
+        )
     if listed and window is None and "sliding_attention" in listed:
         raise ExportError("config.json's layer_types have windows, but no sliding_window is in use")
     window = window if window and window < context else None
@@ -115,7 +119,10 @@ def _rotary(config: Config, family: Family, head_dim: int) -> rotary.Rotary:
     """The rotation with the scaling in `rope_scaling`, or in `rope_parameters`, where newer configurations have it."""
     scaling = config.rope_scaling or config.rope_parameters or Rotation()
     if scaling.by_layer_type:
-        raise ExportError(f"rotary scaling only for layers of the type {min(scaling.by_layer_type)!r} is not supported")
+        raise ExportError(
+            f"config.json: a rotary scaling of its own for layers of the type {min(scaling.by_layer_type)!r} is not "
+            "supported, only one for all layers"
+        )
     base = float(scaling.entry("rope_theta", config.entry("rope_theta", family.rotary_base)))
     size = _rotated_size(config, scaling, family, head_dim)
     plain = rotary.plain(size, base)
@@ -140,7 +147,7 @@ def _scaling_kind(scaling: Rotation, family: Family) -> ScalingKind:
     name = scaling.entry("rope_type", scaling.entry("type", "default"))
     if str(name) not in family.scalings:
         known = ", ".join(family.scalings)
-        raise ExportError(f"rotary scaling {name!r} is not supported in {family.name}; supported are {known}")
+        raise ExportError(f"config.json: rope_type is {name!r}, supported in {family.name} are {known}")
     return family.scalings[str(name)]
 
 
@@ -170,7 +177,7 @@ def _original(config: Config, scaling: Rotation, family: Family) -> int:
 
 def _yarn(config: Config, scaling: Rotation, size: int, base: float, original: int) -> rotary.Rotary:
     if not scaling.truncate or scaling.mscale:
-        raise ExportError("YaRN with mscale or without truncate is not supported")
+        raise ExportError("config.json: YaRN is supported only with truncate true and mscale 0 or missing")
     if "factor" not in scaling.model_fields_set:
         raise ExportError("config.json has no factor, which its rotary scaling needs")
     factor = scaling.factor or config.max_position_embeddings / original
