@@ -21,7 +21,8 @@ class Tokenizer:
     """A model's vocabulary, both ways.
 
     Text becomes a control token only where it is read with control tokens. Decoding is exact: every token id has fixed
-    bytes, and a text is the joined bytes of its tokens, decoded as UTF-8.
+    bytes, except that the start of a text may lose spaces, and a text is the joined bytes of its tokens, decoded as
+    UTF-8.
     """
 
     def __init__(self, path: Path, special: SpecialTokens, vocab_size: int) -> None:

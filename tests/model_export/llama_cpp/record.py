@@ -1,7 +1,7 @@
 """Records what llama.cpp does with the vocabularies of this folder, in recorded.json.
 
-Needs llama.cpp as a library: `python -m venv V && V/bin/pip install cyllama gguf==0.19.0 tokenizers` and then, in the
-root of the repository, `V/bin/python -m tests.model_export.llama_cpp.record`.
+Needs llama.cpp as a library: `python -m venv V && V/bin/pip install cyllama gguf==0.19.0 tokenizers pydantic`. Then, in
+the root of the repository: `V/bin/python -m tests.model_export.llama_cpp.record`.
 """
 
 from __future__ import annotations
@@ -72,12 +72,24 @@ def record(names: list[str]) -> dict[str, Any]:
     }
 
 
+def table(value: Any, depth: int = 0) -> str:
+    """JSON with one row per line: objects down to the third level, and the ways to cut texts."""
+    if isinstance(value, dict) and depth < 3:
+        rows = [f"{json.dumps(name, ensure_ascii=False)}: {table(each, depth + 1)}" for name, each in value.items()]
+        opening, closing = "{", "}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+        rows = [table(each, depth + 1) for each in value]
+        opening, closing = "[", "]"
+    else:
+        return json.dumps(value, ensure_ascii=False)
+    indent = " " * (depth + 1)
+    return f"{opening}\n{indent}" + f",\n{indent}".join(rows) + f"\n{indent[1:]}{closing}"
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         print("ANSWER" + json.dumps(described(sys.argv[1], json.loads(sys.argv[2]))))
     else:
         from model_export.sources.gguf.pre_tokenizers import PRE_TOKENIZERS
 
-        answers = record([*PRE_TOKENIZERS])
-        lines = json.dumps(answers, ensure_ascii=False, indent=1)
-        RECORDED.write_text(lines + "\n", encoding="utf-8")
+        RECORDED.write_text(table(record([*PRE_TOKENIZERS])) + "\n", encoding="utf-8")
