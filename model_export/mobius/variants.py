@@ -30,8 +30,9 @@ _SIZES = (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
 # Families with a head size of their own where config.json has none, and those that rotate nothing.
 _OWN_HEAD_SIZE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 _UNROTATED = ("gpt2", "gpt_bigcode")
-# The entries for the part of each head that rotates.
+# The entries for the part of each head that rotates, and the part where none of them is there, if not all.
 _ROTATED_SHARES = ("partial_rotary_factor", "rotary_pct")
+_ROTATED_BY_DEFAULT = {"phi": 0.5, "stablelm": 0.25, "gpt_neox": 0.25, "nemotron": 0.5}
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -60,7 +61,10 @@ def _check_heads(where: str, family: str, config: Mapping[str, Any]) -> None:
     if size is None:
         return
     check_head_size(where, size, rotated=family not in _UNROTATED)
-    share = next((config[name] for name in _ROTATED_SHARES if isinstance(config.get(name), int | float)), 1)
+    rotations = [config.get(name) for name in ("rope_scaling", "rope_parameters")]
+    places = [config, *(rotation for rotation in rotations if isinstance(rotation, dict))]
+    said = [place[name] for place in places for name in _ROTATED_SHARES if isinstance(place.get(name), int | float)]
+    share = said[0] if said else _ROTATED_BY_DEFAULT.get(family, 1)
     try:
         checked_size(int(size * share), size)
     except ExportError as error:

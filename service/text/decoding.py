@@ -62,7 +62,7 @@ class Decoding:
             if (token := tokenizer.id_to_token(index)) is None:
                 continue
             self._bytes[index] = _apply(chain.steps, token)
-            if (first := _apply(chain.first_steps, token)) != self._bytes[index]:
+            if chain.first_steps != chain.steps and (first := _apply(chain.first_steps, token)) != self._bytes[index]:
                 self._first[index] = first
 
     def of_token(self, index: int) -> bytes:
