@@ -273,10 +273,16 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "unknown tensor": (
         lambda path: tiny.hugging_face(path, "qwen2", model_type="llama"),
-        "has a tensor blk.0.attn_k.bias",
+        "has a tensor model.layers.0.self_attn.k_proj.bias",
     ),
-    "unknown scaling": (lambda path: tiny.hugging_face(path, rope_scaling={"rope_type": "spiral"}), "'spiral' is not"),
-    "unknown pre-tokenizer": (lambda path: tiny.gguf(path, GGMLQuantizationType.F32, pre="foo"), "'foo' is not"),
+    "unknown scaling": (
+        lambda path: tiny.hugging_face(path, rope_scaling={"rope_type": "spiral"}),
+        "rope_type is 'spiral'",
+    ),
+    "unknown pre-tokenizer": (
+        lambda path: tiny.gguf(path, GGMLQuantizationType.F32, pre="foo"),
+        "tokenizer.ggml.pre is 'foo'",
+    ),
 }
 
 
