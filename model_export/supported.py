@@ -23,11 +23,12 @@ _PART = re.compile(r"(<!-- generated: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->\n
 
 def help_text() -> str:
     """The end of --help."""
-    rows = [(family.name, family.gguf, family.title) for family in FAMILIES]
+    rows = [(family.name, _sources(family), family.title) for family in FAMILIES]
     rows += [
-        (name, name if name in MOBIUS_GGUF else None, f"{title} (extra `families`)") for name, title in MOBIUS.items()
+        (name, "GGUF too" if name in MOBIUS_GGUF else "", f"{title} (extra `families`)")
+        for name, title in MOBIUS.items()
     ]
-    families = [f"  {name:12} {'GGUF too' if gguf else '':9} {title}" for name, gguf, title in rows]
+    families = [f"  {name:12} {sources:9} {title}" for name, sources, title in rows]
     forms = [f"  {form:12} {weights.replace('`', '')}" for form, (weights, _) in FORMS.items()]
     kept, read = _types()
     return "\n".join(
@@ -57,8 +58,15 @@ def refreshed(text: str) -> str:
     return _PART.sub(lambda match: f"{match[1]}\n{parts[match['name']]}\n\n{match[3]}", text)
 
 
+def _sources(family: Family) -> str:
+    """The sources of a family besides its directories."""
+    return "" if family.gguf is None else "GGUF too" if family.directories else "GGUF only"
+
+
 def _families() -> str:
-    rows = [(f.title, _code(f.name), _code(f.gguf), "; ".join(_properties(f))) for f in FAMILIES]
+    rows = [
+        (f.title, _code(f.name) if f.directories else "", _code(f.gguf), "; ".join(_properties(f))) for f in FAMILIES
+    ]
     return _table(("family", "`model_type`", "GGUF", "special properties"), rows)
 
 
@@ -73,6 +81,12 @@ def _properties(family: Family) -> Iterable[str]:
     if family.windows is not None:
         every = family.windows.layers == "all" and not family.windows.reads_layer_types
         yield "sliding window" if every else "sliding window, in some or all layers"
+    if family.full_every:
+        yield "sliding window in all but some layers, which rotate by a base of their own"
+    if family.gelu:
+        yield "GELU"
+    if family.post_norms:
+        yield "norms before and after each part"
     if family.unrotated_every:
         yield "layers without rotary embedding"
     if family.fused:

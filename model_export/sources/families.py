@@ -153,6 +153,7 @@ FAMILIES = (
     ),
     Family(
         "gemma3",
+        "Gemma 3, from GGUF files",
         gguf="gemma3",
         directories=False,
         qk_norm=True,
@@ -171,8 +172,8 @@ NATIVE_GGUF: Mapping[str, Family] = {family.gguf: family for family in FAMILIES 
 MOBIUS: Mapping[str, str] = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
-    "gemma3": "Gemma 3, its text decoder",
-    "gemma3_text": "Gemma 3, text only",
+    "gemma3": "Gemma 3, its text decoder, from directories",
+    "gemma3_text": "Gemma 3, text only, from directories",
     "gpt2": "GPT-2",
     "gpt_bigcode": "StarCoder and others with the same architecture",
     "starcoder2": "StarCoder2",
