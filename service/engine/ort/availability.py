@@ -17,6 +17,11 @@ from service.errors import StartupError
 _CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 
 
+def runtime() -> str:
+    """The version of onnxruntime, and how it was built."""
+    return f"{ort.__version__}, {ort.get_build_info()}"
+
+
 def provider(wanted: Literal["auto", "cpu", "cuda"], index: int) -> str:
     """Describes the device that will run the model. Raises StartupError when the wanted one is not available."""
     available = ort.get_available_providers()
