@@ -47,15 +47,29 @@ TYPES: dict[int, dict[str, Any]] = {
     FieldDescriptorProto.TYPE_FLOAT: {"type": "number"},
 }
 
-# A NullValue printed under its sibling's name, so that an unset member of the oneof is `null` rather than absent.
-NULLS = {
+# Members of a oneof that are printed under one name: of a NullValue and its sibling, so that the unset one is `null`
+# rather than absent, or of two types.
+NAMES = {
     ("Choice", "no_logprobs"): "logprobs",
+    ("Choice", "stop_text"): "stop_reason",
+    ("Choice", "stop_token_id"): "stop_reason",
     ("Error", "no_param"): "param",
     ("Error", "no_code"): "code",
     ("TokenizeResponse", "no_token_strs"): "token_strs",
     ("GetTokenizerResponse", "no_bos_token"): "bos_token",
     ("GetTokenizerResponse", "no_eos_token"): "eos_token",
     ("GetTokenizerResponse", "no_chat_template"): "chat_template",
+}
+
+# What only typed callers and answers that the service renders have: the transcoder would print an array that is not
+# there as `[]`, and the rest of the oneof under names that REST does not have.
+TYPED_ONLY = {
+    ("CreateCompletionResponse", "obfuscation"),
+    ("Choice", "complete_grammar"),
+    ("Choice", "end_token_id"),
+    ("Choice", "prompt_token_ids"),
+    ("Choice", "token_ids"),
+    ("Logprobs", "token_id_logprobs"),
 }
 
 # Laid out on the wire like a type of google.protobuf, which prints as a bare number, object, array or null.
@@ -128,10 +142,11 @@ def json_view(file: FileDescriptorProto) -> None:
             replace_typed_stop(message)
         if message.name in requests:
             ungroup(message)
-        if any(message.name == owner for owner, _ in NULLS):
+        if any(message.name == owner for owner, _ in NAMES):
             message.options.deprecated_legacy_json_field_conflicts = True
-        for field in message.field:
-            if message.name not in requests:
+        if message.name not in requests:
+            drop_typed_only(message)
+            for field in message.field:
                 view_response_field(message.name, field)
     for enum in file.enum_type:
         for value in enum.value:
@@ -179,9 +194,26 @@ def in_oneof(field: FieldDescriptorProto, index: int) -> bool:
     return field.HasField("oneof_index") and field.oneof_index == index
 
 
+def drop_typed_only(message: DescriptorProto) -> None:
+    """Drops the fields that the transcoder must not print, and what is then empty; it skips what it does not know."""
+    kept = [
+        FieldDescriptorProto.FromString(field.SerializeToString())
+        for field in message.field
+        if (message.name, field.name) not in TYPED_ONLY
+    ]
+    del message.field[:]
+    message.field.extend(kept)
+    for index in reversed(range(len(message.oneof_decl))):
+        if not any(in_oneof(field, index) for field in message.field):
+            del message.oneof_decl[index]
+            for field in message.field:
+                if field.HasField("oneof_index") and field.oneof_index > index:
+                    field.oneof_index -= 1
+
+
 def view_response_field(message: str, field: FieldDescriptorProto) -> None:
     """Gives a field of an answer its OpenAI name and a type that prints as OpenAI prints it."""
-    field.json_name = NULLS.get((message, field.name), field.name)
+    field.json_name = NAMES.get((message, field.name), field.name)
     if bare := BARE.get((message, field.name)):
         field.type_name = f".google.protobuf.{bare}"
     if field.name == "created":

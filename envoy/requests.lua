@@ -12,7 +12,7 @@ return {
       ["include_stop_str_in_output"] = { ["type"] = "boolean" },
       ["logit_bias"] = { ["map"] = true, ["max"] = "100", ["max_items"] = 1024, ["min"] = "-100", ["type"] = "number" },
       ["logprob_token_ids"] = { ["bits"] = 32, ["max_items"] = 128, ["min"] = "0", ["repeated"] = true, ["type"] = "integer" },
-      ["logprobs"] = { ["bits"] = 32, ["max"] = "5", ["min"] = "0", ["type"] = "integer" },
+      ["logprobs"] = { ["bits"] = 32, ["max"] = "100", ["min"] = "0", ["type"] = "integer" },
       ["logprobs_from"] = { ["bits"] = 32, ["min"] = "0", ["type"] = "integer" },
       ["max_tokens"] = { ["bits"] = 32, ["min"] = "0", ["type"] = "integer" },
       ["min_p"] = { ["max"] = "1", ["min"] = "0", ["type"] = "number" },

@@ -90,8 +90,13 @@ local function unknown_names(names)
   return { message = instead == "" and message:sub(1, -2) or message, param = names[1], code = "unknown_parameter" }
 end
 
+-- Whether the service renders the answer: as events, or with fields that the transcoder cannot print.
+local function rendered(given)
+  return given.stream == "true" or given.return_token_ids == "true" or given.logprob_token_ids ~= nil
+end
+
 -- Reads a body, and refuses one that is not what the contract says. Returns whether it was refused, and whether the
--- answer is to be streamed.
+-- service renders the answer.
 local function read(handle, path, body)
   local request = contract.paths[path]
   if not request or not body or body:length() == 0 then
@@ -117,7 +122,7 @@ local function read(handle, path, body)
   elseif found.body then
     body:setBytes(found.body)
   end
-  return fault ~= nil, found.given.stream == "true"
+  return fault ~= nil, rendered(found.given)
 end
 
 -- A longer id, or one with other characters, could not be sent back unchanged.
@@ -145,9 +150,9 @@ function envoy_on_request(handle)
     handle:streamInfo():dynamicMetadata():set("rest", "head", true)
     headers:replace(":method", "GET")
   end
-  local refused, stream = read(handle, path, body)
+  local refused, by_service = read(handle, path, body)
   if not refused then
-    handle:headers():replace(":path", stream and path .. ":stream" or path)
+    handle:headers():replace(":path", by_service and path .. ":stream" or path)
   end
 end
 

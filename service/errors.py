@@ -5,6 +5,7 @@ ServiceError
   ModelNotFoundError
     ForbiddenModelError
   AuthenticationError
+  PriorityError
   OverloadedError
     TokensExceededError
   UnavailableError
@@ -40,6 +41,10 @@ class ModelNotFoundError(ServiceError):
 
 class AuthenticationError(ServiceError):
     """The caller sent no valid key."""
+
+
+class PriorityError(ServiceError):
+    """The caller's key may not ask for a priority as urgent as the request's."""
 
 
 class ForbiddenModelError(ModelNotFoundError):

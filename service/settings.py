@@ -150,6 +150,10 @@ class Settings(BaseSettings):
         description="Whether parameters that the contract lacks are refused, or named in a header; for Envoy too.",
     )
     parse_special: bool = Field(True, description="Whether text prompts are read with control tokens by default.")
+    max_logprobs: int = Field(5, ge=0, le=100, description="Most `logprobs` that a request may ask for.")
+    always_fingerprint: bool = Field(
+        False, description="Whether every answer has a `system_fingerprint`, not only one for a seed or token ids."
+    )
     max_message_bytes: int = Field(
         16 << 20, ge=1 << 16, description="Largest request message in bytes; JSON of 2 MiB can grow to 12 MiB."
     )

@@ -159,15 +159,16 @@ class Ticket:
     """A request in the queue: the work of each of its sequences that has no slot yet, in order."""
 
     identity: str
+    priority: int = 0
     waiting: deque[Work] = field(default_factory=deque)
 
 
 class Admission:
     """The limits of the queue: estimated seconds of wait, waiting sequences, and their prompt tokens, for each caller.
 
-    Invariants: `_queued` is the sum of all tickets by identity, without identities that have nothing waiting. A caller
-    may have at most as many sequences waiting as there are places left, so that one caller leaves half to the others;
-    and of the tokens of prompts, which take memory, at most half.
+    Invariants: `_queued` is the sum of all tickets by identity and priority, without those that have nothing waiting. A
+    caller may have at most as many sequences waiting as there are places left, so that one caller leaves half to the
+    others; and of the tokens of prompts, which take memory, at most half.
     """
 
     def __init__(self, max_sequences: int, max_seconds: float, max_tokens: float = math.inf) -> None:
@@ -175,33 +176,40 @@ class Admission:
         self.max_sequences = max_sequences
         self.max_seconds = max_seconds
         self.max_tokens = max_tokens
-        self._queued: dict[str, Work] = {}
+        self._queued: dict[str, dict[int, Work]] = {}
 
     @property
     def queued(self) -> dict[str, Work]:
         """The queued work, by caller."""
-        return dict(self._queued)
+        return {identity: sum(works.values(), Work()) for identity, works in self._queued.items()}
 
-    def wait(self, identity: str, space: Space, positions: float = 1) -> float:
-        """Estimated seconds that a request of this caller, which takes `positions`, would wait."""
-        mine = self._queued.get(identity, Work())
-        others = (work for other, work in self._queued.items() if other != identity)
+    def wait(self, identity: str, space: Space, positions: float = 1, *, priority: int = 0) -> float:
+        """Estimated seconds that a request of this caller, which takes `positions`, would wait.
+
+        Of the caller's own work only what is as urgent or more is before it.
+        """
+        before = (work for other, work in self._queued.get(identity, {}).items() if other <= priority)
+        mine = sum(before, Work())
+        others = (work for other, work in self.queued.items() if other != identity)
         return queue_seconds(work_ahead(mine, others, self.pace), positions, space, self.pace)
 
-    def check(self, identity: str, space: Space, deadline: float | None, positions: float = 1) -> None:
+    def check(
+        self, identity: str, space: Space, deadline: float | None, positions: float = 1, *, priority: int = 0
+    ) -> None:
         """Raises OverloadedError when the queue is too long, DeadlineError when the wait exceeds the deadline.
 
         `deadline` is the caller's, in seconds from now; None means no deadline. `positions` are those of the request,
         as far as they are known.
         """
-        seconds = self.wait(identity, space, positions)
+        seconds = self.wait(identity, space, positions, priority=priority)
         if seconds > self.max_seconds:
             raise OverloadedError(
                 f"The service is overloaded: the wait is about {math.ceil(seconds)} s, and at most "
                 f"{self.max_seconds:g} s are allowed. Please retry later.",
                 retry_after=max(_LEAST_RETRY, seconds),
             )
-        mine, every = self._queued.get(identity, Work()), sum(self._queued.values(), Work())
+        queued = self.queued
+        mine, every = queued.get(identity, Work()), sum(queued.values(), Work())
         if mine.sequences + every.sequences >= self.max_sequences:
             message = f"The service is overloaded: too many sequences are waiting, {mine.sequences} of them yours."
             raise OverloadedError(message, retry_after=max(_LEAST_RETRY, seconds))
@@ -214,24 +222,28 @@ class Admission:
         if deadline is not None and deadline < seconds:
             raise DeadlineError(f"The deadline is in {deadline:.3g} s, and the wait alone is about {seconds:.3g} s.")
 
-    def enter(self, identity: str, waiting: Iterable[Work]) -> Ticket:
+    def enter(self, identity: str, waiting: Iterable[Work], priority: int = 0) -> Ticket:
         """Queues a request."""
-        ticket = Ticket(identity, deque(waiting))
-        self._queued[identity] = sum(ticket.waiting, self._queued.get(identity, Work()))
-        self._tidy(identity)
+        ticket = Ticket(identity, priority, deque(waiting))
+        queued = self._queued.setdefault(identity, {})
+        queued[priority] = sum(ticket.waiting, queued.get(priority, Work()))
+        self._tidy(ticket)
         return ticket
 
     def started(self, ticket: Ticket) -> None:
         """Records that the next waiting sequence of a request has a slot."""
         if ticket.waiting:  # empty when the caller has left in the meantime
-            self._queued[ticket.identity] -= ticket.waiting.popleft()
-            self._tidy(ticket.identity)
+            self._queued[ticket.identity][ticket.priority] -= ticket.waiting.popleft()
+            self._tidy(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Removes a request's sequences that still wait."""
         while ticket.waiting:
             self.started(ticket)
 
-    def _tidy(self, identity: str) -> None:
-        if not self._queued[identity].sequences:
-            del self._queued[identity]
+    def _tidy(self, ticket: Ticket) -> None:
+        queued = self._queued[ticket.identity]
+        if not queued[ticket.priority].sequences:
+            del queued[ticket.priority]
+        if not queued:
+            del self._queued[ticket.identity]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from service.engine import sampler
-from service.engine.sampler import Floats, Row, Score
+from service.engine.sampler import Floats, Ids, Row, Score
 from service.engine.sequence import Sequence
 from service.errors import NotFiniteError
 from service.text.tokenizer import Tokenizer
@@ -19,17 +21,23 @@ class Committer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def score_prompt(self, sequence: Sequence, logits: Floats | Seq[Row]) -> None:
-        """Scores the prompt's next tokens; row i of the logits follows the i-th of consecutive prompt tokens."""
-        group, count = sequence.group, sequence.request.logprobs or 0
+    def score_prompt(self, sequence: Sequence, logits: Floats | Seq[Row], first: int) -> None:
+        """Scores the prompt's next tokens; rows of the logits are for consecutive prompt tokens from `first` on."""
+        group, request = sequence.group, sequence.request
         ids = group.prompt.token_ids
-        if not group.scores:
-            group.texts = self._texts(group.prompt)
-            group.scores.append(Token(*group.texts[0], logprob=None, top=None))
-        for row in logits[: len(ids) - len(group.scores)]:
+        self._begin_scores(sequence)
+        for row in logits[len(group.scores) - first : len(ids) - first]:
             _check_finite(row)
             at = len(group.scores)
-            group.scores.append(self._token(*group.texts[at], ids[at], sampler.score(row, ids[at], count)))
+            score = sampler.score(row, ids[at], request.logprobs or 0, request.scored_token_ids)
+            group.scores.append(self._token(*group.texts[at], ids[at], score))
+
+    def _begin_scores(self, sequence: Sequence) -> None:
+        """Adds the prompt tokens that get no score, if that was not done yet."""
+        group = sequence.group
+        if not group.scores:
+            group.texts = self._texts(group.prompt)
+            group.scores += [Token(*text, logprob=None, top=None) for text in group.texts[: sequence.first_unscored]]
 
     def _texts(self, prompt: Prompt) -> list[tuple[str, int]]:
         """The prompt's tokens as (text, offset)."""
@@ -44,7 +52,10 @@ class Committer:
         if not request.echo and finish is None:
             return None
         text = sequence.group.prompt.text if request.echo else ""
-        tokens = tuple(sequence.group.scores) if request.echo and request.logprobs is not None else ()
+        tokens: tuple[Token, ...] = ()
+        if request.echo and request.logprobs is not None:
+            self._begin_scores(sequence)
+            tokens = tuple(sequence.group.scores)
         return self._delta(sequence, text, tokens, finish)
 
     def advance(self, sequence: Sequence, logits: Row) -> Delta | None:
@@ -54,19 +65,24 @@ class Committer:
         """
         request = sequence.request
         token = self._sample(sequence, logits)
+        if token is None:
+            return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP)
         scored = request.logprobs is not None or sequence.ranked
-        score = sampler.score(logits, token, request.logprobs or 0) if scored else None
+        score = sampler.score(logits, token, request.logprobs or 0, request.scored_token_ids) if scored else None
         sequence.tokens.append(token)
         sequence.logprob_sum += score.logprob if score else 0.0
-        if token in request.stop_token_ids:
-            return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP)
+        if token in request.stop_token_ids and token not in request.control_stops:
+            return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP, token)
         sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        if score is not None and request.logprobs is not None:
+        if request.logprobs is not None or request.return_token_ids:
             sequence.unshown.append((token, score))
-        shown = self._tokenizer.token_bytes(token, skip_special=request.skip_special_tokens)
-        piece = sequence.transcript.push(shown)
+        skip_special = request.skip_special_tokens and token not in request.control_stops
+        added = self._tokenizer.token_bytes(token, skip_special=skip_special)
+        if request.banned_texts is not None:
+            sequence.written = (sequence.written + added)[-request.banned_texts.reach :]
+        piece = sequence.transcript.push(added)
         if piece.stopped:
-            return self._show(sequence, piece, FinishReason.STOP)
+            return self._show(sequence, piece, FinishReason.STOP, sequence.transcript.stop_text)
         if sequence.generated < request.max_tokens:
             return self._show(sequence, piece, None) if piece.tokens else None
         rest = sequence.transcript.finish()
@@ -74,21 +90,37 @@ class Committer:
         return self._show(sequence, last, FinishReason.LENGTH)
 
     @staticmethod
-    def _sample(sequence: Sequence, logits: Row) -> int:
+    def _sample(sequence: Sequence, logits: Row) -> int | None:
+        """The next token; None if the request allows none."""
         request, params = sequence.request, sequence.request.sampling
-        banned = tuple(request.stop_token_ids) if sequence.generated < request.min_tokens else ()
+        banned: Seq[int] | Ids = tuple(request.stop_token_ids) if sequence.generated < request.min_tokens else ()
+        if request.banned_texts is not None:
+            banned = np.concatenate([np.array(banned, np.int64), request.banned_texts.completing(sequence.written)])
         _check_finite(logits)
-        processed = sampler.process(logits, params, sequence.group.prompt.token_ids, sequence.counts, banned)
+        allowed = request.allowed_token_ids
+        prompt = sequence.group.prompt.token_ids
+        processed = sampler.process(logits, params, prompt, sequence.counts, banned, allowed=allowed)
+        if (len(banned) or allowed) and not sampler.is_finite(processed):
+            return None
         stream = sequence.prompt_index * request.best_of + sequence.candidate
         u = 0.0 if params.greedy else sampler.uniform(params.seed, stream, sequence.generated)
         return sampler.choose(processed, params, u)
 
-    def _show(self, sequence: Sequence, piece: Piece, finish: FinishReason | None) -> Delta:
+    def _show(
+        self, sequence: Sequence, piece: Piece, finish: FinishReason | None, stop: str | int | None = None
+    ) -> Delta:
+        request = sequence.request
         sequence.completion_tokens += len(piece.tokens)
-        tokens: tuple[Token, ...] = ()
-        if sequence.request.logprobs is not None:
-            tokens = tuple(self._token(*shown, *sequence.unshown.popleft()) for shown in piece.tokens)
-        return self._delta(sequence, piece.text, tokens, finish)
+        tokens: list[Token] = []
+        ids: list[int] = []
+        if request.logprobs is not None or request.return_token_ids:
+            for text, offset in piece.tokens:
+                index, score = sequence.unshown.popleft()
+                ids.append(index)
+                if score is not None and request.logprobs is not None:
+                    tokens.append(self._token(text, offset, index, score))
+        shown_ids = tuple(ids) if request.return_token_ids else ()
+        return self._delta(sequence, piece.text, tuple(tokens), finish, token_ids=shown_ids, stop=stop)
 
     def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
         """A scored token, shown as `text`. Of alternatives with equal text one stays: the token, or the likeliest."""
@@ -96,10 +128,18 @@ class Committer:
         for other, logprob in score.top:
             if other != index:
                 top.setdefault(self._tokenizer.token_text(other), logprob)
-        return Token(text, offset, score.logprob, tuple(sorted(top.items(), key=lambda item: -item[1])))
+        return Token(text, offset, score.logprob, tuple(sorted(top.items(), key=lambda item: -item[1])), score.others)
 
     @staticmethod
-    def _delta(sequence: Sequence, text: str, tokens: tuple[Token, ...], finish: FinishReason | None) -> Delta:
+    def _delta(
+        sequence: Sequence,
+        text: str,
+        tokens: tuple[Token, ...],
+        finish: FinishReason | None,
+        *,
+        token_ids: tuple[int, ...] = (),
+        stop: str | int | None = None,
+    ) -> Delta:
         mean = None
         if finish is not None and sequence.ranked:
             mean = sequence.logprob_sum / max(1, sequence.generated)
@@ -112,6 +152,8 @@ class Committer:
             completion_tokens=sequence.completion_tokens,
             cached_tokens=sequence.cached,
             mean_logprob=mean,
+            token_ids=token_ids,
+            stop=stop,
         )
 
 

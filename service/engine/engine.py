@@ -147,7 +147,7 @@ class Engine:
         for generation in running.requests if running else ():
             generation.fail(EngineFaultError("the process ends during a step with this request"))
 
-    def check(self, identity: str, deadline: float | None = None, positions: float = 1) -> None:
+    def check(self, identity: str, deadline: float | None = None, positions: float = 1, priority: int = 0) -> None:
         """Raises what `submit` would raise for a request of this caller, before the request is parsed.
 
         `positions` are what the request will take of the KV cache, as far as it is known.
@@ -155,7 +155,7 @@ class Engine:
         published = self.steps.published
         if published.stopping:
             raise UnavailableError(STOPPED)
-        self.admission.check(identity, published.load.space(identity), deadline, positions)
+        self.admission.check(identity, published.load.space(identity), deadline, positions, priority=priority)
 
     def submit(self, request: Request, deadline: float | None = None) -> Generation:
         """Queues a request. `deadline` is the caller's, in seconds from now; None means no deadline.
@@ -171,13 +171,13 @@ class Engine:
                 f" more positions; you asked for {longest}. Please shorten the prompt or max_tokens."
             )
             raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
-        self.check(request.identity, deadline, longest)
+        self.check(request.identity, deadline, longest, request.priority)
         return self._submit(request)
 
     def _submit(self, request: Request) -> Generation:
         candidates = len(request.prompts) * request.best_of
         generation = Generation(candidates, self._abort, self.send_timeout, self._clock)
-        self._roster.enter(generation, request.identity, _work(request))
+        self._roster.enter(generation, request.identity, _work(request), request.priority)
         self.steps.commands.put(partial(self.steps.begin, request, generation))
         return generation
 

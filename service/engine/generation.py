@@ -11,7 +11,7 @@ from types import TracebackType
 
 from service.errors import SlowReaderError
 from service.text.usage import TokenCounts
-from service.types import Delta, FinishReason
+from service.types import Delta, FinishReason, Times
 
 # Limits of the bytes per candidate that wait for the reader: always, and when it has read nothing for _IDLE_SECONDS.
 _MAX_BACKLOG = 2 << 20
@@ -27,8 +27,8 @@ class Generation:
     Everything but construction happens on the event loop's thread. If too many bytes wait for the reader, or pieces
     wait longer than `send_timeout` seconds of `clock`, the reader gets SlowReaderError in place of the pieces, and the
     request ends. `given_up` is true once `end` has ended the request. `error` is the error of `end` or `fail`.
-    `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at` and `first_piece_at` (the
-    first piece beyond an echo) are times of `clock`.
+    `finished` counts the candidates that have ended by themselves. `queued_at`, `started_at`, `prefilled_at` (the first
+    token), `first_piece_at` (the first piece beyond an echo) and `ended_at` are times of `clock`.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Generation:
         self.finished: Counter[FinishReason] = Counter()
         self.queued_at = clock()
         self.started_at: float | None = None
+        self.prefilled_at: float | None = None
+        self.ended_at: float | None = None
         self.first_piece_at: float | None = None
 
     @property
@@ -84,6 +86,24 @@ class Generation:
         """Records that a candidate has a slot; only the first call counts."""
         self.started_at = self._clock() if self.started_at is None else self.started_at
 
+    def prefilled(self) -> None:
+        """Records that a prompt is computed and a token chosen; only the first call counts."""
+        self.prefilled_at = self._clock() if self.prefilled_at is None else self.prefilled_at
+
+    @property
+    def ended(self) -> bool:
+        """Whether the reader has taken every candidate's last piece."""
+        return not self._unfinished
+
+    @property
+    def times(self) -> Times:
+        """How long the request waited and was computed, once it has ended."""
+        started = self.queued_at if self.started_at is None else self.started_at
+        first = started if self.prefilled_at is None else self.prefilled_at
+        last = first if self.ended_at is None else self.ended_at
+        rest = max(0, self._counts.completion - 1)
+        return Times(started - self.queued_at, first - started, last - first, rest)
+
     def deliver(self, delta: Delta) -> None:
         """Adds a piece."""
         if self.error is not None:
@@ -95,6 +115,7 @@ class Generation:
         self._counts.add(delta)
         if delta.finish_reason is not None:
             self.finished[delta.finish_reason] += 1
+            self.ended_at = self._clock()
         if self.first_piece_at is None and (delta.completion_tokens or delta.finish_reason is not None):
             self.first_piece_at = self._clock()
         self._event.set()
@@ -167,4 +188,4 @@ def _size(delta: Delta) -> int:
     """The approximate memory of a piece in bytes; an echo, the first piece, shares its memory with the request."""
     if not delta.completion_tokens:
         return _PIECE
-    return _PIECE + sum(_TOKEN + _ALTERNATIVE * len(token.top or ()) for token in delta.tokens)
+    return _PIECE + sum(_TOKEN + _ALTERNATIVE * (len(token.top or ()) + len(token.by_id)) for token in delta.tokens)

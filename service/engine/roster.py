@@ -19,9 +19,9 @@ class Roster:
         self.admission = admission
         self._tickets: dict[Generation, Ticket] = {}
 
-    def enter(self, generation: Generation, identity: str, work: Iterable[Work]) -> None:
+    def enter(self, generation: Generation, identity: str, work: Iterable[Work], priority: int = 0) -> None:
         """Queues a request, with the work of each of its sequences."""
-        self._tickets[generation] = self.admission.enter(identity, work)
+        self._tickets[generation] = self.admission.enter(identity, work, priority)
 
     def started(self, generation: Generation) -> None:
         """Records that the next waiting sequence of a request has a slot."""

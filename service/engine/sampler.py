@@ -54,10 +54,14 @@ Row = Floats | Shortlist
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A token's log probability, and the likeliest tokens, this one included, as (id, log probability), descending."""
+    """A token's log probability, and the likeliest tokens, this one included, as (id, log probability), descending.
+
+    `others` are the log probabilities of further tokens.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    others: tuple[float, ...] = ()
 
 
 def log_normalizer(logits: Floats) -> float:
@@ -76,19 +80,25 @@ def is_finite(row: Row) -> bool:
     return math.isfinite(row.normalizer if isinstance(row, Shortlist) else row.max())
 
 
-def score(row: Row, token: int, count: int) -> Score:
-    """The model's own score of `token`, before any sampling parameter, with the `count` likeliest tokens."""
+def score(row: Row, token: int, count: int, others: Sequence[int] = ()) -> Score:
+    """The model's own score of `token`, before any sampling parameter, with the `count` likeliest and `others`."""
     if isinstance(row, Shortlist) and count <= len(row.ids) and token in row.ids:
         values = (row.logits.astype(np.float64) - row.normalizer).astype(np.float32)
         scores: dict[int, float] = dict(zip(row.ids.tolist(), values.tolist(), strict=True))
         likeliest = dict(list(scores.items())[:count]) | {token: scores[token]}
-        return Score(scores[token], tuple(likeliest.items()))
+        of_others = _logprobs(row.whole(), row.normalizer, others) if others else ()
+        return Score(scores[token], tuple(likeliest.items()), of_others)
     logits = whole(row)
     normalizer = log_normalizer(logits)
     likeliest = _likeliest(logits, count).tolist() if count else []
     ids = likeliest if token in likeliest else [*likeliest, token]
-    top = tuple((index, float(np.float32(float(logits[index]) - normalizer))) for index in ids)
-    return Score(logprob=dict(top)[token], top=top)
+    top = tuple(zip(ids, _logprobs(logits, normalizer, ids), strict=True))
+    return Score(logprob=dict(top)[token], top=top, others=_logprobs(logits, normalizer, others))
+
+
+def _logprobs(logits: Floats, normalizer: float, ids: Sequence[int]) -> tuple[float, ...]:
+    """The log probabilities of some tokens."""
+    return tuple(float(np.float32(float(logits[index]) - normalizer)) for index in ids)
 
 
 def process(
@@ -96,14 +106,17 @@ def process(
     params: SamplingParams,
     prompt: Sequence[int],
     counts: Mapping[int, int],
-    banned: Sequence[int],
+    banned: Sequence[int] | Ids,
+    *,
+    allowed: Sequence[int] = (),
 ) -> Row:
     """Applies penalties, bias and bans to a copy of a row of logits, or returns it as it is when there are none.
 
-    `counts` says how often each token was generated; only the repetition penalty looks at `prompt`.
+    `counts` says how often each token was generated; only the repetition penalty looks at `prompt`. A token that is
+    banned, or not `allowed` where some are, gets minus infinity, so the result is of no use where none is left.
     """
     penalized = params.presence_penalty or params.frequency_penalty
-    if not (penalized or params.logit_bias or banned or params.repetition_penalty != 1):
+    if not (penalized or params.logit_bias or len(banned) or allowed or params.repetition_penalty != 1):
         return row
     logits = whole(row).copy()
     if params.repetition_penalty != 1:
@@ -118,7 +131,12 @@ def process(
     if params.logit_bias:
         ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         logits[ids] += np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
-    if banned:
+    if allowed:
+        ids = np.asarray(allowed, np.int64)
+        kept = logits[ids]
+        logits.fill(-np.inf)
+        logits[ids] = kept
+    if len(banned):
         logits[np.asarray(banned, np.int64)] = -np.inf
     return logits
 

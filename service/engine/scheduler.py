@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from service.engine.admission import Space
 from service.engine.cache import Copy, KVCache, Reuse
+from service.engine.caller import Caller
 from service.engine.sequence import Sequence
 from service.engine.step import HALF_SPEED, DecodeBatch, PromptChunk, Step
 from service.engine.step_times import StepTimes
@@ -48,27 +48,13 @@ class Load:
         return Space(self.room if identity in self.holding else self.first_room, self.positions, self.ends)
 
 
-@dataclass(slots=True)
-class _Caller:
-    """One caller: its waiting sequences, the one in prefill, its slots, and the work done for it in prompt tokens."""
-
-    served: int
-    waiting: deque[Sequence] = field(default_factory=deque)
-    prompting: Sequence | None = None
-    held: int = 0
-
-    @property
-    def backlogged(self) -> bool:
-        """Whether it has prompts that are not computed yet."""
-        return bool(self.waiting) or self.prompting is not None
-
-
 class Scheduler:
     """Shares the model fairly between callers, and puts prompt chunks between decode steps.
 
     The next prompt chunk, and a free slot if it needs one, goes to the caller for whom the least work was done. A
     caller with nothing waiting that sends a request starts level with the waiting callers: idle time earns no credit.
-    The requests of one caller are served in their order.
+    The requests of one caller are served by their priority, lower numbers first, and else in their order; but one that
+    has waited for `patience` seconds comes before all others.
 
     A sequence whose turn it is and whose positions do not fit the memory stops all that wait behind it, so that it
     cannot starve.
@@ -78,18 +64,22 @@ class Scheduler:
     decode step follows each prompt chunk that runs the model.
     """
 
-    def __init__(self, cache: KVCache, prompt_chunk: int, step_seconds: float = math.inf) -> None:
+    def __init__(
+        self, cache: KVCache, prompt_chunk: int, step_seconds: float = math.inf, patience: float = math.inf
+    ) -> None:
         """While sequences decode, a prompt chunk is short enough to take `step_seconds`, as far as `times` knows."""
+        self._patience = patience
         self._cache = cache
         self._prompt_chunk = prompt_chunk
         self._step_seconds = step_seconds
         self.times = StepTimes()
-        self._blocked: _Caller | None = None
+        self._blocked: Caller | None = None
         self._reserved = cache.free // _SLOTS_PER_RESERVED
-        self._callers: dict[str, _Caller] = {}
+        self._callers: dict[str, Caller] = {}
         self._holders: list[Sequence] = []
         self._waiting = 0
         self._decode_next = False
+        self._now = 0.0
 
     @property
     def prompt_chunk(self) -> int:
@@ -158,13 +148,14 @@ class Scheduler:
         caller = self._callers.get(identity)
         if caller is None or not caller.backlogged:
             level = self._level(without=caller)
-            caller = self._callers.setdefault(identity, _Caller(level))
+            caller = self._callers.setdefault(identity, Caller(level))
             caller.served = max(caller.served, level)
-        caller.waiting.extend(sequences)
+        caller.enqueue(sequences)
         self._waiting += len(sequences)
 
-    def schedule(self) -> Step | None:
-        """The next step, or None when there is no work."""
+    def schedule(self, now: float = 0.0) -> Step | None:
+        """The next step, or None when there is no work. `now` is of the clock that says when requests were queued."""
+        self._now = now
         decoding = any(sequence.decoding for sequence in self._holders)
         if not (decoding and self._decode_next):
             chunk = self._next_chunk(decoding)
@@ -222,10 +213,10 @@ class Scheduler:
         if sequence.slot is not None:
             self._cache.record(sequence.slot, 0)
 
-    def _caller(self, sequence: Sequence) -> _Caller:
+    def _caller(self, sequence: Sequence) -> Caller:
         return self._callers[sequence.request.identity]
 
-    def _level(self, without: _Caller | None) -> int:
+    def _level(self, without: Caller | None) -> int:
         """The work with which a caller starts: the least of all other waiting callers, or else of all other callers."""
         others = [caller for caller in self._callers.values() if caller is not without]
         waiting = [caller.served for caller in others if caller.backlogged]
@@ -244,7 +235,7 @@ class Scheduler:
                 return PromptChunk(sequence, sequence.computed, sequence.computed + length, copies)
         return None
 
-    def _may_advance(self, caller: _Caller) -> bool:
+    def _may_advance(self, caller: Caller) -> bool:
         """Whether a caller has a sequence in prefill, or one waiting and a slot that it may take."""
         needed = self._reserved if caller.held else 0
         return caller.prompting is not None or (bool(caller.waiting) and self._cache.free > needed)
@@ -264,11 +255,11 @@ class Scheduler:
             length -= 1
         return length
 
-    def _admit(self, caller: _Caller) -> tuple[Copy, ...]:
+    def _admit(self, caller: Caller) -> tuple[Copy, ...]:
         """Gives a slot to the caller's next sequence, whose prefill begins after the copies, if its positions fit."""
-        sequence = caller.waiting[0]
+        sequence = caller.next(overdue=self._now - self._patience)
         if sequence.needs_prompt_scores:
-            recompute = sequence.prompt_length
+            recompute = max(_RECOMPUTE, sequence.prompt_length + 1 - sequence.first_unscored)
         elif sequence.group.logits is not None:
             recompute = 0
         else:

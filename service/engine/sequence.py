@@ -36,8 +36,9 @@ class Sequence:
 
     `tokens` is the prompt, then the generated tokens. The first `computed` of them are in the KV cache, in `slot`; of
     these `cached` were copied, not computed. `slot` is None while the sequence waits and after its end. `counts` says
-    how often each token was generated. `unshown` are the scores of tokens whose text the transcript still holds back.
-    `sampled_at` is when the last token was sampled, in seconds of the engine's clock.
+    how often each token was generated. `unshown` are tokens whose text the transcript still holds back, with their
+    scores. `sampled_at` is when the last token was sampled, in seconds of the engine's clock. `written` is the end of
+    the text's bytes, where texts are banned.
     """
 
     request: Request
@@ -53,7 +54,8 @@ class Sequence:
     counts: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
     logprob_sum: float = 0.0
-    unshown: deque[tuple[int, Score]] = field(default_factory=deque)
+    unshown: deque[tuple[int, Score | None]] = field(default_factory=deque)
+    written: bytes = b""
     sampled_at: float | None = None
     finished: bool = False
 
@@ -81,7 +83,12 @@ class Sequence:
     def needs_prompt_scores(self) -> bool:
         """Whether the prefill has to return the logits of every prompt token: some are not scored yet."""
         wanted = self.request.echo and self.request.logprobs is not None
-        return wanted and len(self.group.scores) < self.prompt_length
+        return wanted and self.first_unscored < self.prompt_length
+
+    @property
+    def first_unscored(self) -> int:
+        """The index of the first prompt token that has no score yet and will have one; the first token has none."""
+        return max(1, self.request.logprobs_from, len(self.group.scores))
 
     @property
     def ranked(self) -> bool:
@@ -95,7 +102,8 @@ def sequences_of(request: Request, generation: Generation) -> list[Sequence]:
     for prompt_index, prompt in enumerate(request.prompts):
         group = PromptGroup(prompt, unstarted=request.best_of)
         for candidate in range(request.best_of):
-            transcript = Transcript(request.stop, len(prompt.text), prompt.tail)
-            tokens = list(prompt.token_ids)
-            sequences.append(Sequence(request, generation, group, prompt_index, candidate, transcript, tokens))
+            transcript = Transcript(request.stop, len(prompt.text), prompt.tail, include_stop=request.include_stop)
+            sequence = Sequence(request, generation, group, prompt_index, candidate, transcript, list(prompt.token_ids))
+            sequence.written = prompt.tail
+            sequences.append(sequence)
     return sequences

@@ -91,7 +91,7 @@ class Steps:
         self.turns += 1
         self.running = None
         self._take_commands()
-        step = None if self._stopping else self.scheduler.schedule()
+        step = None if self._stopping else self.scheduler.schedule(self._clock())
         if step is not None:
             self._publish()
             self.advance(step)
@@ -251,12 +251,12 @@ class Steps:
         if chunk.start < chunk.end:
             length = chunk.end - chunk.start
             scoring = sequence.needs_prompt_scores
-            wanted = range(length) if scoring else range(length - 1, length)
+            first = min(max(0, sequence.first_unscored - 1 - chunk.start), length - 1) if scoring else length - 1
             tokens = sequence.tokens[chunk.start : chunk.end]
             assert sequence.slot is not None
-            rows = self._model.forward(sequence.slot, [tokens], [chunk.start], [(0, at) for at in wanted])
+            rows = self._model.forward(sequence.slot, [tokens], [chunk.start], [(0, at) for at in range(first, length)])
             if scoring:
-                self._committer.score_prompt(sequence, rows)
+                self._committer.score_prompt(sequence, rows, chunk.start + first + 1)
             logits = rows[-1]
         self.scheduler.commit_chunk(chunk)
         if chunk.end == sequence.prompt_length:
@@ -265,6 +265,7 @@ class Steps:
             group.unstarted -= 1
             group.logits = whole(logits).copy() if group.unstarted else None
             self.send(sequence, self._committer.begin(sequence))
+            self._outbox.append(sequence.generation.prefilled)
             if sequence.request.max_tokens:
                 self._commit(sequence, logits)
 

@@ -159,6 +159,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     context.set_trailing_metadata(call.identifiers)
                 held.enter_context(self._running.lasting(method))
                 yield call
+                context.set_trailing_metadata(call.identifiers)
                 finished = True
             except grpc.aio.AbortError:
                 raise
@@ -198,9 +199,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call.caller = caller
         held.enter_context(self._running.admitted(caller.identity, call))
         try:
-            self._meter.request(caller.identity, caller.quota)
+            self._meter.request(caller.key, caller.quota)
         finally:
-            call.headers = self._meter.headers(caller.identity, caller.quota)
+            call.headers = self._meter.headers(caller.key, caller.quota)
 
     def _report(self, method: Method, call: RpcCall, *, finished: bool, late: bool) -> None:
         """Reports a call's end to the observers and the log; `late` if its deadline had passed."""

@@ -21,11 +21,12 @@ _log = get_logger(__name__)
 
 _LINE = re.compile(
     r"^(?P<digest>[0-9a-f]{64})\s+(?P<name>[A-Za-z0-9_.-]{1,64})"
-    r"(?P<options>(\s+(models=\S+|(requests_per_minute|tokens_per_minute|max_sequences)=[1-9][0-9]{0,11}))*)$"
+    r"(?P<options>(\s+(models=\S+|(requests_per_minute|tokens_per_minute|max_sequences)=[1-9][0-9]{0,11}|"
+    r"most_urgent=-?(100|[1-9]?[0-9])))*)$"
 )
 _EXPECTED = (
     "'<64 hex digits> <name>', and after it at most 'models=<id>,<id>', 'requests_per_minute=<number>', "
-    "'tokens_per_minute=<number>' and 'max_sequences=<number>'"
+    "'tokens_per_minute=<number>', 'max_sequences=<number>' and 'most_urgent=<-100..100>'"
 )
 # Seconds that a writer of the file may pause between two writes.
 _WRITING_SECONDS = 2.0
@@ -34,22 +35,26 @@ _PSEUDONYM_KEY = secrets.token_bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A caller: `name` is safe to log, `identity` keeps the prefix caches of callers separate.
+    """A caller: `name` is safe to log, `identity` keeps callers and their prefix caches apart.
 
-    The key may use `models`, by id or alias; None means all. `quota` holds its own limits.
+    Keys of one name have one identity. `key` is the SHA-256 of the caller's key, which may use `models`, by id or
+    alias; None means all. `quota` holds the key's own limits. Its requests may have no priority below `most_urgent`;
+    None means no bound.
     """
 
     name: str
     identity: str
+    key: str
     models: frozenset[str] | None = None
     quota: Quota = UNLIMITED
+    most_urgent: int | None = None
 
     def may_use(self, *names: str) -> bool:
         """Whether the caller may use the model that has these names."""
         return self.models is None or not self.models.isdisjoint(names)
 
 
-UNAUTHENTICATED = Caller("", "", models=frozenset())
+UNAUTHENTICATED = Caller("", "", "", models=frozenset())
 
 
 class _Stamp(NamedTuple):
@@ -95,7 +100,7 @@ class KeyRing:
         return cls(keys, path, seen)
 
     def follow(self) -> frozenset[str]:
-        """Reads a file that has changed; returns the identities of the removed keys.
+        """Reads a file that has changed; returns the removed keys, by their SHA-256.
 
         A file that is being written in place is read once nothing has been written to it for two seconds.
         """
@@ -119,7 +124,7 @@ class KeyRing:
         except StartupError as error:
             _log.error("the API keys stay as they were", error=str(error))
             return frozenset()
-        gone = frozenset(self._keys[digest].identity for digest in self._keys.keys() - keys.keys())
+        gone = frozenset(self._keys[digest].key for digest in self._keys.keys() - keys.keys())
         self._keys = keys
         _log.info("API keys read", keys=len(keys), revoked=len(gone))
         return gone
@@ -130,7 +135,7 @@ class KeyRing:
         token = key.strip(" ") if scheme.lower() == "bearer" else ""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         if self._keys is None:
-            return Caller("anonymous", digest.hex())
+            return Caller("anonymous", digest.hex(), digest.hex())
         if not token:
             message = (
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using "
@@ -172,11 +177,18 @@ def _text(path: Path) -> tuple[str, _Stamp]:
         raise StartupError(f"API key file {path} cannot be read: {error}") from error
 
 
-def _caller(name: str, identity: str, options: str) -> Caller:
+def _caller(name: str, key: str, options: str) -> Caller:
     values = dict(option.split("=", 1) for option in options.split())
-    models = values.pop("models", None)
+    models, most_urgent = values.pop("models", None), values.pop("most_urgent", None)
     quota = Quota(**{limit: int(number) for limit, number in values.items()})
-    return Caller(name, identity, None if models is None else frozenset(models.split(",")), quota)
+    return Caller(
+        name,
+        identity=f"name {name}",
+        key=key,
+        models=None if models is None else frozenset(models.split(",")),
+        quota=quota,
+        most_urgent=None if most_urgent is None else int(most_urgent),
+    )
 
 
 def _stamp_of(status: os.stat_result) -> _Stamp:

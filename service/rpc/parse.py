@@ -5,43 +5,39 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from completion.v1 import completion_pb2 as pb
 
+from service.errors import PriorityError
 from service.manifest import Manifest
 from service.rpc import bounds
 from service.rpc.checks import JSON_TYPES, check_maximum, invalid, shown, unsupported, wrong_type
 from service.rpc.parts import check_count
 from service.rpc.prompts import Reading, check_characters, check_context, parse_prompts
 from service.rpc.sizes import check_size
+from service.text.banned_texts import BannedTexts
 from service.text.tokenizer import Tokenizer
-from service.types import Request, SamplingParams
+from service.types import Prompt, Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 NOT_SUPPORTED_YET = {
-    "allowed_token_ids",
-    "bad_words",
-    "include_stop_str_in_output",
-    "logprob_token_ids",
-    "logprobs_from",
     "on_deadline",
     "output_message",
     "prediction",
-    "priority",
     "response_format",
     "resume",
-    "return_timings",
-    "return_token_ids",
     "structured_outputs",
-    "truncate_prompt_tokens",
 }
+# Any prompt of one token, to count what fill-in-the-middle adds to it.
+_ONE_TOKEN = Prompt((0,), "")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the service and the model allow a request: tokens of context, and entries of `stop`.
+    """What the service and the model allow a request: tokens of context, entries of `stop`, and `logprobs`.
 
     `parse_special`: control tokens are read in the texts of a request that does not say whether.
     """
@@ -49,6 +45,7 @@ class Limits:
     context_length: int
     stops: int
     parse_special: bool = True
+    logprobs: int = 5
 
 
 def parse(
@@ -59,10 +56,13 @@ def parse(
     *,
     identity: str,
     streaming: bool,
+    ceiling: int | None = None,
+    fingerprint: str | None = None,
 ) -> Request:
     """The request as the engine takes it; InvalidRequestError names the field, the bound and what was given.
 
-    `streaming` says whether the answer is sent in pieces, which some fields depend on.
+    `streaming` says whether the answer is sent in pieces, which some fields depend on. PriorityError: the request is
+    more urgent than `ceiling`. `fingerprint` is what the answer shows.
     """
     stop = _stop(request, limits.stops)
     check_count(len(request.parts.parts), limits.context_length)
@@ -77,15 +77,19 @@ def parse(
     sampling = _sampling(request, manifest.vocab_size)
     skip_special = request.skip_special_tokens or not request.HasField("skip_special_tokens")
     stop_token_ids = _stop_token_ids(request, manifest)
-    if skip_special:  # a control token that has no text is found by its id
-        stop_token_ids |= {index for text in stop if (index := tokenizer.control_token(text)) is not None}
+    control_stops = frozenset(index for text in stop if (index := tokenizer.control_token(text)) is not None)
+    silent = stop_token_ids | frozenset(tokenizer.control_tokens if skip_special else ())
+    silent -= control_stops if request.include_stop_str_in_output else frozenset()
     check_maximum("min_tokens", request.min_tokens, max_tokens)
+    check_maximum("logprobs", request.logprobs, limits.logprobs)
     if any(character < " " or character == "\x7f" for character in request.user):
         raise invalid("user", "must not contain control characters.", "invalid_value")
     suffix = _suffix(request, manifest)
     check_characters("suffix", suffix, limits.context_length)
     reading = Reading.of(request, limits.parse_special)
-    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens, reading=reading)
+    kept = _kept_tokens(request, tokenizer, limits.context_length, max_tokens, suffix)
+    prompts = parse_prompts(request, tokenizer, limits.context_length, best_of, max_tokens, reading=reading, kept=kept)
+    _check_logprobs_from(request, prompts)
     if suffix:
         prompts = tuple(tokenizer.fill_in_the_middle(prompt, suffix) for prompt in prompts)
         for prompt in prompts:
@@ -102,12 +106,24 @@ def parse(
         stream=streaming,
         include_usage=request.stream_options.include_usage,
         continuous_usage=request.stream_options.continuous_usage_stats,
-        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        obfuscate=request.stream_options.include_obfuscation,
+        logprobs=request.logprobs if request.HasField("logprobs") or request.logprob_token_ids else None,
+        logprobs_from=request.logprobs_from,
+        scored_token_ids=_token_ids("logprob_token_ids", request, manifest),
         echo=request.echo,
         stop=stop,
+        include_stop=request.include_stop_str_in_output,
         stop_token_ids=stop_token_ids,
+        control_stops=control_stops,
         skip_special_tokens=skip_special,
+        own_stop_token_ids=frozenset(request.stop_token_ids),
+        allowed_token_ids=_token_ids("allowed_token_ids", request, manifest),
+        banned_texts=_banned_texts(request, tokenizer, silent),
         min_tokens=request.min_tokens,
+        priority=_priority(request, ceiling),
+        return_token_ids=request.return_token_ids,
+        return_timings=request.return_timings,
+        fingerprint=fingerprint,
         sampling=sampling,
     )
     check_size(parsed)
@@ -119,8 +135,6 @@ def _check_supported(request: pb.CreateCompletionRequest) -> None:
     given = {field.name for field, _ in request.ListFields()}
     for name in sorted(given & NOT_SUPPORTED_YET):
         raise unsupported(name, "yet")
-    if request.stream_options.HasField("include_obfuscation"):
-        raise unsupported("stream_options.include_obfuscation", "yet")
 
 
 def _candidates(request: pb.CreateCompletionRequest, *, streaming: bool) -> tuple[int, int]:
@@ -183,10 +197,58 @@ def _logit_bias(request: pb.CreateCompletionRequest, vocabulary: int) -> dict[in
 
 
 def _stop_token_ids(request: pb.CreateCompletionRequest, manifest: Manifest) -> frozenset[int]:
-    for token in request.stop_token_ids:
-        check_maximum("stop_token_ids", token, manifest.vocab_size - 1)
     end = () if request.ignore_eos else manifest.special_tokens.end
-    return frozenset([*request.stop_token_ids, *end])
+    return frozenset([*_token_ids("stop_token_ids", request, manifest), *end])
+
+
+def _token_ids(name: str, request: pb.CreateCompletionRequest, manifest: Manifest) -> tuple[int, ...]:
+    """The token ids in a repeated field, each once and in their order."""
+    ids: tuple[int, ...] = tuple(dict.fromkeys(getattr(request, name)))
+    check_maximum(name, max(ids, default=0), manifest.vocab_size - 1)
+    return ids
+
+
+def _banned_texts(
+    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, silent: frozenset[int]
+) -> BannedTexts | None:
+    if not request.bad_words:
+        return None
+    if any("\ufffd" in word for word in request.bad_words):
+        problem = "no entry may contain U+FFFD, which stands for bytes that are not UTF-8."
+        raise invalid("bad_words", problem, "invalid_value")
+    return BannedTexts(request.bad_words, tokenizer.spellings, silent)
+
+
+def _kept_tokens(
+    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, context_length: int, max_tokens: int, suffix: str
+) -> int | None:
+    """How many of the last tokens of a prompt are kept, at least one; None for all."""
+    if not request.HasField("truncate_prompt_tokens"):
+        return None
+    kept = request.truncate_prompt_tokens
+    check_maximum("truncate_prompt_tokens", kept, context_length)
+    if kept > 0:
+        return kept
+    around = len(tokenizer.fill_in_the_middle(_ONE_TOKEN, suffix).token_ids) - 1 if suffix else 0
+    return max(1, context_length - max_tokens - around)
+
+
+def _check_logprobs_from(request: pb.CreateCompletionRequest, prompts: Sequence[Prompt]) -> None:
+    if not request.HasField("logprobs_from"):
+        return
+    if not request.echo or not (request.HasField("logprobs") or request.logprob_token_ids):
+        raise invalid("logprobs_from", "only allowed with 'echo' and 'logprobs'.", "invalid_value")
+    check_maximum("logprobs_from", request.logprobs_from, min(len(prompt.token_ids) for prompt in prompts))
+
+
+def _priority(request: pb.CreateCompletionRequest, ceiling: int | None) -> int:
+    if not request.HasField("priority"):
+        return max(0, ceiling or 0)
+    priority: int = request.priority
+    if ceiling is not None and priority < ceiling:
+        message = f"Your API key may not ask for a priority more urgent than {ceiling}, but got {priority} instead."
+        raise PriorityError(message, param="priority", code="priority_not_allowed")
+    return priority
 
 
 def _suffix(request: pb.CreateCompletionRequest, manifest: Manifest) -> str:

@@ -52,10 +52,12 @@ def parse_prompts(
     max_tokens: int,
     *,
     reading: Reading,
+    kept: int | None = None,
 ) -> tuple[Prompt, ...]:
     """The request's prompts, none of them empty; `best_of` counts each of them as that many sequences.
 
-    Raises InvalidRequestError, also for the first prompt that does not fit the context together with `max_tokens`.
+    Of each prompt the last `kept` tokens are kept, or all. Raises InvalidRequestError, also for the first prompt that
+    does not fit the context together with `max_tokens`.
     """
     typed = request.WhichOneof("prompt")
     json_set = request.HasField("json_prompt") and request.json_prompt.WhichOneof("kind") not in (None, "null_value")
@@ -75,16 +77,28 @@ def parse_prompts(
             prompt = tokenizer.prompt(item, parse_special=reading.parse_special, add_special=reading.add_special)
         elif isinstance(item, Parts):
             check_characters("prompt", item.text, context_length)
-            check_context(item.ids, max_tokens, context_length)
+            _check_ids(item.ids, max_tokens, context_length, kept)
             add_special = reading.add_special and not item.begins_with_tokens
             prompt = tokenizer.prompt_of_parts(item.read(tokenizer), add_special=add_special)
         else:
+            tokens = item if kept is None else item[-kept:]  # what is cut off is not looked at
             # The ids are looked at only now, so that too many are refused unread.
-            check_context(len(item), max_tokens, context_length)
-            prompt = tokenizer.prompt_of_tokens(read_ids("prompt", item, tokenizer))
+            check_context(len(tokens), max_tokens, context_length)
+            prompt = tokenizer.prompt_of_tokens(read_ids("prompt", tokens, tokenizer))
+        if kept is not None and len(prompt.token_ids) > kept:
+            prompt = tokenizer.prompt_of_tokens(prompt.token_ids[-kept:])
         check_context(len(prompt.token_ids), max_tokens, context_length)
         prompts.append(prompt)
     return tuple(prompts)
+
+
+def _check_ids(count: int, max_tokens: int, context_length: int, kept: int | None) -> None:
+    """Raises InvalidRequestError if the parts of a prompt have too many ids, also to be cut off."""
+    limit = MAX_CHARACTERS_PER_TOKEN * context_length
+    if kept is None:
+        check_context(count, max_tokens, context_length)
+    elif count > limit:
+        raise at_most("prompt", "token ids in parts", count, limit, "array_above_max_length")
 
 
 def check_context(length: int, max_tokens: int, context_length: int) -> None:

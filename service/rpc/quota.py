@@ -91,18 +91,18 @@ class Meter:
         """The number of accounts."""
         return len(self._accounts)
 
-    def sequences(self, identity: str) -> int:
+    def sequences(self, key: str) -> int:
         """The number of sequences that a caller has in the engine."""
-        account = self._accounts.get(identity)
+        account = self._accounts.get(key)
         return 0 if account is None else account.sequences
 
-    def request(self, identity: str, quota: Quota) -> None:
+    def request(self, key: str, quota: Quota) -> None:
         """Counts a request. Raises OverloadedError, and counts nothing, if the limit per minute is reached."""
         limits, now = quota.over(self.default), self._clock()
         limit = limits.requests_per_minute
         if limit is None:
             return
-        account = self._account(identity, now)
+        account = self._account(key, now)
         account.requests.forgive(limit, now)
         if account.requests.spent + 1 > limit:
             wait = (account.requests.spent + 1 - limit) * _MINUTE / limit
@@ -110,15 +110,15 @@ class Meter:
             message = f"Rate limit reached for requests per minute: {numbers} Please try again in {duration(wait)}."
             raise OverloadedError(message, retry_after=wait)
         account.requests.spent += 1
-        self._keep(identity, account, now)
+        self._keep(key, account, now)
 
-    def take(self, identity: str, quota: Quota, tokens: int, sequences: int) -> None:
+    def take(self, key: str, quota: Quota, tokens: int, sequences: int) -> None:
         """Charges a request.
 
         Raises TokensExceededError or OverloadedError, and charges nothing, if the rest of the quota is too small.
         """
         limits, now = quota.over(self.default), self._clock()
-        account = self._account(identity, now)
+        account = self._account(key, now)
         if limits.max_sequences is not None and account.sequences + sequences > limits.max_sequences:
             raise OverloadedError(
                 f"Rate limit reached for sequences at once: Limit {limits.max_sequences}, Used {account.sequences}, "
@@ -129,19 +129,19 @@ class Meter:
             self._charge(account.tokens, limits.tokens_per_minute, tokens, now)
         if limits != UNLIMITED:
             account.sequences += sequences
-            self._keep(identity, account, now)
+            self._keep(key, account, now)
 
-    def give_back(self, identity: str, tokens: int, sequences: int) -> None:
+    def give_back(self, key: str, tokens: int, sequences: int) -> None:
         """Ends a request: refunds its unused `tokens` and releases its `sequences`."""
-        account = self._accounts.get(identity)
+        account = self._accounts.get(key)
         if account is not None:
             account.tokens.spent = max(0.0, account.tokens.spent - tokens)
             account.sequences = max(0, account.sequences - sequences)
 
-    def headers(self, identity: str, quota: Quota) -> Headers:
+    def headers(self, key: str, quota: Quota) -> Headers:
         """A caller's remaining quota, by OpenAI's names; empty if there is no limit."""
         limits, now = quota.over(self.default), self._clock()
-        account = self._account(identity, now)
+        account = self._account(key, now)
         headers: Headers = ()
         if limits.requests_per_minute is not None:
             account.requests.forgive(limits.requests_per_minute, now)
@@ -165,12 +165,12 @@ class Meter:
         message = f"Rate limit reached for tokens per minute: {numbers} Please try again in {duration(wait)}."
         raise TokensExceededError(message, retry_after=wait)
 
-    def _account(self, identity: str, now: float) -> _Account:
+    def _account(self, key: str, now: float) -> _Account:
         """A caller's account; a new one is not stored yet."""
-        return self._accounts.get(identity) or _Account(now)
+        return self._accounts.get(key) or _Account(now)
 
-    def _keep(self, identity: str, account: _Account, now: float) -> None:
-        self._accounts[identity] = account
+    def _keep(self, key: str, account: _Account, now: float) -> None:
+        self._accounts[key] = account
         if len(self._accounts) >= self._sweep_at:
             self._accounts = {name: account for name, account in self._accounts.items() if account.in_use(now)}
             self._sweep_at = max(_FIRST_SWEEP, 2 * len(self._accounts))

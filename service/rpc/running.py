@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from service.errors import AuthenticationError, OverloadedError
@@ -83,8 +83,8 @@ class Running:
             if not calls:
                 del self._calls[identity], self._held[identity]
 
-    def revoke(self, identities: Iterable[str]) -> None:
-        """Ends the calls of callers whose keys were revoked."""
-        for identity in identities:
-            for call in list(self._calls.get(identity, ())):
+    def revoke(self, keys: Collection[str]) -> None:
+        """Ends the calls that came with these keys, which were revoked."""
+        if keys:
+            for call in [call for calls in self._calls.values() for call in calls if call.caller.key in keys]:
                 call.end(AuthenticationError("The API key has been revoked.", code="invalid_api_key"))

@@ -27,10 +27,10 @@ from service.rpc.keys import pseudonym
 from service.rpc.parse import Limits, parse
 from service.rpc.quota import Meter
 from service.rpc.sizes import answer_bytes
+from service.rpc.usage import timing_metadata, timings_of, usage_of
 from service.rpc.workers import Workers
-from service.telemetry.observer import Usage
 from service.text.tokenizer import Tokenizer
-from service.types import Delta, FinishReason, Request
+from service.types import Request
 
 # A stream of events without a piece for this long sends a comment: proxies close idle connections after a minute.
 _SILENCE_SECONDS = 15.0
@@ -45,7 +45,10 @@ _Tokenizing = pb.TokenizeRequest | pb.DetokenizeRequest | pb.GetTokenizerRequest
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that answers requests. `aliases` are its names besides its id; its manifest's if they are not given."""
+    """A model that answers requests. `aliases` are its names besides its id; its manifest's if they are not given.
+
+    `fingerprint` identifies all that decides its answers. It is shown where a request asks for it, or `always`.
+    """
 
     manifest: Manifest
     tokenizer: Tokenizer
@@ -53,6 +56,8 @@ class ServedModel:
     limits: Limits
     aliases: tuple[str, ...] | None = None
     chat_template: str | None = None
+    fingerprint: str = ""
+    always_fingerprint: bool = False
 
     @property
     def id(self) -> str:
@@ -96,12 +101,13 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
             yield await self._whole(request, deadline)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
-        pieces = render.Pieces(parsed)
+        pieces = render.Pieces(parsed, padded=parsed.obfuscate)
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
-                yield await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
-        if parsed.include_usage:
-            yield pieces.usage_message()
+                message = partial(pieces.message, delta, timings_of(parsed, generation))
+                yield await self._made(message, len(delta.tokens) > _MANY_TOKENS)
+            if parsed.include_usage:
+                yield pieces.usage_message(timings_of(parsed, generation))
 
     async def StreamCompletionEvents(  # noqa: N802
         self, request: pb.CreateCompletionRequest, context: Context
@@ -110,13 +116,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if not request.stream:
             answer = await self._whole(request, deadline)
             large = answer.ByteSize() > _LARGE_ANSWER
-            body = await self._made(lambda: render.to_bytes(render.response_json(answer, usage_key=True)), large)
+            body = await self._made(lambda: render.body(answer, render.Form.of(request)), large)
             yield httpbody_pb2.HttpBody(content_type="application/json", data=body)
             return
         model, parsed = await self._parse(request, deadline, streaming=True)
         with self._submitted(model, parsed, deadline) as generation:
-            pieces = generation.pieces(_SILENCE_SECONDS, since=current_call.get().began)
-            async for event in self._events(parsed, pieces):
+            async for event in self._events(parsed, render.Form.of(request), generation):
                 yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=event)
 
     async def ListModels(  # noqa: N802
@@ -159,31 +164,32 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         with self._submitted(model, parsed, deadline) as generation:
             async for delta in generation:
                 answer.add(delta)
-        return await self._made(answer.response, size > _LARGE_ANSWER)
+        return await self._made(lambda: answer.response(timings_of(parsed, generation)), size > _LARGE_ANSWER)
 
     async def _made(self, make: Callable[[], _Made], large: bool) -> _Made:
         """The result of `make`, which runs off the event loop in its caller's turn if it is `large`."""
         return await self._workers.run(current_call.get().caller.identity, make) if large else make()
 
-    async def _events(self, request: Request, deltas: AsyncIterator[Delta | None]) -> AsyncIterator[bytes]:
+    async def _events(self, request: Request, form: render.Form, generation: Generation) -> AsyncIterator[bytes]:
         """A stream's events, and a comment where there is no piece.
 
         Once something is sent, HTTP shows a later failure only as an event: the stream ends with it.
         """
         pieces = render.Pieces(request)
+        event = partial(render.event, form=form)
         begun = False
         try:
-            async for delta in deltas:
+            async for delta in generation.pieces(_SILENCE_SECONDS, since=current_call.get().began):
                 if delta is None:
                     yield render.WAITING_COMMENT
                     begun = True
                     continue
-                message = await self._made(partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS)
-                event = partial(render.event, message, usage_key=request.include_usage)
-                yield await self._made(event, len(delta.tokens) > _MANY_TOKENS)
+                made, large = partial(pieces.message, delta), len(delta.tokens) > _MANY_TOKENS
+                message = await self._made(partial(made, timings_of(request, generation)), large)
+                yield await self._made(partial(event, message), large)
                 begun = True
             if request.include_usage:
-                yield render.event(pieces.usage_message(), usage_key=True)
+                yield event(pieces.usage_message(timings_of(request, generation)))
             yield render.DONE_EVENT
         except Exception as error:
             if not begun:
@@ -201,11 +207,19 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if request.user:
             call.notes["user"] = pseudonym(request.user)
         identity = call.caller.identity
-        model.engine.check(identity, deadline.left)
+        model.engine.check(identity, deadline.left, priority=request.priority)
+        fingerprinted = model.always_fingerprint or request.HasField("seed") or request.return_token_ids
         parsed = await self._workers.run(
             identity,
             lambda: parse(
-                request, model.manifest, model.tokenizer, model.limits, identity=identity, streaming=streaming
+                request,
+                model.manifest,
+                model.tokenizer,
+                model.limits,
+                identity=identity,
+                streaming=streaming,
+                ceiling=call.caller.most_urgent,
+                fingerprint=model.fingerprint if fingerprinted else None,
             ),
         )
         return model, parsed
@@ -226,21 +240,22 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
                 yield generation
             finally:
                 call.generates(None)
-                call.usage = _usage(request, model.id, generation, call.began)
+                call.usage = usage_of(request, model.id, generation, call.began)
+                call.identifiers += timing_metadata(timings_of(request, generation))
 
     @contextmanager
     def _charged(self, call: RpcCall, tokens: int, sequences: int) -> Iterator[None]:
         """Charges a call's caller, and refunds at the end what the call's usage does not contain."""
         caller = call.caller
         try:
-            self._meter.take(caller.identity, caller.quota, tokens, sequences)
+            self._meter.take(caller.key, caller.quota, tokens, sequences)
         finally:
-            call.headers = self._meter.headers(caller.identity, caller.quota)
+            call.headers = self._meter.headers(caller.key, caller.quota)
         try:
             yield
         finally:
             used = 0 if call.usage is None else call.usage.prompt_tokens + call.usage.completion_tokens
-            self._meter.give_back(caller.identity, tokens - used, sequences)
+            self._meter.give_back(caller.key, tokens - used, sequences)
 
     def _find_or_first(self, request: _Tokenizing) -> ServedModel:
         """The model that a request names, or the first one that its caller's key may use."""
@@ -263,29 +278,6 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         if not call.caller.may_use(*model.names):
             raise ForbiddenModelError(message, code="model_not_found")
         return model
-
-
-def _usage(request: Request, model: str, generation: Generation, began: float) -> Usage:
-    """The parameters, counts and times of a request that has ended; its call began at `began`."""
-    started, first = generation.started_at, generation.first_piece_at
-    return Usage(
-        id=request.id,
-        model=model,
-        max_tokens=request.max_tokens,
-        temperature=request.sampling.temperature,
-        top_p=request.sampling.top_p,
-        n=request.n,
-        sequences=len(request.prompts) * request.best_of,
-        prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts),
-        cached_tokens=generation.cached_tokens,
-        completion_tokens=generation.completion_tokens,
-        longest=generation.longest,
-        stopped=generation.finished[FinishReason.STOP],
-        cut_off=generation.finished[FinishReason.LENGTH],
-        queued_seconds=generation.queued_at - began,
-        started_seconds=None if started is None else started - began,
-        first_token_seconds=None if first is None else first - began,
-    )
 
 
 def _describe(name: str, model: ServedModel) -> pb.Model:

@@ -20,6 +20,7 @@ from service.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
+    PriorityError,
     ServiceError,
     SlowReaderError,
     TokensExceededError,
@@ -51,6 +52,7 @@ _TABLE: dict[type[Exception], _Row] = {
         grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error", Refusal.UNAUTHENTICATED, Outcome.CANCELLED
     ),
     ForbiddenModelError: _Row(grpc.StatusCode.NOT_FOUND, "invalid_request_error", Refusal.FORBIDDEN),
+    PriorityError: _Row(grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error", Refusal.FORBIDDEN),
     ModelNotFoundError: _Row(grpc.StatusCode.NOT_FOUND, "invalid_request_error", Refusal.UNKNOWN_MODEL),
     OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "requests", Refusal.OVERLOADED),
     TokensExceededError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens", Refusal.TOKENS_PER_MINUTE),

@@ -20,6 +20,7 @@ from service.manifest import Manifest
 from service.rpc.parse import Limits
 from service.rpc.servicer import ServedModel
 from service.serving import gpu_memory, memory
+from service.serving.fingerprint import fingerprint, parts
 from service.settings import ModelSettings, Settings
 from service.telemetry.log import get_logger
 from service.telemetry.metrics import Reading
@@ -180,16 +181,28 @@ def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
     engine = Engine(
         model,
         tokenizer,
-        Scheduler(KVCache(slots, share), settings.prompt_chunk, settings.step_seconds),
+        Scheduler(
+            KVCache(slots, share),
+            settings.prompt_chunk,
+            settings.step_seconds,
+            patience=settings.max_queue_seconds / 2,
+        ),
         max_waiting=settings.max_waiting,
         max_waiting_tokens=planned.plan.waiting_tokens,
         send_timeout=settings.send_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
         name=manifest.id,
     )
-    limits = Limits(length, settings.max_stops, settings.parse_special)
-    template = _chat_template(directory, manifest)
-    return ServedModel(manifest, tokenizer, engine, limits, aliases, template)
+    return ServedModel(
+        manifest,
+        tokenizer,
+        engine,
+        Limits(length, settings.max_stops, settings.parse_special, settings.max_logprobs),
+        aliases,
+        _chat_template(directory, manifest),
+        fingerprint(parts(manifest, settings)),
+        settings.always_fingerprint,
+    )
 
 
 def _chat_template(directory: Path, manifest: Manifest) -> str | None:

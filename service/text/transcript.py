@@ -34,13 +34,16 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
 
-    def find(self, text: str) -> int | None:
-        """The start of the stop text that ends first, the longest if several end there; None if there is none.
+    def find(self, text: str) -> tuple[int, int] | None:
+        """Start and end of the stop text that ends first, the longest if several end there; None if there is none.
 
         The result does not depend on how tokens divide the text.
         """
         matches = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
-        return min(matches)[1] if matches else None
+        if not matches:
+            return None
+        end, start = min(matches)
+        return start, end
 
     def held(self, text: str) -> int:
         """The number of characters at the end of `text` that could begin a stop text."""
@@ -55,11 +58,16 @@ class Transcript:
     """Turns tokens into final pieces of text.
 
     Laws: a piece holds whole tokens, except one that a stop text cuts; no piece holds part of a character, or text from
-    the start of a stop text on; the joined texts of the tokens equal the text, if all are complete characters.
+    the start of a stop text on (from its end on, if it stays in the text); the joined texts of the tokens equal the
+    text, if all are complete characters. `stop_text` is the stop text that ended it.
     """
 
-    def __init__(self, stops: Sequence[str] = (), start: int = 0, tail: bytes = b"") -> None:
+    def __init__(
+        self, stops: Sequence[str] = (), start: int = 0, tail: bytes = b"", *, include_stop: bool = False
+    ) -> None:
         """Continues a text of `start` code points and `tail`, the bytes of an unfinished character after them."""
+        self._include_stop = include_stop
+        self.stop_text: str | None = None
         self._detokenizer = Detokenizer()
         self._detokenizer.push(tail)
         self._stops = StopMatcher(stops)
@@ -85,7 +93,8 @@ class Transcript:
         self._tokens.append(_Held(token, start, end))
         stop = self._stops.find(self._text)
         if stop is not None:
-            return self._cut(stop)
+            self.stop_text = self._text[slice(*stop)]
+            return self._cut(stop[self._include_stop])
         return self._release(len(self._text) - self._stops.held(self._text))
 
     def finish(self) -> Piece:
@@ -108,7 +117,7 @@ class Transcript:
         return Piece(text, tuple(shown))
 
     def _cut(self, stop: int) -> Piece:
-        """Releases the text before the stop text at `stop`, and ends."""
+        """Releases the text up to `stop`, and ends."""
         kept = [held for held in self._tokens if held.start < stop]
         last = kept[-1] if kept else None
         if last is not None and (last.end is None or last.end > stop):

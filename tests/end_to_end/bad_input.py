@@ -313,7 +313,7 @@ NUMBERS = [
     svc({"best_of": 2, "stream": True}, 400, "invalid_value", "best_of", "Results cannot be streamed"),
     good({"n": 3}, lambda answer: [choice["text"] for choice in answer["choices"]] == [" Paris"] * 3),
     svc({"logprobs": -1}, 400, LOW, "logprobs", ">= 0, but got -1"),
-    *(svc({"logprobs": value}, 400, HIGH, "logprobs", f"<= 5, but got {value}") for value in (6, 10**6)),
+    *(svc({"logprobs": value}, 400, HIGH, "logprobs", f"<= {bound}, but got {value}") for value, bound in ((6, 5), (101, 100), (10**6, 100))),
     mistyped("logprobs", "true", "an integer", "a boolean"),
     good({"logprobs": 0}, lambda answer: list(answer["choices"][0]["logprobs"]["top_logprobs"][0]) == [" Paris"]),
     *(svc({"logit_bias": {key: 1}}, *BIAS_KEY, f"key '{key}' is not a token id within 0..49151") for key in ("abc", "-5", "1.5", "00005", "49152", "")),
@@ -417,6 +417,19 @@ FORMS_OF_OUTPUT = [
     svc({"bad_words": [""]}, 400, "empty_string", "bad_words", "cannot contain an empty string"),
     svc({"allowed_token_ids": [1] * 1025}, 400, "array_above_max_length", "allowed_token_ids", "at most 1024 entries, but got 1025"),
     svc({"logprob_token_ids": [1] * 129}, 400, "array_above_max_length", "logprob_token_ids", "at most 128 entries, but got 129"),
+    *(svc({name: [VOCABULARY]}, 400, HIGH, name, f"<= {VOCABULARY - 1}, but got {VOCABULARY}") for name in ("allowed_token_ids", "logprob_token_ids")),
+    *(svc({name: [-1]}, 400, LOW, name, ">= 0, but got -1") for name in ("allowed_token_ids", "logprob_token_ids")),
+    svc({"truncate_prompt_tokens": CONTEXT + 1}, 400, HIGH, "truncate_prompt_tokens", f"<= {CONTEXT}, but got {CONTEXT + 1}"),
+    svc({"truncate_prompt_tokens": -1, "max_tokens": CONTEXT}, 400, "context_length_exceeded", "prompt", f"however you requested {CONTEXT + 1} tokens (1 in your prompt"),
+    svc({"bad_words": ["a\ufffd"]}, 400, "invalid_value", "bad_words", "no entry may contain U+FFFD"),
+    *(svc({"logprobs_from": 1, **more}, 400, "invalid_value", "logprobs_from", "only allowed with 'echo' and 'logprobs'") for more in ({}, {"echo": True}, {"logprobs": 1})),
+    svc({"logprobs_from": 6, "echo": True, "logprobs": 1}, 400, HIGH, "logprobs_from", "<= 5, but got 6"),
+    Row(Ask({"stream_options": {"include_obfuscation": True}}), "SVC", 400, "invalid_value", "stream_options", "only allowed when 'stream' is true"),
+    *(good({name: None}, paris, typed=False) for name in ("truncate_prompt_tokens", "bad_words", "allowed_token_ids", "logprob_token_ids", "logprobs_from", "priority", "include_stop_str_in_output", "return_token_ids", "return_timings")),
+    *(good({name: value}, paris) for name, value in (("truncate_prompt_tokens", CONTEXT), ("truncate_prompt_tokens", -1), ("bad_words", []), ("logprob_token_ids", []), ("priority", -100), ("priority", 100), ("return_token_ids", False))),
+    good({"bad_words": [" Paris", "a" * 64]}, lambda answer: text(answer) != " Paris"),
+    good({"allowed_token_ids": [0, VOCABULARY - 1], "max_tokens": 3}),
+    good({"logprob_token_ids": [0, VOCABULARY - 1, 0]}, lambda answer: list(answer["choices"][0]["logprobs"]["token_id_logprobs"][0]) == ["0", str(VOCABULARY - 1)], typed=False),
 ]
 
 ROWS = [*BODIES, *KEYS, *PROMPTS, *NUMBERS, *COMBINATIONS, *FORMS_OF_OUTPUT]

@@ -150,7 +150,7 @@ def check_status(call: grpc.RpcError, row: Row) -> None:
 
 
 def json_of(answer: pb.CreateCompletionResponse) -> dict[str, Any]:
-    return render.response_json(answer, usage_key=True)
+    return render.response_json(answer, render.Form(usage=True))
 
 
 @pytest.mark.parametrize(

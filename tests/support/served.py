@@ -42,7 +42,7 @@ class Served:
         served = ServedModel(manifest(), letters, self.engine, Limits(64, 4))
         digest = hashlib.sha256(b"sk-right")
         self.identity = digest.hexdigest()
-        keys = KeyRing({digest.digest(): Caller("team", self.identity)})
+        keys = KeyRing({digest.digest(): Caller("team", self.identity, self.identity)})
         patience = {"send_timeout": SEND_TIMEOUT_SECONDS, "last_word": SEND_TIMEOUT_SECONDS}
         interceptor = CallInterceptor(keys, self.workers, self.meter, self.running, **patience)
         self.server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])

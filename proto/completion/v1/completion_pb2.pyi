@@ -207,8 +207,9 @@ class CreateCompletionRequest(_message.Message):
     stream: _builtins.bool
     """Whether to send pieces as they are generated. Default: false over REST; implied by the method over gRPC."""
     logprobs: _builtins.int
-    """How many of the likeliest tokens to report at each position, beside the chosen one. Range: 0..5. Default: none are
-    reported. 0 reports only the chosen token; the chosen one is always present, so up to logprobs + 1 entries.
+    """How many of the likeliest tokens to report at each position, beside the chosen one. Range: 0..5; the 5 is a setting
+    of the service, up to 100. Default: none are reported. 0 reports only the chosen token; the chosen one is always
+    present, so up to logprobs + 1 entries.
     """
     echo: _builtins.bool
     """Whether the answer's text begins with the prompt; with `logprobs` the prompt's tokens are scored too. Default: false."""
@@ -255,7 +256,8 @@ class CreateCompletionRequest(_message.Message):
     include_stop_str_in_output: _builtins.bool
     """Whether the stop text that ended a choice stays in its text, its tokens counted. Default: false."""
     truncate_prompt_tokens: _builtins.int
-    """Keeps only this many of the last tokens of each prompt; -1 keeps as many as fit with `max_tokens`. `usage` counts
+    """Keeps only this many of the last tokens of each prompt; -1 keeps as many as fit with `max_tokens`, and `suffix`,
+    which is always kept whole. A prompt that is cut is as if its last tokens had been sent as ids, and `usage` counts
     what is left. Range: -1, or 1..context. Default: the prompt is refused if it does not fit.
     """
     logprobs_from: _builtins.int
@@ -332,18 +334,21 @@ class CreateCompletionRequest(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that are never generated, however they are split into tokens. At most 128, none empty, each at most 64
-        characters. Default: none.
+        """Texts that no choice contains, however they are split into tokens: a token that would complete one is not chosen.
+        Where none is left, the choice ends as by an end token. At most 128, none empty, each at most 64 characters, none
+        with U+FFFD, which stands for bytes that are not UTF-8. Default: none.
         """
 
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The only token ids that may be generated. 1..1024 ids, each in 0..vocabulary - 1. Default: all."""
+        """The only token ids that may be generated; also end tokens must be among them to be chosen. Where none is left, the
+        choice ends as by an end token. 1..1024 ids, each in 0..vocabulary - 1. Default: all.
+        """
 
     @_builtins.property
     def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids whose scores are reported at every position, beside the likeliest ones of `logprobs`. At most 128 ids,
-        each in 0..vocabulary - 1. Default: none.
+        """Token ids whose scores are reported at every position, beside the likeliest ones of `logprobs`, which is then 0 if
+        unset. At most 128 ids, each in 0..vocabulary - 1. Default: none.
         """
 
     @_builtins.property
@@ -893,7 +898,9 @@ class StreamOptions(_message.Message):
     continuous_usage_stats: _builtins.bool
     """Whether every message reports the usage so far. Default: false."""
     include_obfuscation: _builtins.bool
-    """Whether every message is padded with random characters, so that its length tells nothing. Default: false."""
+    """Whether every message is padded with random characters to a multiple of 512 bytes, so that its length tells
+    nothing of a short piece of text. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -932,6 +939,9 @@ class CreateCompletionResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    OBFUSCATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique per request, `cmpl-` and 29 characters; the same in every piece."""
     object: _builtins.str
@@ -940,6 +950,13 @@ class CreateCompletionResponse(_message.Message):
     """When the request arrived, in seconds since 1970."""
     model: _builtins.str
     """The model as the request named it."""
+    system_fingerprint: _builtins.str
+    """Identifies all that decides the bits of an answer: the model's files, the kernels, the versions and the settings.
+    Equal ones promise equal text for equal requests with equal seeds. Set for a request with a `seed` or
+    `return_token_ids`, or always, by a setting of the service; the same in every piece.
+    """
+    obfuscation: _builtins.str
+    """Random characters, which mean nothing, if the request asked with `stream_options.include_obfuscation`."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Choice]:
         """Prompt-major, then by rank when `best_of` > `n`. In a stream: one choice's piece, or none in the usage message."""
@@ -947,6 +964,10 @@ class CreateCompletionResponse(_message.Message):
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Tokens used. Always in a whole answer; in a stream as `stream_options` asks."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """How long the request waited and was computed, if it asked with `return_timings`; in a stream in the last message."""
 
     def __init__(
         self,
@@ -957,12 +978,22 @@ class CreateCompletionResponse(_message.Message):
         model: _builtins.str = ...,
         choices: _abc.Iterable[Global___Choice] | None = ...,
         usage: Global___Usage | None = ...,
+        system_fingerprint: _builtins.str | None = ...,
+        timings: Global___Timings | None = ...,
+        obfuscation: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_obfuscation", b"_obfuscation", "_system_fingerprint", b"_system_fingerprint", "obfuscation", b"obfuscation", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "created", b"created", "id", b"id", "model", b"model", "object", b"object", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_obfuscation", b"_obfuscation", "_system_fingerprint", b"_system_fingerprint", "choices", b"choices", "created", b"created", "id", b"id", "model", b"model", "obfuscation", b"obfuscation", "object", b"object", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__obfuscation: _TypeAlias = _typing.Literal["obfuscation"]  # noqa: Y015
+    _WhichOneofArgType__obfuscation: _TypeAlias = _typing.Literal["_obfuscation", b"_obfuscation"]  # noqa: Y015
+    _WhichOneofReturnType__system_fingerprint: _TypeAlias = _typing.Literal["system_fingerprint"]  # noqa: Y015
+    _WhichOneofArgType__system_fingerprint: _TypeAlias = _typing.Literal["_system_fingerprint", b"_system_fingerprint"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__obfuscation) -> _WhichOneofReturnType__obfuscation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__system_fingerprint) -> _WhichOneofReturnType__system_fingerprint | None: ...
 
 Global___CreateCompletionResponse: _TypeAlias = CreateCompletionResponse  # noqa: Y015
 
@@ -977,6 +1008,12 @@ class Choice(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     NO_LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_TEXT_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    END_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    COMPLETE_GRAMMAR_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text, or in a stream the new text."""
     index: _builtins.int
@@ -985,9 +1022,29 @@ class Choice(_message.Message):
     """Set when scores were not requested, so that JSON prints null. Typed callers can ignore it."""
     finish_reason: Global___FinishReason.ValueType
     """Why the choice ended; unspecified while it goes on in a stream."""
+    stop_text: _builtins.str
+    """The text of `stop`."""
+    stop_token_id: _builtins.int
+    """The token of `stop_token_ids`."""
+    end_token_id: _builtins.int
+    """The model's end token."""
+    complete_grammar: _builtins.bool
+    """True: the text has the form that was asked for, and nothing may follow it."""
     @_builtins.property
     def logprobs(self) -> Global___Logprobs:
         """The scores."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids of the tokens of `text`, without those of an echoed prompt, if the request asked with `return_token_ids`.
+        An end token is not among them; one that a stop text cuts is.
+        """
+
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids of the prompt's tokens, if the request asked with `return_token_ids`; in a stream in the choice's first
+        message.
+        """
 
     def __init__(
         self,
@@ -997,16 +1054,63 @@ class Choice(_message.Message):
         logprobs: Global___Logprobs | None = ...,
         no_logprobs: _struct_pb2.NullValue.ValueType = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
+        stop_text: _builtins.str = ...,
+        stop_token_id: _builtins.int = ...,
+        end_token_id: _builtins.int = ...,
+        complete_grammar: _builtins.bool = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "no_logprobs", b"no_logprobs", "scores", b"scores"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_grammar", b"complete_grammar", "end_token_id", b"end_token_id", "logprobs", b"logprobs", "no_logprobs", b"no_logprobs", "scores", b"scores", "stop_reason", b"stop_reason", "stop_text", b"stop_text", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "no_logprobs", b"no_logprobs", "scores", b"scores", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_grammar", b"complete_grammar", "end_token_id", b"end_token_id", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "no_logprobs", b"no_logprobs", "prompt_token_ids", b"prompt_token_ids", "scores", b"scores", "stop_reason", b"stop_reason", "stop_text", b"stop_text", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_scores: _TypeAlias = _typing.Literal["logprobs", "no_logprobs"]  # noqa: Y015
     _WhichOneofArgType_scores: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    _WhichOneofReturnType_stop_reason: _TypeAlias = _typing.Literal["stop_text", "stop_token_id", "end_token_id", "complete_grammar"]  # noqa: Y015
+    _WhichOneofArgType_stop_reason: _TypeAlias = _typing.Literal["stop_reason", b"stop_reason"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_scores) -> _WhichOneofReturnType_scores | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stop_reason) -> _WhichOneofReturnType_stop_reason | None: ...
 
 Global___Choice: _TypeAlias = Choice  # noqa: Y015
+
+@_typing.final
+class Timings(_message.Message):
+    """How long a request waited and was computed. Also in the trailing metadata of a gRPC call that asked for it:
+    `x-queue-seconds`, `x-prefill-seconds`, `x-decode-seconds` and `x-tokens-per-second`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    queue_seconds: _builtins.float
+    """Seconds from the end of parsing until the first sequence had a place in the batch."""
+    prefill_seconds: _builtins.float
+    """Seconds from then until the first token was chosen."""
+    decode_seconds: _builtins.float
+    """Seconds from then until the last token was chosen."""
+    tokens_per_second: _builtins.float
+    """Tokens of all choices after the first one, divided by `decode_seconds`; 0 where there are none."""
+    def __init__(
+        self,
+        *,
+        queue_seconds: _builtins.float = ...,
+        prefill_seconds: _builtins.float = ...,
+        decode_seconds: _builtins.float = ...,
+        tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "prefill_seconds", b"prefill_seconds", "queue_seconds", b"queue_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Logprobs(_message.Message):
@@ -1020,6 +1124,7 @@ class Logprobs(_message.Message):
     TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     TEXT_OFFSET_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The tokens as text; joined they equal the choice's text. A token that is not whole UTF-8 is written
@@ -1038,6 +1143,12 @@ class Logprobs(_message.Message):
     def text_offset(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Where each token starts, in code points from the start of the prompt, also without `echo`."""
 
+    @_builtins.property
+    def token_id_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIdScores]:
+        """The scores of the tokens in `logprob_token_ids` at each position, if the request has any. Over REST maps from token
+        ids to scores, with null where there are none.
+        """
+
     def __init__(
         self,
         *,
@@ -1045,14 +1156,65 @@ class Logprobs(_message.Message):
         token_logprobs: _abc.Iterable[Global___TokenScore] | None = ...,
         top_logprobs: _abc.Iterable[Global___TopLogprobs] | None = ...,
         text_offset: _abc.Iterable[_builtins.int] | None = ...,
+        token_id_logprobs: _abc.Iterable[Global___TokenIdScores] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text_offset", b"text_offset", "token_logprobs", b"token_logprobs", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text_offset", b"text_offset", "token_id_logprobs", b"token_id_logprobs", "token_logprobs", b"token_logprobs", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Logprobs: _TypeAlias = Logprobs  # noqa: Y015
+
+@_typing.final
+class TokenIdScores(_message.Message):
+    """The scores of certain tokens at one position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIdScore]:
+        """In the order of `logprob_token_ids`. None for a token of the prompt that has no score."""
+
+    def __init__(
+        self,
+        *,
+        scores: _abc.Iterable[Global___TokenIdScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIdScores: _TypeAlias = TokenIdScores  # noqa: Y015
+
+@_typing.final
+class TokenIdScore(_message.Message):
+    """The score of one token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm, <= 0; that of a token in `top_logprobs` is the same number."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIdScore: _TypeAlias = TokenIdScore  # noqa: Y015
 
 @_typing.final
 class TokenScore(_message.Message):

@@ -159,3 +159,19 @@ def test_queue_holds_what_waits_and_no_more():
     for ticket in tickets:
         queue.leave(ticket)
     assert queue.queued == {}
+
+
+def test_only_what_is_as_urgent_is_before_a_request():
+    """Of the caller's own work; another caller's counts as it always does."""
+    made = admission(max_seconds=100.0)
+    made.enter("me", [Work(1, 0, 100, 1)] * 4, priority=10)
+    busy = space(0, 5)
+    assert (
+        made.wait("me", busy, priority=-1)
+        == made.wait("new", space(0, 5), priority=-1)
+        < made.wait("me", busy, priority=10)
+    )
+    ticket = made.enter("me", [Work(1, 0, 100, 1)], priority=-1)
+    assert made.queued["me"].sequences == 5
+    made.leave(ticket)
+    assert made.queued["me"].sequences == 4

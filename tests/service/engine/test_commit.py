@@ -11,6 +11,7 @@ from service.engine.commit import Committer
 from service.engine.generation import Generation
 from service.engine.sequence import PromptGroup, Sequence
 from service.errors import EngineFaultError
+from service.text.banned_texts import BannedTexts
 from service.text.transcript import Transcript
 from service.types import FinishReason, Prompt, SamplingParams
 from tests.support.fakes import BEGIN, END, LETTERS, VOCABULARY, ids, request
@@ -18,7 +19,7 @@ from tests.support.fakes import BEGIN, END, LETTERS, VOCABULARY, ids, request
 
 def sequence(made, prompt_index=0, candidate=0):
     prompt = made.prompts[prompt_index]
-    transcript = Transcript(made.stop, len(prompt.text), prompt.tail)
+    transcript = Transcript(made.stop, len(prompt.text), prompt.tail, include_stop=made.include_stop)
     group = PromptGroup(prompt, unstarted=made.best_of)
     generation = Generation(made.best_of, lambda _: None)
     return Sequence(made, generation, group, prompt_index, candidate, transcript, list(prompt.token_ids))
@@ -133,9 +134,9 @@ def test_prompt_scores(committer):
     """Each prompt token is scored by the logits before it; the first has none, nor has a token without text a text."""
     made = request(Prompt((BEGIN, *ids("ab")), "ab", implied=1), echo=True, logprobs=1, max_tokens=0)
     one = sequence(made)
-    committer.score_prompt(one, np.stack([peak(0)]))
+    committer.score_prompt(one, np.stack([peak(0)]), 1)
     assert one.needs_prompt_scores
-    committer.score_prompt(one, np.stack([peak(7), peak(9)]))
+    committer.score_prompt(one, np.stack([peak(7), peak(9)]), 2)
     assert not one.needs_prompt_scores
     delta = committer.begin(one)
     assert delta.text == "ab"
@@ -194,10 +195,93 @@ def test_logits_that_are_not_numbers_are_a_fault(committer, bad, temperature):
     with pytest.raises(EngineFaultError):
         committer.advance(one, logits)
     with pytest.raises(EngineFaultError):
-        committer.score_prompt(one, logits[None])
+        committer.score_prompt(one, logits[None], 1)
 
 
 def test_all_logits_impossible_is_a_fault(committer):
     """There is nothing to choose from."""
     with pytest.raises(EngineFaultError):
         committer.advance(sequence(request("a")), np.full(VOCABULARY, -np.inf, np.float32))
+
+
+def test_stop_text_may_stay(committer):
+    """With its tokens counted and scored; what a token has after it does not."""
+    made = request("a", stop=("yz",), include_stop=True, max_tokens=9, logprobs=0, return_token_ids=True)
+    _, deltas = generate(committer, made, ids("xyz"))
+    assert [delta and delta.text for delta in deltas] == ["x", None, "yz"]
+    assert (deltas[2].completion_tokens, deltas[2].stop, deltas[2].token_ids) == (3, "yz", tuple(ids("yz")))
+    assert [token.text for token in deltas[2].tokens] == ["y", "z"]
+
+
+def test_ids_come_with_their_text(committer):
+    """Held back with it, without scores; an end token is the reason, and none of the ids."""
+    made = request("a", stop=("xyz",), max_tokens=9, return_token_ids=True)
+    _, deltas = generate(committer, made, [*ids("wxy"), END])
+    assert [delta and (delta.text, delta.token_ids) for delta in deltas] == [
+        ("w", tuple(ids("w"))),
+        None,
+        None,
+        ("xy", tuple(ids("xy"))),
+    ]
+    assert deltas[3].stop == END
+    assert all(not delta.tokens for delta in deltas if delta)
+
+
+def test_only_allowed_tokens(committer):
+    """Of them the likeliest, whatever else is likelier."""
+    made = request("a", allowed_token_ids=tuple(ids("qr")), max_tokens=2)
+    one = sequence(made)
+    assert committer.advance(one, peak(3) + peak(ids("r")[0], 1.0)).text == "r"
+    assert committer.advance(one, peak(3) + peak(ids("q")[0], 1.0)).text == "q"
+
+
+def test_banned_texts_across_tokens(committer, letters):
+    """The letter that would complete one is never chosen, the same letter elsewhere is."""
+    banned = BannedTexts(["bad"], letters.spellings, {END})
+    _, deltas = generate(committer, request("a", banned_texts=banned, max_tokens=9), ids("dbadbad"))
+    # Where "d" is banned the likeliest is "a", the first of many that are equally likely.
+    assert "".join(delta.text for delta in deltas) == "dbaabaa"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"allowed_token_ids": tuple(ids("x")), "banned": ["x"]},
+        {"banned": [*LETTERS, "<begin>", "<end>"], "stop_token_ids": frozenset()},
+        {"allowed_token_ids": (END,), "min_tokens": 1},
+    ],
+)
+def test_no_token_left_ends_the_choice(committer, letters, rules, temperature):
+    """As an end token does, with what was held back; it is no fault of the model, and there is no stop reason."""
+    changes = {name: value for name, value in rules.items() if name != "banned"}
+    if "banned" in rules:
+        changes["banned_texts"] = BannedTexts(rules["banned"], letters.spellings, ())
+    made = request("a", max_tokens=9, sampling=SamplingParams(temperature=temperature, top_p=0.9), **changes)
+    delta = committer.advance(sequence(made), peak(3))
+    assert (delta.text, delta.finish_reason, delta.stop) == ("", FinishReason.STOP, None)
+    assert delta.completion_tokens == 0
+
+
+def test_scores_of_chosen_ids(committer):
+    """At each position, in the order of the request, beside the likeliest."""
+    made = request("ab", logprobs=1, scored_token_ids=(5, 23), echo=True)
+    one = sequence(made)
+    committer.score_prompt(one, np.stack([peak(5)]), 1)
+    normalizer = math.log(math.exp(4) + VOCABULARY - 1)
+    assert one.group.scores[0].by_id == ()
+    assert one.group.scores[1].by_id == pytest.approx((4 - normalizer, -normalizer), abs=1e-6)
+    (token,) = committer.advance(one, peak(23)).tokens
+    assert token.by_id == pytest.approx((-normalizer, 4 - normalizer), abs=1e-6)
+    assert token.by_id[1] == token.logprob
+
+
+def test_prompt_scores_from_a_position_on(committer):
+    """Rows of earlier tokens are not looked at; if none is wanted, no row is needed."""
+    one = sequence(request("abcd", echo=True, logprobs=0, logprobs_from=3, max_tokens=0))
+    committer.score_prompt(one, np.full((1, VOCABULARY), np.nan, np.float32), 1)
+    committer.score_prompt(one, np.stack([np.full(VOCABULARY, np.nan, np.float32), peak(3)]), 2)
+    assert [token.logprob is None for token in committer.begin(one).tokens] == [True, True, True, False]
+    one = sequence(request("abcd", echo=True, logprobs=0, logprobs_from=4, max_tokens=0))
+    assert not one.needs_prompt_scores
+    assert [token.logprob for token in committer.begin(one).tokens] == [None] * 4

@@ -21,11 +21,11 @@ from tests.support.fakes import request
 SHARED = tuple(range(30))
 
 
-def sequences(prompt, identity="x", n=1, max_tokens=3):
+def sequences(prompt, identity="x", n=1, max_tokens=3, priority=0, queued_at=0.0):
     """The candidates of one prompt."""
-    made = request(Prompt(prompt, ""), identity=identity, n=n, max_tokens=max_tokens)
+    made = request(Prompt(prompt, ""), identity=identity, n=n, max_tokens=max_tokens, priority=priority)
     group = PromptGroup(made.prompts[0], unstarted=n)
-    generation = Generation(n, lambda _: None)
+    generation = Generation(n, lambda _: None, clock=lambda: queued_at)
     return [Sequence(made, generation, group, 0, i, Transcript(), list(prompt)) for i in range(n)]
 
 
@@ -466,3 +466,58 @@ def test_a_prompt_that_fills_the_memory_is_reused_in_place():
     simulation.add(sequences((*prompt, 50, 51, 52), max_tokens=4))
     serve(simulation)
     assert simulation.computed < 10
+
+
+def admitted(scheduler, now=0.0):
+    """Runs the scheduler until all prompts are computed; their callers and first tokens, in the order of turns."""
+    order = []
+    while (step := scheduler.schedule(now)) is not None:
+        order.append((step.sequence.request.identity, step.sequence.tokens[0]))
+        scheduler.commit_chunk(step)
+        scheduler.remove(step.sequence)
+    return order
+
+
+def test_priority_orders_one_callers_requests():
+    """Lower numbers first, equal ones in their order, the candidates of one request together."""
+    scheduler = Scheduler(KVCache(1), 16)
+    for token, priority in enumerate([0, 5, -5, 0, -5]):
+        scheduler.add(sequences((token,), n=2, priority=priority))
+    assert [token for _, token in admitted(scheduler)] == [2, 2, 4, 4, 0, 0, 3, 3, 1, 1]
+
+
+def test_priority_never_passes_another_caller():
+    """The turns of callers are the same as without it."""
+    orders = []
+    for priority in (0, -100):
+        scheduler = Scheduler(KVCache(1), 16)
+        for token in range(4):
+            scheduler.add(sequences((token,), identity="ann", priority=priority))
+            scheduler.add(sequences((token,), identity="bob"))
+        orders.append([identity for identity, _ in admitted(scheduler)])
+    assert orders[0] == orders[1]
+
+
+def test_what_has_waited_long_comes_before_urgent_requests():
+    """However urgent they are and keep coming: the oldest first."""
+    scheduler = Scheduler(KVCache(1), 16, patience=15.0)
+    scheduler.add(sequences((1,), priority=50, queued_at=100.0))
+    scheduler.add(sequences((2,), priority=20, queued_at=110.0))
+    scheduler.add(sequences((3,), priority=-9, queued_at=114.0))
+    assert [token for _, token in admitted(scheduler, 115.5)] == [1, 3, 2]
+
+
+def test_an_urgent_request_before_one_that_waits_for_memory():
+    """It takes the turn if it fits; the other has its memory when its turn comes."""
+    scheduler = Scheduler(KVCache(2, Share(Budget(40))), 16)
+    scheduler.add(sequences((1,) * 20, max_tokens=10, identity="a"))
+    first = scheduler.schedule()
+    scheduler.commit_chunk(first)
+    scheduler.add(sequences((2,) * 20, max_tokens=10, priority=5, identity="a"))
+    scheduler.add(sequences((3,), max_tokens=3, priority=1, identity="a"))
+    chunk = scheduler.schedule()
+    while chunk.end < 20:
+        scheduler.commit_chunk(chunk)
+        chunk = scheduler.schedule()
+    scheduler.commit_chunk(chunk)
+    assert scheduler.schedule().sequence.tokens[0] == 3

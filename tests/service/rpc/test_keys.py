@@ -80,7 +80,7 @@ def test_no_key_is_compared_with_another():
         items = keys = values = __iter__
 
     digest = bytes.fromhex(DIGEST)
-    keys = KeyRing(Closed({digest: Caller("me", DIGEST)}))
+    keys = KeyRing(Closed({digest: Caller("me", "me", DIGEST)}))
     assert keys.authenticate("Bearer sk-right").name == "me"
     with pytest.raises(AuthenticationError):
         keys.authenticate("Bearer sk-wrong")
@@ -97,6 +97,9 @@ def test_no_key_is_compared_with_another():
         (f"{DIGEST} two words\n", "line 1"),
         (f"{DIGEST} me models=\n", "line 1"),
         (f"{DIGEST} me models=a b\n", "line 1"),
+        (f"{DIGEST} me most_urgent=-101\n", "line 1"),
+        (f"{DIGEST} me most_urgent=101\n", "line 1"),
+        (f"{DIGEST} me most_urgent=1.5\n", "line 1"),
     ],
 )
 def test_bad_file(load, content, problem):
@@ -218,3 +221,13 @@ def test_limits_of_a_key(load):
     for wrong in ("tokens_per_minute=0", "tokens=5", "max_sequences=-1", "max_sequences=4x", "max_sequences = 4"):
         with pytest.raises(StartupError, match="line 1"):
             load(f"{DIGEST} me {wrong}\n")
+
+
+def test_keys_of_one_name_are_one_caller(load):
+    """With the limits of their own lines; a removed one is told by its digest."""
+    other = hashlib.sha256(b"sk-other").hexdigest()
+    keys = load(f"{DIGEST} team most_urgent=-5\n{other} team most_urgent=10 max_sequences=3\n{'0' * 64} rest\n")
+    one, two = keys.authenticate("Bearer sk-right"), keys.authenticate("Bearer sk-other")
+    assert one.identity == two.identity
+    assert (one.key, two.key) == (DIGEST, other)
+    assert (one.most_urgent, two.most_urgent, two.quota.max_sequences) == (-5, 10, 3)

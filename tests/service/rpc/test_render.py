@@ -13,6 +13,7 @@ from tests.support.fakes import request
 
 SCORED = Token("b", 1, -0.5, (("b", -0.5), ("c", -1.25)))
 FIRST = Token("a", 0, None, None)
+WHOLE = render.Form(usage=True)
 
 
 def delta(prompt_index, candidate, text, finish=None, **fields):
@@ -65,7 +66,7 @@ def test_cached_tokens():
     assert response.usage.prompt_tokens_details.cached_tokens == 18
     response = answer(made, delta(0, 0, "", last), delta(0, 1, "", last, cached_tokens=20))
     assert not response.usage.HasField("prompt_tokens_details")
-    assert "prompt_tokens_details" not in render.response_json(response, usage_key=True)["usage"]
+    assert "prompt_tokens_details" not in render.response_json(response, WHOLE)["usage"]
 
 
 def test_stream_messages():
@@ -91,7 +92,7 @@ def test_logprobs_json():
     """Four parallel lists; what nothing precedes is null; floats come out as they went in."""
     made = request("a", logprobs=1, echo=True)
     response = answer(made, delta(0, 0, "ab", FinishReason.LENGTH, tokens=(FIRST, SCORED)))
-    assert render.response_json(response, usage_key=True)["choices"] == [
+    assert render.response_json(response, WHOLE)["choices"] == [
         {
             "text": "ab",
             "index": 0,
@@ -109,14 +110,14 @@ def test_logprobs_json():
 def test_logprobs_of_nothing_are_empty_lists():
     """Asked for, the object is there even where a choice has no token."""
     response = answer(request("a", logprobs=0), delta(0, 0, "", FinishReason.STOP))
-    choice = render.response_json(response, usage_key=True)["choices"][0]
+    choice = render.response_json(response, WHOLE)["choices"][0]
     assert choice["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def test_unary_json_has_the_documented_shape():
     """Keys in OpenAI's order, numbers as numbers, null where nothing was asked for."""
     response = answer(request("a"), delta(0, 0, "é", FinishReason.STOP))
-    assert render.to_bytes(render.response_json(response, usage_key=True)).decode() == (
+    assert render.body(response, WHOLE).decode() == (
         '{"id":"cmpl-0","object":"text_completion","created":0,"model":"alphabet",'
         '"choices":[{"text":"é","index":0,"logprobs":null,"finish_reason":"stop"}],'
         '"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}'
@@ -133,10 +134,10 @@ def test_usage_key_of_events():
     """With include_usage every event has the key and the last one the totals; without it there is none."""
     pieces = render.Pieces(request("a"))
     message = pieces.message(delta(0, 0, "x"))
-    assert events(render.event(message, usage_key=True))["usage"] is None
-    assert "usage" not in events(render.event(message, usage_key=False))
-    assert events(render.event(message, usage_key=False))["choices"][0]["finish_reason"] is None
-    total = events(render.event(pieces.usage_message(), usage_key=True))
+    assert events(render.event(message, WHOLE))["usage"] is None
+    assert "usage" not in events(render.event(message, render.Form(usage=False)))
+    assert events(render.event(message, render.Form(usage=False)))["choices"][0]["finish_reason"] is None
+    total = events(render.event(pieces.usage_message(), WHOLE))
     assert total["choices"] == []
     assert total["usage"]["total_tokens"] == 2
 

@@ -14,6 +14,7 @@ TABLE = [
     (errors.InvalidRequestError("m", param="n", code="c"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     (errors.AuthenticationError("m"), grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
     (errors.ForbiddenModelError("m"), grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
+    (errors.PriorityError("m", param="p", code="c"), grpc.StatusCode.PERMISSION_DENIED, "invalid_request_error"),
     (errors.ModelNotFoundError("m"), grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     (errors.OverloadedError("m", retry_after=1), grpc.StatusCode.RESOURCE_EXHAUSTED, "requests"),
     (errors.TokensExceededError("m", retry_after=1), grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens"),
