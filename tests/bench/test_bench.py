@@ -13,12 +13,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from bench import client, drive, loads, peers
+from bench import client, drive, keystrokes, loads, peers
 from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
 from bench.loads import Load, Run
 from bench.peers import Served
 from bench.report import PRODUCT, Figure, Outcome, Results
-from service.manifest import TOKENIZER_FILE
+from service.manifest import TOKENIZER_FILE, FillInTheMiddle
 from tests.support.patience import PATIENCE
 
 
@@ -32,12 +32,14 @@ class Clock:
     async def sleep(self, seconds: float) -> None:
         due = self.now + seconds
         self._due.append(due)
-        while True:
-            for _ in range(10):  # all other tasks run until they sleep
-                await asyncio.sleep(0)
-            if due == min(self._due):
-                break
-        self._due.remove(due)
+        try:
+            while True:
+                for _ in range(10):  # all other tasks run until they sleep
+                    await asyncio.sleep(0)
+                if due == min(self._due):
+                    break
+        finally:
+            self._due.remove(due)
         self.now = due
 
 
@@ -178,3 +180,32 @@ async def test_sessions_count_what_caches_held(plan: Namespace) -> None:
     assert outcome.figures[0].value == pytest.approx(0.5, abs=0.01)
     assert len(seen) == loads.CHATS
     assert all(len(lengths) == loads.CHAT_TURNS and lengths == sorted(set(lengths)) for lengths in seen.values())
+
+
+def test_a_keystroke_ends_the_request_before(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that come before the next keystroke count, those of the last request all; the rest is work thrown away."""
+    monkeypatch.setattr(keystrokes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(keystrokes, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": clock.sleep}))
+    stream = paced(clock, {1: [0.1, 0.1], 2: [0.3], 3: [0.1, 0.5]})
+    strokes = asyncio.run(keystrokes.type_line(stream, [(1,), (2,), (3,)], 0.15))
+    assert [len(stroke.at) for stroke in strokes] == [1, 0, 2]
+    assert [stroke.finished for stroke in strokes] == [False, False, True]
+    found = {figure.name: figure.value for figure in keystrokes.figures(strokes, strokes[-1:], 0.6)}
+    assert found["keystrokes with a suggestion before the next"] == pytest.approx(200 / 3)
+    assert found["last keystroke to first token, mean"] == pytest.approx(100)
+    assert found["tokens sent and thrown away, a keystroke"] == pytest.approx(1 / 3)
+    assert found["processor time, a keystroke"] == pytest.approx(200)
+
+
+def test_prompts_while_a_line_is_typed() -> None:
+    """The window keeps its place, and the marks stand where the model wants them."""
+    text = "".join(f"line {number} with some more words in it\n" for number in range(100))
+    (before, line, after), *_ = keystrokes.edits(text)
+    shown = keystrokes.window(before, lambda part: list(part.encode()))
+    assert 0 < len(shown) <= keystrokes.BEFORE
+    assert "".join(before).endswith(shown)
+    assert (shown + line + after)[-len(after) :] == after
+    for order, expected in (("psm", (7, 1, 8, 2, 9)), ("spm", (8, 2, 7, 1, 9))):
+        marks = FillInTheMiddle(prefix=7, suffix=8, middle=9, order=order)
+        assert keystrokes.prompt([1], [2], marks) == expected
+    assert keystrokes.prompt([1], [2], None) == (1,)
