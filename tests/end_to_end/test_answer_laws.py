@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,21 @@ def test_a_stop_text_that_stays_follows_the_text_without_it(stack: Stack) -> Non
         stopped += "stop_reason" in without
 
     assert stopped > 10
+
+
+def test_ids_through_detokenize_are_the_text(stack: Stack) -> None:
+    """That with `skip_special_tokens: false`, without a character that the last token leaves unfinished."""
+    shown = 0
+
+    @law(30, PROMPTS, SAMPLING, st.booleans())
+    def check(prompt: str, sampling: dict[str, Any], ignore_eos: bool) -> None:
+        nonlocal shown
+        fields = {"prompt": prompt, **sampling, "ignore_eos": ignore_eos, "skip_special_tokens": False}
+        found = choice(stack, **fields, return_token_ids=True)
+        answer = stack.request("POST", "/detokenize", json.dumps({"tokens": found["token_ids"]}))
+        assert answer.status == 200, (found, answer)
+        text = answer.json["prompt"]
+        assert found["text"] in {text, text.removesuffix("\ufffd")}
+        shown += bool(text)
+
+    assert shown > 20

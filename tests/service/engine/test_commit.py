@@ -285,3 +285,21 @@ def test_prompt_scores_from_a_position_on(committer):
     one = sequence(request("abcd", echo=True, logprobs=0, logprobs_from=4, max_tokens=0))
     assert not one.needs_prompt_scores
     assert [token.logprob for token in committer.begin(one).tokens] == [None] * 4
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("include", [True, False])
+def test_a_control_token_that_is_a_stop_text(committer, skip, include):
+    """It ends the choice by its name, also where control tokens have no text, and stays where stop texts do."""
+    made = request(
+        "a",
+        stop=("<begin>",),
+        control_stops=frozenset({BEGIN}),
+        skip_special_tokens=skip,
+        include_stop=include,
+        max_tokens=9,
+    )
+    _, deltas = generate(committer, made, [*ids("x"), BEGIN])
+    assert "".join(delta.text for delta in deltas if delta) == ("x<begin>" if include else "x")
+    assert (deltas[-1].finish_reason, deltas[-1].stop) == (FinishReason.STOP, "<begin>")
+    assert deltas[-1].completion_tokens == 1 + include

@@ -161,9 +161,9 @@ def test_tokens_to_text(tokenizer):
 
 
 def test_generated_control_tokens(tokenizer):
-    """They have no text unless the request asks for it; a stop that names one then stops at its id."""
+    """They have no text unless the request asks for it; one that a stop names has its name."""
     assert completed(tokenizer, text="a").skip_special_tokens
-    assert completed(tokenizer, text="a", stop=["<begin>", "b"]).stop_token_ids == {END, BEGIN}
+    assert completed(tokenizer, text="a", stop=["<begin>", "b"]).control_stops == {BEGIN}
     shown = completed(tokenizer, text="a", stop=["<begin>"], skip_special_tokens=False)
     assert (shown.skip_special_tokens, shown.stop_token_ids) == (False, {END})
 
