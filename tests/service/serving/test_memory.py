@@ -254,7 +254,9 @@ def test_process_stays_within_its_budget(model_dir):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     logged, found = (json.loads(line) for line in done.stdout.splitlines())
-    assert (logged["positions"], logged["slots"]) == (slots * context_length, 2 * slots)
+    # The setting is in whole MiB, so of the 16 positions more some are left.
+    assert slots * context_length <= logged["positions"] <= slots * context_length + 16
+    assert logged["slots"] == 2 * slots
     assert logged["total_mib"] == memory.mib(total)
     assert (found["slots"], len(found["generated"])) == ([2 * slots], 2 * slots)
     assert 0.7 * total < found["peak"] <= total
