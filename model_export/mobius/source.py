@@ -146,7 +146,7 @@ def from_directory(directory: Directory) -> MobiusSource:
 
 def check_configuration(where: str, entries: Mapping[str, Any]) -> TokenIds:
     """The tokens in a config.json. Raises ExportError where its `entries` ask for a variant that cannot be built."""
-    text = entries.get("text_config") or {}
+    text = entries.get("text_config", {})
     if not isinstance(text, dict):
         raise ExportError(f"{where}: text_config is {abbreviated(text)}, expected an object")
     for part in (entries, {**text, "model_type": f"{entries['model_type']}_text"}):
