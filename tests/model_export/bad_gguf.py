@@ -162,6 +162,11 @@ LYING_KEYS = [
     ("array of bytes within the bound", {TOKENS: array(Value.UINT8, [1], 4_000_000)}, "takes 4000000 bytes"),
     ("layers", {LAYERS: u32(10**9)}, "block_count is 1000000000, expected a whole number"),
     ("head size", {HEAD_SIZE: u32(2**31)}, "key_length is 2147483648, expected a whole"),
+    (
+        "heads",
+        {HEADS: u32(4096), KV_HEADS: u32(4096), HEAD_SIZE: u32(4096), CONTEXT: u32(64)},
+        "attn_q.weight has shape",
+    ),
     ("context", {CONTEXT: u32(2**32 - 1)}, "context_length is 4294967295, expected a whole"),
 ]
 

@@ -140,6 +140,8 @@ def _lazy(tensor: Tensor, architecture: Architecture) -> LazyTensor:
     if not architecture.family.gguf_adjacent_pairs or layer_tensor not in ("attn_q", "attn_k"):
         return LazyTensor(tensor.shape, partial(_read, tensor), bits)
     heads = architecture.heads if layer_tensor == "attn_q" else architecture.kv_heads
+    if tensor.shape[0] != heads * architecture.head_dim:  # refused later; an order of so many rows could be huge
+        return LazyTensor(tensor.shape, partial(_read, tensor), bits)
     rows = np.arange(heads * architecture.head_dim).reshape(heads, architecture.head_dim // 2, 2)
     order = rows.swapaxes(1, 2).reshape(-1)
     return LazyTensor(tensor.shape, lambda rows: _read(tensor, order[rows]), bits)
