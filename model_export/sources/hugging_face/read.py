@@ -130,9 +130,12 @@ def vocabulary_from_directory(directory: Path, config: TokenIds, generation: Tok
     Raises ExportError where tokenizer.json is not a tokenizer.
     """
     path = directory / "tokenizer.json"
-    with reported_as(f"{path} is not a tokenizer{looks_like(path)}"):
-        tokenizer = Tokenizer.from_file(str(path))
-        first = _first_tokens(tokenizer)
+    try:
+        with reported_as(f"{path} is not a tokenizer"):
+            tokenizer = Tokenizer.from_file(str(path))
+            first = _first_tokens(tokenizer)
+    except ExportError as error:
+        raise ExportError(f"{error}{looks_like(path)}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if len(first) > 1:
