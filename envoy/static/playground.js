@@ -123,6 +123,9 @@ function showRunning(on) {
   if (!on && focused === $("stop")) $("complete").focus();
 }
 
+/** Why a choice ended, with the stop text that matched. */
+const why = ({ finish_reason: reason, stop_reason: stop }) => (stop ? `${reason} at ${JSON.stringify(stop)}` : reason);
+
 async function run(request, signal) {
   const figures = new Figures();
   const choices = new Map();
@@ -140,7 +143,7 @@ async function run(request, signal) {
         }
         choices.get(choice.index).append(choice);
         if (choice.logprobs) $("legend").hidden = false;
-        if (choice.finish_reason) reasons.add(choice.finish_reason);
+        if (choice.finish_reason) reasons.add(why(choice));
       }
     }
     $("status").textContent = `Finished: ${[...reasons].join(", ")}.`;

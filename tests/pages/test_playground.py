@@ -173,3 +173,10 @@ def test_control_tokens_can_be_plain_text(page: Page, guarded: Guarded, kind: st
     page.find(f"[data-copy={kind}]").click()
     code = page.wait(lambda: page.find("#snippet").get_property("textContent"))
     assert printed(kind, code) == page.shown_text
+
+
+def test_the_stop_text_that_matched_is_told(page: Page) -> None:
+    """With the reason why the answer ended."""
+    page.complete(prompt="1, 2, 3, 4,", temperature="0", max_tokens="16", stop_texts=" 7")
+    page.wait_for_status('Finished: stop at " 7".')
+    assert " 7" not in page.shown_text
