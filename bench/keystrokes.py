@@ -1,7 +1,8 @@
 """Completions at typing speed: a request at each keystroke in the middle of a file, which cancels the one before.
 
 The file is one of this project's. One of its lines after the other is taken out and typed again, a character every
-KEYSTROKE_SECONDS, and after the line the last request may finish: that is the suggestion which the person waits for.
+KEYSTROKE_SECONDS, once the request at the line's start is answered. After the line the last request may finish: that is
+the suggestion which the person waits for.
 With a model that has fill-in-the-middle tokens a prompt is what stands before the cursor and what follows it, else only
 what stands before. It is sent as token ids, the same to every peer.
 """
@@ -60,27 +61,23 @@ class Keystroke:
         return Timing(self.began, tuple(self.at), len(self.at), self.cached, "", self.prompt_tokens)
 
 
-def edits(text: str) -> Iterator[tuple[list[str], str, str]]:
-    """The lines before one in the middle of a file, with its indent, what of it is typed, and what follows."""
+def edits(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, str, str]]:
+    """What stands before a line in the middle of a file, what of the line is typed, and what follows.
+
+    What stands before begins at the same line for all: if it moved with the cursor, as the last so many tokens do, no
+    prompt would begin like the one before. Before the first line it has at most BEFORE tokens.
+    """
     lines = text.splitlines(keepends=True)
-    middle = [index for index, line in enumerate(lines) if len(line.strip()) >= CHARACTERS]
-    start = len(middle) // 2
-    for index in middle[start : start + LINES]:
+    long = [index for index, line in enumerate(lines) if len(line.strip()) >= CHARACTERS]
+    middle = len(long) // 2
+    begin = end = long[middle]
+    while begin and len(encode("".join(lines[begin - 1 : end]))) <= BEFORE:
+        begin -= 1
+    for index in long[middle : middle + LINES]:
         line = lines[index]
         indent = len(line) - len(line.lstrip())
-        yield [*lines[:index], line[:indent]], line[indent : indent + CHARACTERS], "".join(lines[index + 1 :])
-
-
-def window(lines: Sequence[str], encode: Callable[[str], list[int]]) -> str:
-    """The last of the lines that have at most BEFORE tokens together.
-
-    It stays where it is while a line is typed, as in editors that care for the cache: if it moved by a token with each
-    keystroke, no prompt would begin like the one before.
-    """
-    start = len(lines)
-    while start and len(encode("".join(lines[start - 1 :]))) <= BEFORE:
-        start -= 1
-    return "".join(lines[start:])
+        before = "".join(lines[begin:index]) + line[:indent]
+        yield before, line[indent : indent + CHARACTERS], "".join(lines[index + 1 :])
 
 
 def prompt(before: Sequence[int], after: Sequence[int], marks: FillInTheMiddle | None) -> tuple[int, ...]:
@@ -95,18 +92,26 @@ def prompt(before: Sequence[int], after: Sequence[int], marks: FillInTheMiddle |
 
 
 async def type_line(stream: Stream, prompts: Sequence[tuple[int, ...]], seconds: float) -> list[Keystroke]:
-    """A request for each prompt, `seconds` apart; each ends the one before, and the last one may finish."""
-    strokes: list[Keystroke] = []
+    """A request for each prompt, `seconds` apart; each ends the one before.
+
+    The first one, of a cursor that has just been put there, and the last one may finish.
+    """
+    strokes = [Keystroke(len(prompts[0]))]
+    await strokes[0].run(stream, _job(prompts[0]))
     running: asyncio.Task[None] | None = None
-    for tokens in prompts:
+    for tokens in prompts[1:]:
         if running is not None:
             await asyncio.sleep(seconds)
             await _end(running)
         strokes.append(Keystroke(len(tokens)))
-        running = asyncio.create_task(strokes[-1].run(stream, Job((tokens,), NEW_TOKENS, reuse=True)))
+        running = asyncio.create_task(strokes[-1].run(stream, _job(tokens)))
     if running is not None:
         await running
     return strokes
+
+
+def _job(tokens: tuple[int, ...]) -> Job:
+    return Job((tokens,), NEW_TOKENS, reuse=True)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -127,11 +132,10 @@ async def typing(served: Served, plan: Namespace) -> list[Outcome]:
     typed: list[Keystroke] = []
     last: list[Keystroke] = []
     used = processor_seconds(served.processes)
-    for before, line, after in edits(FILE.read_text(encoding="utf-8")):
-        shown, following = window(before, encode), encode(after)
-        prompts = [prompt(encode(shown + line[:count]), following, plan.marks) for count in range(len(line) + 1)]
+    for before, line, after in edits(FILE.read_text(encoding="utf-8"), encode):
+        following = encode(after)
+        prompts = [prompt(encode(before + line[:count]), following, plan.marks) for count in range(len(line) + 1)]
         strokes = await type_line(served.stream, prompts, KEYSTROKE_SECONDS)
-        # The first request of a line is that of a cursor which has just been put there.
         typed += strokes[1:]
         last.append(strokes[-1])
     used = processor_seconds(served.processes) - used

@@ -186,8 +186,9 @@ def test_a_keystroke_ends_the_request_before(clock: Clock, monkeypatch: pytest.M
     """Pieces that come before the next keystroke count, those of the last request all; the rest is work thrown away."""
     monkeypatch.setattr(keystrokes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(keystrokes, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": clock.sleep}))
-    stream = paced(clock, {1: [0.1, 0.1], 2: [0.3], 3: [0.1, 0.5]})
-    strokes = asyncio.run(keystrokes.type_line(stream, [(1,), (2,), (3,)], 0.15))
+    stream = paced(clock, {0: [0.7, 0.1], 1: [0.1, 0.1], 2: [0.3], 3: [0.1, 0.5]})
+    first, *strokes = asyncio.run(keystrokes.type_line(stream, [(0,), (1,), (2,), (3,)], 0.15))
+    assert (first.finished, len(first.at)) == (True, 2)
     assert [len(stroke.at) for stroke in strokes] == [1, 0, 2]
     assert [stroke.finished for stroke in strokes] == [False, False, True]
     found = {figure.name: figure.value for figure in keystrokes.figures(strokes, strokes[-1:], 0.6)}
@@ -200,11 +201,14 @@ def test_a_keystroke_ends_the_request_before(clock: Clock, monkeypatch: pytest.M
 def test_prompts_while_a_line_is_typed() -> None:
     """The window keeps its place, and the marks stand where the model wants them."""
     text = "".join(f"line {number} with some more words in it\n" for number in range(100))
-    (before, line, after), *_ = keystrokes.edits(text)
-    shown = keystrokes.window(before, lambda part: list(part.encode()))
-    assert 0 < len(shown) <= keystrokes.BEFORE
-    assert "".join(before).endswith(shown)
-    assert (shown + line + after)[-len(after) :] == after
+    edits = list(keystrokes.edits(text, lambda part: list(part.encode())))
+    assert len(edits) == keystrokes.LINES
+    first = edits[0][0]
+    assert keystrokes.BEFORE - 40 < len(first) <= keystrokes.BEFORE
+    for before, line, after in edits:
+        assert before.startswith(first)
+        assert before + line in text
+        assert text.endswith(after)
     for order, expected in (("psm", (7, 1, 8, 2, 9)), ("spm", (8, 2, 7, 1, 9))):
         marks = FillInTheMiddle(prefix=7, suffix=8, middle=9, order=order)
         assert keystrokes.prompt([1], [2], marks) == expected

@@ -44,7 +44,7 @@ def joined(events: list[dict], count: int) -> list[dict]:
         assert choice["finish_reason"] is None
         assert "\ufffd" not in piece["text"]
         choice["text"] += piece["text"]
-        choice["finish_reason"] = piece["finish_reason"]
+        choice |= {name: piece[name] for name in ("finish_reason", "stop_reason") if name in piece}
         if piece["logprobs"] is not None:
             lists = choice["logprobs"] or {name: [] for name in piece["logprobs"]}
             choice["logprobs"] = {name: lists[name] + piece["logprobs"][name] for name in lists}

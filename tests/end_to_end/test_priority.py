@@ -21,6 +21,7 @@ from service.engine.engine import Engine
 from service.settings import Settings
 from tests.support.patience import eventually
 from tests.support.stack import MODEL, Answer, ServiceThread, Stack, envoy, free_ports
+from tests.test_openapi import described
 
 
 def digest(key: str) -> str:
@@ -119,6 +120,7 @@ def test_a_keys_bound(keyed: Keyed) -> None:
     """More urgent is 403 and PERMISSION_DENIED, with the bound; at the bound it is served, and without a priority."""
     for key, bound in (("two", -5), ("slow", 20)):
         refused = keyed.ask(key, priority=bound - 1)
+        described(refused, "/v1/completions", "post")
         error = refused.json["error"]
         assert (refused.status, error["param"], error["code"]) == (403, "priority", "priority_not_allowed")
         assert f"more urgent than {bound}, but got {bound - 1} instead" in error["message"]
