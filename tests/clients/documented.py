@@ -37,10 +37,11 @@ class Workplace:
             (self.folder / name).symlink_to(target)
 
     def snippet(self, title: str, language: str) -> str:
-        """The one block of `language` in the section `title`, with the running stack's ports."""
+        """The blocks of `language` in the section `title`, joined, with the running stack's ports."""
         (body,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
-        (block,) = re.findall(rf"^```{language}\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
-        return str(block).replace("127.0.0.1:8080", self.stack.envoy_address)
+        blocks = re.findall(rf"^```{language}\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
+        assert blocks, title
+        return "\n".join(blocks).replace("127.0.0.1:8080", self.stack.envoy_address)
 
     def write(self, name: str, title: str, language: str) -> Path:
         path = self.folder / name

@@ -132,6 +132,47 @@ def test_lm_eval_metrics_follow_from_the_scores(evaluated: Path) -> None:
     assert results["facts_text"]["bits_per_byte,none"] == pytest.approx(bits / size)
 
 
+@pytest.fixture(scope="module")
+def remotely(here: Workplace) -> Path:
+    """Where the documented evaluations with the service's own tokenizer, and of chats, have left their results."""
+    here.needs("lm_eval")
+    here.bash("lm-eval with the service's tokenizer")
+    return here.folder
+
+
+def test_lm_eval_with_the_services_tokenizer(remotely: Path, model_dir: Path, tokenizer: Tokenizer) -> None:
+    """Its scores are those of the same graph, run without the service on tokens of the model's own file."""
+    (folder,) = (remotely / "remote").iterdir()
+    session = Session(model_dir, rows=1, graph="prompt.onnx")
+
+    def logits(tokens: list[int]) -> NDArray[np.float64]:
+        return session.forward([np.array(tokens)], [0]).astype(np.float64)
+
+    scored = list(answers(folder))
+    assert len(scored) == 48
+    for context, continuation, score, greedy in scored:
+        direct, likeliest = scores(logits, tokenizer.encode(context + continuation).ids, len(tokenizer.encode(context)))
+        assert score == pytest.approx(direct.sum(), abs=1e-4)
+        assert greedy == likeliest
+    bos = tokenizer.token_to_id("<|im_start|>")  # which the harness looks up by its name, and puts before whole texts
+    for text, score in texts(folder):
+        direct, _ = scores(logits, [bos, *tokenizer.encode(text).ids], 1)
+        assert score == pytest.approx(direct.sum(), abs=1e-4)
+
+
+def test_lm_eval_of_chats(remotely: Path) -> None:
+    """With the model's own template, questions are answered as in a chat: in a sentence, and rightly."""
+    (folder,) = (remotely / "chatted").iterdir()
+    found = {sample["doc"]["country"]: sample for sample in samples(folder, "capitals")}
+    for country, city in {"France": "Paris", "Japan": "Tokyo"}.items():
+        assert found[country]["arguments"]["gen_args_0"]["arg_0"].endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert found[country]["resps"] == [[f"The capital of {country} is {city}."]]
+    (path,) = folder.glob("results_*.json")
+    results = json.loads(path.read_text())["results"]
+    right = [sample["exact_match"] for sample in found.values()]
+    assert results["capitals"]["exact_match,city"] == pytest.approx(np.mean(right)) >= 0.6
+
+
 def test_what_load_tools_send(stack: Stack) -> None:
     """`stop: null`, `ignore_eos` and `continuous_usage_stats` give every token asked for, counted in every event."""
     options = {"include_usage": True, "continuous_usage_stats": True}
