@@ -124,11 +124,15 @@ class Committer:
 
     def _token(self, text: str, offset: int, index: int, score: Score) -> Token:
         """A scored token, shown as `text`. Of alternatives with equal text one stays: the token, or the likeliest."""
-        top = {text: score.logprob}
+        top = {text or self._name(index): score.logprob}
         for other, logprob in score.top:
             if other != index:
-                top.setdefault(self._tokenizer.token_text(other), logprob)
+                top.setdefault(self._name(other), logprob)
         return Token(text, offset, score.logprob, tuple(sorted(top.items(), key=lambda item: -item[1])), score.others)
+
+    def _name(self, index: int) -> str:
+        """The text of a token among others, or its id: never empty, because an empty key ends Envoy."""
+        return self._tokenizer.token_text(index) or f"token_id:{index}"
 
     @staticmethod
     def _delta(

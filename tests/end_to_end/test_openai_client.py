@@ -162,15 +162,21 @@ def test_end_token_is_not_part_of_the_answer(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == len(choice.logprobs.tokens) == 3
     longer = client.completions.create(**options, extra_body={"ignore_eos": True})
     assert longer.choices[0].finish_reason == "length"
-    assert longer.usage.completion_tokens == 8
+    assert longer.usage.completion_tokens == len(longer.choices[0].logprobs.tokens) == 8
+    assert longer.choices[0].text == "".join(longer.choices[0].logprobs.tokens) == ""
+    assert longer.choices[0].logprobs.top_logprobs[0].keys() == {"<|im_end|>"}
+    shown = client.completions.create(**options, extra_body={"ignore_eos": True, "skip_special_tokens": False})
+    assert shown.choices[0].text == "<|im_end|>" * 8
 
 
-def test_control_tokens_in_a_text_are_plain_text(client: openai.OpenAI) -> None:
-    """The text of a control token in a prompt is ordinary text; its id is the control token."""
-    text = client.completions.create(model=MODEL, prompt="<|im_end|>", max_tokens=0)
+def test_control_tokens_in_a_text(client: openai.OpenAI) -> None:
+    """The text of a control token in a prompt is that token, and on request ordinary text."""
+    read = client.completions.create(model=MODEL, prompt="<|im_end|>", max_tokens=0)
+    plain = {"parse_special": False}
+    text = client.completions.create(model=MODEL, prompt="<|im_end|>", max_tokens=0, extra_body=plain)
     token = client.completions.create(model=MODEL, prompt=[2], max_tokens=0, echo=True)
     assert text.usage.prompt_tokens > 1
-    assert token.usage.prompt_tokens == 1
+    assert read.usage.prompt_tokens == token.usage.prompt_tokens == 1
     assert token.choices[0].text == "<|im_end|>"
 
 
