@@ -23,6 +23,9 @@ Activations = Literal["float32", "float16"]
 # the remainders.
 MEAN_COPIES = 2
 
+# Rows that are mixed at once, so that they stay in the processor's cache.
+_ROWS_MIXED = 1024
+
 # The parts of a block's range that 4-bit codes may span: clipping a few large weights may lower the total error.
 RANGES = np.linspace(0.7, 1.06, 13, dtype=np.float32)
 
@@ -84,17 +87,16 @@ def pack_signed_rows(matrix: Matrix | LazyTensor, mix: Floats) -> PackedRows:
 
 def _mixed(matrix: Matrix, mix: Floats) -> Floats:
     weights = dequantize(matrix)
-    return (weights.reshape(-1, len(mix)) @ mix).reshape(weights.shape)
-
-
-def mixed_columns(columns: int) -> int:
-    """How many columns to mix at a time: up to MOST_MIXED in an even number of groups, or else all of them.
-
-    With an even number of groups a kernel's tile never holds a single group, so results do not depend on how many rows
-    a call has.
-    """
-    sizes = [size for size in range(FEWEST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
-    return max(sizes, default=columns)
+    rows = weights.reshape(-1, len(mix))
+    mixed = np.empty_like(rows)
+    # Not a matrix product, whose last bits depend on the number of rows.
+    for start in range(0, len(rows), _ROWS_MIXED):
+        part = rows[start : start + _ROWS_MIXED]
+        total = part[:, :1] * mix[0]
+        for column in range(1, len(mix)):
+            total += part[:, column : column + 1] * mix[column]
+        mixed[start : start + _ROWS_MIXED] = total
+    return mixed.reshape(weights.shape)
 
 
 def mixing(size: int) -> Floats:

@@ -292,7 +292,7 @@ def test_affinity_is_the_default(rendered: tuple[dict[str, Any], list[Manifest]]
     manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     routes = manager["route_config"]["virtual_hosts"][0]["routes"]
     hashed = [route["route"]["hash_policy"] for route in routes if "hash_policy" in route.get("route", {})]
-    assert len(hashed) == 3  # gRPC; completions and models over REST
+    assert len(hashed) == 5  # gRPC; completions, models, tokens and the tokenizer over REST
     for policy in hashed:
         assert [each["header"]["header_name"] for each in policy] == ["x-session-id", "authorization"]
 

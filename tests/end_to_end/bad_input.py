@@ -277,7 +277,8 @@ PROMPTS = [
     svc({"max_tokens": 2**31 - 1}, *TOO_LONG, "however you requested 2147483652 tokens"),
     svc({"prompt": [5] * CONTEXT, "max_tokens": LEFT_OUT}, *TOO_LONG, "however you requested 8208 tokens (8192 in"),
     svc({"prompt": "a" * 2_000_000}, *TOO_LONG, "2000000 characters, more than the 65536 that could fit"),
-    good({"prompt": "<|im_end|>"}, lambda answer: answer["usage"]["prompt_tokens"] > 1),
+    good({"prompt": "<|im_end|>"}, from_the_end_token),
+    good({"prompt": "<|im_end|>", "parse_special": False}, lambda answer: answer["usage"]["prompt_tokens"] > 1),
 ]
 
 NUMBERS = [

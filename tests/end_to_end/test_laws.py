@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from service.rpc.render import response_json
+from service.rpc.render import Form, response_json
 from tests.end_to_end.test_doors_agree import joined
 from tests.support.stack import AUTHORIZED, MODEL, Answer, Stack
 
@@ -224,7 +224,7 @@ def test_every_field_has_values() -> None:
 def over_grpc(stub: completion_pb2_grpc.CompletionServiceStub, fields: dict[str, Any]) -> Any:
     """The answer to a typed caller in JSON, or its error."""
     try:
-        return comparable(response_json(stub.CreateCompletion(typed(fields), metadata=METADATA), usage_key=True))
+        return comparable(response_json(stub.CreateCompletion(typed(fields), metadata=METADATA), Form(usage=True)))
     except grpc.RpcError as error:
         return refusal(error)
 

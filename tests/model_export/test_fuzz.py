@@ -323,5 +323,6 @@ def test_made_sources(part: str, tmp_path: Path) -> None:
 
     while time.monotonic() < until:
         run()
-    print(f"{part}: {fuzzer.count} sources, {fuzzer.read} read, {fuzzer.slowest:.1f} s, {fuzzer.largest >> 20} MiB")
+    largest = fuzzer.largest / 2**20
+    print(f"{part}: {fuzzer.count} sources, {fuzzer.read} read, {fuzzer.slowest:.1f} s, {largest:.0f} MiB")
     assert 0 < fuzzer.read < fuzzer.count

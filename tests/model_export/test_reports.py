@@ -133,7 +133,7 @@ REPORTS: list[tuple[str, str, Maker, str | None]] = [
     ("-", "tied, only the head stored", renamed(lambda name: HEAD if name == EMBED else name), None),
     ("-", "experts in llama", key("llama.expert_count", u32(8)), f"llama.expert_count is 8: {EXPERTS}"),
     ("-", "family without GGUF files", key("general.architecture", string("olmo")), "as a Hugging Face directory, not as a GGUF file"),
-    ("-", "unknown family as GGUF", key("general.architecture", string("x")), "supported are llama, qwen2, qwen3, smollm3, phi3, seed_oss, and"),
+    ("-", "unknown family as GGUF", key("general.architecture", string("x")), "supported are llama, qwen2, qwen3, smollm3, phi3, seed_oss, gemma3, and"),
     ("-", "config.json with a BOM", hugging_face(with_bom), None),
     ("-", "config.json with a key twice", hugging_face(twice), None),
     ("-", "bos_token_id as a list", hugging_face(bos_token_id=[0]), "bos_token_id is [0], expected a whole number"),

@@ -77,14 +77,17 @@ def test_memory(model_dir):
     found = examined(model_dir, memory_mib=100)
     assert failing(found) == ["memory"]
     assert "100 MiB are allowed" in found["memory"].text
-    enough = examined(model_dir, memory_mib=1700)
+    needed = re.search(r"one sequence of 512 tokens: that takes (\d+) MiB", found["memory"].text)
+    assert needed is not None
+    for_some = int(needed[1]) + 100
+    enough = examined(model_dir, memory_mib=for_some)
     assert failing(enough) == []
     assert re.search(r"max_model_len \d+ of the model's 8192", enough["memory"].text)
-    refused = examined(model_dir, memory_mib=1700, context_length=8192)
+    refused = examined(model_dir, memory_mib=for_some, context_length=8192)
     assert failing(refused) == ["memory"]
     longest = re.search(r"\(--context-length (\d+)\)", refused["memory"].text)
     assert longest is not None
-    assert failing(examined(model_dir, memory_mib=1700, context_length=longest[1])) == []
+    assert failing(examined(model_dir, memory_mib=for_some, context_length=longest[1])) == []
     assert "names" in failing(examined(model_dir, context_length=1 << 20))  # more than the model supports
 
 

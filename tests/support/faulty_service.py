@@ -62,10 +62,10 @@ def nan(model, first_slot, rows, past, logits_at):
     return logits
 
 
-def die(scheduler):
+def die(scheduler, now):
     if fired():
         raise RuntimeError("died as requested")
-    return schedule(scheduler)
+    return schedule(scheduler, now)
 
 
 def forbid_children(event: str, _: object) -> None:
