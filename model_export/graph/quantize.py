@@ -99,6 +99,16 @@ def _mixed(matrix: Matrix, mix: Floats) -> Floats:
     return mixed.reshape(weights.shape)
 
 
+def mixed_columns(columns: int) -> int:
+    """How many columns to mix at a time: up to MOST_MIXED in an even number of groups, or else all of them.
+
+    With an even number of groups a kernel's tile never holds a single group, so results do not depend on how many rows
+    a call has.
+    """
+    sizes = [size for size in range(FEWEST_MIXED, MOST_MIXED + 1) if columns % (2 * size) == 0]
+    return max(sizes, default=columns)
+
+
 def mixing(size: int) -> Floats:
     """An orthogonal matrix [size, size] that spreads an outlier over all columns, so that 8 bits represent a row well.
 
