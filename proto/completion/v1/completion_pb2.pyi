@@ -1307,7 +1307,9 @@ class TokenAlternative(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
-    """The token as text, or `bytes:\\xNN...`."""
+    """The token as text, or `bytes:\\xNN...`; empty where it has no text. It is always set: over REST it is a key, which
+    must be there also if it is empty.
+    """
     @_builtins.property
     def score(self) -> Global___TokenScore:
         """Its score; never null."""
@@ -1315,14 +1317,16 @@ class TokenAlternative(_message.Message):
     def __init__(
         self,
         *,
-        token: _builtins.str = ...,
+        token: _builtins.str | None = ...,
         score: Global___TokenScore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "score", b"score", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["score", b"score", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "score", b"score", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__token: _TypeAlias = _typing.Literal["token"]  # noqa: Y015
+    _WhichOneofArgType__token: _TypeAlias = _typing.Literal["_token", b"_token"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token) -> _WhichOneofReturnType__token | None: ...
 
 Global___TokenAlternative: _TypeAlias = TokenAlternative  # noqa: Y015
 

@@ -147,3 +147,13 @@ def test_error_event():
     assert events(render.error_event(error_message("Oh.", "server_error", None, "x"))) == {
         "error": {"message": "Oh.", "type": "server_error", "param": None, "code": "x"}
     }
+
+
+def test_a_token_without_text_has_a_key_all_the_same():
+    """Envoy's transcoder ends with a crash at a map whose key is not there, as an empty text would not be."""
+    made = request("a", logprobs=1)
+    token = Token("", 1, -0.5, (("", -0.5), ("c", -1.25)))
+    message = render.Pieces(made).message(delta(0, 0, "", tokens=(token,)))
+    read = pb.CreateCompletionResponse.FromString(message.SerializeToString())
+    (top,) = read.choices[0].logprobs.top_logprobs
+    assert [each.HasField("token") for each in top.alternatives.alternatives] == [True, True]
