@@ -87,10 +87,10 @@ class KeepsQueued(Scheduler):
 class LastFirst(Scheduler):
     """Serves of each caller what came last."""
 
-    def schedule(self):
+    def schedule(self, now=0.0):
         for caller in self._callers.values():
             caller.waiting.reverse()
-        step = super().schedule()
+        step = super().schedule(now)
         for caller in self._callers.values():
             caller.waiting.reverse()
         return step
@@ -99,16 +99,16 @@ class LastFirst(Scheduler):
 class DecodesForever(Scheduler):
     """Admits no request while any is running."""
 
-    def schedule(self):
+    def schedule(self, now=0.0):
         self._decode_next = True
-        return super().schedule()
+        return super().schedule(now)
 
 
 class SkipsARow(Scheduler):
     """Never advances the second slot beside the first."""
 
-    def schedule(self):
-        step = super().schedule()
+    def schedule(self, now=0.0):
+        step = super().schedule(now)
         if not isinstance(step, DecodeBatch) or step.rows[0] is None or not any(step.rows[1:]):
             return step
         return DecodeBatch((step.rows[0], None, *step.rows[2:]))
@@ -164,9 +164,9 @@ class GivesNothingBack(KVCache):
 class Overtakes(Scheduler):
     """Admits whoever fits beside a sequence that does not fit yet."""
 
-    def schedule(self):
+    def schedule(self, now=0.0):
         self._blocked = None
-        return super().schedule()
+        return super().schedule(now)
 
 
 class SaysNothingOfFaults(Steps):
