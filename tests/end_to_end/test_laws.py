@@ -224,7 +224,8 @@ def test_every_field_has_values() -> None:
 def over_grpc(stub: completion_pb2_grpc.CompletionServiceStub, fields: dict[str, Any]) -> Any:
     """The answer to a typed caller in JSON, or its error."""
     try:
-        return comparable(response_json(stub.CreateCompletion(typed(fields), metadata=METADATA), Form(usage=True)))
+        request = typed(fields)
+        return comparable(response_json(stub.CreateCompletion(request, metadata=METADATA), Form.of(request)))
     except grpc.RpcError as error:
         return refusal(error)
 
