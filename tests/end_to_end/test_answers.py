@@ -200,10 +200,10 @@ def test_the_callers_id_comes_back(stack: Stack, stub: completion_pb2_grpc.Compl
 
 
 def test_scores_of_tokens_without_text(stack: Stack) -> None:
-    """Control tokens that are generated have none: their keys in `top_logprobs` are empty, over both ways of REST."""
+    """Control tokens that are generated have none: `top_logprobs` names them, over both ways of REST."""
     fields = {**FIXED, "logit_bias": {"2": 100}, "ignore_eos": True, "max_tokens": 3, "logprobs": 0}
     transcoded, rendered = (stack.complete(**fields, return_token_ids=ids).json["choices"][0] for ids in (False, True))
     assert rendered["token_ids"] == [2, 2, 2]
     for choice in (transcoded, rendered):
         assert (choice["text"], choice["logprobs"]["tokens"]) == ("", ["", "", ""])
-        assert [list(each) for each in choice["logprobs"]["top_logprobs"]] == [[""]] * 3
+        assert [list(each) for each in choice["logprobs"]["top_logprobs"]] == [["<|im_end|>"]] * 3
