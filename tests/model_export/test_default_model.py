@@ -60,10 +60,10 @@ def test_default_model_reads_in_chunks(session: Session, tokens: np.ndarray) -> 
 
 
 def test_default_model_special_tokens(model_dir: Path) -> None:
-    """The default model ends at both its end-of-turn and its end-of-text token, and keeps its 4-bit weights."""
+    """The default model ends at the tokens at which llama.cpp ends it, and keeps its 4-bit weights."""
     described = manifest.load(model_dir)
     assert described.id == "SmolLM2-135M-Instruct"
-    assert described.special_tokens.end == (0, 2)
+    assert described.special_tokens.end == (0, 2, 4)  # end of text, end of turn, and <reponame>
     assert described.special_tokens.default_prompt == 0
     assert (described.quantization.weights, described.quantization.min_rows) == ("int4-int8", 2)
     assert described.quality.kl <= 0.005
