@@ -32,8 +32,8 @@ local in_string = table_of({ [QUOTE] = '"', [ESCAPE] = "\\" })
 ffi.fill(in_string, 32, CONTROL)
 ffi.fill(in_string + 128, 128, HIGH)
 
--- What a byte is between and at the beginning of values; 0 is no JSON.
-local SPACE, DIGIT, MINUS, STRING, ARRAY, OBJECT, LITERAL = 1, 2, 3, 4, 5, 6, 7
+-- What a byte is between and at the beginning of values; 0 is any other: of true, false and null, or of no JSON.
+local SPACE, DIGIT, MINUS, STRING, ARRAY, OBJECT = 1, 2, 3, 4, 5, 6
 local outside = table_of({
   [SPACE] = " \t\r\n",
   [DIGIT] = "0123456789",
@@ -41,7 +41,6 @@ local outside = table_of({
   [STRING] = '"',
   [ARRAY] = "[",
   [OBJECT] = "{",
-  [LITERAL] = "tfn",
 })
 
 -- The value of a hexadecimal digit, and one.
@@ -659,4 +658,4 @@ local function read(body, contract, name)
   return result
 end
 
-return { read = read, shown = shown }
+return { read = read }

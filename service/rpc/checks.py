@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from service.errors import InvalidRequestError
 
+# Names that one message lists.
+_SHOWN_NAMES = 8
+
 # What messages call the kinds of google.protobuf.Value.
 JSON_TYPES = {
     None: "nothing",
@@ -47,6 +50,14 @@ def not_supported_value(name: str, value: object, allowed: Sequence[object]) -> 
     names = ", ".join(f"'{each}'" for each in supported)
     message = f"Invalid value: '{shown(given)}'. Supported values are: {names}."
     return InvalidRequestError(message, param=name, code="invalid_value")
+
+
+def unknown(names: Sequence[str], why: str = "") -> InvalidRequestError:
+    """The refusal of parameters that the contract does not have; `why` is a further sentence."""
+    words = "argument" if len(names) == 1 else "arguments"
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    message = f"Unrecognized request {words} supplied: {', '.join(names[:_SHOWN_NAMES])}{more}{why}"
+    return InvalidRequestError(message, param=names[0], code="unknown_parameter")
 
 
 def unsupported(name: str, why: str) -> InvalidRequestError:

@@ -78,8 +78,6 @@ def parse(
     skip_special = request.skip_special_tokens or not request.HasField("skip_special_tokens")
     stop_token_ids = _stop_token_ids(request, manifest)
     control_stops = frozenset(index for text in stop if (index := tokenizer.control_token(text)) is not None)
-    silent = stop_token_ids | frozenset(tokenizer.control_tokens if skip_special else ())
-    silent -= control_stops if request.include_stop_str_in_output else frozenset()
     check_maximum("min_tokens", request.min_tokens, max_tokens)
     check_maximum("logprobs", request.logprobs, limits.logprobs)
     if any(character < " " or character == "\x7f" for character in request.user):
@@ -118,7 +116,7 @@ def parse(
         skip_special_tokens=skip_special,
         own_stop_token_ids=frozenset(request.stop_token_ids),
         allowed_token_ids=_token_ids("allowed_token_ids", request, manifest),
-        banned_texts=_banned_texts(request, tokenizer, silent),
+        banned_texts=_banned_texts(request, tokenizer, stop_token_ids, control_stops, skip_special=skip_special),
         min_tokens=request.min_tokens,
         priority=_priority(request, ceiling),
         return_token_ids=request.return_token_ids,
@@ -209,13 +207,20 @@ def _token_ids(name: str, request: pb.CreateCompletionRequest, manifest: Manifes
 
 
 def _banned_texts(
-    request: pb.CreateCompletionRequest, tokenizer: Tokenizer, silent: frozenset[int]
+    request: pb.CreateCompletionRequest,
+    tokenizer: Tokenizer,
+    stop_token_ids: frozenset[int],
+    control_stops: frozenset[int],
+    *,
+    skip_special: bool,
 ) -> BannedTexts | None:
     if not request.bad_words:
         return None
     if any("\ufffd" in word for word in request.bad_words):
         problem = "no entry may contain U+FFFD, which stands for bytes that are not UTF-8."
         raise invalid("bad_words", problem, "invalid_value")
+    silent = stop_token_ids | frozenset(tokenizer.control_tokens if skip_special else ())
+    silent -= control_stops if request.include_stop_str_in_output else frozenset()
     return BannedTexts(request.bad_words, tokenizer.spellings, silent)
 
 

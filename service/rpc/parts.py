@@ -8,8 +8,7 @@ from typing import Any
 from completion.v1 import completion_pb2 as pb
 from google.protobuf import struct_pb2
 
-from service.errors import InvalidRequestError
-from service.rpc.checks import JSON_TYPES, at_most, invalid, shown, wrong_type
+from service.rpc.checks import JSON_TYPES, at_most, invalid, shown, unknown, wrong_type
 from service.text.tokenizer import Tokenizer
 
 _KINDS = ("text", "control", "tokens")
@@ -47,9 +46,8 @@ def check_count(count: int, context_length: int) -> None:
         raise at_most("prompt", "parts", count, context_length, "array_above_max_length")
 
 
-def typed_parts(message: pb.PromptParts, context_length: int) -> Parts:
-    """The parts of a message, each of which has exactly one field: the contract's rules require it."""
-    check_count(len(message.parts), context_length)
+def typed_parts(message: pb.PromptParts) -> Parts:
+    """The parts of a message, not too many and each with exactly one field: `check_count` and the rules require it."""
     kinds = [str(part.WhichOneof("part")) for part in message.parts]
     values = zip(kinds, message.parts, strict=True)
     return Parts([(kind, part.tokens.ids if kind == "tokens" else getattr(part, kind)) for kind, part in values])
@@ -66,9 +64,7 @@ def _given(name: str, part: struct_pb2.Struct) -> tuple[str, Any]:
     fields = {kind: value for kind, value in part.fields.items() if value.WhichOneof("kind") != "null_value"}
     for kind, value in fields.items():
         if kind not in _KINDS:
-            where = f"{name}.{shown(kind)}"
-            message = f"Unrecognized request argument supplied: {where}"
-            raise InvalidRequestError(message, param=where, code="unknown_parameter")
+            raise unknown([f"{name}.{shown(kind)}"])
         if value.WhichOneof("kind") != ("list_value" if kind == "tokens" else "string_value"):
             expected = "an array of token ids" if kind == "tokens" else "a string"
             raise wrong_type(f"{name}.{kind}", expected, JSON_TYPES[value.WhichOneof("kind")])

@@ -65,7 +65,7 @@ def parse_prompts(
         raise invalid("prompt", "set either a typed prompt or json_prompt, not both.")
     items: Sequence[Any] = [""]
     if typed or json_set:
-        items = _typed(request, typed, context_length) if typed else _json(request.json_prompt, context_length)
+        items = _typed(request, typed) if typed else _json(request.json_prompt, context_length)
     _check_prompts(len(items))
     if len(items) * best_of > MAX_SEQUENCES:
         problem = f"prompts*best_of must be <= {MAX_SEQUENCES}, but got {len(items)} prompts and {best_of} for each."
@@ -112,11 +112,9 @@ def check_context(length: int, max_tokens: int, context_length: int) -> None:
         raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
 
 
-def _typed(
-    request: pb.CreateCompletionRequest, form: str, context_length: int
-) -> Sequence[str | Sequence[int] | Parts]:
+def _typed(request: pb.CreateCompletionRequest, form: str) -> Sequence[str | Sequence[int] | Parts]:
     if form == "parts":
-        return [typed_parts(request.parts, context_length)]
+        return [typed_parts(request.parts)]
     if form == "text":
         return [request.text]
     if form == "tokens":

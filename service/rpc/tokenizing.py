@@ -51,7 +51,7 @@ def _prompt(request: pb.TokenizeRequest, context_length: int) -> str | Parts:
     if typed == "text":
         return request.text
     if typed == "parts":
-        return typed_parts(request.parts, context_length)
+        return typed_parts(request.parts)
     if not json_set:
         raise missing("prompt")
     if json_type == "string_value":

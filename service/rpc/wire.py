@@ -15,6 +15,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from service.errors import InvalidRequestError
 from service.external_data import varint
+from service.rpc.checks import unknown
 
 # In bytes. Smaller messages are parsed on the event loop, without counting.
 LARGE = 64 << 10
@@ -23,8 +24,6 @@ LARGE = 64 << 10
 _MAX_PARTS = 3 << 20
 
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
-# Unknown fields that a refusal names.
-_SHOWN = 8
 # The size of a message that holds one 64-bit number: by far the most frequent in long messages.
 _NUMBER = 9
 
@@ -48,10 +47,7 @@ def parse(deserialize: Any, data: bytes) -> tuple[Any, tuple[str, ...]]:
 def refuse_unknown(fields: tuple[str, ...]) -> None:
     """Raises InvalidRequestError if there are fields that the contract does not have."""
     if fields:
-        words = "argument" if len(fields) == 1 else "arguments"
-        shown = ", ".join(fields[:_SHOWN]) + (f" and {len(fields) - _SHOWN} more" if len(fields) > _SHOWN else "")
-        message = f"Unrecognized request {words} supplied: {shown}. This service's contract has no such field numbers."
-        raise InvalidRequestError(message, param=fields[0], code="unknown_parameter")
+        raise unknown(fields, ". This service's contract has no such field numbers.")
 
 
 def _unknown(message: Message, deserialize: Any, data: bytes) -> tuple[str, ...]:
@@ -62,8 +58,8 @@ def _unknown(message: Message, deserialize: Any, data: bytes) -> tuple[str, ...]
 
 
 def _paths(message: Message, prefix: str) -> Iterator[str]:
-    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]  # the stubs lack its iterator
-        yield f"{prefix}{unknown.field_number}"
+    for field_of_others in UnknownFieldSet(message):  # type: ignore[attr-defined]  # the stubs lack its iterator
+        yield f"{prefix}{field_of_others.field_number}"
     for field, value in message.ListFields():
         if field.message_type is None:
             continue

@@ -1307,8 +1307,8 @@ class TokenAlternative(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
-    """The token as text, or `bytes:\\xNN...`; empty where it has no text. It is always set: over REST it is a key, which
-    must be there also if it is empty.
+    """The token as text, or `bytes:\\xNN...`; where it has no text its name, or `token_id:` and its id. It is always set:
+    over REST it is a key, which must be there.
     """
     @_builtins.property
     def score(self) -> Global___TokenScore:
