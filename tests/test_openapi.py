@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -90,6 +91,21 @@ def test_valid() -> None:
     content = DOCUMENT["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]
     for example in content["examples"].values():
         validator("CreateCompletionRequest").validate(example["value"])
+
+
+def test_no_key_is_there_twice() -> None:
+    """Python's parser would take the last one, and the viewer behind /docs shows nothing at all."""
+
+    def keys(node: yaml.Node) -> Iterator[list[str]]:
+        if isinstance(node, yaml.MappingNode):
+            yield [key.value for key, _ in node.value]
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        for child in children:
+            for each in child if isinstance(child, tuple) else [child]:
+                yield from keys(each)
+
+    for names in keys(yaml.compose((ROOT / "docs" / "openapi.yaml").read_text())):
+        assert len(set(names)) == len(names), names
 
 
 def test_every_method_and_no_other() -> None:
