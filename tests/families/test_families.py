@@ -57,6 +57,7 @@ class Served:
             logprobs=TOP,
             echo=True,
             ignore_eos=True,
+            skip_special_tokens=False,
         )
         key = [("authorization", f"Bearer caller-{next(CALLERS)}")]  # no caller reuses another's prompts
         return list(self.stubs[reading].CreateCompletion(request, metadata=key).choices)
@@ -103,7 +104,8 @@ def check(served: Served, choice: pb.Choice, expected: Continuation, prompt: int
     chosen = [score.logprob for score in scores.token_logprobs[1:]]
     wanted = expected.logprobs[np.arange(len(chosen)), expected.tokens[1:]]
     np.testing.assert_allclose(chosen, wanted, atol=tolerance, rtol=0)
-    for top, token, row in zip(scores.top_logprobs[1:], scores.tokens[1:], expected.logprobs, strict=True):
+    shown = [token or f"token_id:{index}" for token, index in zip(scores.tokens, expected.tokens, strict=True)]
+    for top, token, row in zip(scores.top_logprobs[1:], shown[1:], expected.logprobs, strict=True):
         check_rivals(served, {each.token: each.score.logprob for each in top.alternatives.alternatives}, token, row)
 
 
@@ -111,7 +113,7 @@ def check_rivals(served: Served, top: dict[str, float], token: str, row: np.ndar
     """The alternatives of `token`, by name, are the likeliest tokens of `row`, with their log probabilities."""
     by_name: dict[str, float] = {}
     for index in np.argsort(row):
-        by_name[served.tokenizer.token_text(index)] = float(row[index])
+        by_name[served.tokenizer.token_text(index) or f"token_id:{index}"] = float(row[index])
     del by_name[token], top[token]
     assert top == pytest.approx({name: by_name[name] for name in top}, abs=served.family.tolerance)
     likeliest = sorted(by_name.values(), reverse=True)[: len(top)]
