@@ -99,21 +99,25 @@ def serve(stack: ExitStack, model: Path, chunk: int) -> tuple[ServiceThread, com
 def check(served: Served, choice: pb.Choice, expected: Continuation, prompt: int) -> None:
     """A choice has the expected tokens, each with the expected log probability and alternatives."""
     scores, tolerance = choice.logprobs, served.family.tolerance
-    names = [served.tokenizer.token_text(index) for index in expected.tokens]
-    assert list(scores.tokens)[prompt:] == names[prompt:]
+    assert list(scores.tokens)[prompt:] == [served.tokenizer.token_text(index) for index in expected.tokens[prompt:]]
     chosen = [score.logprob for score in scores.token_logprobs[1:]]
     wanted = expected.logprobs[np.arange(len(chosen)), expected.tokens[1:]]
     np.testing.assert_allclose(chosen, wanted, atol=tolerance, rtol=0)
-    shown = [token or f"token_id:{index}" for token, index in zip(scores.tokens, expected.tokens, strict=True)]
+    shown = [token or name(served, index) for token, index in zip(scores.tokens, expected.tokens, strict=True)]
     for top, token, row in zip(scores.top_logprobs[1:], shown[1:], expected.logprobs, strict=True):
         check_rivals(served, {each.token: each.score.logprob for each in top.alternatives.alternatives}, token, row)
+
+
+def name(served: Served, index: int) -> str:
+    """What a token is called among alternatives: its text, or its id where it has none."""
+    return served.tokenizer.token_text(index) or f"token_id:{index}"
 
 
 def check_rivals(served: Served, top: dict[str, float], token: str, row: np.ndarray) -> None:
     """The alternatives of `token`, by name, are the likeliest tokens of `row`, with their log probabilities."""
     by_name: dict[str, float] = {}
     for index in np.argsort(row):
-        by_name[served.tokenizer.token_text(index) or f"token_id:{index}"] = float(row[index])
+        by_name[name(served, index)] = float(row[index])
     del by_name[token], top[token]
     assert top == pytest.approx({name: by_name[name] for name in top}, abs=served.family.tolerance)
     likeliest = sorted(by_name.values(), reverse=True)[: len(top)]
