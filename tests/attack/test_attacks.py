@@ -19,13 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.neighbour import PATIENCE_SECONDS, Held, Neighbour, held
+from tests.attack.neighbour import Held, Neighbour, held
 from tests.support import http2
 from tests.support.stack import KEY, MODEL, Stack, launched
 
 pytestmark = [pytest.mark.attack, pytest.mark.timeout(240)]
 
 SECONDS = 10
+# How much longer readers that take nothing stay.
+STALLED_SECONDS = 12
 ATTACKER = "attacker-key"
 CREATE = "/completion.v1.CompletionService/CreateCompletion"
 GRPC = {"content-type": "application/grpc", "te": "trailers"}
@@ -219,7 +221,7 @@ def test_readers_that_take_nothing(stack: Stack) -> None:
                 thread = threading.Thread(target=send_all, args=(connection, head, body))
                 thread.start()
                 threads.append(thread)
-            wait_until(until + PATIENCE_SECONDS - 3)
+            wait_until(until + STALLED_SECONDS)
             for each in threads:
                 each.join()
 
