@@ -122,12 +122,16 @@ test-clients: $(VENV)/.test
 toolchains:
 	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
 
+INCLUDES := -I kernels/src $(addprefix -isystem kernels/third_party/,highway onnxruntime)
 lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/bandit -q -c pyproject.toml -r service model_export deploy envoy
+	$(BIN)/bandit -q -c pyproject.toml -r service model_export kernels deploy envoy
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror kernels/src/*
+	if command -v c++ > /dev/null; then $(BIN)/clang-tidy --quiet kernels/src/*.cc -- -std=c++17 $(INCLUDES); \
+	  else echo "no C++ compiler: clang-tidy is not run, because it needs the C++ library's headers"; fi
 	$(BIN)/buf lint
 	$(BIN)/buf build -o - | $(BIN)/buf breaking - --against proto/released.binpb --config buf.yaml
 
