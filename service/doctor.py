@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from service.engine.ort.availability import provider
 from service.errors import StartupError
-from service.host import ports
+from service.host import kernels, ports
 from service.host.processor import processor
 from service.rpc import tls
 from service.rpc.keys import KeyRing
@@ -41,6 +41,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "TLS": _tls,
         "traces": _traces,
         "processor": lambda _: str(processor()),
+        "kernels": lambda _: kernels.description(),
     }
     for name, check in checks.items():
         yield _finding(name, check, settings)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from service.errors import ModelDirectoryError
 
 # The depth at which protobuf itself stops.
 _MAX_DEPTH = 100
@@ -18,6 +21,17 @@ _FIELDS = {
     "Tensor": {13: "Entry"},
     "Entry": {1: "key", 2: "value"},
 }
+
+
+def check(graph: Path, listed: Collection[str], where: str) -> None:
+    """Raises ModelDirectoryError when `graph` takes tensors from a file that is not `listed`, in the file `where`."""
+    try:
+        outside = locations(graph.read_bytes()) - set(listed)
+    except ValueError as error:
+        raise ModelDirectoryError(f"{graph} is not an ONNX graph: {error}") from None
+    if outside:
+        message = f"{graph} takes tensors from {min(outside)!r}, which {where} does not list"
+        raise ModelDirectoryError(f"{message}; refusing to load it")
 
 
 def locations(model: bytes) -> set[str]:

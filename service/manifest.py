@@ -23,6 +23,7 @@ PROMPT_WEIGHTS_FILE = f"prompt{WEIGHTS_SUFFIX}"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 FORMAT_VERSION: Final = 1
+KV_TILE: Final = 16  # positions, in the KV cache of our own operators
 LARGEST_MANIFEST = LARGEST_CHAT_TEMPLATE = 1 << 20
 _HINT = "export the model again: python -m model_export SOURCE DIRECTORY"
 
@@ -85,12 +86,16 @@ class SpecialTokens(_Record):
 
 
 class KVLayout(_Record):
-    """Shape of one token in the KV cache: `layers` x `kv_heads` x `head_dim` keys and as many values, in `dtype`."""
+    """Shape of one token in the KV cache: `layers` x `kv_heads` x `head_dim` keys and as many values, in `dtype`.
+
+    A slot holds one head after another or, with a `tile` of 16, tiles of so many positions of all heads.
+    """
 
     layers: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dtype: Literal["float32", "float16"]
+    tile: Literal[1, 16] = 1
 
     @property
     def bytes_per_token(self) -> int:
@@ -153,7 +158,7 @@ class Quality(_Record):
 class Manifest(_Record):
     """The description of a model directory; docs/model-directory.md shows it as JSON.
 
-    `devices` have a kernel for every operator of the graphs.
+    `devices` have a kernel for every operator of the graphs: onnxruntime's, or those of the package `kernels` ("own").
     """
 
     format_version: Literal[1]
@@ -168,6 +173,7 @@ class Manifest(_Record):
     kv: KVLayout
     quantization: Quantization
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
+    kernels: Literal["stock", "own"] = "stock"
     quality: Quality
     files: dict[str, FileEntry]
 
@@ -180,6 +186,8 @@ class Manifest(_Record):
         wrong = sorted(index for index in ids if index is not None and index >= self.vocab_size)
         if wrong:
             raise ValueError(f"special tokens {wrong} are not within 0..{self.vocab_size - 1}")
+        if (self.kernels == "own") != (self.kv.tile == KV_TILE) or (self.kernels == "own" and "cuda" in self.devices):
+            raise ValueError(f"the kernels {self.kernels} do not go with kv.tile {self.kv.tile} and these devices")
         return self
 
     @property
@@ -282,19 +290,11 @@ def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
         raise ModelDirectoryError(f"{path} does not exist; {_HINT}")
     if path.stat().st_nlink > 1:
         raise ModelDirectoryError(f"{path} has other names (hard links) that could change it; copy it instead")
-    size = path.stat().st_size
-    if size != entry.bytes:
+    if (size := path.stat().st_size) != entry.bytes:
         raise ModelDirectoryError(f"{path} has {size} bytes, expected {entry.bytes}; {_HINT}")
 
 
 def check_external_data(directory: Path, manifest: Manifest) -> None:
     """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not list."""
     for name in [MODEL_FILE, *([PROMPT_MODEL_FILE] if manifest.quantization.prompts else [])]:
-        path = directory / name
-        try:
-            outside = external_data.locations(path.read_bytes()) - set(manifest.files)
-        except ValueError as error:
-            raise ModelDirectoryError(f"{path} is not an ONNX graph: {error}") from None
-        if outside:
-            message = f"{path} takes tensors from {min(outside)!r}, which {FILE_NAME} does not list"
-            raise ModelDirectoryError(f"{message}; refusing to load it")
+        external_data.check(directory / name, manifest.files, FILE_NAME)

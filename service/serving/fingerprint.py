@@ -12,6 +12,7 @@ import numpy as np
 
 import service
 from service.engine.ort.availability import runtime
+from service.host import kernels
 from service.host.processor import byte_options, processor
 from service.manifest import Manifest
 from service.settings import Settings
@@ -29,6 +30,7 @@ def parts(manifest: Manifest, settings: Settings) -> dict[str, Any]:
             "device": settings.device,
             "processor": [cpu.instructions, cpu.byte_dot_products],
             "options": byte_options(),
+            "operators": [manifest.kernels, *(kernels.identity() if manifest.kernels == "own" else [])],
             "numpy": sorted(np.show_config(mode="dicts")["SIMD Extensions"].get("found", ())),
         },
         "runtime": {"onnxruntime": runtime()} | {name: version(name) for name in ("numpy", "tokenizers")},

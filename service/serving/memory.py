@@ -65,8 +65,7 @@ class Model:
     @property
     def granule(self) -> int:
         """How many positions take memory at once."""
-        kv = self.manifest.kv
-        return granule(kv.bytes_per_token // (2 * kv.layers * kv.kv_heads))
+        return granule(self.manifest.kv)
 
     @property
     def longest(self) -> int:

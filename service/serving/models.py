@@ -13,6 +13,7 @@ from service import manifest as manifests
 from service.engine.budget import Budget, Share
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
+from service.engine.ort.device import check_kernels
 from service.engine.ort.model import Model
 from service.engine.scheduler import LEAST_CHUNK, Scheduler
 from service.errors import ModelDirectoryError, StartupError
@@ -58,10 +59,12 @@ class PlannedModel:
 def read(model: ModelSettings) -> ReadModel:
     """Reads a model directory's manifest; the files must be there in full, and their contents are not looked at yet.
 
-    Raises ModelDirectoryError when something is missing, and StartupError when the settings ask for a context that the
-    model does not support.
+    Raises ModelDirectoryError when something is missing, in the directory or of the kernels that it needs, and
+    StartupError when the settings ask for a context that the model does not support.
     """
     manifest = manifests.read(model.directory)
+    if manifest.kernels == "own":
+        check_kernels(model.directory)
     length = model.settings.context_length
     if length is not None and length > manifest.context_length:
         raise StartupError(f"context_length {length} is above the {manifest.context_length} of {model.directory}")
@@ -153,8 +156,9 @@ def load(settings: Settings) -> tuple[ServedModel, ...]:
 def _log_plan(planned: PlannedModel) -> None:
     plan, own = planned.plan, planned.read.manifest.context_length
     sizes = {f"{name}_mib": memory.mib(getattr(plan, name)) for name in ("total", "weights", "kv", "logits", "other")}
-    fields = {"model": planned.read.manifest.id, "positions": plan.positions, "max_model_len": plan.context_length}
-    fields |= {"slots": plan.slots, f"requests_of_{memory.TYPICAL}_tokens": plan.typical_requests} | sizes
+    fields: dict[str, str | int] = {"model": planned.read.manifest.id, "kernels": planned.read.manifest.kernels}
+    fields |= {"positions": plan.positions, "max_model_len": plan.context_length, "slots": plan.slots}
+    fields |= {f"requests_of_{memory.TYPICAL}_tokens": plan.typical_requests} | sizes
     if planned.read.settings.context_length is None and plan.context_length < own:
         _log.warning(f"the memory holds fewer positions than the model's own context of {own}", **fields)
     else:

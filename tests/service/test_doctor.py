@@ -22,7 +22,8 @@ from service.settings import Settings
 from tests.support.ports import free_ports
 from tests.support.stack import ROOT
 
-NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor", "provider", "model", "names", "memory"]
+NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor"]
+NAMES += ["kernels", "provider", "model", "names", "memory"]
 
 
 def examined(model_dir, **settings):

@@ -70,8 +70,8 @@ class StandIn(Cuda):
         self.driver = self._driver
         self.runs = []
 
-    def load(self, graph, threads):
-        return device.Cpu().load(graph, threads)
+    def load(self, graph, threads, *, own_kernels):
+        return device.Cpu().load(graph, threads, own_kernels=own_kernels)
 
     def run(self, session, binding, graph):
         self.runs.append((graph, binding))

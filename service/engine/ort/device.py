@@ -14,7 +14,9 @@ import onnxruntime as ort
 
 from service.engine.ort.driver import Driver
 from service.errors import ModelDirectoryError, StartupError
+from service.host import kernels
 from service.host.processor import byte_options
+from service.manifest import KVLayout
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -52,8 +54,11 @@ class Device(Protocol):
     index: int
     is_gpu: bool
 
-    def load(self, graph: Path, threads: int) -> ort.InferenceSession:
-        """Loads a graph. Raises ModelDirectoryError when it cannot be loaded."""
+    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+        """Loads a graph, which needs our own operators if `own_kernels`.
+
+        Raises ModelDirectoryError when it cannot be loaded.
+        """
         ...
 
     def reserve(self, size: int) -> Block:
@@ -106,8 +111,12 @@ class Cpu:
     index = 0
     is_gpu = False
 
-    def load(self, graph: Path, threads: int) -> ort.InferenceSession:
-        return _session(graph, _options(threads), [CPU_PROVIDER])
+    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+        options = _options(threads)
+        if own_kernels:
+            check_kernels(graph.parent)
+            kernels.register(options, threads)
+        return _session(graph, options, [CPU_PROVIDER])
 
     def reserve(self, size: int) -> Block:
         # Most of it is never used, so it must not count as used where the system counts what is reserved.
@@ -166,7 +175,8 @@ class Cuda:
         self._driver = driver
         self._session_bytes = session_bytes
 
-    def load(self, graph: Path, threads: int) -> ort.InferenceSession:
+    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+        assert not own_kernels, "a manifest with own kernels has only the device cpu"
         options = _options(threads)
         # Otherwise operators that CUDA lacks would run on the CPU, with copies, and no graph could be captured.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -250,14 +260,30 @@ def _session(graph: Path, options: ort.SessionOptions, providers: list[Any]) -> 
     return session
 
 
+def check_kernels(directory: Path) -> None:
+    """Raises ModelDirectoryError when a model of our own operators cannot run here, for its directory."""
+    if (reason := kernels.why_not()) is not None:
+        raise ModelDirectoryError(
+            f"{directory} needs our own kernels, which cannot be used here: {reason}; export the model again with"
+            " --kernels stock"
+        )
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def granule(position_bytes: int) -> int:
-    """How many positions of a head, of so many bytes each, fill whole pages of memory."""
-    return mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, position_bytes)
+def granule(kv: KVLayout) -> int:
+    """How many positions fill whole pages of memory: of one head, or in tiles whole tiles of all heads."""
+    position = row_bytes(kv)
+    return math.lcm(mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, position), kv.tile)
+
+
+def row_bytes(kv: KVLayout) -> int:
+    """Bytes of a position's keys, or values, in one row of a slot: those of one head, or in tiles of all heads."""
+    head = kv.head_dim * np.dtype(kv.dtype).itemsize
+    return head if kv.tile == 1 else head * kv.kv_heads
 
 
 def kv_slots(slots: int, is_gpu: bool) -> int:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from service.engine.cache import Copy
 from service.engine.ort.calls import Call, Shape, bind_inputs
-from service.engine.ort.device import Cpu, Device, granule, kv_slots, power_of_two
+from service.engine.ort.device import Cpu, Device, granule, kv_slots, power_of_two, row_bytes
 from service.engine.ort.results import Results, Rows
 from service.engine.ort.signature import check_signature
 from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
@@ -37,6 +37,7 @@ class Model:
     per layer, keys and values, each [slots, kv_heads, capacity, head_dim]; a call covers consecutive slots and extends
     them in place. The capacity is `context_length` or a little more: on the CPU a head's positions fill whole pages of
     memory, which the system provides when they are first written, and takes back from positions that are given up.
+    With our own kernels a slot is tiles of positions instead, each with all heads, and one row of memory.
     Not thread-safe: only one thread at a time may use it.
     """
 
@@ -61,11 +62,15 @@ class Model:
         self._pads_single_logits = batch_invariant and manifest.quantization.min_logits > 1
         self._many_rows = math.inf  # decode steps of at least as many rows run on the prefill graph
         self._decoding = self._prefill = self._load(directory / MODEL_FILE, manifest, threads)
-        position = manifest.kv.head_dim * np.dtype(manifest.kv.dtype).itemsize
-        pages = 1 if self._device.is_gpu else granule(position)
-        self._granule, self._capacity = pages, -(-context_length // pages) * pages
-        self._head_bytes, self._position_bytes = self._capacity * position, position
-        self._slot_bytes = manifest.kv.kv_heads * self._head_bytes
+        self._granule = 1 if self._device.is_gpu else granule(manifest.kv)
+        self._capacity = _rounded(context_length, self._granule)
+        self._position_bytes = row_bytes(manifest.kv)
+        # A slot is one row of positions for each head, or in tiles a single one.
+        self._rows = {
+            "rows": manifest.kv.kv_heads if manifest.kv.tile == 1 else 1,
+            "pitch": self._capacity * self._position_bytes,
+        }
+        self._slot_bytes = self._rows["rows"] * self._rows["pitch"]
         self._kv = {
             f"{part}.{layer}": self._device.reserve(self._kv_slots * self._slot_bytes)
             for layer in range(manifest.kv.layers)
@@ -116,7 +121,7 @@ class Model:
         return min(seconds)
 
     def _load(self, graph: Path, manifest: Manifest, threads: int) -> ort.InferenceSession:
-        session = self._device.load(graph, threads)
+        session = self._device.load(graph, threads, own_kernels=manifest.kernels == "own")
         check_signature(graph, session.get_inputs(), session.get_outputs(), manifest)
         return session
 
@@ -151,17 +156,18 @@ class Model:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies positions of the KV cache between slots, in order, and gives memory back."""
-        shape = {"rows": self._kv_layout.kv_heads, "pitch": self._head_bytes}
         for copy in copies:
             source, target = copy.source * self._slot_bytes, copy.target * self._slot_bytes
-            kept = -(-copy.length // self._granule) * self._granule
+            kept = _rounded(copy.length, self._granule)
+            # What else the last tile holds is overwritten before it is read.
+            width = _rounded(copy.length, self._kv_layout.tile) * self._position_bytes
             for block in self._kv.values():
                 if source != target:
-                    self._device.copy_rows(block, source, target, **shape, width=copy.length * self._position_bytes)
+                    self._device.copy_rows(block, source, target, **self._rows, width=width)
                 if self._ends[copy.target] > kept:
-                    self._device.discard(block, target, **shape, kept=kept * self._position_bytes)
+                    self._device.discard(block, target, **self._rows, kept=kept * self._position_bytes)
                 if copy.moves:
-                    self._device.discard(block, source, **shape, kept=0)
+                    self._device.discard(block, source, **self._rows, kept=0)
             self._lengths[copy.target] = copy.length
             if copy.moves:
                 self._ends[copy.source] = 0
@@ -281,3 +287,8 @@ class Model:
             query_seqlens=views.get("query_seqlens"),
             total_sequence_length=total,
         )
+
+
+def _rounded(positions: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `positions`."""
+    return -(-positions // multiple) * multiple

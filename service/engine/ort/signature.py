@@ -38,7 +38,8 @@ def check_signature(graph: Path, inputs: Iterable[Declared], outputs: Iterable[D
         "logits_idx": ("tensor(int64)", (None,)),
     }
     declared = {value.name: value for value in inputs}
-    if kv.dtype == "float32" or "query_seqlens" in declared:  # onnxruntime's attention for GPUs has no such input
+    # Only onnxruntime's attention for GPUs has no such input.
+    if kv.dtype == "float32" or manifest.kernels == "own" or "query_seqlens" in declared:
         wanted["query_seqlens"] = ("tensor(int32)", (None,))
     _check(graph, "input", declared, wanted | dict.fromkeys([f"past_{name}" for name in names], part))
     if unknown := sorted(declared.keys() - wanted.keys() - {f"past_{name}" for name in names}):
