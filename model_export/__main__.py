@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
                 activations=options.activations,
                 prompts=options.prompts,
                 device=options.device,
+                kernels=options.kernels,
+                kv_cache=options.kv_cache,
                 max_kl=options.max_kl,
                 verify_tokens=options.verify_tokens,
                 fim_order=options.fim_order,
@@ -113,6 +115,19 @@ def _parser() -> argparse.ArgumentParser:
         default="cpu",
         help="the device to export for; with cuda, auto uses float16 matrices (4-bit sources stay in 4 bits) and "
         "float16 activations, and a graph that an NVIDIA GPU has no kernel for is refused (%(default)s)",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("stock", "own"),
+        default="stock",
+        help="whose operators compute: onnxruntime's, or our own, which are faster on CPUs with AVX2, for models of "
+        "Llama's plain architecture in blocks of Q4_0, Q4_1 or Q8_0 (%(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("auto", "float16", "float32"),
+        default="auto",
+        help="type of the KV cache with --kernels own; auto uses float16",
     )
     parser.add_argument(
         "--max-kl",

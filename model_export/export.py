@@ -16,9 +16,9 @@ from model_export.errors import ExportError, TooFarError
 from model_export.graph import cuda
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm
-from model_export.graph.precision import Precision, TargetDevice, choose_precision
+from model_export.graph.precision import Kernels, Precision, TargetDevice, choose_precision, precision_of_own_kernels
 from model_export.graph.quantize import Activations, Form
-from model_export.graph.source import Source
+from model_export.graph.source import KernelSource, Source
 from model_export.opening import check_before_download, read_source
 from model_export.room import check_room
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
@@ -26,6 +26,7 @@ from model_export.sources.hugging_face.hub import download, hub_name
 from model_export.sources.vocabulary import Vocabulary
 from model_export.verify.verify import MIN_TOKENS, steps, verify
 from service import manifest
+from service.host import kernels
 from service.host.processor import processor
 
 PrefillForm = Literal["int8", "float32"]
@@ -48,6 +49,8 @@ class Options:
     activations: Activations | Literal["auto"] = "auto"
     prompts: Literal["auto", "int8", "float32", "none"] = "auto"
     device: TargetDevice = "cpu"
+    kernels: Kernels = "stock"
+    kv_cache: Activations | Literal["auto"] = "auto"
     max_kl: float | None = None
     verify_tokens: int | None = None
     fim_order: Order | Literal["auto"] = "auto"
@@ -75,9 +78,7 @@ def export(
         say(sentence)
     check_destination(path, directory, overwrite=options.overwrite)
     path, source, options = _open(path, options, progress)
-    precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
-    if options.prompts in ("int8", "float32") and precision.activations == "float16":
-        raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
+    precision = _precision(options, source)
     if options.verify_tokens is not None and options.verify_tokens < MIN_TOKENS:
         raise ExportError(f"--verify-tokens {options.verify_tokens} is too few, expected at least {MIN_TOKENS}")
     vocabulary = source.origin.vocabulary
@@ -89,7 +90,7 @@ def export(
         with (work / manifest.WEIGHTS_FILE).open("wb") as file:
             data = Initializers(file, precision.activations)
             on_layer = progress("building", source.dimensions.build_steps)
-            graph = source.build(precision.form, precision.form, data, on_layer, prefill=False)
+            graph = _build_decode_graph(source, precision, data, on_layer)
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -111,8 +112,10 @@ def export(
                 layers=layers,
                 kv_heads=source.dimensions.kv_heads,
                 head_dim=source.dimensions.head_dim,
-                dtype=precision.activations,
+                dtype=precision.kv_type,
+                tile=manifest.KV_TILE if precision.kernels == "own" else 1,
             ),
+            kernels=precision.kernels,
             devices=devices,
             quantization=manifest.Quantization(
                 weights=precision.form,
@@ -132,6 +135,36 @@ def export(
                 f"{refusal}; it is kept in {kept}: move it to {directory} to take it without another export"
             )
     return described
+
+
+def _precision(options: Options, source: Source) -> Precision:
+    """The forms and types that the options ask for. Raises ExportError where they cannot be combined, or not here."""
+    forms = options.quantization, options.activations, source.origin.weights, options.device
+    if options.kernels == "stock":
+        if options.kv_cache != "auto":
+            raise ExportError(f"--kv-cache {options.kv_cache} needs --kernels own")
+        precision = choose_precision(*forms)
+        if options.prompts in ("int8", "float32") and precision.activations == "float16":
+            raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
+        return precision
+    if options.prompts in ("int8", "float32"):
+        raise ExportError(f"--kernels own has one graph for all calls, so it has no --prompts {options.prompts}")
+    precision = precision_of_own_kernels(*forms, options.kv_cache)
+    if (reason := kernels.why_not()) is not None:
+        raise ExportError(f"--kernels own cannot be used here: {reason}")
+    return precision
+
+
+def _build_decode_graph(
+    source: Source, precision: Precision, data: Initializers, on_layer: Callable[[], object]
+) -> ir.Model:
+    if precision.kernels == "stock":
+        return source.build(precision.form, precision.form, data, on_layer, prefill=False)
+    if not isinstance(source, KernelSource):
+        raise ExportError(
+            f"mobius-onnx builds the family {source.dimensions.family}, and not over own kernels; use --kernels stock"
+        )
+    return source.build_over_kernels(precision.kv_type, data, on_layer)
 
 
 def _prepare_for(device: TargetDevice, graph: ir.Model) -> tuple[TargetDevice, ...]:
@@ -193,6 +226,7 @@ def _verify(
         progress("verifying", steps(source.dimensions.layers, prefill=prefill is not None)),
         rounded=precision.form != "float32",
         most_tokens=options.verify_tokens,
+        own_kernels=precision.kernels == "own",
     )
 
 
@@ -201,6 +235,8 @@ def _prefill_forms(
 ) -> list[PrefillForm]:
     """The forms that a prefill graph may take beside a decode graph of `precision`, the fastest first."""
     if precision.form == "float32" or wanted == "none" or precision.activations == "float16":
+        return []
+    if precision.kernels == "own":
         return []
     if wanted != "auto":
         return [wanted]

@@ -55,7 +55,9 @@ def memory_needed(dimensions: Dimensions, precision: Precision, prefill_form: Li
     building = max(_largest(dimensions, precision, each) for each in forms) + parts
     # onnxruntime keeps its own copy of a graph's matrices; what it maps from the files can be given up at any time.
     logits = min(LOGITS_BYTES, 4 * dimensions.vocab_size * dimensions.context_length)
-    verifying = max(graph_bytes(dimensions, precision, each) for each in forms) + ARRAYS_OF_LOGITS * logits
+    # Our own kernels read them where they are mapped.
+    copies = 0 if precision.kernels == "own" else max(graph_bytes(dimensions, precision, each) for each in forms)
+    verifying = copies + ARRAYS_OF_LOGITS * logits
     return PROGRAM + BYTES_PER_TOKEN * dimensions.vocab_size + max(building, verifying)
 
 
@@ -77,7 +79,7 @@ def graph_bytes(dimensions: Dimensions, precision: Precision, form: LinearForm) 
     floats = 2 if precision.activations == "float16" else 4
     if precision.form in PLAIN_FORMS:
         tables = table * floats * (1 if dimensions.tied_embedding else 2)
-    elif precision.activations == "float16":
+    elif precision.activations == "float16" or precision.kernels == "own":
         tables = int(table * _BYTES["int8"]) * (1 if dimensions.tied_embedding else 2)
     else:
         tables = int(table * (_BYTES["int8"] + _BYTES["int8_rows"])) + hidden * hidden * floats

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import CONTRIB, Operators
 
-OPSETS = {"": 21, CONTRIB: 1}
+OPSET = 21
 IR_VERSION = 10
 
 
@@ -25,8 +25,8 @@ class Interface:
         self.input_ids = ir.val("input_ids", ir.DataType.INT64, ["B", "S"])
         self.seqlens_k = ir.val("seqlens_k", ir.DataType.INT32, ["B"])
         self._total_sequence_length = ir.val("total_sequence_length", ir.DataType.INT32, [1])
-        self._logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
-        self._inputs = [self.input_ids, self.seqlens_k, self._total_sequence_length, self._logits_idx]
+        self.logits_idx = ir.val("logits_idx", ir.DataType.INT64, ["R"])
+        self._inputs = [self.input_ids, self.seqlens_k, self._total_sequence_length, self.logits_idx]
         self.query_seqlens: ir.Value | None = None
         if operators.floats == ir.DataType.FLOAT:
             self.query_seqlens = ir.val("query_seqlens", ir.DataType.INT32, ["B"])
@@ -47,10 +47,7 @@ class Interface:
         **attributes: Any,
     ) -> ir.Value:
         """The output [B, S, heads * head_dim] of the next layer's attention, which reads and extends its KV cache."""
-        layer, floats = self.layers, self._operators.floats
-        shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
-        past = [ir.val(f"past_{part}.{layer}", floats, shape) for part in ("key", "value")]
-        self._inputs += past
+        past = self.past(self._operators.floats, kv_heads, head_dim)
         attended, key, value = self._operators.apply_many(
             "GroupQueryAttention",
             *queries_keys_values,
@@ -64,29 +61,39 @@ class Interface:
             kv_num_heads=kv_heads,
             **attributes,
         )
-        for part, present in (("key", key), ("value", value)):
-            self._present.append(_declare(present, f"present_{part}.{layer}", floats, shape))
+        self.extend(past, [key, value])
         return attended
+
+    def past(self, dtype: ir.DataType, kv_heads: int, head_dim: int) -> list[ir.Value]:
+        """Keys and values of the next layer before the call."""
+        shape: list[int | str] = ["B", kv_heads, "max_len", head_dim]
+        past = [ir.val(f"past_{part}.{self.layers}", dtype, shape) for part in ("key", "value")]
+        self._inputs += past
+        return past
+
+    def extend(self, past: Sequence[ir.Value], present: Sequence[ir.Value]) -> None:
+        """Makes `present` the keys and values of the layer that has `past`, after the call."""
+        for before, after in zip(past, present, strict=True):
+            assert before.name is not None
+            assert before.dtype is not None
+            after.name, after.dtype, after.shape = before.name.replace("past", "present"), before.dtype, before.shape
+            self._present.append(after)
 
     def wanted_positions(self, value: ir.Value) -> ir.Value:
         """The rows [R, columns] of `value` [B, S, columns] that get logits."""
         flat = self._operators.apply("Flatten", value, axis=2)
-        return self._operators.apply("Gather", flat, self._logits_idx, axis=0)
+        return self._operators.apply("Gather", flat, self.logits_idx, axis=0)
 
     def model(self, logits: ir.Value, vocab_size: int, data: Initializers, name: str) -> ir.Model:
         """The complete model with the output `logits` [R, vocab_size]."""
+        logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab_size])
+        nodes = self._operators.nodes
         graph = ir.Graph(
             self._inputs,
-            [_declare(logits, "logits", ir.DataType.FLOAT, ["R", vocab_size]), *self._present],
-            nodes=self._operators.nodes,
+            [logits, *self._present],
+            nodes=nodes,
             initializers=data.used,
-            opset_imports=OPSETS,
+            opset_imports={"": OPSET} | {node.domain: 1 for node in nodes if node.domain},
             name=name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="model_export")
-
-
-def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-    """Sets the name, type and shape of `value`, which outputs of a graph must have."""
-    value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
-    return value

@@ -26,6 +26,9 @@ FORMS: Mapping[Form | Literal["auto"], tuple[str, str]] = {
 # The device that a model is exported for.
 TargetDevice = Literal["cpu", "cuda"]
 
+# The operators of a graph: onnxruntime's, or our own.
+Kernels = Literal["stock", "own"]
+
 # The largest allowed KL divergence from the source, in nats per token. Rounding weights to 4 bits loses the most.
 MAX_KL = 0.005
 MAX_KL_INT4 = 0.1
@@ -33,10 +36,21 @@ MAX_KL_INT4 = 0.1
 
 @dataclass(frozen=True)
 class Precision:
-    """The form of the matrices, and the type of activations and KV cache."""
+    """The form of the matrices, the type of activations and KV cache, and whose kernels compute with them.
+
+    With own kernels matrices are the source's own blocks, and `kv` is the type of the KV cache; otherwise it has that
+    of the activations.
+    """
 
     form: Form
     activations: Activations
+    kernels: Kernels = "stock"
+    kv: Activations | None = None
+
+    @property
+    def kv_type(self) -> Activations:
+        """The type of the KV cache."""
+        return self.kv or self.activations
 
     @property
     def max_kl(self) -> float:
@@ -47,9 +61,9 @@ class Precision:
     def min_rows(self) -> int:
         """The fewest rows of a call that avoid the kernels for a single row.
 
-        8-bit blocks with 8-bit activations have one kernel for any number of rows.
+        8-bit blocks with 8-bit activations have one kernel for any number of rows, and so have our own.
         """
-        if self.form in PLAIN_FORMS or (self.form == "int8" and self.activations == "float32"):
+        if self.kernels == "own" or self.form in PLAIN_FORMS or (self.form == "int8" and self.activations == "float32"):
             return 1
         return 2
 
@@ -82,3 +96,21 @@ def choose_precision(
     if activations == "auto":
         activations = "float16" if device == "cuda" else "float32"
     return Precision(form, activations)
+
+
+def precision_of_own_kernels(
+    form: Form | Literal["auto"],
+    activations: Activations | Literal["auto"],
+    source_weights: str,
+    device: TargetDevice,
+    kv: Activations | Literal["auto"],
+) -> Precision:
+    """The same for own kernels, with the type `kv` of the KV cache. Raises ExportError for what they do not have."""
+    if device != "cpu":
+        raise ExportError(f"--kernels own has no kernels for --device {device}, only for cpu")
+    if form != "auto":
+        raise ExportError(f"--kernels own keeps the source's blocks as they are, so it has no --quantization {form}")
+    if activations == "float16":
+        raise ExportError("--kernels own computes in float32, so it has no --activations float16")
+    blocks: Form = "int4-int8" if source_weights in ("Q4_0", "Q4_1") else "int8"
+    return Precision(blocks, "float32", "own", "float16" if kv == "auto" else kv)

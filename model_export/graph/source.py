@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm
-from model_export.graph.quantize import Form
+from model_export.graph.quantize import Activations, Form
 from model_export.sources.checkpoint import Origin
 from model_export.sources.weights import Floats
 
@@ -78,3 +78,14 @@ class SelectiveSource(Source, Protocol):
         self, tokens: NDArray[np.int64], positions: NDArray[np.int64], on_layer: Callable[[], object]
     ) -> Floats:
         """The float32 logits [positions, vocab] after those of `tokens` [tokens], one text, that `positions` names."""
+
+
+@runtime_checkable
+class KernelSource(Source, Protocol):
+    """A source model that our own operators may compute."""
+
+    def build_over_kernels(self, kv: Activations, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        """The one graph over our own operators, whose KV cache has the type `kv`; calls `on_layer` as `build` does.
+
+        Raises ExportError where they do not compute the model.
+        """

@@ -49,24 +49,9 @@ class Decoder:
         self.operators = operators
         self.prefill = prefill
         self.interface = Interface(operators)
-        self.rotary_caches = self._caches("", self.architecture.rotary)
-        local = self.architecture.local_rotary
-        self.local_rotary_caches = None if local is None else self._caches("local_", local)
-
-    def _caches(self, prefix: str, rotary: Rotary) -> list[ir.Value]:
-        """Cosine and sine [context_length, pairs] of each position's rotation, times the rotation's scale."""
-        functions = {"cos": np.cos, "sin": np.sin}
-        return [
-            self.operators.rows(f"{prefix}{name}_cache", self._rotations(rotary, function))
-            for name, function in functions.items()
-        ]
-
-    def _rotations(self, rotary: Rotary, function: np.ufunc) -> LazyTensor:
-        def read(rows: slice) -> Floats:
-            angles = np.outer(np.arange(rows.start, rows.stop), rotary.frequencies)
-            return np.asarray(rotary.scale * function(angles), np.float32)
-
-        return LazyTensor((self.architecture.context_length, len(rotary.frequencies)), read)
+        positions, local = self.architecture.context_length, self.architecture.local_rotary
+        self.rotary_caches = rotary_caches(operators, self.architecture.rotary, positions)
+        self.local_rotary_caches = None if local is None else rotary_caches(operators, local, positions, "local_")
 
     def logits(self, on_layer: Callable[[], object], on_table: Callable[[], object]) -> ir.Value:
         """The logits [R, vocab]. The output of attention or MLP is added to the residual by the norm that follows.
@@ -172,3 +157,20 @@ class Decoder:
 
     def _vector(self, name: str) -> ir.Value:
         return self.operators.vector(name, self.checkpoint.floats(name))
+
+
+def rotary_caches(operators: Operators, rotary: Rotary, positions: int, prefix: str = "") -> list[ir.Value]:
+    """Cosine and sine [positions, pairs] of each position's rotation, times the rotation's scale."""
+    functions = {"cos": np.cos, "sin": np.sin}
+    return [
+        operators.rows(f"{prefix}{name}_cache", _rotations(rotary, positions, function))
+        for name, function in functions.items()
+    ]
+
+
+def _rotations(rotary: Rotary, positions: int, function: np.ufunc) -> LazyTensor:
+    def read(rows: slice) -> Floats:
+        angles = np.outer(np.arange(rows.start, rows.stop), rotary.frequencies)
+        return np.asarray(rotary.scale * function(angles), np.float32)
+
+    return LazyTensor((positions, len(rotary.frequencies)), read)

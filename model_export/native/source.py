@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from model_export.graph.initializers import Initializers
 from model_export.graph.operators import LinearForm, Operators
-from model_export.graph.quantize import Form
+from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Dimensions
 from model_export.native.graph import Decoder
+from model_export.native.kernels import KernelDecoder
 from model_export.native.reference import reference_logits
 from model_export.sources.checkpoint import Checkpoint, Origin
 from model_export.sources.weights import Floats
@@ -54,7 +55,12 @@ class DecoderSource:
         self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
     ) -> ir.Model:
         decoder = Decoder(self.checkpoint, Operators(data, layers, tables), prefill=prefill)
+        return self._model(decoder, data, on_layer)
 
+    def build_over_kernels(self, kv: Activations, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        return self._model(KernelDecoder(self.checkpoint, data, kv), data, on_layer)
+
+    def _model(self, decoder: Decoder | KernelDecoder, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
         def on_table() -> None:
             for _ in range(self.dimensions.table_steps):
                 on_layer()

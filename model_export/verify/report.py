@@ -18,9 +18,12 @@ def summary(quality: Quality) -> str:
 def table(described: Manifest) -> str:
     """The form of an export, the size, perplexity and speed of source and export, and how far apart they are."""
     quality, quantization = described.quality, described.quantization
+    graphs = f"{quantization.prompts or 'no'} prefill graph"
+    if described.kernels == "own":
+        graphs = f"own kernels, {described.kv.dtype} KV cache"
     heading = (
-        f"{quantization.weights} matrices, {quantization.activations} activations, "
-        f"{quantization.prompts or 'no'} prefill graph; over {quality.tokens} tokens:"
+        f"{quantization.weights} matrices, {quantization.activations} activations, {graphs}; "
+        f"over {quality.tokens} tokens:"
     )
     columns = [("", f"source ({quantization.source})", "export")]
     columns += zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from model_export.sources.panics import reported_as
 from model_export.sources.weights import Floats
+from service.host import kernels
 from service.host.processor import byte_options
+from service.manifest import KV_TILE
 
 _CANNOT_RUN = "onnxruntime cannot run the exported graph"
 Caches = Mapping[str, Any]
@@ -23,14 +26,15 @@ KV_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class Runner:
     """A graph of an exported model and the KV cache of one text of at most `capacity` positions.
 
-    `caches` are those of another runner, whose text goes on here.
+    `caches` are those of another runner, whose text goes on here. A graph over our own operators needs `own_kernels`.
     """
 
-    def __init__(self, graph: Path, capacity: int, caches: Caches | None = None) -> None:
-        self._session = _session(graph)
+    def __init__(self, graph: Path, capacity: int, caches: Caches | None = None, *, own_kernels: bool = False) -> None:
+        self._session = _session(graph, own_kernels=own_kernels)
+        whole_tiles = -(-capacity // KV_TILE) * KV_TILE
         self.caches: Caches = caches or {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])
+                np.zeros((1, entry.shape[1], whole_tiles, entry.shape[3]), KV_TYPES[entry.type])
             )
             for entry in self._session.get_inputs()
             if entry.name.startswith("past_")
@@ -96,11 +100,14 @@ class Runner:
         return np.asarray(binding.get_outputs()[-1].numpy(), np.float32)
 
 
-def _session(graph: Path) -> onnxruntime.InferenceSession:
+def _session(graph: Path, *, own_kernels: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     # Memory goes back after each call: an arena would keep several arrays of logits.
     options.enable_cpu_mem_arena = False
     for name, value in byte_options().items():
         options.add_session_config_entry(name, value)
+    if own_kernels:
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        kernels.register(options, options.intra_op_num_threads)
     with reported_as(_CANNOT_RUN):
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

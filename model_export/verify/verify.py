@@ -39,12 +39,14 @@ def verify(
     *,
     rounded: bool = True,
     most_tokens: int | None = None,
+    own_kernels: bool = False,
 ) -> Quality:
     """Measures the decode graph `model`, and the `prefill` graph if there is one, against `source`.
 
     It runs at most `most_tokens` tokens, by default MAX_TOKENS, or fewer in models so large that they would take too
     long (see `default_tokens`), and compares the logits after some of them: see `positions_to_compare`. At no time are
-    there more than three arrays of such logits, or more than one graph. Calls `on_step` `steps` times.
+    there more than three arrays of such logits, or more than one graph. Calls `on_step` `steps` times. With
+    `own_kernels` the graphs need our own operators.
 
     The files beside `model` are those of the export. Raises TooFarError when a divergence from the source exceeds
     `max_kl` nats per token: prefill by either graph, or decode steps. Raises ExportError when prefill in chunks is that
@@ -61,7 +63,7 @@ def verify(
     began = time.perf_counter()
     expected = _source_logits(source, tokens, positions, on_step)
     source_rate = len(tokens) / (time.perf_counter() - began)
-    runner = Runner(prefill or model, len(tokens))
+    runner = Runner(prefill or model, len(tokens), own_kernels=own_kernels)
     in_one_call = runner.logits(tokens, [len(tokens)], positions)
     if not (np.isfinite(expected).all() and np.isfinite(in_one_call).all()):
         raise ExportError(f"{source.origin.name}: its weights are so large that logits are not finite")

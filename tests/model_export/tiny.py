@@ -87,7 +87,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, np.ndarray]:
+def weights(family: str, tied: bool = True, layers: int = LAYERS, vocab: int = VOCAB) -> dict[str, np.ndarray]:
     """Random weights under their Hugging Face names, large enough that a wrong graph gives other logits."""
     rng, shape = np.random.default_rng(7), SHAPES[family]
 
@@ -97,9 +97,9 @@ def weights(family: str, tied: bool = True, layers: int = LAYERS) -> dict[str, n
     def scale(size: int) -> np.ndarray:
         return rng.uniform(0.5, 1.5, size).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN), "model.norm.weight": scale(HIDDEN)}
+    tensors = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "model.norm.weight": scale(HIDDEN)}
     if not tied:
-        tensors["lm_head.weight"] = matrix(VOCAB, HIDDEN)
+        tensors["lm_head.weight"] = matrix(vocab, HIDDEN)
     query, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     for layer in range(layers):
         named = {
@@ -181,6 +181,7 @@ GGUF_NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "lm_head": "output",
     "model.layers": "blk",
 }
 
@@ -202,11 +203,14 @@ def gguf(
     short_factors: np.ndarray | None = None,
     split_max_tensors: int = 0,
     keys_first: bool = False,
+    tied: bool = True,
+    unused_tokens: int = 0,
 ) -> Path:
     """Writes a GGUF file of the family, its matrices in `quantization`.
 
     `entries` are further keys of its metadata, `short_factors` [pairs] those of LongRoPE. With `split_max_tensors` the
     model is in several files of at most that many tensors; with `keys_first` the first file has no tensors.
+    `unused_tokens` follow those of the tokenizer.
     """
     shape = SHAPES[family]
     writer = GGUFWriter(path, architecture or family, split_max_tensors=split_max_tensors, small_first_shard=keys_first)
@@ -222,8 +226,8 @@ def gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] + [1] * (VOCAB - 1))
+    writer.add_token_list([*TOKENS, *(f"<unused{number}>" for number in range(unused_tokens))])
+    writer.add_token_types([3] + [1] * (VOCAB - 1) + [5] * unused_tokens)
     writer.add_token_merges([" ".join(merge) for merge in MERGES])
     writer.add_eos_token_id(0)
     for key, value in entries.items():
@@ -233,7 +237,7 @@ def gguf(
     if short_factors is not None:
         writer.add_tensor("rope_factors_long.weight", short_factors + 1)
         writer.add_tensor("rope_factors_short.weight", short_factors)
-    for name, tensor in weights(family, layers=layers).items():
+    for name, tensor in weights(family, tied, layers, VOCAB + unused_tokens).items():
         if name == leave_out:
             continue
         adjacent = shape.adjacent and ("q_proj" in name or "k_proj" in name)
