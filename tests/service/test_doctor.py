@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import trustme
 from service import __main__ as command
 from service import doctor
 from service.engine.ort import device
+from service.host import kernels
 from service.host.processor import processor
 from service.settings import Settings
 from tests.support.ports import free_ports
@@ -124,6 +126,22 @@ def test_no_provider(model_dir, monkeypatch):
     found = examined(model_dir)
     assert failing(found) == ["provider"]
     assert "OtherProvider" in found["provider"].text
+
+
+def test_own_kernels_that_cannot_be_used(model_dir, tmp_path, monkeypatch):
+    """A line says so, which is no failure unless a model was exported for them: that one is told how to do without."""
+    monkeypatch.setattr(kernels, "why_not", lambda: "this processor lacks AVX2")
+    found = examined(model_dir)
+    assert (failing(found), found["kernels"].text) == ([], "no own kernels: this processor lacks AVX2")
+    path = shutil.copytree(model_dir, tmp_path / "model") / "manifest.json"
+    described = json.loads(path.read_text()) | {"kernels": "own"}
+    path.write_text(json.dumps(described | {"kv": described["kv"] | {"tile": 16}}))
+    refused = examined(path.parent)
+    assert failing(refused) == ["model", "names", "memory"]
+    assert refused["model"].text == (
+        f"{path.parent} needs our own kernels, which cannot be used here: this processor lacks AVX2; export the model"
+        " again with --kernels stock"
+    )
 
 
 def test_each_device_is_checked(model_dir):

@@ -9,6 +9,7 @@ import pytest
 
 import service
 from service.host.processor import Processor
+from service.manifest import KVLayout
 from service.serving import fingerprint as module
 from service.serving.fingerprint import fingerprint, parts
 from service.settings import Settings
@@ -64,6 +65,19 @@ def test_each_change_of_what_computes_gives_another_one(monkeypatch: pytest.Monk
     before = of()
     monkeypatch.setattr(module, name, value)
     assert of() != before
+
+
+@pytest.mark.parametrize("identity", [["avx2", "another"], ["avx512-vnni", "library"]])
+def test_own_operators_are_a_part_of_it(monkeypatch: pytest.MonkeyPatch, identity: list[str]) -> None:
+    """That a model needs them, which instructions they use here, and the library itself; of no part in other models."""
+    kv = KVLayout(layers=1, kv_heads=1, head_dim=16, dtype="float16", tile=16)
+    stock, own = manifest(files=FILES), manifest(files=FILES, kernels="own", kv=kv)
+    monkeypatch.setattr(module.kernels, "identity", lambda: ["avx2", "library"])
+    before = of(stock), of(own)
+    assert len({*before}) == 2
+    monkeypatch.setattr(module.kernels, "identity", lambda: identity)
+    assert of(stock) == before[0]
+    assert of(own) != before[1]
 
 
 def test_the_name_of_the_processor_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
