@@ -70,7 +70,7 @@ class StandIn(Cuda):
         self.driver = self._driver
         self.runs = []
 
-    def load(self, graph, threads, *, own_kernels):
+    def load(self, graph, threads, *, own_kernels=False):
         return device.Cpu().load(graph, threads, own_kernels=own_kernels)
 
     def run(self, session, binding, graph):

@@ -185,5 +185,5 @@ class ReferenceSession:
 class ReferenceCpu(Cpu):
     """The processor, with numpy for onnxruntime where a graph is of our own operators."""
 
-    def load(self, graph, threads, *, own_kernels):
+    def load(self, graph, threads, *, own_kernels=False):
         return ReferenceSession(graph) if own_kernels else super().load(graph, threads, own_kernels=False)

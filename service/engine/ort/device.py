@@ -54,7 +54,7 @@ class Device(Protocol):
     index: int
     is_gpu: bool
 
-    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+    def load(self, graph: Path, threads: int, *, own_kernels: bool = False) -> ort.InferenceSession:
         """Loads a graph, which needs our own operators if `own_kernels`.
 
         Raises ModelDirectoryError when it cannot be loaded.
@@ -111,7 +111,7 @@ class Cpu:
     index = 0
     is_gpu = False
 
-    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+    def load(self, graph: Path, threads: int, *, own_kernels: bool = False) -> ort.InferenceSession:
         options = _options(threads)
         if own_kernels:
             check_kernels(graph.parent)
@@ -175,7 +175,7 @@ class Cuda:
         self._driver = driver
         self._session_bytes = session_bytes
 
-    def load(self, graph: Path, threads: int, *, own_kernels: bool) -> ort.InferenceSession:
+    def load(self, graph: Path, threads: int, *, own_kernels: bool = False) -> ort.InferenceSession:
         assert not own_kernels, "a manifest with own kernels has only the device cpu"
         options = _options(threads)
         # Otherwise operators that CUDA lacks would run on the CPU, with copies, and no graph could be captured.
