@@ -30,6 +30,8 @@ _BYTES: dict[LinearForm, float] = {
     "int4": 0.5 + 5 / 32 + 1 / 16,  # and the remainders of their blocks
     "int8_rows": 1,
 }
+# The same in the tiles of our own kernels: a float16 scale and minimum, or a scale.
+_BYTES_IN_TILES: dict[LinearForm, float] = {"int4": 0.5 + 4 / 32, "int8": 1 + 2 / 32}
 
 
 def check_room(
@@ -77,14 +79,15 @@ def graph_bytes(dimensions: Dimensions, precision: Precision, form: LinearForm) 
     """The size of a graph whose layers are in `form`, about; without the tables where their sizes are not known."""
     table, hidden = dimensions.table_weights, dimensions.hidden_size
     floats = 2 if precision.activations == "float16" else 4
+    sizes = _BYTES_IN_TILES if precision.kernels == "own" else _BYTES
     if precision.form in PLAIN_FORMS:
         tables = table * floats * (1 if dimensions.tied_embedding else 2)
     elif precision.activations == "float16" or precision.kernels == "own":
-        tables = int(table * _BYTES["int8"]) * (1 if dimensions.tied_embedding else 2)
+        tables = int(table * sizes["int8"]) * (1 if dimensions.tied_embedding else 2)
     else:
         tables = int(table * (_BYTES["int8"] + _BYTES["int8_rows"])) + hidden * hidden * floats
     rotations = 2 * dimensions.context_length * dimensions.rotary_pairs * floats
-    layers = int(dimensions.layer_weights * _BYTES[form])
+    layers = int(dimensions.layer_weights * sizes[form])
     if form == "int8_rows":  # most of the last layer stays in float32, see Operators.linear
         layers += 3 * dimensions.layer_weights // dimensions.layers
     return layers + tables + rotations

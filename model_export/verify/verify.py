@@ -115,7 +115,8 @@ def verify(
     farthest = max(kl, prompt_kl, decode_kl)
     if not farthest <= max_kl:
         usable = rounded and math.isfinite(farthest)
-        raise TooFarError(_too_far(quality, farthest, max_kl, rounded), quality if usable else None)
+        remedy = "use --kernels stock" if own_kernels else "choose another --quantization"
+        raise TooFarError(_too_far(quality, farthest, max_kl, rounded, remedy), quality if usable else None)
     return quality
 
 
@@ -159,14 +160,14 @@ def _errors(expected: Floats, actual: Floats) -> tuple[float, float]:
     return float(np.mean([row.mean() for row in rows])), float(max(row.max() for row in rows))
 
 
-def _too_far(quality: Quality, farthest: float, max_kl: float, rounded: bool) -> str:
+def _too_far(quality: Quality, farthest: float, max_kl: float, rounded: bool, remedy: str) -> str:
     measured = f"{summary(quality)}, over {quality.tokens} tokens"
     if not math.isfinite(farthest):
         return f"the exported model gives no finite logits: {measured}; choose another --quantization or --activations"
     far = f"the exported model is too far from its source (at most {max_kl} allowed): {measured}"
     if not rounded:
         return f"{far}; nothing was rounded, so the graph does not compute what this variant of its family does"
-    return f"{far}; choose another --quantization, or --max-kl {math.ceil(farthest * 100) / 100:g} to take it as it is"
+    return f"{far}; {remedy}, or --max-kl {math.ceil(farthest * 100) / 100:g} to take it as it is"
 
 
 def kl_divergence(expected: Floats, actual: Floats) -> float:
