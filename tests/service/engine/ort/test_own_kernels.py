@@ -89,7 +89,7 @@ def test_prompts_cut_anywhere(model, tokens, cuts):
     assert np.array_equal(prompt(model, 3, tokens, cuts), prompt(model, 0, tokens))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 17, SLOTS])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 12, pytest.param(SLOTS, marks=pytest.mark.slow)])
 def test_decoding_in_any_company(model, tokens, rows):
     """A row has the same bits by itself, among any others, in any slot, and beside rows that sit out."""
     lengths = [20 + 3 * slot for slot in range(rows)]
