@@ -209,6 +209,6 @@ def test_locust(here: Workplace) -> None:
     here.bash("Locust")
     (entry,) = json.loads((here.folder / "locust.json").read_text())
     assert entry["num_failures"] == 0
-    assert entry["num_requests"] > 4
+    assert entry["num_requests"] >= 4  # each user's last one is waited for, however slow it is
     mean = entry["total_response_time"] / entry["num_requests"]
     assert 0 < entry["min_response_time"] <= mean <= entry["max_response_time"]
