@@ -384,7 +384,8 @@ std::string ConfigEntry(const OrtSessionOptions* options, const char* key) {
 
 void Register(OrtSessionOptions* options) {
   static std::mutex registering;
-  static std::vector<std::unique_ptr<Registration>> registrations;
+  // Never destroyed: some compilers' programs would do that at their end, when this library is no longer in memory.
+  static auto& registrations = *new std::vector<std::unique_ptr<Registration>>();
   Require(target != nullptr, "this processor has neither AVX2 with FMA and F16C nor AVX-512 with VNNI");
   auto made = std::make_unique<Registration>();
   const std::string threads = ConfigEntry(options, kThreadsEntry);
