@@ -24,8 +24,8 @@ DOMAIN = "completion.kernels"
 
 # The operator of a layer, by the type of its KV cache.
 _LAYERS: dict[Activations, str] = {"float16": "DecoderLayerHalf", "float32": "DecoderLayer"}
-# Numbers of a head that the operators handle at once.
-_HEAD_STEP = 16
+# The operators take heads of multiples of so many numbers, up to as many.
+_HEAD_STEP, _LARGEST_HEAD = 32, 256
 
 
 def obstacle(architecture: Architecture) -> str | None:
@@ -42,7 +42,9 @@ def obstacle(architecture: Architecture) -> str | None:
             layer.local or not layer.rotary for layer in attention
         ),
         "heads that rotate in part": 2 * len(architecture.rotary.frequencies) != architecture.head_dim,
-        f"heads of {architecture.head_dim} numbers": architecture.head_dim % _HEAD_STEP != 0,
+        f"heads of {architecture.head_dim} numbers": (
+            architecture.head_dim % _HEAD_STEP != 0 or architecture.head_dim > _LARGEST_HEAD
+        ),
     }
     return next((name for name, there in features.items() if there), None)
 

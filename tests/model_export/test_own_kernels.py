@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from model_export.errors import ExportError
 from model_export.graph.initializers import ALIGNMENT, Initializers
 from model_export.graph.operators import LinearForm
 from model_export.graph.precision import precision_of_own_kernels
+from model_export.native.kernels import obstacle
 from model_export.opening import read_source
 from model_export.room import decode_form, graph_bytes
 from model_export.verify.verify import kl_divergence
@@ -117,6 +119,15 @@ def test_families_that_do_not_fit(family: str, said: str, tmp_path: Path) -> Non
     path = source(tmp_path, family=family, layers=4)
     with pytest.raises(ExportError, match=f"own kernels do not compute {said}.*use --kernels stock"):
         built(path, tmp_path / "model")
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 288])
+def test_heads_that_do_not_fit(head_dim: int, tmp_path: Path) -> None:
+    """Sizes of heads that the library refuses are refused before a graph is built."""
+    plain = read_source(source(tmp_path)).checkpoint.architecture
+    rotary = replace(plain.rotary, frequencies=np.ones(head_dim // 2))
+    assert obstacle(plain) is None
+    assert obstacle(replace(plain, head_dim=head_dim, rotary=rotary)) == f"heads of {head_dim} numbers"
 
 
 def test_a_source_in_floats(tmp_path: Path) -> None:
