@@ -2,6 +2,7 @@
 
     python -m bench                 the comparison: every peer, every load, and the machine's limits
     python -m bench limits          only the machine's limits
+    python -m bench products        our own kernels' matrix products, beside the processor's integer instruction
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and whether memory, files or sequences are left behind
     python -m bench overload        our goodput and latency under more requests than the service can serve
@@ -28,7 +29,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import bodies, drive, genai, limits, loads, peers, report, soak
+from bench import bodies, drive, genai, limits, loads, peers, products, report, soak
 from bench.client import PeerError
 from bench.peers import Served, Setup
 from bench.processes import memory
@@ -95,6 +96,14 @@ def _limits(options: argparse.Namespace) -> None:
     _measure(options, [], machine=True).finish()
 
 
+def _products(options: argparse.Namespace) -> None:
+    results = report.Results(options.out, vars(options))
+    for number in range(1, options.rounds + 1):
+        for outcome in products.measure(options.threads):
+            results.add(number, report.MACHINE, "products", outcome)
+    results.finish()
+
+
 def _growth(options: argparse.Namespace) -> None:
     room = {"slots": max(loads.GROWTH_SIZES)}
     _measure(options, [Peer(report.GRPC, peers.grpc_direct, [curve], room) for curve in options.curves]).finish()
@@ -148,6 +157,7 @@ def _typing(options: argparse.Namespace) -> None:
 RUNS = {
     "compare": _compare,
     "limits": _limits,
+    "products": _products,
     "growth": _growth,
     "overload": _overload,
     "scaling": _scaling,

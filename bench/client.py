@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -89,6 +89,30 @@ class Timing:
 
 
 Stream = Callable[[Job], AsyncGenerator[Piece, None]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished load: the timings of its answers, and the seconds that each refusal took.
+
+    `began` is a moment of the timings' clock; `resident` is the memory of the peer's first process
+    afterwards, in bytes; 0 for a peer in this process. `spent` has the seconds of the peer's counters.
+    """
+
+    began: float
+    timings: Sequence[Timing]
+    refusals: Sequence[float] = ()
+    resident: int = 0
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(timing.tokens for timing in self.timings)
+
+    @property
+    def seconds(self) -> float:
+        """From the first request sent to the last token received."""
+        return max(timing.at[-1] for timing in self.timings) - self.began
 
 
 async def timed(stream: Stream, job: Job, turn: int = 0) -> Timing:

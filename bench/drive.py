@@ -16,8 +16,8 @@ from itertools import pairwise
 from tokenizers import Tokenizer
 
 from bench import keystrokes, loads
-from bench.client import Job, PeerError, RefusedError, Stream, Timing, percentile, timed
-from bench.loads import Load, Run, jobs
+from bench.client import Job, PeerError, RefusedError, Run, Stream, Timing, percentile, timed
+from bench.loads import Load, jobs
 from bench.peers import Served
 from bench.processes import memory
 from bench.report import Figure, Outcome
@@ -33,7 +33,11 @@ PATIENCE_SECONDS = 30.0
 async def measure(served: Served, load: Load, tokenizer: Tokenizer) -> Outcome:
     """Drives the peer by the load and computes its figures."""
     run = await drive(served, load, tokenizer)
-    figures = [Figure(name, value(run), unit, better) for name, (unit, better, value) in load.metrics.items()]
+    figures = [
+        Figure(name, number, unit, better)
+        for name, (unit, better, value) in load.metrics.items()
+        if (number := value(run)) is not None
+    ]
     return Outcome(figures, list(run.timings), load.size)
 
 
@@ -54,12 +58,14 @@ async def drive(served: Served, load: Load, tokenizer: Tokenizer) -> Run:
                     raise
                 refusals.append(time.perf_counter() - sent)
 
+    counted = {name: counter() for name, counter in served.counters.items()}
     began = time.perf_counter()
     async with together() as tasks:
         for moment, job in zip(load.moments or [0.0] * len(load.work), load.work, strict=True):
             tasks.create_task(arrive(moment, job))
     resident = sum(memory(pid, "VmRSS") for pid in served.processes[:1])
-    return Run(began, timings, refusals, resident)
+    spent = {name: counter() - counted[name] for name, counter in served.counters.items()}
+    return Run(began, timings, refusals, resident, spent)
 
 
 async def converse(stream: Stream, job: Job, tokenizer: Tokenizer) -> list[Timing]:

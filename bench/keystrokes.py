@@ -10,7 +10,6 @@ what stands before. It is sent as token ids, the same to every peer.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 
 from bench.client import Job, PeerError, Stream, Timing, percentile
 from bench.peers import Served
+from bench.processes import processor_seconds
 from bench.report import Figure, Outcome
 from service.manifest import FillInTheMiddle
 
@@ -131,14 +131,14 @@ async def typing(served: Served, plan: Namespace) -> list[Outcome]:
 
     typed: list[Keystroke] = []
     last: list[Keystroke] = []
-    used = processor_seconds(served.processes)
+    used = sum(map(processor_seconds, served.processes))
     for before, line, after in edits(FILE.read_text(encoding="utf-8"), encode):
         following = encode(after)
         prompts = [prompt(encode(before + line[:count]), following, plan.marks) for count in range(len(line) + 1)]
         strokes = await type_line(served.stream, prompts, KEYSTROKE_SECONDS)
         typed += strokes[1:]
         last.append(strokes[-1])
-    used = processor_seconds(served.processes) - used
+    used = sum(map(processor_seconds, served.processes)) - used
     return [Outcome(figures(typed, last, used), [stroke.timing for stroke in typed if stroke.at])]
 
 
@@ -161,12 +161,3 @@ def figures(typed: Sequence[Keystroke], last: Sequence[Keystroke], processor: fl
         ),
         Figure("processor time, a keystroke", 1000 * processor / len(typed), "ms", "less"),
     ]
-
-
-def processor_seconds(processes: Sequence[int]) -> float:
-    """The processor time that processes have used, in seconds."""
-    ticks = 0
-    for pid in processes:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")

@@ -13,33 +13,14 @@ from dataclasses import dataclass
 from itertools import accumulate, count, takewhile
 from statistics import mean, median
 
-from bench.client import Job, Timing, percentile
+from bench.client import Job, Run, Timing, percentile
 
 # Control tokens and single bytes have ids below this one.
 _FIRST_WORD = 1000
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished load: the timings of its answers, and the seconds that each refusal took.
-
-    `began` is a moment of the timings' clock; `resident` is the memory of the peer's first process
-    afterwards, in bytes; 0 for a peer in this process.
-    """
-
-    began: float
-    timings: Sequence[Timing]
-    refusals: Sequence[float] = ()
-    resident: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """From the first request sent to the last token received."""
-        return max(timing.at[-1] for timing in self.timings) - self.began
-
-
-# Unit, which direction is better (see Figure), and how the number follows from a run.
-Metric = tuple[str, str, Callable[[Run], float]]
+# Unit, which direction is better (see Figure), and how the number follows from a run; None where the peer lacks it.
+Metric = tuple[str, str, Callable[[Run], float | None]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ ARRIVAL_SECONDS = 22.0
 SETTLE_SECONDS = 7.0
 
 METRICS: dict[str, Metric] = {
-    "output rate": ("tokens/s", "more", lambda run: sum(t.tokens for t in run.timings) / run.seconds),
+    "output rate": ("tokens/s", "more", lambda run: run.tokens / run.seconds),
     "time to first token, p50": ("s", "less", lambda run: median(t.first for t in run.timings)),
     "time to first token, p95": ("s", "less", lambda run: percentile([t.first for t in run.timings], 95)),
     "between tokens, p50": ("ms", "less", lambda run: 1000 * percentile(_gaps(run), 50)),
@@ -108,11 +89,10 @@ METRICS: dict[str, Metric] = {
         lambda run: sum(t.cached for t in run.timings) / sum(t.prompt_tokens for t in run.timings),
     ),
     # All choices of a request generate one token each in this time.
-    "a token": (
-        "ms",
-        "less",
-        lambda run: 1000 * median((t.at[-1] - t.at[0]) / (GROWTH_TOKENS - 1) for t in run.timings),
-    ),
+    "a token": ("ms", "less", lambda run: 1000 * median(_decode_seconds(t) for t in run.timings)),
+    "event loop, processor time a token": ("ms", "", lambda run: _share(run, "event loop", run.tokens / 1000)),
+    "Envoy, processor time a token": ("ms", "", lambda run: _share(run, "Envoy", run.tokens / 1000)),
+    "in the model": ("% of the time", "", lambda run: _share(run, "model", run.seconds / 100)),
     "resident": ("MiB", "less", lambda run: run.resident / 2**20),
     "refused": ("of requests", "", lambda run: len(run.refusals) / (len(run.timings) + len(run.refusals))),
     "refusal, p95": ("ms", "less", lambda run: 1000 * percentile(run.refusals or [0.0], 95)),
@@ -123,6 +103,14 @@ def _gaps(run: Run) -> list[float]:
     return [gap for timing in run.timings for gap in timing.gaps]
 
 
+def _decode_seconds(timing: Timing) -> float:
+    return (timing.at[-1] - timing.at[0]) / (GROWTH_TOKENS - 1)
+
+
+def _share(run: Run, counter: str, whole: float) -> float | None:
+    return run.spent[counter] / whole if counter in run.spent else None
+
+
 def _metrics(*names: str) -> dict[str, Metric]:
     return {name: METRICS[name] for name in names}
 
@@ -130,6 +118,10 @@ def _metrics(*names: str) -> dict[str, Metric]:
 def table(plan: Namespace) -> dict[str, list[Load]]:
     """The loads by name: for each of its sizes, where it has several, its requests and its figures."""
     growth = _metrics("output rate", "time to first token, p50", "a token", "resident")
+    closed = _metrics(
+        *("output rate", "time to first token, p50", "between tokens, p50", "between tokens, p95"),
+        *("event loop, processor time a token", "Envoy, processor time a token", "in the model"),
+    )
     batches = {size: prompts(plan, f"growth {size}", size, GROWTH_PROMPT) for size in GROWTH_SIZES}
     longest = plan.context - GROWTH_TOKENS
     return {
@@ -137,7 +129,7 @@ def table(plan: Namespace) -> dict[str, list[Load]]:
         "closed": [
             Load(
                 jobs(plan, f"closed {size}", max(4, size * plan.requests_each), plan.prompt_tokens, plan.new_tokens),
-                _metrics("output rate", "time to first token, p50", "between tokens, p50", "between tokens, p95"),
+                closed,
                 concurrency=size,
                 size=size,
             )

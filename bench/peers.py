@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest.mock import patch
 
 import grpc
 from completion.v1 import completion_pb2, completion_pb2_grpc
 
 from bench.client import API_KEY, Job, PeerError, Piece, Stream, rest
-from bench.processes import START_SECONDS, optional_package, running, wait_for_answer
+from bench.processes import START_SECONDS, optional_package, processor_seconds, running, wait_for_answer
 from deploy.envoy_config import envoy_command, free_ports
 from deploy.local import MODEL, Child, Options, envoy_binary
 from service.engine.engine import Engine
+from service.engine.ort.device import Cpu
 from service.serving import models
 from service.settings import Settings
 from service.types import Prompt, Request, SamplingParams
@@ -57,12 +61,13 @@ class Served:
     """A running peer: how to send it requests, the ids of its processes, and the engine in this process.
 
     A peer has either processes, its first service before the others, or runs within this one; only the bare engine has
-    `engine`.
+    `engine`. `counters` give seconds so far: of processor time of `event loop` and `Envoy`, or of calls of the `model`.
     """
 
     stream: Stream
     processes: Sequence[int] = ()
     engine: Engine | None = None
+    counters: Mapping[str, Callable[[], float]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -98,7 +103,12 @@ def product(setup: Setup) -> Iterator[Served]:
     """Our product as its users reach it: REST, Envoy, gRPC, engine."""
     arguments = _arguments(replace(setup, threads=max(1, setup.threads // setup.replicas)))
     with services_behind_envoy(arguments, setup.replicas, setup.affinity) as (http_port, services, gateway):
-        yield Served(rest(http_port, MODEL), [child.process.pid for child in (*services, gateway)])
+        processes = [child.process.pid for child in (*services, gateway)]
+        counters: dict[str, Callable[[], float]] = {
+            "event loop": lambda: sum(processor_seconds(pid, main_thread=True) for pid in processes[:-1]),
+            "Envoy": partial(processor_seconds, processes[-1]),
+        }
+        yield Served(rest(http_port, MODEL), processes, counters=counters)
 
 
 @contextmanager
@@ -127,7 +137,8 @@ def grpc_direct(setup: Setup) -> Iterator[Served]:
     with _service(_arguments(setup), port) as service:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as probe:
             grpc.channel_ready_future(probe).result(START_SECONDS)
-        yield Served(stream, [service.process.pid])
+        counters = {"event loop": partial(processor_seconds, service.process.pid, main_thread=True)}
+        yield Served(stream, [service.process.pid], counters=counters)
 
 
 @contextmanager
@@ -158,10 +169,26 @@ def bare_engine(setup: Setup) -> Iterator[Served]:
             async for delta in generation:
                 yield Piece(delta.text, delta.completion_tokens, delta.cached_tokens)
 
-    try:
-        yield Served(stream, engine=engine)
-    finally:
-        engine.stop()
+    with _model_seconds() as model_seconds:
+        try:
+            yield Served(stream, engine=engine, counters={"model": model_seconds})
+        finally:
+            engine.stop()
+
+
+@contextmanager
+def _model_seconds() -> Iterator[Callable[[], float]]:
+    """Measures how long this process's calls of onnxruntime on the CPU have taken, together."""
+    spent, run = 0.0, Cpu.run
+
+    def measured(device: Cpu, session: Any, binding: Any, graph: int | None) -> None:
+        nonlocal spent
+        began = time.perf_counter()
+        run(device, session, binding, graph)
+        spent += time.perf_counter() - began
+
+    with patch.object(Cpu, "run", measured):
+        yield lambda: spent
 
 
 def _arguments(setup: Setup) -> list[str]:

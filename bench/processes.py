@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -58,6 +59,14 @@ def optional_package(module: str, title: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise PeerError(f"{title} is missing: `make bench` installs it, or leave its peers out with --peers") from None
+
+
+def processor_seconds(pid: int, *, main_thread: bool = False) -> float:
+    """The processor time that a process, or its main thread alone, has taken so far."""
+    path = f"/proc/{pid}/task/{pid}/stat" if main_thread else f"/proc/{pid}/stat"
+    # The name, in parentheses, may hold anything. Behind it, the 12th and 13th fields are user and system time.
+    user, system = Path(path).read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(pid: int, field: str = "VmHWM") -> int:

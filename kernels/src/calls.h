@@ -111,6 +111,7 @@ struct Target {
   void (*head)(HeadCall& call, size_t thread);
   void (*look_up)(const Tiles& table, size_t row, float* output);
   size_t (*workspace)(const LayerCall& call);  // numbers that a thread needs for attention
+  uint64_t (*peak)(uint64_t turns);            // multiplies bytes so many times; gives the multiply-adds
 };
 
 // The best for this processor, or null if it has none of the instructions that are needed.

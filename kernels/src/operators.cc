@@ -426,4 +426,9 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
 __attribute__((visibility("default"))) const char* completion_kernels_target() {
   return kernels::target == nullptr ? "" : kernels::target->name;
 }
+
+// Multiplies bytes `turns` times as fast as a thread of this processor can; gives the number of multiply-adds.
+__attribute__((visibility("default"))) uint64_t completion_kernels_peak(uint64_t turns) {
+  return kernels::target == nullptr ? 0 : kernels::target->peak(turns);
+}
 }

@@ -254,7 +254,7 @@ HWY_INLINE void MultiplyColumns(const uint8_t* tile, size_t blocks, size_t colum
 }
 
 // How many vectors of outputs are computed together for so many rows: what the registers hold.
-constexpr size_t ColumnsFor(size_t rows) { return kDotProducts ? 2 : rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr size_t ColumnsFor(size_t rows) { return kDotProducts ? 2 : rows <= 2 ? 4 : 1; }
 
 // kRows rows times the 32 outputs of a strip.
 template <BlockType kType, size_t kRows, bool kFetch>

@@ -11,12 +11,14 @@
 
 #if HWY_TARGET != HWY_SSE2
 #include "layer-inl.h"
+#include "peak-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kernels {
 namespace HWY_NAMESPACE {
 
-const Target kTarget = {HWY_TARGET == HWY_AVX2 ? "avx2" : "avx512-vnni", RunLayer, RunHead, LookUp, WorkspaceOf};
+const Target kTarget = {
+    HWY_TARGET == HWY_AVX2 ? "avx2" : "avx512-vnni", RunLayer, RunHead, LookUp, WorkspaceOf, MultiplyBytes};
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE

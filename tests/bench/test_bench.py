@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from bench import client, drive, keystrokes, loads, peers
-from bench.client import Job, PeerError, Piece, Stream, Timing, percentile, timed
-from bench.loads import Load, Run
+import kernels
+from bench import client, drive, keystrokes, loads, peers, processes, products
+from bench.client import Job, PeerError, Piece, Run, Stream, Timing, percentile, timed
+from bench.loads import Load
 from bench.peers import Served
 from bench.report import PRODUCT, Figure, Outcome, Results
 from service.manifest import TOKENIZER_FILE, FillInTheMiddle
@@ -86,6 +88,38 @@ async def test_a_closed_loop_keeps_its_concurrency(clock: Clock) -> None:
     assert run.seconds == pytest.approx(0.2)
     began = sorted(timing.began - min(timing.began for timing in run.timings) for timing in run.timings)
     assert began == pytest.approx([0, 0, 0.05])
+
+
+async def test_counters_are_read_around_a_load(clock: Clock) -> None:
+    """Of 0.2 s, 0.15 in the model; of processor time, 40 ms of the event loop for two tokens."""
+    counters = {"model": lambda: 7 + 0.75 * clock.now, "event loop": lambda: 3 + 0.2 * clock.now}
+    served = Served(paced(clock, {1: [0.2], 2: [0.2]}), counters=counters)
+    names = ("in the model", "event loop, processor time a token", "Envoy, processor time a token")
+    load = Load([Job(((first,),), 1) for first in (1, 2)], {name: loads.METRICS[name] for name in names}, concurrency=2)
+    figures = {figure.name: figure.value for figure in (await drive.measure(served, load, Tokenizer(BPE()))).figures}
+    assert figures == pytest.approx({names[0]: 75, names[1]: 20})
+
+
+def test_processor_time_is_counted() -> None:
+    """Work of this thread counts for it and for the whole process, to a few ticks of the system's clock."""
+    main, whole = (processes.processor_seconds(os.getpid(), main_thread=only) for only in (True, False))
+    while processes.processor_seconds(os.getpid(), main_thread=True) < main + 0.05:
+        sum(range(100_000))
+    assert processes.processor_seconds(os.getpid()) > whole + 0.02
+
+
+@pytest.mark.skipif(kernels.why_not() is not None, reason="own kernels do not run here")
+def test_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows is measured, beside the instruction alone."""
+    for name, value in {"OUTPUTS": 512, "REPEATS": 3, "PEAK_TURNS": 20_000}.items():
+        monkeypatch.setattr(products, name, value)
+    for rows, outcome in zip(products.ROWS, products.measure(1), strict=True):
+        figures = {figure.name: figure.value for figure in outcome.figures}
+        assert outcome.size == rows
+        assert min(figures.values()) > 0
+        assert figures["products of Q8_0, share of that"] == pytest.approx(
+            100 * figures["products of Q8_0"] / figures[products.PEAK]
+        )
 
 
 def test_percentiles() -> None:
