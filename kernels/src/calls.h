@@ -16,14 +16,25 @@ constexpr size_t kTile = 16;
 constexpr size_t kChunk = 128;
 constexpr size_t kMostHeadDim = 256;
 
+// Rows that a product takes at a time. Their activations lie together, so that one address leads to all of them.
+constexpr size_t kGroup = 6;
+// Rows in whole groups.
+constexpr size_t Grouped(size_t rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
+
 // The left side of products: rows of numbers, as 8-bit codes with a scale for each block of 32, or as they are.
 struct Activations {
-  int8_t* codes = nullptr;  // [rows, inputs]
-  float* scales = nullptr;  // [rows, inputs / 32, 2]: the scale, and the scale times the sum of the codes
+  int8_t* codes = nullptr;  // [groups, inputs / 32, kGroup, 32]
+  float* scales = nullptr;  // [groups, inputs / 32, kGroup, 2]: the scale, and the scale times the sum of the codes
   float* plain = nullptr;   // [rows, inputs]; used instead of both in float arithmetic
   size_t inputs = 0;
   bool in_float = false;
 
+  // A block of a row among all blocks of 32.
+  size_t at(size_t row, size_t block) const {
+    return (row / kGroup * (inputs / kBlock) + block) * kGroup + row % kGroup;
+  }
+
+  // From `row` on, which begins a group.
   Activations from(size_t row) const {
     Activations rest = *this;
     rest.codes += row * inputs;
@@ -32,6 +43,9 @@ struct Activations {
     return rest;
   }
 };
+
+// Items of a thread's piece, of one piece for each.
+constexpr size_t Share(size_t items, size_t threads) { return (items + threads - 1) / threads; }
 
 // Keys and values of a layer, of consecutive slots [slots][max_length / 16][kv_heads]: tiles of 16 positions, keys
 // [head_dim][16] and values [16][head_dim]. So a slot's first positions are one range of memory.
@@ -75,6 +89,7 @@ struct LayerCall {
   float* activated = nullptr;  // [positions, mlp]
   float* attended = nullptr;   // [positions, heads * head_dim]
   // Of few rows each thread has its own: they have [threads, positions] rows then.
+  // Rows that a thread takes for itself begin a group.
   Activations normed, mixed, gated;
   // Attention by chunks, for few rows: [positions, kv_heads, chunks, heads / kv_heads, a state].
   float* parts = nullptr;

@@ -30,9 +30,6 @@ constexpr size_t kRowsOfThread = 4;
 
 // Pieces of `items` for so many threads, small enough that nobody is left alone with much of the work.
 inline size_t Piece(size_t items, size_t threads) { return std::max<size_t>(1, items / (8 * threads)); }
-// One piece for each thread.
-inline size_t Share(size_t items, size_t threads) { return (items + threads - 1) / threads; }
-
 // The results [count, 32] of a tile, as they are.
 inline auto Into(float* out, size_t width) {
   return [=](size_t row, size_t count, size_t tile, const float* results) HWY_ATTR {
@@ -109,12 +106,19 @@ class Layer {
   }
 
  private:
+  // Where the activations of a thread's rows begin, of which `first` is the first.
+  size_t Place(size_t first) const {
+    const size_t share = Share(call_.positions(), call_.threads);
+    return first / share * Grouped(share);
+  }
+
   // Rows `first`..`last`, from the layer's input to their queries, keys and values.
   void Project(size_t first, size_t last) {
+    const Activations normed = call_.normed.from(Place(first));
     for (size_t m = first; m < last; ++m) {
-      NormRow(call_.input + m * call_.hidden, call_.attention_norm, call_.epsilon, call_.normed, m);
+      NormRow(call_.input + m * call_.hidden, call_.attention_norm, call_.epsilon, normed, m - first);
     }
-    Multiply(call_.qkv, 0, call_.qkv.count(), call_.normed.from(first), last - first,
+    Multiply(call_.qkv, 0, call_.qkv.count(), normed, last - first,
              Into(call_.projected + first * qkv_width_, qkv_width_));
     for (size_t m = first; m < last; ++m) Keep(m);
   }
@@ -149,25 +153,26 @@ class Layer {
 
   // Rows `first`..`last`, from attention to the layer's output.
   void FinishRows(size_t first, size_t last) {
-    const size_t rows = last - first, hidden = call_.hidden;
-    for (size_t m = first; m < last; ++m) WriteRow(call_.attended + m * heads_width_, call_.mixed, m);
+    const size_t rows = last - first, hidden = call_.hidden, place = Place(first);
+    const Activations normed = call_.normed.from(place), mixed = call_.mixed.from(place),
+                      gated = call_.gated.from(place);
+    for (size_t m = first; m < last; ++m) WriteRow(call_.attended + m * heads_width_, mixed, m - first);
     float* residual = call_.residual + first * hidden;
-    Multiply(call_.attention_output, 0, call_.attention_output.count(), call_.mixed.from(first), rows,
+    Multiply(call_.attention_output, 0, call_.attention_output.count(), mixed, rows,
              AddInto(residual, call_.input + first * hidden, hidden));
     for (size_t m = first; m < last; ++m) {
-      NormRow(call_.residual + m * hidden, call_.mlp_norm, call_.epsilon, call_.normed, m);
+      NormRow(call_.residual + m * hidden, call_.mlp_norm, call_.epsilon, normed, m - first);
     }
-    Multiply(call_.gate_up, 0, call_.gate_up.count(), call_.normed.from(first), rows,
+    Multiply(call_.gate_up, 0, call_.gate_up.count(), normed, rows,
              GateInto(call_.activated + first * call_.mlp, call_.mlp));
-    for (size_t m = first; m < last; ++m) WriteRow(call_.activated + m * call_.mlp, call_.gated, m);
-    Multiply(call_.down, 0, call_.down.count(), call_.gated.from(first), rows,
-             AddInto(call_.output + first * hidden, residual, hidden));
+    for (size_t m = first; m < last; ++m) WriteRow(call_.activated + m * call_.mlp, gated, m - first);
+    Multiply(call_.down, 0, call_.down.count(), gated, rows, AddInto(call_.output + first * hidden, residual, hidden));
   }
 
   void ShareOutputs(size_t positions) {
     const bool few = positions <= kFewRows;
     Phase* phase = call_.phases;
-    const size_t own = few ? thread_ * positions : 0;
+    const size_t own = few ? thread_ * Grouped(positions) : 0;
     const Activations normed = call_.normed.from(own), mixed = call_.mixed.from(own), gated = call_.gated.from(own);
     const auto prepare = [&](const auto& work) {
       if (few) {

@@ -57,6 +57,7 @@ size_t NeedOf(size_t rows, size_t inputs, bool in_float) {
          (in_float ? Scratch::Need<float>(rows * inputs) : 0);
 }
 
+// Of whole groups of rows.
 Activations TakeActivations(Scratch& scratch, size_t rows, size_t inputs, bool in_float) {
   Activations taken;
   taken.inputs = inputs;
@@ -133,8 +134,8 @@ class Head {
                   std::to_string(shape[0] * shape[1]) + " are wanted");
     }
     if (call.rows == 0) return;
-    session_.scratch.Reserve(NeedOf(call.rows, call.hidden, session_.in_float));
-    call.normed = TakeActivations(session_.scratch, call.rows, call.hidden, session_.in_float);
+    session_.scratch.Reserve(NeedOf(Grouped(call.rows), call.hidden, session_.in_float));
+    call.normed = TakeActivations(session_.scratch, Grouped(call.rows), call.hidden, session_.in_float);
     const auto work = [&](size_t thread) { target->head(call, thread); };
     context.InThreads(session_.threads, work);
   }
@@ -300,9 +301,9 @@ class DecoderLayer {
                             positions * mixed,        own * call.workspace_size, parts};
     size_t need = 0;
     for (const size_t size : sizes) need += Scratch::Need<float>(size);
-    for (const size_t inputs : {hidden_, mixed, call.mlp}) {
-      need += few ? own * NeedOf(positions, inputs, in_float) : NeedOf(positions, inputs, in_float);
-    }
+    // Of few rows each thread has all, else its share.
+    const size_t rows = own * Grouped(few ? positions : Share(positions, own));
+    for (const size_t inputs : {hidden_, mixed, call.mlp}) need += NeedOf(rows, inputs, in_float);
     Scratch& scratch = session_.scratch;
     scratch.Reserve(need);
     call.projected = scratch.Take<float>(sizes[0]);
@@ -313,8 +314,7 @@ class DecoderLayer {
     call.parts = scratch.Take<float>(sizes[5]);
     for (const auto& [field, inputs] : {std::pair(&LayerCall::normed, hidden_), std::pair(&LayerCall::mixed, mixed),
                                         std::pair(&LayerCall::gated, call.mlp)}) {
-      // Of few rows each thread has its own, one after the other.
-      call.*field = TakeActivations(scratch, few ? own * positions : positions, inputs, in_float);
+      call.*field = TakeActivations(scratch, rows, inputs, in_float);
     }
   }
 

@@ -36,8 +36,6 @@ constexpr size_t kLanes = hn::MaxLanes(Floats());
 constexpr size_t kVectors = kBlock / kLanes;
 // Processors that multiply bytes and add them to 32-bit sums at once have 32 registers too.
 constexpr bool kDotProducts = HWY_TARGET <= HWY_AVX3_DL;
-// Rows that a product takes at a time.
-constexpr size_t kMostRows = 6;
 // Blocks between what is computed and what is fetched from memory, where memory is the limit.
 constexpr size_t kBlocksAhead = 24;
 
@@ -78,8 +76,7 @@ HWY_INLINE void WriteBlock(const Vector (&values)[kVectors], const Activations& 
     float* plain = to.plain + row * to.inputs + block * kBlock;
     for (size_t v = 0; v < kVectors; ++v) hn::StoreU(values[v], Floats(), plain + v * kLanes);
   } else {
-    const size_t blocks = to.inputs / kBlock;
-    QuantizeBlock(values, to.codes + row * to.inputs + block * kBlock, to.scales + (row * blocks + block) * 2);
+    QuantizeBlock(values, to.codes + to.at(row, block) * kBlock, to.scales + to.at(row, block) * 2);
   }
 }
 
@@ -115,14 +112,13 @@ HWY_INLINE void NormRow(const float* values, const float* scale, float epsilon, 
 
 // The sums of codes times activations of one block, for kRows rows and kColumns vectors of outputs.
 template <BlockType kType, size_t kRows, size_t kColumns>
-HWY_INLINE void SumCodes(const uint8_t* tile, const int8_t* codes, size_t stride,
-                         hn::Vec<Ints> (&sums)[kRows][kColumns]) {
+HWY_INLINE void SumCodes(const uint8_t* tile, const int8_t* codes, hn::Vec<Ints> (&sums)[kRows][kColumns]) {
   const Ints di;
   const Bytes du;
   const SignedBytes ds;
   const auto four = [&](size_t row, size_t input) HWY_ATTR {  // the same four activations for each output
     int32_t bytes;
-    __builtin_memcpy(&bytes, codes + row * stride + input, 4);
+    __builtin_memcpy(&bytes, codes + row * kBlock + input, 4);
     return hn::BitCast(ds, hn::Set(di, bytes));
   };
   constexpr size_t kParts = CodeBytes(kType) / 128;
@@ -226,7 +222,7 @@ HWY_INLINE void MultiplyColumns(const uint8_t* tile, size_t blocks, size_t colum
       for (size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(tile + kBlocksAhead * kBytes + line);
     }
     hn::Vec<Ints> sums[kRows][kColumns];
-    SumCodes<kType, kRows, kColumns>(tile + column * 4 * kLanes, x.codes + block * kBlock, x.inputs, sums);
+    SumCodes<kType, kRows, kColumns>(tile + column * 4 * kLanes, x.codes + block * kGroup * kBlock, sums);
     Vector scale[kColumns], minimum[kColumns];
 #pragma GCC unroll 4
     for (size_t c = 0; c < kColumns; ++c) {
@@ -237,7 +233,7 @@ HWY_INLINE void MultiplyColumns(const uint8_t* tile, size_t blocks, size_t colum
     }
 #pragma GCC unroll 8
     for (size_t r = 0; r < kRows; ++r) {
-      const float* scales = x.scales + (r * blocks + block) * 2;
+      const float* scales = x.scales + (block * kGroup + r) * 2;
       const Vector unit = hn::Set(df, scales[0]), sum = hn::Set(df, scales[1]);
 #pragma GCC unroll 4
       for (size_t c = 0; c < kColumns; ++c) {
@@ -254,7 +250,7 @@ HWY_INLINE void MultiplyColumns(const uint8_t* tile, size_t blocks, size_t colum
 }
 
 // How many vectors of outputs are computed together for so many rows: what the registers hold.
-constexpr size_t ColumnsFor(size_t rows) { return kDotProducts ? 2 : rows <= 2 ? 4 : 1; }
+constexpr size_t ColumnsFor(size_t rows) { return kDotProducts || rows == 3 || rows == 4 ? 2 : rows <= 2 ? 4 : 1; }
 
 // kRows rows times the 32 outputs of a strip.
 template <BlockType kType, size_t kRows, bool kFetch>
@@ -311,7 +307,7 @@ inline void MultiplyInFloat(const Tiles& matrix, size_t tile, const Activations&
 template <BlockType kType, bool kFetch>
 HWY_INLINE void MultiplyRows(const uint8_t* strip, size_t blocks, const Activations& x, size_t rows, float* out,
                              size_t stride) {
-  static_assert(kMostRows == 6);
+  static_assert(kGroup == 6);
   switch (rows) {
     case 1: return MultiplyStrip<kType, 1, kFetch>(strip, blocks, x, out, stride);
     case 2: return MultiplyStrip<kType, 2, kFetch>(strip, blocks, x, out, stride);
@@ -327,22 +323,20 @@ HWY_INLINE void MultiplyRows(const uint8_t* strip, size_t blocks, const Activati
 template <BlockType kType, class Finish>
 void MultiplyTyped(const Tiles& matrix, size_t first, size_t last, const Activations& x, size_t rows,
                    const Finish& finish) {
-  HWY_ALIGN float results[kMostRows * kBlock];
-  const size_t parts = (rows + kMostRows - 1) / kMostRows;
+  HWY_ALIGN float results[kGroup * kBlock];
   for (size_t tile = first; tile < last; ++tile) {
     const uint8_t* strip = matrix.strip(tile);
-    for (size_t part = 0, row = 0; part < parts; ++part) {
-      const size_t count = (rows - row + parts - part - 1) / (parts - part);
+    for (size_t row = 0; row < rows; row += kGroup) {
+      const size_t count = std::min(kGroup, rows - row);
       const Activations some = x.from(row);
       if (x.in_float) {
         MultiplyInFloat(matrix, tile, some, count, results, kBlock);
-      } else if (parts == 1) {
+      } else if (rows <= kGroup) {
         MultiplyRows<kType, true>(strip, matrix.blocks(), some, count, results, kBlock);
       } else {
         MultiplyRows<kType, false>(strip, matrix.blocks(), some, count, results, kBlock);
       }
       finish(row, count, tile, results);
-      row += count;
     }
   }
 }
