@@ -3,6 +3,7 @@
     python -m bench                 the comparison: every peer, every load, and the machine's limits
     python -m bench limits          only the machine's limits
     python -m bench products        our own kernels' matrix products, beside the processor's integer instruction
+    python -m bench quality         what 8-bit activations cost in our graph and in llama.cpp, over --prompt-tokens
     python -m bench growth          our throughput and memory by concurrency, prompt length and batch size
     python -m bench soak            a mixed load for --minutes, and whether memory, files or sequences are left behind
     python -m bench overload        our goodput and latency under more requests than the service can serve
@@ -29,7 +30,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench import bodies, drive, genai, limits, loads, peers, products, report, soak
+from bench import bodies, drive, genai, limits, loads, peers, products, quality, report, soak
 from bench.client import PeerError
 from bench.peers import Served, Setup
 from bench.processes import memory
@@ -104,6 +105,13 @@ def _products(options: argparse.Namespace) -> None:
     results.finish()
 
 
+def _quality(options: argparse.Namespace) -> None:
+    results = report.Results(options.out, vars(options))
+    for name, outcome in quality.measure(_setup(options), options).items():
+        results.add(1, name, "quality", outcome)
+    results.finish()
+
+
 def _growth(options: argparse.Namespace) -> None:
     room = {"slots": max(loads.GROWTH_SIZES)}
     _measure(options, [Peer(report.GRPC, peers.grpc_direct, [curve], room) for curve in options.curves]).finish()
@@ -158,6 +166,7 @@ RUNS = {
     "compare": _compare,
     "limits": _limits,
     "products": _products,
+    "quality": _quality,
     "growth": _growth,
     "overload": _overload,
     "scaling": _scaling,

@@ -145,7 +145,7 @@ class Results:
             panel.set_xscale("log", base=2)
             panel.set(xlabel=table[0], ylabel=f"{table[1]} [{_any_figure(rows).unit}]", ylim=(0, None))
             panel.legend()
-        drawing.suptitle(self._about["machine"], fontsize=9)
+        drawing.suptitle(str(self._about["machine"]), fontsize=9)
         drawing.savefig(self._path.with_suffix(".png"), dpi=120)
         print(f"plot: {self._path.with_suffix('.png')}")
 

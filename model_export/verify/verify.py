@@ -52,7 +52,7 @@ def verify(
     `max_kl` nats per token: prefill by either graph, or decode steps. Raises ExportError when prefill in chunks is that
     far from prefill in one call. The message offers a larger bound only where weights were `rounded`.
     """
-    tokens = _tokens(source, most_tokens or default_tokens(source.dimensions.layer_weights))
+    tokens = verification_tokens(source, most_tokens or default_tokens(source.dimensions.layer_weights))
     decoded = min(DECODED, len(tokens) - 1)
     positions = positions_to_compare(len(tokens), source.dimensions.vocab_size)
 
@@ -125,6 +125,22 @@ def steps(layers: int, *, prefill: bool) -> int:
     return layers * (6 if prefill else 5)
 
 
+def verification_tokens(source: Source, most: int) -> NDArray[np.int64]:
+    """The first tokens, at most `most`, of the text that exports are verified with.
+
+    Raises ExportError where the tokenizer makes fewer than two of it.
+    """
+    limit = min(most, source.dimensions.context_length)
+    vocabulary = source.origin.vocabulary
+    with reported_as(f"{source.origin.path}: its tokenizer fails on plain text"):
+        ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    if vocabulary.add_bos and vocabulary.bos is not None:
+        ids = [vocabulary.bos, *ids]
+    if len(ids) < 2:
+        raise ExportError(f"{source.origin.path}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
+    return np.array(ids[:limit], np.int64)
+
+
 def default_tokens(layer_weights: int) -> int:
     """How many tokens to run through a model whose layers have that many weights, so that the time is bounded.
 
@@ -190,15 +206,3 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max()
     log_probabilities: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return log_probabilities
-
-
-def _tokens(source: Source, most: int) -> NDArray[np.int64]:
-    limit = min(most, source.dimensions.context_length)
-    vocabulary = source.origin.vocabulary
-    with reported_as(f"{source.origin.path}: its tokenizer fails on plain text"):
-        ids = vocabulary.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    if vocabulary.add_bos and vocabulary.bos is not None:
-        ids = [vocabulary.bos, *ids]
-    if len(ids) < 2:
-        raise ExportError(f"{source.origin.path}: its tokenizer makes {len(ids)} tokens of the text to verify it with")
-    return np.array(ids[:limit], np.int64)
