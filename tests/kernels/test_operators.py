@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kernels
-from tests.kernels.tiny import TILE, Decoder, Floats, Running, Sizes
+from tests.kernels.tiny import TILE, Decoder, Floats, Running, Sizes, over_library
 
 pytestmark = pytest.mark.skipif(kernels.library() is None or not kernels.target(), reason="no own kernels here")
 
@@ -47,7 +47,7 @@ def same(one: Floats, other: Floats) -> bool:
 def test_float_products_are_exact(shape: str, half: bool) -> None:
     """With float activations the logits are NumPy's, up to the rounding of sums."""
     made, ids = decoder(shape), tokens(TOKENS)
-    got = whole(Running(made, half=half, threads=2, in_float=True), ids)
+    got = whole(over_library(made, half=half, threads=2, in_float=True), ids)
     # A cached number may be rounded to float16 the other way where float32 and float64 differ.
     np.testing.assert_allclose(got, made.expected(ids, half=half), atol=5e-4 if half else 2e-5, rtol=0)
 
@@ -57,9 +57,9 @@ def test_integer_products_are_near(shape: str) -> None:
     """8-bit activations cost little: the mean error is a few hundredths of what the logits vary."""
     made, ids = decoder(shape), tokens(TOKENS)
     expected = made.expected(ids, half=True)
-    got = whole(Running(made, half=True, threads=2), ids)
+    got = whole(over_library(made, half=True, threads=2), ids)
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.03 * expected.std()
-    assert not same(got, whole(Running(made, half=True, threads=2, in_float=True), ids))
+    assert not same(got, whole(over_library(made, half=True, threads=2, in_float=True), ids))
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
@@ -67,7 +67,7 @@ def test_integer_products_are_near(shape: str) -> None:
 def test_a_prompt_cut_anywhere(shape: str, half: bool) -> None:
     """A prompt's logits have the same bits however it is cut into calls, down to single tokens."""
     made, ids = decoder(shape), tokens(TOKENS)
-    running = Running(made, half=half, threads=2)
+    running = over_library(made, half=half, threads=2)
     reference = whole(running, ids)
     random = np.random.default_rng(2)
     cuts = [[128, 128, 44], [7] * 42 + [6], [129, 129, 42], [2, 3, 4, 5, 6, 280], [1, 299], [299, 1], [1] * TOKENS]
@@ -82,7 +82,7 @@ def test_a_prompt_cut_anywhere(shape: str, half: bool) -> None:
 @pytest.mark.parametrize("shape", ["default", "one head of keys"])
 def test_company(shape: str, rows: int) -> None:
     """Each row of a batch has the bits that it has alone, in another slot; rows of several, one and no tokens."""
-    running, random = Running(decoder(shape), half=True, threads=2, slots=rows + 1), np.random.default_rng(rows)
+    running, random = over_library(decoder(shape), half=True, threads=2, slots=rows + 1), np.random.default_rng(rows)
     for lengths in ([1] * rows, random.integers(0, 9, rows).tolist(), random.integers(0, 40, rows).tolist()):
         past = random.integers(1, 200, rows).tolist()
         ids = [tokens(before + length, seed) for seed, (before, length) in enumerate(zip(past, lengths, strict=True))]
@@ -98,7 +98,7 @@ def test_company(shape: str, rows: int) -> None:
 def test_threads(threads: int) -> None:
     """Any number of threads gives the same bits, also more than there are processors."""
     made, ids = decoder("default"), tokens(TOKENS)
-    one, many = (Running(made, half=True, threads=count, slots=32) for count in (2, threads))
+    one, many = (over_library(made, half=True, threads=count, slots=32) for count in (2, threads))
     assert same(whole(one, ids), whole(many, ids))
     for rows in (1, 4, 9, 32):
         batch = [tokens(40 + row, row) for row in range(rows)]
@@ -110,7 +110,7 @@ def test_threads(threads: int) -> None:
 
 def test_copies_are_whole_tiles() -> None:
     """The first positions of a slot continue in another one, and neither sees what the other writes later."""
-    running, ids = Running(decoder("default"), half=True, threads=2), tokens(TOKENS)
+    running, ids = over_library(decoder("default"), half=True, threads=2), tokens(TOKENS)
     reference = whole(running, ids)
     for length in (1, TILE - 1, TILE, TILE + 1, 127, 128, 200):
         running.copy(0, 1, length)
@@ -123,7 +123,7 @@ def test_copies_are_whole_tiles() -> None:
 
 def test_calls_outside_the_cache() -> None:
     """A position beyond the cache, more tokens than there are, and tokens outside the table are refused."""
-    running = Running(decoder("default"), half=True, threads=1)
+    running = over_library(decoder("default"), half=True, threads=1)
     for ids, past, words in (
         ([[1]], [512], "up to position 512, and there are 512"),
         ([tokens(20)], [500], "up to position 519, and there are 512"),
@@ -139,14 +139,14 @@ def test_graphs_whose_sizes_lie() -> None:
     """Weights that do not fit each other are refused when the graph is loaded, in a sentence."""
     sizes = Sizes(head_dim=16, heads=12, kv_heads=4)
     with pytest.raises(Exception, match="head_dim must be a multiple of 32 up to 256, and is 16"):
-        Running(Decoder(sizes, np.random.default_rng(1)), half=True, threads=1)
+        over_library(Decoder(sizes, np.random.default_rng(1)), half=True, threads=1)
     broken = decoder("default")
     first = broken.layers[0]
     first["down"] = first["output"]
     with pytest.raises(Exception, match="down must have 96 outputs of 160 inputs, and has 96 of 192"):
-        Running(broken, half=True, threads=1)
+        over_library(broken, half=True, threads=1)
     broken = decoder("default")
     cut = broken.layers[0]["qkv"]
     broken.layers[0]["qkv"] = dataclasses.replace(cut, tiles=cut.tiles[..., :600])
     with pytest.raises(Exception, match="qkv has tiles of 600 bytes: Q4_0 has 576, Q4_1 640, Q8_0 1088"):
-        Running(broken, half=True, threads=1)
+        over_library(broken, half=True, threads=1)

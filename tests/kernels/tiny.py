@@ -1,9 +1,10 @@
-"""A small decoder over the operators of the kernel library, and the same computed with NumPy."""
+"""A small decoder over the operators of the kernel library, or over the same computed with NumPy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 import kernels
+from tests.support.reference_kernels import ReferenceSession
 
 DOMAIN = "completion.kernels"
 EPSILON = 1e-5
@@ -103,7 +105,7 @@ class Decoder:
         angles = np.outer(np.arange(s.positions), 10000.0 ** (-np.arange(s.head_dim // 2) / (s.head_dim // 2)))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    def graph(self, *, half: bool) -> bytes:
+    def graph(self, *, half: bool) -> ir.Model:
         """The ONNX graph over the operators."""
         s, initializers, nodes = self.sizes, [], []
 
@@ -148,57 +150,18 @@ class Decoder:
         logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", s.vocabulary])
         opsets = {"": 21, DOMAIN: 1}
         graph = ir.Graph(inputs, [logits, *outputs], nodes=nodes, initializers=initializers, opset_imports=opsets)
-        return ir.serde.serialize_model(ir.Model(graph, ir_version=10)).SerializeToString()
+        return ir.Model(graph, ir_version=10)
 
     def expected(self, tokens: Sequence[int], *, half: bool) -> Floats:
         """The logits after each of the tokens, in float arithmetic; the cache holds float16 numbers if `half`."""
-        s = self.sizes
-        hidden = self.table.weights[list(tokens)].astype(np.float64)
-
-        def norm(values: NDArray[np.float64], scale: Floats) -> NDArray[np.float64]:
-            return values / np.sqrt((values**2).mean(-1, keepdims=True) + EPSILON) * scale
-
-        def rotated(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            cos, sin = (table[: len(tokens), None] for table in (self.cos, self.sin))
-            first, second = np.split(values, 2, axis=-1)
-            return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-        def stored(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            return values.astype(np.float32).astype(np.float16 if half else np.float32).astype(np.float64)
-
-        for index, layer in enumerate(self.layers):
-            qkv = norm(hidden, self.norms[2 * index]) @ layer["qkv"].weights.T
-            heads = qkv.reshape(len(tokens), -1, s.head_dim)
-            queries, keys, values = np.split(heads, [s.heads, s.heads + s.kv_heads], axis=1)
-            queries, keys, values = rotated(queries), stored(rotated(keys)), stored(values)
-            keys, values = (np.repeat(each, s.heads // s.kv_heads, axis=1) for each in (keys, values))
-            scores = np.einsum("qhd,khd->hqk", queries, keys) * s.head_dim**-0.5
-            scores = np.where(np.tri(len(tokens), dtype=bool), scores, -np.inf)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            attended = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), values)
-            hidden = hidden + attended.reshape(len(tokens), -1) @ layer["output"].weights.T
-            both = norm(hidden, self.norms[2 * index + 1]) @ layer["gate_up"].weights.T
-            gate, up = (
-                half.reshape(len(tokens), -1) for half in np.moveaxis(both.reshape(len(tokens), -1, 2, 16), 2, 0)
-            )
-            hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ layer["down"].weights.T
-        return np.asarray(norm(hidden, self.norms[-1]) @ self.table.weights.T, np.float32)
+        return Running(self, half=half, session=ReferenceSession(self.graph(half=half))).step([tokens], [0])[0]
 
 
 class Running:
     """A decoder's session, with a cache of some slots."""
 
-    def __init__(self, decoder: Decoder, *, half: bool, threads: int, slots: int = 8, in_float: bool = False) -> None:
-        self.sizes, self.slots = decoder.sizes, slots
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry(f"{DOMAIN}.threads", str(threads))
-        options.add_session_config_entry(f"{DOMAIN}.float", str(int(in_float)))
-        library = kernels.library()
-        assert library is not None
-        options.register_custom_ops_library(str(library))
-        self.session = ort.InferenceSession(decoder.graph(half=half), options, providers=["CPUExecutionProvider"])
+    def __init__(self, decoder: Decoder, *, half: bool, session: Any, slots: int = 8) -> None:
+        self.sizes, self.slots, self.session = decoder.sizes, slots, session
         s = self.sizes
         kind = np.float16 if half else np.float32
         # Garbage where nothing was written: nobody may read it.
@@ -214,12 +177,13 @@ class Running:
         wanted = np.array([row * width + i for row in range(len(rows)) for i in range(lengths[row])], np.int64)
         logits = np.zeros((len(wanted), self.sizes.vocabulary), np.float32)
         binding = self.session.io_binding()
-        for name, values in {
+        inputs: dict[str, NDArray[Any]] = {  # in memory until the call is over
             "input_ids": ids,
             "seqlens_k": (np.array(past) + lengths - 1).astype(np.int32),
             "query_seqlens": lengths,
             "logits_idx": wanted,
-        }.items():
+        }
+        for name, values in inputs.items():
             binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
         shape = (len(rows), self.sizes.kv_heads, self.sizes.positions, self.sizes.head_dim)
         for layer in range(self.sizes.layers):
@@ -236,3 +200,18 @@ class Running:
         whole = -(-length // TILE)
         self.cache[:, :, target] = np.nan
         self.cache[:, :, target, :whole] = self.cache[:, :, source, :whole]
+
+
+def over_library(decoder: Decoder, *, half: bool, threads: int, slots: int = 8, in_float: bool = False) -> Running:
+    """The decoder over the library's operators."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry(f"{DOMAIN}.threads", str(threads))
+    options.add_session_config_entry(f"{DOMAIN}.float", str(int(in_float)))
+    library = kernels.library()
+    assert library is not None
+    options.register_custom_ops_library(str(library))
+    graph = ir.serde.serialize_model(decoder.graph(half=half)).SerializeToString()
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return Running(decoder, half=half, session=session, slots=slots)

@@ -77,7 +77,7 @@ def test_the_graph_is_the_source(kind: str, tied: bool, kv: str, tmp_path: Path)
     """Computed without rounding activations, its logits are those of the source's weights."""
     path, tokens = source(tmp_path, kind, tied=tied), text(40)
     graph = built(path, tmp_path / "model", kv)
-    found = logits(ReferenceSession(graph / manifest.MODEL_FILE), tokens)
+    found = logits(ReferenceSession(ir.load(graph / manifest.MODEL_FILE)), tokens)
     np.testing.assert_allclose(found, expected(path, tokens), atol=0.05 if kv == "float16" else 1e-4)
 
 

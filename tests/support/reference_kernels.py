@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -154,8 +153,8 @@ class Binding:
 class ReferenceSession:
     """A graph of our own operators, run by numpy."""
 
-    def __init__(self, graph: Path):
-        self.graph = ir.load(graph).graph
+    def __init__(self, model: ir.Model):
+        self.graph = model.graph
         self.weights = {name: value.const_value.numpy() for name, value in self.graph.initializers.items()}
 
     def get_inputs(self):
@@ -186,4 +185,4 @@ class ReferenceCpu(Cpu):
     """The processor, with numpy for onnxruntime where a graph is of our own operators."""
 
     def load(self, graph, threads, *, own_kernels=False):
-        return ReferenceSession(graph) if own_kernels else super().load(graph, threads, own_kernels=False)
+        return ReferenceSession(ir.load(graph)) if own_kernels else super().load(graph, threads, own_kernels=False)
