@@ -4,115 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from gguf import GGMLQuantizationType
 
+from model_export.__main__ import main
 from model_export.sources.hugging_face.hub import HubName, hub_name
 from service import manifest
 from tests.model_export import tiny
-from tests.support.patience import PATIENCE
-from tests.support.stack import ROOT
-
-COMMIT = hashlib.sha1(b"the only one", usedforsecurity=False).hexdigest()
-NAME = "Somebody/Tiny-1M"
-
-
-class Hub(ThreadingHTTPServer):
-    """The paths of a hub's API that are used, for one model in `folder`. `asked` records the requests."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
-        self.asked: list[str] = []
-        # The name of a file and the first byte of each part of it that was asked for.
-        self.ranges: list[tuple[str, int]] = []
-        # What is sent in place of a file's own content.
-        self.sent: dict[str, bytes] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if body:
-            self.server.asked.append(path)
-        if path.startswith("/api/models/Somebody/Gated"):
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "consent"}, body)
-        if not path.startswith((f"/api/models/{NAME}", f"/{NAME}/")):
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        if "/revision/" in path and path.rpartition("/")[2] not in ("main", COMMIT, "v1"):
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-        if "/tree/" in path:
-            return self._send(200, json.dumps([self._entry(file) for file in self._files()]).encode(), {}, body)
-        if not path.startswith("/api/"):
-            return self._send_file(self.server.folder / path.split(f"/resolve/{COMMIT}/")[1], body)
-        siblings = [self._sibling(file) for file in self._files()]
-        info = {"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
-        return self._send(200, json.dumps(info).encode(), {}, body)
-
-    def _send_file(self, file: Path, body: bool) -> None:
-        sibling = self._sibling(file)
-        etag = sibling["lfs"]["sha256"] if "lfs" in sibling else sibling["blobId"]
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        data = self.server.sent.get(file.name, file.read_bytes())
-        status = 200
-        if body and (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
-            self.server.ranges.append((file.name, int(wanted[1])))
-            end = min(len(data), int(wanted[2]) + 1 if wanted[2] else len(data))
-            headers["Content-Range"] = f"bytes {wanted[1]}-{end - 1}/{len(data)}"
-            status, data = 206, data[int(wanted[1]) : end]
-        self._send(status, data, headers, body)
-
-    def _sibling(self, file: Path) -> dict[str, Any]:
-        """A file's entry in the description of the model; LFS holds large ones under the hash of their content."""
-        entry = self._entry(file)
-        made: dict[str, Any] = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
-        if file.suffix in (".safetensors", ".gguf"):
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            made["lfs"] = {"sha256": digest, "size": entry["size"], "pointerSize": 134}
-        return made
-
-    def _files(self) -> list[Path]:
-        return sorted(file for file in self.server.folder.rglob("*") if file.is_file())
-
-    def _entry(self, file: Path) -> dict[str, object]:
-        data = file.read_bytes()
-        digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()
-        return {"type": "file", "path": str(file.relative_to(self.server.folder)), "size": len(data), "oid": digest}
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
+from tests.model_export.hub import NAME, Command, Hub, Ran, client_imported_anew, in_a_new_process, variables
 
 
 @pytest.fixture
@@ -125,31 +31,35 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"one more")
     with Hub(folder) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.shutdown()
         thread.join()
 
 
-def run(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line with another hub and cache, in a new process: the client reads its environment only once."""
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    variables |= {"HF_HUB_ETAG_TIMEOUT": str(PATIENCE)}
-    return subprocess.run(
-        [sys.executable, "-m", "model_export", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process, which takes a tenth of the time of one of its own."""
+
+    def called(endpoint: str, home: Path, *arguments: str) -> Ran:
+        with (
+            monkeypatch.context() as patched,
+            open(2, "w", buffering=1, closefd=False) as stderr,
+            client_imported_anew(),
+        ):
+            patched.setattr(sys, "stderr", stderr)
+            for name, value in variables(endpoint, home).items():
+                patched.setenv(name, value)
+            code = main(list(arguments))
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return called
 
 
 def test_a_name_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     """For a model's name only the necessary files are downloaded; the export has its name and its owner's."""
-    ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "model"), "--max-kl", "0.05")
+    ran = in_a_new_process(hub.url, tmp_path / "home", NAME, str(tmp_path / "model"), "--max-kl", "0.05")
     assert ran.returncode == 0, ran.stderr
     described = manifest.load(tmp_path / "model")
     assert (described.id, described.owned_by) == ("Tiny-1M", "Somebody")
@@ -159,7 +69,7 @@ def test_a_name_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert not any("onnx/" in path for path in hub.asked)
 
 
-def test_a_copy_serves_where_the_hub_cannot_be_reached(hub: Hub, tmp_path: Path) -> None:
+def test_a_copy_serves_where_the_hub_cannot_be_reached(run: Command, hub: Hub, tmp_path: Path) -> None:
     """A model in the cache, here with its revision, can be exported without a network."""
     home = tmp_path / "home"
     first = run(hub.url, home, f"{NAME}@v1", str(tmp_path / "one"), "--max-kl", "0.05")
@@ -169,7 +79,7 @@ def test_a_copy_serves_where_the_hub_cannot_be_reached(hub: Hub, tmp_path: Path)
     assert manifest.load(tmp_path / "two").id == "Tiny-1M"
 
 
-def test_weights_of_unsupported_families_stay_there(hub: Hub, tmp_path: Path) -> None:
+def test_weights_of_unsupported_families_stay_there(run: Command, hub: Hub, tmp_path: Path) -> None:
     """A family that is not supported is refused after only its configuration was downloaded."""
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
@@ -196,31 +106,31 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("case", EARLY)
-def test_refused_before_the_weights(hub: Hub, tmp_path: Path, case: str) -> None:
+def test_refused_before_the_weights(run: Command, hub: Hub, tmp_path: Path, case: str) -> None:
     """What can be told without weights is told before any of them is downloaded."""
     changes, message = EARLY[case]
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | changes))
     if case == "tokenizer":
         (hub.folder / "tokenizer.json").write_text("{}")
-    refused(hub, tmp_path, NAME, message)
+    refused(run, hub, tmp_path, NAME, message)
 
 
 @pytest.mark.parametrize("missing", NO_FILES)
-def test_refused_for_what_is_missing(hub: Hub, tmp_path: Path, missing: str) -> None:
+def test_refused_for_what_is_missing(run: Command, hub: Hub, tmp_path: Path, missing: str) -> None:
     """So is a file that the model does not have."""
     for file in hub.folder.glob(missing):
         file.unlink()
-    refused(hub, tmp_path, NAME, NO_FILES[missing])
+    refused(run, hub, tmp_path, NAME, NO_FILES[missing])
 
 
-def test_adapters(hub: Hub, tmp_path: Path) -> None:
+def test_adapters(run: Command, hub: Hub, tmp_path: Path) -> None:
     """An adapter is refused, also beside a whole model, as in a directory."""
     (hub.folder / "adapter_config.json").write_text("{}")
-    refused(hub, tmp_path, NAME, "is an adapter (adapter_config.json); merge it into its model first")
+    refused(run, hub, tmp_path, NAME, "is an adapter (adapter_config.json); merge it into its model first")
 
 
-def refused(hub: Hub, tmp_path: Path, source: str, message: str) -> None:
+def refused(run: Command, hub: Hub, tmp_path: Path, source: str, message: str) -> None:
     """The model is refused in one sentence, and no weights were asked for."""
     ran = run(hub.url, tmp_path / "home", source, str(tmp_path / "out" / "model"))
     assert ran.returncode == 2, ran.stderr
@@ -245,7 +155,7 @@ def gguf_hub(hub: Hub) -> Hub:
 
 
 @pytest.mark.parametrize("form", ["Q8_0", "q4_0"])
-def test_a_gguf_file(gguf_hub: Hub, tmp_path: Path, form: str) -> None:
+def test_a_gguf_file(run: Command, gguf_hub: Hub, tmp_path: Path, form: str) -> None:
     """`owner/name:form` is that GGUF file, in all its parts, and only that."""
     ran = run(gguf_hub.url, tmp_path / "home", f"{NAME}:{form}", str(tmp_path / "model"), "--max-kl", "0.3")
     assert ran.returncode == 0, ran.stderr
@@ -257,7 +167,7 @@ def test_a_gguf_file(gguf_hub: Hub, tmp_path: Path, form: str) -> None:
     assert again.returncode == 0, again.stderr
 
 
-def test_a_broken_download_goes_on(gguf_hub: Hub, tmp_path: Path) -> None:
+def test_a_broken_download_goes_on(run: Command, gguf_hub: Hub, tmp_path: Path) -> None:
     """A download goes on where an earlier one ended."""
     content = (gguf_hub.folder / "Tiny-1M-Q8_0.gguf").read_bytes()
     blobs = tmp_path / "home" / "hub" / "models--Somebody--Tiny-1M" / "blobs"
@@ -269,7 +179,7 @@ def test_a_broken_download_goes_on(gguf_hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [f"{NAME}:Q8_0", NAME])
-def test_other_bytes(hub: Hub, tmp_path: Path, source: str, request: pytest.FixtureRequest) -> None:
+def test_other_bytes(run: Command, hub: Hub, tmp_path: Path, source: str, request: pytest.FixtureRequest) -> None:
     """A file that is not what the hub says it is is refused and removed, so that another export downloads it again."""
     if ":" in source:
         request.getfixturevalue("gguf_hub")
@@ -284,7 +194,7 @@ def test_other_bytes(hub: Hub, tmp_path: Path, source: str, request: pytest.Fixt
     assert run(hub.url, tmp_path / "home", source, str(tmp_path / "model"), "--max-kl", "0.3").returncode == 0
 
 
-def test_an_unsupported_gguf_file(gguf_hub: Hub, tmp_path: Path) -> None:
+def test_an_unsupported_gguf_file(run: Command, gguf_hub: Hub, tmp_path: Path) -> None:
     """The header of a GGUF file is checked before the rest is downloaded."""
     file = gguf_hub.folder / "Tiny-1M-Q8_0.gguf"
     file.write_bytes(file.read_bytes().replace(b"llama", b"olmo2"))
@@ -295,15 +205,19 @@ def test_an_unsupported_gguf_file(gguf_hub: Hub, tmp_path: Path) -> None:
     assert not list((tmp_path / "home").rglob("*.gguf"))
 
 
-def test_other_forms(gguf_hub: Hub, tmp_path: Path) -> None:
+def test_other_forms(run: Command, gguf_hub: Hub, tmp_path: Path) -> None:
     """A form that is not there, and none where one is needed, is refused with those that are there."""
     refused(
-        gguf_hub, tmp_path, f"{NAME}:Q2_K", "has no GGUF file of the form Q2_K on the hub; its forms are Q4_0, Q8_0"
+        run,
+        gguf_hub,
+        tmp_path,
+        f"{NAME}:Q2_K",
+        "has no GGUF file of the form Q2_K on the hub; its forms are Q4_0, Q8_0",
     )
-    refused(gguf_hub, tmp_path, NAME, f"but GGUF files; name one of them: {NAME}:Q4_0, {NAME}:Q8_0")
+    refused(run, gguf_hub, tmp_path, NAME, f"but GGUF files; name one of them: {NAME}:Q4_0, {NAME}:Q8_0")
 
 
-def test_no_configuration(hub: Hub, tmp_path: Path) -> None:
+def test_no_configuration(run: Command, hub: Hub, tmp_path: Path) -> None:
     """A model without a configuration, for example with only GGUF files, is refused for that reason."""
     (hub.folder / "config.json").unlink()
     ran = run(hub.url, tmp_path / "home", NAME, str(tmp_path / "out" / "model"))
@@ -320,7 +234,7 @@ def test_no_configuration(hub: Hub, tmp_path: Path) -> None:
         (f"{NAME}@v2", "it has no revision v2"),
     ],
 )
-def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, name: str, reason: str) -> None:
+def test_what_the_hub_does_not_give(run: Command, hub: Hub, tmp_path: Path, name: str, reason: str) -> None:
     """One sentence says why there is no such source, and nothing is left behind."""
     ran = run(hub.url, tmp_path / "home", name, str(tmp_path / "out" / "model"))
     assert ran.returncode == 2
@@ -331,7 +245,7 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, name: str, reason:
 
 def test_no_network(tmp_path: Path) -> None:
     """If the hub cannot be reached, the message says so."""
-    ran = run("http://127.0.0.1:9", tmp_path / "home", NAME, str(tmp_path / "model"))
+    ran = in_a_new_process("http://127.0.0.1:9", tmp_path / "home", NAME, str(tmp_path / "model"))
     assert ran.returncode == 2
     assert "the hub cannot be reached, and the cache has no complete copy" in ran.stderr
     assert ran.stderr.count("\n") == 1
