@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import openai
@@ -22,6 +23,7 @@ from completion.v1 import completion_pb2 as pb
 from completion.v1 import completion_pb2_grpc
 
 from service.engine.engine import Engine, Stats
+from service.engine.ort.model import Model
 from service.settings import Settings
 from tests.support.patience import PATIENCE, eventually
 from tests.support.stack import MODEL, Answer, Replica, ServiceThread, Stack, envoy, free_ports
@@ -163,11 +165,21 @@ def test_a_full_queue_refuses_at_once(limited: Limited) -> None:
     assert other.status == 200
 
 
-def test_a_flood_does_not_keep_others_waiting(model_dir: Path, tmp_path: Path) -> None:
-    """While one key sends more than is taken, another's requests begin before any that runs for that key has ended."""
-    request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=200, ignore_eos=True)
+def test_a_flood_does_not_keep_others_waiting(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one key sends more than is taken, another's requests begin before any that runs for that key has ended.
+
+    Until then a step of the tiny model takes 50 ms, so what runs for that key takes 30 s.
+    """
+    request = pb.CreateCompletionRequest(model=MODEL, text="Once", max_tokens=600, ignore_eos=True)
     codes: Counter[grpc.StatusCode] = Counter()
-    over = threading.Event()
+    over, hurry = threading.Event(), threading.Event()
+    forward = Model.forward
+
+    def slowly(*arguments: Any) -> Any:
+        hurry.wait(0.05)
+        return forward(*arguments)
 
     def flood() -> None:
         while not over.is_set():
@@ -176,11 +188,12 @@ def test_a_flood_does_not_keep_others_waiting(model_dir: Path, tmp_path: Path) -
             over.wait(0.2 * (call.code() is not grpc.StatusCode.OK))
 
     with (
-        limiting(model_dir, tmp_path, max_queue_seconds=1e9, max_waiting=20) as flooded,
+        limiting(tiny_model, tmp_path, max_queue_seconds=1e9, max_waiting=20) as flooded,
         grpc.insecure_channel(flooded.stack.grpc_address) as channel,
         ThreadPoolExecutor(40) as pool,
         openai.OpenAI(base_url=flooded.stack.base_url, api_key="light", max_retries=0) as client,
     ):
+        monkeypatch.setattr(Model, "forward", slowly)
         stub = completion_pb2_grpc.CompletionServiceStub(channel)
         for _ in range(40):
             pool.submit(flood)
@@ -193,9 +206,11 @@ def test_a_flood_does_not_keep_others_waiting(model_dir: Path, tmp_path: Path) -
                 print(f"first token after {time.monotonic() - began:.2f} s")
                 assert not codes[grpc.StatusCode.OK]
                 list(stream)
+            hurry.set()
             eventually(lambda: codes[grpc.StatusCode.OK])
             assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
         finally:
+            hurry.set()
             over.set()
             channel.close()
 
