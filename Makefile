@@ -35,7 +35,7 @@ SUDO := $(shell command -v sudo)
 LLAMA_CPP := $(foreach part,BUILD_TESTS BUILD_EXAMPLES BUILD_UI CURL OPENSSL,-DLLAMA_$(part)=OFF)
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-sizes test-gemma gemma-terms toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint audit stubs client-stubs check-stubs viewer supported soak bench clean
+.PHONY: run test test-sizes test-gemma gemma-terms toolchains test-attack test-simulation test-slow test-all test-browser test-clients test-families test-processors emulated-haswell emulated-neoverse-n1 test-gpu bench-gpu check-cuda driver lint lint-python lint-kernels lint-proto audit stubs client-stubs check-stubs viewer supported soak bench clean
 
 run: $(VENV)/.run
 	@$(PYTHON) deploy/local.py
@@ -123,15 +123,21 @@ toolchains:
 	if [ "$$(id -u)" = 0 ] && grep -qs '^12' /etc/debian_version; then examples/install-toolchains.sh; fi
 
 INCLUDES := -I kernels/src $(addprefix -isystem kernels/third_party/,highway onnxruntime)
+# mypy and clang-tidy take most of the time, about as long as each other: they run beside one another.
 lint: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint-python lint-kernels lint-proto
+
+lint-python: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/bandit -q -c pyproject.toml -r service model_export kernels deploy envoy
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-kernels: $(VENV)/.clang-tidy
 	$(BIN)/clang-format --dry-run --Werror kernels/src/*
-	if command -v c++ > /dev/null; then $(BIN)/clang-tidy --quiet kernels/src/*.cc -- -std=c++17 $(INCLUDES); \
-	  else echo "no C++ compiler: clang-tidy is not run, because it needs the C++ library's headers"; fi
+
+lint-proto: $(VENV)/.test
 	$(BIN)/buf lint
 	$(BIN)/buf build -o - | $(BIN)/buf breaking - --against proto/released.binpb --config buf.yaml
 
@@ -193,6 +199,12 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.run
 	command -v strace > /dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq --yes --no-install-recommends strace; } || \
 	  echo "strace not found: the tests of outgoing connections are skipped"
 	touch $@
+
+# The kernels are checked again only when they, or the rules, have changed.
+$(VENV)/.clang-tidy: pyproject.toml kernels/.clang-tidy $(wildcard kernels/src/*) | $(VENV)/.test
+	if command -v c++ > /dev/null; then \
+	  $(BIN)/clang-tidy --quiet kernels/src/*.cc -- -std=c++17 $(INCLUDES) && touch $@; \
+	  else echo "no C++ compiler: clang-tidy is not run, because it needs the C++ library's headers"; fi
 
 $(VENV)/.browser: pyproject.toml | $(VENV)/.test
 	$(PYTHON) -m pip install --quiet --editable '.[browser]'
