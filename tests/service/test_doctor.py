@@ -22,10 +22,17 @@ from service.host import kernels
 from service.host.processor import processor
 from service.settings import Settings
 from tests.support.ports import free_ports
+from tests.support.processes import export_tiny
 from tests.support.stack import ROOT
 
 NAMES = ["port", "metrics port", "API keys", "TLS", "traces", "processor"]
 NAMES += ["kernels", "provider", "model", "names", "memory"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """For what is the same for every model."""
+    return export_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def examined(model_dir, **settings):
@@ -51,21 +58,21 @@ def test_all_checks_pass(model_dir):
     assert str(model_dir) in found["model"].text
 
 
-def test_ports_in_use(model_dir):
+def test_ports_in_use(tiny_model):
     """A port in use fails, and its process is named; the default metrics port in use does not fail."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = examined(model_dir, port=port, metrics_port=port)
+        found = examined(tiny_model, port=port, metrics_port=port)
         assert failing(found) == ["port", "metrics port"]
         assert f"port {port}: in use (pid {os.getpid()})" in found["port"].text
-        unasked = Settings(model_dir=model_dir, port=port, metrics_port=port)
+        unasked = Settings(model_dir=tiny_model, port=port, metrics_port=port)
         unasked.model_fields_set.discard("metrics_port")
         assert [finding.name for finding in doctor.examine(unasked) if not finding.passed] == ["port"]
 
 
-def test_a_damaged_model(model_dir, tmp_path):
+def test_a_damaged_model(tiny_model, tmp_path):
     """The finding names the file whose hash is wrong."""
-    damaged = shutil.copytree(model_dir, tmp_path / "model")
+    damaged = shutil.copytree(tiny_model, tmp_path / "model")
     path = damaged / "tokenizer.json"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -94,17 +101,17 @@ def test_memory(model_dir):
     assert "names" in failing(examined(model_dir, context_length=1 << 20))  # more than the model supports
 
 
-def test_keys(model_dir, tmp_path):
+def test_keys(tiny_model, tmp_path):
     """A valid key file passes; without a key file only a loopback host passes."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(b'k').hexdigest()} team\n")
-    assert "1 keys" in examined(model_dir, api_keys_file=keys)["API keys"].text
+    assert "1 keys" in examined(tiny_model, api_keys_file=keys)["API keys"].text
     keys.write_text("no digest\n")
-    assert failing(examined(model_dir, api_keys_file=keys)) == ["API keys"]
-    assert failing(examined(model_dir, host="0.0.0.0")) == ["API keys"]
+    assert failing(examined(tiny_model, api_keys_file=keys)) == ["API keys"]
+    assert failing(examined(tiny_model, host="0.0.0.0")) == ["API keys"]
 
 
-def test_tls(model_dir, tmp_path):
+def test_tls(tiny_model, tmp_path):
     """Certificate and key must exist and belong together."""
     authority = trustme.CA()
     certificate, key, other = (tmp_path / name for name in ("certificate.pem", "key.pem", "other.pem"))
@@ -112,28 +119,28 @@ def test_tls(model_dir, tmp_path):
     issued.cert_chain_pems[0].write_to_path(certificate)
     issued.private_key_pem.write_to_path(key)
     authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(other)
-    good = examined(model_dir, tls_certificate=certificate, tls_key=key)
+    good = examined(tiny_model, tls_certificate=certificate, tls_key=key)
     assert (failing(good), str(certificate) in good["TLS"].text) == ([], True)
     assert "expires 2099-01-02 03:04 UTC" in good["TLS"].text
-    assert failing(examined(model_dir, tls_certificate=certificate, tls_key=other)) == ["TLS"]
-    assert failing(examined(model_dir, tls_certificate=certificate)) == ["TLS"]
-    assert failing(examined(model_dir, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]
+    assert failing(examined(tiny_model, tls_certificate=certificate, tls_key=other)) == ["TLS"]
+    assert failing(examined(tiny_model, tls_certificate=certificate)) == ["TLS"]
+    assert failing(examined(tiny_model, tls_certificate=certificate, tls_key=tmp_path / "none")) == ["TLS"]
 
 
-def test_no_provider(model_dir, monkeypatch):
+def test_no_provider(tiny_model, monkeypatch):
     """Without the CPU provider of onnxruntime the check fails, and names the providers that exist."""
     monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["OtherProvider"])
-    found = examined(model_dir)
+    found = examined(tiny_model)
     assert failing(found) == ["provider"]
     assert "OtherProvider" in found["provider"].text
 
 
-def test_own_kernels_that_cannot_be_used(model_dir, tmp_path, monkeypatch):
+def test_own_kernels_that_cannot_be_used(tiny_model, tmp_path, monkeypatch):
     """A line says so, which is no failure unless a model was exported for them: that one is told how to do without."""
     monkeypatch.setattr(kernels, "why_not", lambda: "this processor lacks AVX2")
-    found = examined(model_dir)
+    found = examined(tiny_model)
     assert (failing(found), found["kernels"].text) == ([], "no own kernels: this processor lacks AVX2")
-    path = shutil.copytree(model_dir, tmp_path / "model") / "manifest.json"
+    path = shutil.copytree(tiny_model, tmp_path / "model") / "manifest.json"
     described = json.loads(path.read_text()) | {"kernels": "own"}
     path.write_text(json.dumps(described | {"kv": described["kv"] | {"tile": 16}}))
     refused = examined(path.parent)
@@ -144,33 +151,33 @@ def test_own_kernels_that_cannot_be_used(model_dir, tmp_path, monkeypatch):
     )
 
 
-def test_each_device_is_checked(model_dir):
+def test_each_device_is_checked(tiny_model):
     """The devices of the models are checked, and a `device` setting that no model uses is not."""
-    tables = {"small": {"dir": model_dir, "device": "cpu"}}
+    tables = {"small": {"dir": tiny_model, "device": "cpu"}}
     port, metrics_port = free_ports(2)
     unused = Settings(device="cuda", models=tables, port=port, metrics_port=metrics_port)
     assert [finding for finding in doctor.examine(unused) if not finding.passed] == []
-    tables["large"] = {"dir": model_dir, "device": "cuda", "device_id": 3}
+    tables["large"] = {"dir": tiny_model, "device": "cuda", "device_id": 3}
     found = list(doctor.examine(Settings(models=tables, port=port, metrics_port=metrics_port)))
     assert [finding.passed for finding in found if finding.name == "provider"] == [True, False]
 
 
-def test_traces_without_their_package(model_dir, monkeypatch):
+def test_traces_without_their_package(tiny_model, monkeypatch):
     """With `otlp_endpoint` set and OpenTelemetry not installed, the check of traces fails."""
     monkeypatch.setitem(sys.modules, "service.telemetry.tracing", None)
-    assert failing(examined(model_dir)) == []
-    found = examined(model_dir, otlp_endpoint="http://collector:4317")
+    assert failing(examined(tiny_model)) == []
+    found = examined(tiny_model, otlp_endpoint="http://collector:4317")
     assert failing(found) == ["traces"]
     assert "pip install 'completion-service[otel]'" in found["traces"].text
 
 
-def test_cuda_without_a_gpu(model_dir):
+def test_cuda_without_a_gpu(tiny_model):
     """`device` cuda fails without a GPU, and `auto` takes the CPU."""
-    found = examined(model_dir, device="cuda")
+    found = examined(tiny_model, device="cuda")
     assert failing(found) == ["provider", "memory"]
     assert "--device cuda is not available: onnxruntime-gpu is not installed" in found["provider"].text
     assert "pip install 'completion-service[gpu]'" in found["provider"].text
-    assert failing(examined(model_dir, device="auto")) == []
+    assert failing(examined(tiny_model, device="auto")) == []
 
 
 @pytest.mark.parametrize(("flags", "code"), [((), 0), (("--memory-mib", "100"), 1)])
