@@ -248,7 +248,7 @@ def test_slow_readers(tiny_model: Path, tmp_path: Path) -> None:
 
 def unread(port: int) -> socket.socket:
     """A connection on which a long stream of events is asked for, and nothing is read."""
-    fields = {"model": TINY, "prompt": "the", "stream": True, "ignore_eos": True, "max_tokens": 500, "logprobs": 5}
+    fields = {"model": TINY, "prompt": "the", "stream": True, "ignore_eos": True, "max_tokens": 200, "logprobs": 5}
     body = json.dumps(fields)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
