@@ -1,13 +1,14 @@
-"""Which sequence holds which slot of the KV cache, and which prompts stay cached. Pure bookkeeping."""
+"""Which sequence holds which slot of the KV cache, and which prefixes stay cached. Pure bookkeeping."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.engine.budget import Budget, Share
+from service.engine.scores import Packed, Wanted, covers
 
-# A prompt with fewer positions than this is computed again rather than kept: that is cheaper.
+# A prefix with fewer positions than this is computed again rather than kept: that is cheaper.
 _WORTH_KEEPING = 16
 
 
@@ -27,11 +28,15 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A slot that holds the first `cached` positions of the prompt once `copies` are done, in order."""
+    """A slot that holds the first `cached` positions of the prompt once `copies` are done, in order.
+
+    `scores` are those kept of the first `cached` + 1 tokens; the sequence adds to them. None if no scores are kept.
+    """
 
     slot: int
     cached: int
     copies: tuple[Copy, ...]
+    scores: list[Packed | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +49,15 @@ class Reuse:
 
 @dataclass(slots=True)
 class _Slot:
-    """One slot: its first `valid` positions come from `prompt`; `used` orders slots by their last use.
+    """One slot: its first `valid` positions come from `tokens`; `used` orders slots by their last use.
 
-    While it is held, its sequence has taken memory for `taken` positions.
+    `tokens` and their kept `scores` are the sequence's own lists, so while the slot is held they may become longer.
+    Then its sequence has taken memory for `taken` positions.
     """
 
     identity: str = ""
-    prompt: Sequence[int] = ()
+    tokens: Sequence[int] = ()
+    scores: list[Packed | None] = field(default_factory=list)
     valid: int = 0
     used: int = 0
     taken: int = 0
@@ -62,13 +69,17 @@ class KVCache:
     Free slots are the prefix cache. A sequence takes memory for all its positions when it gets its slot; prefixes are
     kept in what is left.
 
-    Invariants: held slots are 0..held - 1, so that one call of the model covers them; the free slots keep the prompts
-    of ended sequences until the slots or their memory are needed, the least recently used first; only positions of a
-    prefill are ever reused; a request never reuses a prompt of another identity.
+    Where positions are `exact`, with the same bits however they were computed, those that were generated are reused
+    like those of a prefill, and the scores of tokens are kept as long as the positions.
+
+    Invariants: held slots are 0..held - 1, so that one call of the model covers them; the free slots keep the prefixes
+    of ended sequences until the slots or their memory are needed, the least recently used first; a request never reuses
+    positions or scores of another identity; unless they are exact, only positions of a prefill are ever reused.
     """
 
-    def __init__(self, slots: int, share: Share | None = None) -> None:
+    def __init__(self, slots: int, share: Share | None = None, *, exact: bool = False) -> None:
         """Without a share of a budget, memory is no limit."""
+        self.exact = exact
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0
         self.share = share or Share(Budget())
@@ -86,18 +97,26 @@ class KVCache:
         return len(self._slots) - self.held
 
     def allocate(
-        self, prompt: Sequence[int], identity: str, recompute: int, positions: int | None = None
+        self,
+        tokens: Sequence[int],
+        identity: str,
+        recompute: int,
+        positions: int | None = None,
+        wanted: Wanted | None = None,
     ) -> Allocation | None:
         """Gives the next slot to a sequence, with the longest prefix of its prompt that any slot has.
 
-        The last `recompute` tokens of the prompt are always computed again. At least one slot must be free. The
-        sequence takes memory for `positions`, by default those of the prompt; None means that it has to wait for it.
+        `tokens` is the prompt, to which the sequence adds what it generates. The last `recompute` tokens of the prompt
+        are always computed again, and so is what `wanted` scores follow, unless they are kept. At least one slot must
+        be free. The sequence takes memory for `positions`, by default those of the prompt; None means that it has to
+        wait for it.
         """
-        slot, taken = self.held, len(prompt) if positions is None else positions
+        slot, prompt = self.held, len(tokens)
+        taken = prompt if positions is None else positions
         missing = self.share.take(taken)
         if missing is None:
             return None
-        source, cached = self._longest_match(prompt, identity, len(prompt) - recompute)
+        source, cached, scores = self._longest_match(tokens, identity, prompt - recompute, wanted)
         had = self._slots[slot].valid
         if source == slot:  # what it keeps becomes a part of what the sequence has taken
             missing -= self.share.rounded(had)
@@ -108,17 +127,17 @@ class KVCache:
             moves = missing > 0  # only if the source, a free slot, has the last prefix that is kept
             copies.append(Copy(source, slot, cached, moves))
             if moves:
-                self._slots[source].valid = 0
+                self._slots[source] = _Slot()
         elif cached < had:
             copies.append(Copy(slot, slot, cached))
         if cached:
             self._touch(source)
-        self.reuse = Reuse(self.reuse.prompt_tokens + len(prompt), self.reuse.cached_tokens + cached)
-        self._slots[slot] = _Slot(identity, prompt, cached, taken=self.share.rounded(taken))
+        self.reuse = Reuse(self.reuse.prompt_tokens + prompt, self.reuse.cached_tokens + cached)
+        self._slots[slot] = _Slot(identity, tokens, scores, cached, taken=self.share.rounded(taken))
         self._touch(slot)
         self.held += 1
         self._settle()
-        return Allocation(slot, cached, tuple(copies))
+        return Allocation(slot, cached, tuple(copies), scores if self.exact else None)
 
     def evict(self) -> tuple[Copy, ...]:
         """Gives up prefixes whose memory a sequence of another model waits for."""
@@ -127,7 +146,7 @@ class KVCache:
         return tuple(copies)
 
     def record(self, slot: int, valid: int) -> None:
-        """Notes that the first `valid` positions of the slot's prompt are computed."""
+        """Notes that the first `valid` positions of the slot's tokens are computed, and may be reused."""
         self._slots[slot].valid = valid
 
     def release(self, slot: int, last_length: int) -> tuple[Copy, ...]:
@@ -161,21 +180,31 @@ class KVCache:
         for slot in sorted(range(self.held, len(self._slots)), key=lambda slot: self._slots[slot].used):
             if positions > 0 and slot != but and self._slots[slot].valid:
                 positions -= self.share.rounded(self._slots[slot].valid)
-                self._slots[slot].valid = 0
+                self._slots[slot] = _Slot()
                 copies.append(Copy(slot, slot, 0))
         return copies, positions
 
-    def _longest_match(self, prompt: Sequence[int], identity: str, limit: int) -> tuple[int, int]:
-        best, longest = -1, 1  # from 2: a prompt of one token runs in another kernel, so longer prompts cannot reuse it
+    def _longest_match(
+        self, tokens: Sequence[int], identity: str, limit: int, wanted: Wanted | None
+    ) -> tuple[int, int, list[Packed | None]]:
+        """The slot with the most positions to reuse, at most `limit`, their number, and the scores kept with them.
+
+        Where none has any, slot -1. A token's score goes with the position before it, which has to be computed again to
+        get a score that is `wanted` and not kept.
+        """
+        # From 2: a prompt of one token runs in another kernel, so longer prompts cannot reuse it.
+        best, longest, scores = -1, 1, list[Packed | None]()
         for index, slot in enumerate(self._slots):
             if slot.identity == identity and slot.valid > longest:
-                match = common_prefix(prompt, slot.prompt, min(limit, slot.valid))
+                most = min(limit, slot.valid)
+                common = common_prefix(tokens, slot.tokens, most + 1)
+                match = min(most, common, wanted.scored(slot.scores, common) - 1 if wanted else most)
                 if match > longest:
-                    best, longest = index, match
-        return (best, longest) if best >= 0 else (-1, 0)
+                    best, longest, scores = index, match, slot.scores[: min(common, match + 1)]
+        return (best, longest, scores) if best >= 0 else (-1, 0, scores)
 
     def _keep(self, slot: int, spare: int) -> list[Copy]:
-        """Moves a slot's prompt to the least recently used free slot, unless that one was used more recently."""
+        """Moves a slot's prefix to the least recently used free slot, unless that one was used more recently."""
         kept = self._slots[slot]
         if kept.valid < _WORTH_KEEPING or self._kept_elsewhere(slot):
             return []
@@ -191,7 +220,8 @@ class KVCache:
         return any(
             other.identity == kept.identity
             and other.valid >= kept.valid
-            and common_prefix(kept.prompt, other.prompt, kept.valid) == kept.valid
+            and common_prefix(kept.tokens, other.tokens, kept.valid) == kept.valid
+            and covers(other.scores, kept.scores[: kept.valid])
             for index, other in enumerate(self._slots)
             if index != slot
         )

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from service.engine import sampler
-from service.engine.sampler import Floats, Ids, Row, Score
+from service.engine.sampler import Floats, Ids, Row
+from service.engine.scores import Score, unpack
 from service.engine.sequence import Sequence
 from service.errors import NotFiniteError
 from service.text.tokenizer import Tokenizer
@@ -30,14 +31,19 @@ class Committer:
             _check_finite(row)
             at = len(group.scores)
             score = sampler.score(row, ids[at], request.logprobs or 0, request.scored_token_ids)
+            sequence.keep_score(at, score)
             group.scores.append(self._token(*group.texts[at], ids[at], score))
 
     def _begin_scores(self, sequence: Sequence) -> None:
-        """Adds the prompt tokens that get no score, if that was not done yet."""
-        group = sequence.group
+        """Adds the prompt tokens that get no score, and those whose scores the cache had, if that was not done yet."""
+        group, kept, first = sequence.group, sequence.scores or [], sequence.first_unscored
         if not group.scores:
             group.texts = self._texts(group.prompt)
-            group.scores += [Token(*text, logprob=None, top=None) for text in group.texts[: sequence.first_unscored]]
+            group.scores += [Token(*text, logprob=None, top=None) for text in group.texts[:first]]
+            rest = zip(group.texts[first:], group.prompt.token_ids[first:], kept[first:], strict=False)
+            for text, token, packed in rest:
+                assert packed is not None
+                group.scores.append(self._token(*text, token, unpack(packed, token, sequence.request.logprobs or 0)))
 
     def _texts(self, prompt: Prompt) -> list[tuple[str, int]]:
         """The prompt's tokens as (text, offset)."""
@@ -69,6 +75,8 @@ class Committer:
             return self._show(sequence, sequence.transcript.finish(), FinishReason.STOP)
         scored = request.logprobs is not None or sequence.ranked
         score = sampler.score(logits, token, request.logprobs or 0, request.scored_token_ids) if scored else None
+        if score is not None:
+            sequence.keep_score(len(sequence.tokens), score)
         sequence.tokens.append(token)
         sequence.logprob_sum += score.logprob if score else 0.0
         if token in request.stop_token_ids and token not in request.control_stops:

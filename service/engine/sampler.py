@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from service.engine.scores import Score
 from service.types import SamplingParams
 
 Floats = npt.NDArray[np.float32]
@@ -50,18 +51,6 @@ class Shortlist:
 
 
 Row = Floats | Shortlist
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A token's log probability, and the likeliest tokens, this one included, as (id, log probability), descending.
-
-    `others` are the log probabilities of further tokens.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    others: tuple[float, ...] = ()
 
 
 def log_normalizer(logits: Floats) -> float:

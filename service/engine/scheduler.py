@@ -176,6 +176,17 @@ class Scheduler:
         if chunk.end == sequence.prompt_length:
             caller.prompting = None
 
+    def commit_batch(self, batch: DecodeBatch) -> None:
+        """Records that the last token of each row is in the KV cache.
+
+        Of the candidates of a prompt the first keeps what it generates, and each the prompt.
+        """
+        for sequence in batch.sequences:
+            sequence.computed += 1
+            if self._cache.exact and sequence.candidate == 0:
+                assert sequence.slot is not None
+                self._cache.record(sequence.slot, sequence.computed)
+
     def remove(self, sequence: Sequence) -> tuple[Copy, ...]:
         """Removes a sequence in any state. The copies fill its slot, so that held slots stay consecutive."""
         sequence.finished = True
@@ -258,18 +269,13 @@ class Scheduler:
     def _admit(self, caller: Caller) -> tuple[Copy, ...]:
         """Gives a slot to the caller's next sequence, whose prefill begins after the copies, if its positions fit."""
         sequence = caller.next(overdue=self._now - self._patience)
-        if sequence.needs_prompt_scores:
-            recompute = max(_RECOMPUTE, sequence.prompt_length + 1 - sequence.first_unscored)
-        elif sequence.group.logits is not None:
-            recompute = 0
-        else:
-            recompute = min(_RECOMPUTE, sequence.prompt_length)
+        recompute = 0 if sequence.group.logits is not None else min(_RECOMPUTE, sequence.prompt_length)
         allocation = self._cache.allocate(
-            sequence.group.prompt.token_ids, sequence.request.identity, recompute, sequence.positions
+            sequence.tokens, sequence.request.identity, recompute, sequence.positions, sequence.wanted_scores
         )
         if allocation is None:
             return ()
-        sequence.slot = allocation.slot
+        sequence.slot, sequence.scores = allocation.slot, allocation.scores
         # A single token would have a tile to itself: compute the one before it again.
         cached, rest = allocation.cached, sequence.prompt_length - allocation.cached
         sequence.computed = sequence.cached = max(0, cached - 1) if rest == 1 else cached

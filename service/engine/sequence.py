@@ -6,11 +6,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.engine.scores import Packed, Score, Wanted, pack
 from service.text.transcript import Transcript
 
 if TYPE_CHECKING:
     from service.engine.generation import Generation
-    from service.engine.sampler import Score
     from service.types import Prompt, Request, Token
 
 
@@ -35,10 +35,11 @@ class Sequence:
     """One candidate for one prompt.
 
     `tokens` is the prompt, then the generated tokens. The first `computed` of them are in the KV cache, in `slot`; of
-    these `cached` were copied, not computed. `slot` is None while the sequence waits and after its end. `counts` says
-    how often each token was generated. `unshown` are tokens whose text the transcript still holds back, with their
-    scores. `sampled_at` is when the last token was sampled, in seconds of the engine's clock. `written` is the end of
-    the text's bytes, where texts are banned.
+    these `cached` were copied, not computed. `slot` is None while the sequence waits and after its end. `scores` are
+    those that the prefix cache keeps: of each token in order, None for a token without; or None where none are kept.
+    `counts` says how often each token was generated. `unshown` are tokens whose text the transcript still holds back,
+    with their scores. `sampled_at` is when the last token was sampled, in seconds of the engine's clock. `written` is
+    the end of the text's bytes, where texts are banned.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Sequence:
     slot: int | None = None
     computed: int = 0
     cached: int = 0
+    scores: list[Packed | None] | None = None
     counts: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
     logprob_sum: float = 0.0
@@ -89,6 +91,19 @@ class Sequence:
     def first_unscored(self) -> int:
         """The index of the first prompt token that has no score yet and will have one; the first token has none."""
         return max(1, self.request.logprobs_from, len(self.group.scores))
+
+    @property
+    def wanted_scores(self) -> Wanted | None:
+        """The scores of the prompt's tokens that are still wanted, if any."""
+        if not self.needs_prompt_scores:
+            return None
+        return Wanted(self.first_unscored, self.request.logprobs or 0, bool(self.request.scored_token_ids))
+
+    def keep_score(self, at: int, score: Score) -> None:
+        """Keeps the score of token `at`, which follows all that have one, for later prompts."""
+        if self.scores is not None:
+            self.scores += [None] * (at - len(self.scores))
+            self.scores.append(pack(score, self.request.logprobs or 0))
 
     @property
     def ranked(self) -> bool:

@@ -274,8 +274,7 @@ class Steps:
         past = [row.computed if row else 0 for row in batch.rows]
         decoding = [(index, row) for index, row in enumerate(batch.rows) if row is not None]
         logits = self._model.forward(0, tokens, past, [(index, 0) for index, _ in decoding])
-        for _, sequence in decoding:
-            sequence.computed += 1
+        self.scheduler.commit_batch(batch)
         for row, (_, sequence) in enumerate(decoding):
             self._commit(sequence, logits[row])
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine import scores
 from service.engine.budget import Budget, Share
 from service.engine.ort.device import granule
 from service.errors import StartupError
@@ -59,8 +60,14 @@ class Model:
 
     @property
     def position(self) -> int:
-        """Bytes of a position in the process's memory: none if the KV cache is on a GPU."""
-        return 0 if self.settings.device == "cuda" else self.manifest.kv.bytes_per_token
+        """Bytes of a position in the process's memory: none if the KV cache is on a GPU.
+
+        With our own kernels the score of its token is kept as well.
+        """
+        if self.settings.device == "cuda":
+            return 0
+        kept = scores.most_bytes(self.settings.max_logprobs) if self.manifest.kernels == "own" else 0
+        return self.manifest.kv.bytes_per_token + kept
 
     @property
     def granule(self) -> int:

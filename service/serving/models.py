@@ -186,7 +186,7 @@ def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
         model,
         tokenizer,
         Scheduler(
-            KVCache(slots, share),
+            KVCache(slots, share, exact=manifest.kernels == "own"),
             settings.prompt_chunk,
             settings.step_seconds,
             patience=settings.max_queue_seconds / 2,

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from service.engine.commit import Committer
+from service.engine.sampler import score
 from service.engine.sequence import PromptGroup
 from service.engine.sequence import Sequence as Candidate
 from service.text.tokenizer import Tokenizer
@@ -37,10 +38,13 @@ class Visit:
 
     `curse` is the number of generated tokens (of its first candidate) at which the model fails on it: by an error, or
     by logits that are not numbers where `poisoned`. `excused` is set when a fault of the world itself has met it.
+    Where the model is `exact`, scores of its prompt may come from the cache, which sets `scores_reused`.
     """
 
     request: Request
     expected: list[Expected]
+    exact: bool = False
+    scores_reused: bool = False
     leaves_after: int | None = None
     leaves_in: str | None = None
     deadline: float = float("inf")
@@ -73,10 +77,27 @@ class Visit:
         check(expected.startswith(self.texts[index]), "a text goes astray", self.texts[index], expected)
         if made.logprobs is not None:
             check("".join(token.text for token in delta.tokens) == delta.text, "scores without their text", delta)
+            if made.sampling.greedy:  # then the text is of letters only
+                self._check_scores(delta, made.logprobs)
         if delta.finish_reason is not None:
             tokens = self.expected[index][2]
             check(delta.completion_tokens == tokens, "tokens miscounted", delta.completion_tokens, tokens)
             check((delta.mean_logprob is not None) == (made.best_of > made.n), "ranked or not", delta)
+
+    def _check_scores(self, delta: Delta, count: int) -> None:
+        """Each token is scored by the letter before it, however often that was computed."""
+        made, index = self.request, delta.prompt_index * self.request.best_of + delta.candidate
+        text = ("" if made.echo else made.prompts[delta.prompt_index].text) + self.texts[index]
+        for token in delta.tokens:
+            if not token.offset:
+                check(token.logprob is None, "the first token is scored", token)
+                continue
+            wanted = score(ALPHABET[LETTERS.index(text[token.offset - 1])], LETTERS.index(token.text), count)
+            top = {LETTERS[other]: logprob for other, logprob in wanted.top}
+            check((token.logprob, dict(token.top or ())) == (wanted.logprob, top), "a score of another token", token)
+        if made.echo and delta.candidate == 0 and delta.cached_tokens:
+            check(self.exact, "scores were reused that have other bits than a prefill's", delta)
+            self.scores_reused = True
 
     def check_end(self) -> None:
         """Nothing came after the end that the caller saw."""
@@ -100,9 +121,9 @@ def random_request(draw: random.Random) -> Request:
     if draw.random() < 0.15:
         changes["stop_token_ids"] = frozenset({END, draw.randrange(26)})
         changes["min_tokens"] = draw.choice((0, 0, 3))
-    if draw.random() < 0.12:
+    if draw.random() < 0.2:
         changes["echo"] = True
-    if draw.random() < 0.12:
+    if draw.random() < (0.5 if "echo" in changes else 0.1):
         changes["logprobs"] = draw.randrange(3)
     if draw.random() < 0.06:
         changes["sampling"] = SamplingParams(temperature=draw.choice((0.5, 2.0)), seed=draw.randrange(9))

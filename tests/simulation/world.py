@@ -37,12 +37,16 @@ PROMPT_PATIENCE = 200
 
 
 class WorldModel(FakeModel):
-    """The alphabet model, which checks that each row continues its own slot's tokens, of its own caller."""
+    """The alphabet model, which checks that each row continues its own slot's tokens, of its own caller.
+
+    `generated` says of each position whether a decode step has computed it.
+    """
 
     def __init__(self, slots: int, world: World) -> None:
         super().__init__(slots, CONTEXT)
         self.histories = deque(maxlen=0)  # type: ignore[assignment]
         self.owners = [""] * slots
+        self.generated: list[list[bool]] = [[] for _ in range(slots)]
         self.world = world
 
     def forward(
@@ -59,6 +63,10 @@ class WorldModel(FakeModel):
             holder = holders[slot]
             if past[index] == 0:
                 self.owners[slot] = holder.request.identity
+            if not holder.decoding and any(self.generated[slot][: past[index]]):
+                check(self.world.exact, "a generated position was reused, and has other bits than a prefill's")
+                self.world.count("generated positions reused")
+            self.generated[slot][past[index] :] = [holder.decoding] * len(row)
             check(self.owners[slot] == holder.request.identity, "another caller's prompt was reused")
             length = past[index] + len(row)
             check(
@@ -75,6 +83,7 @@ class WorldModel(FakeModel):
         super().copy(copies)
         for item in copies:
             self.owners[item.target] = self.owners[item.source]
+            self.generated[item.target] = self.generated[item.source][: item.length]
 
 
 class WorldShare(Share):
@@ -145,7 +154,9 @@ class World:
         self.budget = Budget(draw.choice((CONTEXT, 2 * CONTEXT)) if self.tight else 2 * CONTEXT * self.slots)
         self.share = WorldShare(self.budget, 1, draw.choice((1, 8)))
         self.neighbour = Neighbour(self.budget, draw) if self.tight else None
-        self.cache = cache(self.slots, self.share)
+        # Every other episode has a model with the same bits for positions that are prefilled and generated.
+        self.exact = draw.random() < 0.5
+        self.cache = cache(self.slots, self.share, exact=self.exact)
         self.scheduler = scheduler(self.cache, draw.choice((CHUNK, CHUNK, 24)))
         with mock.patch.object(engines, "Steps", stepper):
             self.engine = engine(
@@ -211,7 +222,7 @@ class World:
             try:
                 self.turn(arrivals=True)
             except EngineDiedError:
-                self._count("died")
+                self.count("died")
                 self.stopped = True
                 self.engine.request_stop()
             check(self.turns < limit, "serves on with a model that is gone")
@@ -255,7 +266,7 @@ class World:
 
     def _arrive(self) -> None:
         made = random_request(self.draw)
-        visit = Visit(made, expected(made, self.tokenizer))
+        visit = Visit(made, expected(made, self.tokenizer), exact=self.exact)
         fate = self.draw.random()
         if fate < 0.08:
             visit.leaves_after = self.draw.randrange(8)
@@ -275,11 +286,11 @@ class World:
             mine = self._sequences(lambda request: request.identity == made.identity)
             every = self._sequences(lambda request: True)
             check(mine + every >= self.max_waiting, "refused although there was room", (mine, every))
-            self._count("refused")
+            self.count("refused")
             return
         except UnavailableError:
             check(self.stopped, "refused although it was not stopped")
-            self._count("refused")
+            self.count("refused")
             return
         self._say(visit, f"arrives: {made}")
         visit.iterator = aiter(visit.generation)
@@ -328,13 +339,15 @@ class World:
         """A caller's end, as the servicer has it: the iterator is closed, then the generation left."""
         visit.outcome = outcome
         self._say(visit, outcome)
-        self._count(outcome)
+        self.count(outcome)
         with suppress(StopIteration):
             visit.iterator.aclose().send(None)
         visit.generation.__exit__(None, None, None)
         self.visits.remove(visit)
         self.ended.append(visit)
         if outcome == "finished":
+            if visit.scores_reused:
+                self.count("scores from the cache")
             found = list(zip(visit.texts, visit.finishes, strict=True))
             expected = [each[:2] for each in visit.expected]
             check(found == expected, "the answer is another one", found, expected)
@@ -439,7 +452,7 @@ class World:
         gc.collect()
         check(not self.started, "generations are kept", len(self.started))
 
-    def _count(self, outcome: str) -> None:
+    def count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
     def _say(self, visit: Visit, what: str) -> None:

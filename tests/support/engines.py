@@ -35,10 +35,10 @@ class GatedModel(FakeModel):
 
 
 @asynccontextmanager
-async def running(tokenizer, model=None, *, max_waiting=1000, positions=sys.maxsize, share=None, **limits):
+async def running(tokenizer, model=None, *, max_waiting=1000, positions=sys.maxsize, share=None, exact=False, **limits):
     """An engine over a fake model, with memory for that many positions, or a share of some."""
     model = model or FakeModel()
-    scheduler = Scheduler(KVCache(len(model.slots), share or Share(Budget(positions))), 16)
+    scheduler = Scheduler(KVCache(len(model.slots), share or Share(Budget(positions)), exact=exact), 16)
     engine = Engine(model, tokenizer, scheduler, max_waiting=max_waiting, **limits)
     engine.start(asyncio.get_running_loop())
     engine.fake = model

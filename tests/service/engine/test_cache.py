@@ -7,7 +7,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.engine.budget import Budget, Share
 from service.engine.cache import Copy, KVCache, common_prefix
+from service.engine.scores import Wanted
 
 LONG = tuple(range(20))
 
@@ -103,6 +105,111 @@ def test_generated_positions_are_never_reused():
     slots.held[0].append(("x", 77))
     slots.contents[0].append(("x", 77))
     assert allocate(cache, slots, (*LONG, 77, 78), "x") == len(LONG)
+
+
+class Exact:
+    """An exact cache with one caller after the other: each computes its prompt, generates tokens, and leaves.
+
+    A token's score with k likeliest tokens is made of k; that of the wrong token shows.
+    """
+
+    def __init__(self, slots=3, positions=1000):
+        self.cache = KVCache(slots, Share(Budget(positions)), exact=True)
+
+    def begin(self, prompt, identity="x", generated=(), likeliest=None, wanted=None):
+        """Gives the allocation of a sequence that runs."""
+        tokens = list(prompt)
+        made = self.cache.allocate(tokens, identity, 2, len(prompt) + len(generated) + 1, wanted)
+        tokens += [*generated, 99]  # the last has no position
+        if likeliest is not None:
+            made.scores[:] = [self.score(token, likeliest) for token in tokens]
+        self.cache.record(made.slot, len(tokens) - 1)
+        return made
+
+    def serve(self, *arguments, **changes):
+        """Gives how many positions were reused, and their scores."""
+        made = self.begin(*arguments, **changes)
+        found = made.cached, made.scores.copy() if "likeliest" not in changes else []
+        self.cache.release(made.slot, 0)
+        return found
+
+    @staticmethod
+    def score(token, likeliest):
+        return bytes([token] * 4 + [0] * 8 * likeliest)
+
+
+def test_exact_positions_are_reused_though_generated():
+    """All that were computed: the last token that was chosen has no position."""
+    slots = Exact()
+    slots.serve(LONG, generated=(77, 78))
+    assert slots.serve((*LONG, 77, 78, 99, 5, 6))[0] == len(LONG) + 2
+    assert slots.serve((*LONG, 77, 80, 81, 82))[0] == len(LONG) + 1
+    assert slots.serve((*LONG, 77, 78, 99), "y")[0] == 0
+
+
+def test_exact_positions_are_reused_while_they_are_generated():
+    """A slot need not be free."""
+    slots = Exact()
+    slots.begin(LONG, generated=(77,))
+    assert slots.begin((*LONG, 77, 99, 6)).cached == len(LONG) + 1
+
+
+def test_memory_of_generated_positions_is_needed():
+    """They go with their prompt, the least recently used first."""
+    slots = Exact(slots=4, positions=80)
+    for first in (1, 2, 3):
+        slots.serve((first, *LONG), generated=range(50, 60))
+    assert slots.cache.share.kept_bytes == 2 * 31
+    assert [slots.serve((first, *LONG, *range(50, 60), 0, 0))[0] for first in (1, 3, 2)] == [0, 31, 0]
+
+
+def test_kept_scores_serve_a_prompt_that_wants_them():
+    """One token is computed again where the prompts part, because the score of the next one follows it."""
+    slots = Exact()
+    slots.serve(LONG, generated=(77,), likeliest=2)
+    score = slots.score
+    wanted = Wanted(1, 2)
+    kept = [score(token, 2) for token in (*LONG, 77)]
+    assert slots.serve((*LONG, 77, 55, 56, 57), wanted=wanted) == (len(LONG), kept)
+    assert slots.serve((*LONG, 77, 60, 61, 62)) == (len(LONG) + 1, kept)
+    assert slots.serve((*LONG[:9], 55, 56, 57), wanted=wanted) == (8, kept[:9])
+    assert slots.serve(LONG, "y", wanted=wanted) == (0, [])
+
+
+def test_scores_that_are_not_kept_are_computed():
+    """With more likeliest tokens, or of further tokens, or of a token that nobody scored: from the first of them on."""
+    slots = Exact()
+    slots.begin(LONG, likeliest=1)
+    for wanted in (Wanted(1, 2), Wanted(1, 1, others=True)):
+        assert KVCache.allocate(slots.cache, list(LONG), "x", 2, wanted=wanted).cached == 0
+    slots = Exact()
+    slots.begin(LONG, likeliest=1).scores[7] = None
+    assert slots.begin(LONG, wanted=Wanted(1, 0)).cached == 6
+    assert slots.begin(LONG, wanted=Wanted(7, 0)).cached == 6
+    slots = Exact()
+    slots.begin(LONG, likeliest=1).scores[7] = None
+    assert slots.begin(LONG, wanted=Wanted(8, 0)).cached == len(LONG) - 2
+
+
+def test_the_prompt_with_more_scores_stays():
+    """Of two prompts that are the same, that without scores is no reason to let the other go."""
+    for first, second, cached in ((None, 1, 18), (1, None, 18), (None, None, 0)):
+        slots = Exact(slots=4)
+        running = [slots.begin(LONG, likeliest=likeliest) for likeliest in (first, second)]
+        for made in running[::-1]:
+            slots.cache.release(made.slot, 0)
+        slots.begin((50, 51))
+        assert slots.begin(LONG, wanted=Wanted(1, 1)).cached == cached
+
+
+def test_without_exact_positions_no_scores_are_kept():
+    """Then wanted scores are computed, and nothing takes them."""
+    cache = KVCache(2)
+    for _ in range(2):
+        made = cache.allocate(LONG, "x", 2, wanted=Wanted(5, 0))
+        cache.record(made.slot, len(LONG))
+        assert made.scores is None
+    assert made.cached == 4
 
 
 def test_positions_not_computed_yet_are_not_shared():

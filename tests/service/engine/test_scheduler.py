@@ -32,8 +32,8 @@ def sequences(prompt, identity="x", n=1, max_tokens=3, priority=0, queued_at=0.0
 class Simulation:
     """Runs a scheduler over slots whose positions hold (identity, token), and checks all that it says."""
 
-    def __init__(self, slots, prompt_chunk):
-        self.scheduler = Scheduler(KVCache(slots), prompt_chunk)
+    def __init__(self, slots, prompt_chunk, exact=False):
+        self.scheduler = Scheduler(KVCache(slots, exact=exact), prompt_chunk)
         self.prompt_chunk = prompt_chunk
         self.contents = [[] for _ in range(slots)]
         self.live = []
@@ -104,7 +104,7 @@ class Simulation:
             if row is not None:
                 assert row.slot == slot
                 self.extend(row, row.computed, row.computed + 1)
-                row.computed += 1
+        self.scheduler.commit_batch(batch)
         for row in rows:
             self.generate(row)
 
@@ -124,17 +124,19 @@ class Simulation:
             assert self.contents[sequence.slot][: sequence.computed] == expected
 
 
-@given(st.integers(0, 10**9), st.integers(1, 5), st.sampled_from([16, 17, 24]))
-@example(341, 5, 24)  # all streams end between two chunks
-def test_random_requests_and_aborts(seed, slots, prompt_chunk):
+@given(st.integers(0, 10**9), st.integers(1, 5), st.sampled_from([16, 17, 24]), st.booleans())
+@example(341, 5, 24, False)  # all streams end between two chunks
+def test_random_requests_and_aborts(seed, slots, prompt_chunk, exact):
     """For any arrivals and aborts, every sequence ends once and never reads another's positions."""
     draw = random.Random(seed)
-    simulation = Simulation(slots, prompt_chunk)
+    simulation = Simulation(slots, prompt_chunk, exact)
     added = []
     for _ in range(80):
         if draw.random() < 0.25:
             length = draw.choice([0, 0, 17, 30])
             prompt = SHARED[:length] + tuple(draw.randrange(3) for _ in range(draw.randrange(1, 40)))
+            if simulation.ended and draw.random() < 0.3:  # a conversation goes on
+                prompt = (*draw.choice(simulation.ended).tokens[:90], *prompt[:20])
             made = sequences(prompt, draw.choice("xyz"), draw.choice([1, 1, 3]), draw.randrange(1, 6))
             added += made
             simulation.add(made)
@@ -389,6 +391,22 @@ def test_chunks_beside_streams_keep_to_their_time(seconds, most):
         while not isinstance(step := scheduler.schedule(), PromptChunk):
             pass
         assert step.end - step.start == (most if beside else 128)
+
+
+@pytest.mark.parametrize(("exact", "cached"), [(False, len(SHARED)), (True, len(SHARED) + 4)])
+def test_the_first_candidate_keeps_what_it_generated(exact, cached):
+    """All but its last token, where positions are exact; the others keep no more than the prompt."""
+    share = Share(Budget())
+    simulation = Simulation(6, 32)
+    simulation.scheduler = Scheduler(KVCache(6, share, exact=exact), 32)
+    made = sequences(SHARED, n=3, max_tokens=5)
+    simulation.add(made)
+    serve(simulation)
+    assert share.kept_bytes <= cached + len(SHARED)
+    (later,) = sequences((*made[0].tokens, 5, 6, 7))
+    simulation.add([later])
+    simulation.step()
+    assert later.cached == cached
 
 
 def with_memory(slots, positions):

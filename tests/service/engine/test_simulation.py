@@ -11,6 +11,7 @@ import pytest
 from service.engine.cache import KVCache
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
+from service.engine.scores import Wanted
 from service.engine.step import DecodeBatch
 from service.engine.steps import Steps
 from service.errors import EngineDiedError
@@ -35,7 +36,8 @@ def test_many_steps(steps, seed):
     print(totals)
     assert totals["steps"] >= steps
     ends = {"finished", "refused", "deadline", "EngineFaultError", "UnavailableError", "SlowReaderError", "died"}
-    assert ends | {f"left {state}" for state in STATES} | {"left after pieces", "cached tokens"} <= totals.keys()
+    reuse = {"cached tokens", "generated positions reused", "scores from the cache"}
+    assert ends | {f"left {state}" for state in STATES} | {"left after pieces"} | reuse <= totals.keys()
 
 
 def test_an_episode_is_decided_by_its_seed(letters):
@@ -117,19 +119,43 @@ class SkipsARow(Scheduler):
 class IgnoresIdentity(KVCache):
     """Reuses what others have asked."""
 
-    def allocate(self, prompt, identity, recompute, positions):
+    def allocate(self, tokens, identity, recompute, positions, wanted):
         for slot in self._slots:
             slot.identity = identity
-        return super().allocate(prompt, identity, recompute, positions)
+        return super().allocate(tokens, identity, recompute, positions, wanted)
 
 
 class ReusesTooMuch(KVCache):
     """Takes one position more for common than is."""
 
-    def allocate(self, prompt, identity, recompute, positions):
-        allocation = super().allocate(prompt, identity, recompute, positions)
-        more = allocation is not None and 0 < allocation.cached < len(prompt) - recompute
+    def allocate(self, tokens, identity, recompute, positions, wanted):
+        allocation = super().allocate(tokens, identity, recompute, positions, wanted)
+        more = allocation is not None and 0 < allocation.cached < len(tokens) - recompute
         return replace(allocation, cached=allocation.cached + 1) if more else allocation
+
+
+class ReusesTheLastToken(KVCache):
+    """Takes the token that was chosen last for computed."""
+
+    def record(self, slot, valid):
+        super().record(slot, min(valid + 1, len(self._slots[slot].tokens)))
+
+
+class ReusesGenerated(KVCache):
+    """Takes what was generated for exact whatever the model."""
+
+    def __init__(self, slots, share, *, exact):
+        super().__init__(slots, share, exact=True)
+
+
+class ScoresOfTheNext(KVCache):
+    """Keeps the scores of tokens with those before them."""
+
+    def allocate(self, tokens, identity, recompute, positions, wanted):
+        allocation = super().allocate(tokens, identity, recompute, positions, wanted)
+        if allocation is not None and allocation.scores:
+            allocation.scores[:] = [*allocation.scores[1:], allocation.scores[-1]]
+        return allocation
 
 
 class MovesWithoutCopy(KVCache):
@@ -242,7 +268,8 @@ class KeepsRequests(Engine):
     "mutant",
     [
         *(KeepsSlots, KeepsPrompting, KeepsQueued, LastFirst, DecodesForever, SkipsARow),
-        *(IgnoresIdentity, ReusesTooMuch, MovesWithoutCopy, CopiesTooLittle),
+        *(IgnoresIdentity, ReusesTooMuch, ReusesTheLastToken, ReusesGenerated, MovesWithoutCopy, CopiesTooLittle),
+        ScoresOfTheNext,
         *(EvictsNothing, GivesNothingBack, Overtakes),
         *(
             SaysNothingOfFaults,
@@ -273,10 +300,13 @@ PARTS = {"engine": Engine, "stepper": Steps, "scheduler": Scheduler, "cache": KV
         (StopMatcher, "held", lambda self, text: 0),
         (StopMatcher, "find", lambda self, text: None),
         (Transcript, "finish", lambda self: Piece("", ())),
+        (Wanted, "scored", lambda self, kept, length: length),
+        (Wanted, "scored", lambda self, kept, length: replace(self, count=0)._scored(kept, length)),
     ],
 )
-def test_a_fault_of_the_text_is_found(letters, monkeypatch, owner, name, mistake):
-    """Stop texts that leak, and text that is lost at the end."""
+def test_a_fault_of_texts_and_scores_is_found(letters, monkeypatch, owner, name, mistake):
+    """Stop texts that leak, text that is lost at the end, and kept scores that are not there, or say too little."""
+    monkeypatch.setattr(Wanted, "_scored", Wanted.scored, raising=False)
     monkeypatch.setattr(owner, name, mistake)
     with pytest.raises(Violation):
         episodes(letters)

@@ -65,6 +65,15 @@ def test_positions_by_hand():
     assert plan(least() + 1000 * POSITION, max_running=1).typical_requests == 1
 
 
+def test_a_position_over_own_kernels_has_its_score():
+    """64 bytes and 8 for each of `max_logprobs` beside the keys and values, which are float16; none on a GPU."""
+    layout = {"layers": 30, "kv_heads": 3, "head_dim": 64, "dtype": "float16"}
+    for kernels, tile, logprobs, kept in (("stock", 1, 5, 0), ("own", 16, 5, 104), ("own", 16, 100, 864)):
+        model = described().model_copy(update={"kernels": kernels, "kv": KVLayout(**layout, tile=tile)})
+        assert memory.Model("m", model, settings(max_logprobs=logprobs)).position == 23_040 + kept
+        assert memory.Model("m", model, settings(max_logprobs=logprobs, device="cuda")).position == 0
+
+
 def test_weights_are_the_data_of_every_graph():
     """The data files of both graphs count as weights, and the tokenizer file does not."""
     decode_only = plan(model=described(prompt_onnx_data=0)).weights
