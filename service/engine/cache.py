@@ -118,12 +118,15 @@ class KVCache:
             return None
         source, cached, scores = self._longest_match(tokens, identity, prompt - recompute, wanted)
         had = self._slots[slot].valid
-        if source == slot:  # what it keeps becomes a part of what the sequence has taken
+        in_place = source == slot
+        # What follows the prefix is worth a copy of it all, where there is memory.
+        keeps_rest = self.exact and had - cached >= _WORTH_KEEPING and missing <= 0
+        if in_place and not keeps_rest:  # what it keeps becomes a part of what the sequence has taken
             missing -= self.share.rounded(had)
         copies, missing = self._give_up(missing, but=source)
-        if source != slot:
+        if not in_place or keeps_rest:
             copies += self._keep(slot, spare=source)
-        if cached and source != slot:
+        if cached and not in_place:
             moves = missing > 0  # only if the source, a free slot, has the last prefix that is kept
             copies.append(Copy(source, slot, cached, moves))
             if moves:

@@ -102,6 +102,7 @@ class Sequence:
     def keep_score(self, at: int, score: Score) -> None:
         """Keeps the score of token `at`, which follows all that have one, for later prompts."""
         if self.scores is not None:
+            assert at >= len(self.scores)
             self.scores += [None] * (at - len(self.scores))
             self.scores.append(pack(score, self.request.logprobs or 0))
 

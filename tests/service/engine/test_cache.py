@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,6 +153,24 @@ def test_exact_positions_are_reused_while_they_are_generated():
     slots = Exact()
     slots.begin(LONG, generated=(77,))
     assert slots.begin((*LONG, 77, 99, 6)).cached == len(LONG) + 1
+
+
+@pytest.mark.parametrize(("more", "again"), [(range(50, 67), 37), (range(50, 60), 20)])
+def test_what_follows_a_prefix_stays_if_it_is_long(more, again):
+    """Two conversations begin alike: the second takes the slot of the first, whose rest moves if it is worth that."""
+    slots = Exact()
+    slots.serve(LONG, generated=more)
+    assert slots.serve((*LONG, 70, 71, 72))[0] == len(LONG)
+    assert slots.serve((*LONG, *more, 80, 81))[0] == again
+
+
+def test_what_follows_a_prefix_goes_where_memory_is_short():
+    """The prefix itself is reused, as it is a part of what the sequence takes."""
+    slots = Exact(positions=60)
+    slots.serve(LONG, generated=range(50, 67))
+    assert slots.serve((*LONG, 70, 71, 72))[0] == len(LONG)
+    assert slots.cache.share.kept_bytes <= 60
+    assert slots.serve((*LONG, *range(50, 67), 80, 81))[0] == len(LONG)
 
 
 def test_memory_of_generated_positions_is_needed():

@@ -150,7 +150,7 @@ TEXTS = [
 
 async def texts(model, tokenizer, chosen, chunk):
     """The greedy texts of requests that run together."""
-    engine = Engine(model, tokenizer, Scheduler(KVCache(8), chunk), max_waiting=100)
+    engine = Engine(model, tokenizer, Scheduler(KVCache(8, exact=True), chunk), max_waiting=100)
     engine.start(asyncio.get_running_loop())
     try:
         prompts = [Prompt(tuple(tokenizer.encode(text)), text) for text in chosen]
