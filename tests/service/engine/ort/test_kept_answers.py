@@ -31,17 +31,13 @@ PROMPTS = st.lists(TOKENS, min_size=1, max_size=40)
 SAMPLING = st.builds(
     SamplingParams, temperature=st.sampled_from([0.0, 1.0, 2.0]), top_k=st.sampled_from([0, 5]), seed=st.integers(0, 99)
 )
+SCORES = st.fixed_dictionaries({}, optional={"logprobs": st.integers(0, 3), "echo": st.just(True)})
+SCORES |= st.fixed_dictionaries({"logprobs": st.integers(0, 3), "echo": st.just(True)})
 CHANGES = st.fixed_dictionaries(
-    {"max_tokens": st.integers(0, 20), "sampling": SAMPLING},
-    optional={
-        "n": st.integers(1, 3),
-        "logprobs": st.integers(0, 3),
-        "echo": st.just(True),
-        "logprobs_from": st.integers(0, 40),
-        "scored_token_ids": st.just((3, 4)),
-        "allowed_token_ids": st.just((5, 6, 7, 8)),
-    },
+    {"max_tokens": st.integers(0, 20), "sampling": SAMPLING, "n": st.sampled_from([1, 1, 1, 2, 3])}
 )
+RARE = st.sampled_from([{}] * 6 + [{"scored_token_ids": (3, 4)}, {"allowed_token_ids": (5, 6, 7, 8)}])
+FROM = st.sampled_from([0, 0, 0, 1, 5, 30])
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +74,11 @@ async def test_answers_are_those_without_a_cache(directory):
     engine.start(asyncio.get_running_loop())
     loop, numbers = asyncio.get_running_loop(), itertools.count()
     seen: list[tuple[int, list[int]]] = [(0, [])]
-    generated, scored = 0, 0
+    generated, scored, parted = 0, 0, 0
 
     def made(ids, identity, changes):
         changes = {"stop_token_ids": frozenset(), "return_token_ids": True, **changes}
-        changes["logprobs_from"] = min(changes.get("logprobs_from", 0), len(ids))
+        changes["logprobs_from"] = min(changes["logprobs_from"], len(ids))
         return request(tokenizer.prompt_of_tokens(ids), identity=identity, **changes)
 
     async def both(ids, changes):
@@ -91,16 +87,17 @@ async def test_answers_are_those_without_a_cache(directory):
         return await asyncio.gather(*(answer(engine, made(ids, caller, changes)) for caller in callers))
 
     @settings(
-        max_examples=150,
+        max_examples=250,
         deadline=None,
         database=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
     )
-    @given(st.integers(1, 4), st.integers(0, 3) | st.just(1000), PROMPTS, CHANGES)
-    def check(back, cut, more, changes):
-        nonlocal generated, scored
+    @given(st.integers(1, 4), st.integers(0, 3) | st.just(1000), PROMPTS, st.tuples(CHANGES, SCORES, RARE, FROM))
+    def check(back, cut, more, drawn):
+        nonlocal generated, scored, parted
+        changes = {**drawn[0], **drawn[1], **drawn[2], "logprobs_from": drawn[3]}
         prompt, before = seen[-min(back, len(seen))]
         ids = [*before[: max(0, len(before) - cut)], *more][: tiny.CONTEXT - 20]
         kept, new = asyncio.run_coroutine_threadsafe(both(ids, changes), loop).result()
@@ -108,12 +105,15 @@ async def test_answers_are_those_without_a_cache(directory):
         assert told == expected
         assert nothing == 0
         generated += cached > prompt > 0 and ids[:cached] == before[:cached]
-        scored += bool(cached and changes.get("echo") and changes.get("logprobs") is not None)
+        if cached and changes.get("echo") and changes.get("logprobs") is not None:
+            scored += 1
+            parted += ids[: cached + 2] != before[: cached + 2]
         seen.append((len(ids), tokens))
 
     try:
         await asyncio.to_thread(check)
     finally:
         engine.stop()
-    assert generated > 10
-    assert scored > 5
+    assert generated > 5
+    assert scored > 10
+    assert parted > 5
