@@ -34,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
                 owned_by=options.owned_by,
                 quantization=options.quantization,
                 activations=options.activations,
-                prompts=options.prompts,
                 device=options.device,
                 kernels=options.kernels,
                 kv_cache=options.kv_cache,
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization",
         choices=tuple(FORMS),
         default="auto",
-        help="form of the matrices; auto keeps 4-bit sources in 4 bits and uses 8 bits for all others",
+        help="form of the matrices of a graph over stock kernels; auto uses 8 bits (%(default)s)",
     )
     parser.add_argument(
         "--activations",
@@ -103,31 +102,25 @@ def _parser() -> argparse.ArgumentParser:
         "float16 graph has only operators that GPUs have too",
     )
     parser.add_argument(
-        "--prompts",
-        choices=("auto", "int8", "float32", "none"),
-        default="auto",
-        help="form of the matrices of a second graph for faster prefill; auto uses int8 where this processor has 8-bit "
-        "dot products and the result is close enough, else float32, and none where its matrices exceed 2 GiB",
-    )
-    parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="the device to export for; with cuda, auto uses float16 matrices (4-bit sources stay in 4 bits) and "
-        "float16 activations, and a graph that an NVIDIA GPU has no kernel for is refused (%(default)s)",
+        help="the device to export for; with cuda, auto uses float16 matrices (Q4_0 stays in 4 bits) and float16 "
+        "activations, and a graph that an NVIDIA GPU has no kernel for is refused (%(default)s)",
     )
     parser.add_argument(
         "--kernels",
-        choices=("stock", "own"),
-        default="stock",
-        help="whose operators compute: onnxruntime's, or our own, which are faster on CPUs with AVX2, for models of "
-        "Llama's plain architecture in blocks of Q4_0, Q4_1 or Q8_0 (%(default)s)",
+        choices=("auto", "own", "stock"),
+        default="auto",
+        help="whose operators compute: onnxruntime's (stock), or our own, which are faster, for CPUs with AVX2 and "
+        "models of Llama's plain architecture in blocks of Q4_0, Q4_1 or Q8_0; auto uses our own wherever they compute "
+        "the model, and says why where they do not (%(default)s)",
     )
     parser.add_argument(
         "--kv-cache",
         choices=("auto", "float16", "float32"),
         default="auto",
-        help="type of the KV cache with --kernels own; auto uses float16",
+        help="type of the KV cache with own kernels; auto uses float16",
     )
     parser.add_argument(
         "--max-kl",

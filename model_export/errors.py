@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.manifest import Quality
+from service.quality import Quality
 
 
 class ExportError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,16 @@ from model_export.destination import check_destination, keep_refused, remove_lef
 from model_export.errors import ExportError, TooFarError
 from model_export.graph import cuda
 from model_export.graph.initializers import Initializers
-from model_export.graph.operators import LinearForm
-from model_export.graph.precision import Kernels, Precision, TargetDevice, choose_precision, precision_of_own_kernels
+from model_export.graph.precision import (
+    KernelsOption,
+    Precision,
+    TargetDevice,
+    choose_precision,
+    precision_of_own_kernels,
+)
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import KernelSource, Source
-from model_export.opening import check_before_download, read_source
+from model_export.opening import built_by_mobius, check_before_download, read_source
 from model_export.room import check_room
 from model_export.sources.fill_in_the_middle import Order, end_of_middle, find_marks, reorder
 from model_export.sources.hugging_face.hub import download, hub_name
@@ -27,13 +33,7 @@ from model_export.sources.vocabulary import Vocabulary
 from model_export.verify.verify import MIN_TOKENS, steps, verify
 from service import manifest
 from service.host import kernels
-from service.host.processor import processor
-
-PrefillForm = Literal["int8", "float32"]
-
-# The most bytes that the matrices of a prefill graph may take: beyond, its speed is not worth the memory.
-PREFILL_GRAPH_BYTES = 2 << 30
-BYTES_PER_WEIGHT: dict[PrefillForm, int] = {"int8": 1, "float32": 4}
+from service.quality import Quality
 
 Progress = Callable[[str, int], Callable[[], object]]
 
@@ -47,9 +47,8 @@ class Options:
     owned_by: str | None = None
     quantization: Form | Literal["auto"] = "auto"
     activations: Activations | Literal["auto"] = "auto"
-    prompts: Literal["auto", "int8", "float32", "none"] = "auto"
     device: TargetDevice = "cpu"
-    kernels: Kernels = "stock"
+    kernels: KernelsOption = "auto"
     kv_cache: Activations | Literal["auto"] = "auto"
     max_kl: float | None = None
     verify_tokens: int | None = None
@@ -77,26 +76,28 @@ def export(
     for sentence in remove_leftovers(directory):
         say(sentence)
     check_destination(path, directory, overwrite=options.overwrite)
-    path, source, options = _open(path, options, progress)
-    precision = _precision(options, source)
+    unusable = _unusable(options)
+    if options.kernels == "own" and unusable is not None:
+        raise ExportError(f"--kernels own cannot be used: {unusable}")
     if options.verify_tokens is not None and options.verify_tokens < MIN_TOKENS:
         raise ExportError(f"--verify-tokens {options.verify_tokens} is too few, expected at least {MIN_TOKENS}")
+    path, source, options = _open(path, options, progress)
+    precision, why_stock = _precision(options, source, unusable)
     vocabulary = source.origin.vocabulary
     special_tokens = _special_tokens(vocabulary, options.fim_order)
-    likely_form = next(map(_matrices, _prefill_forms(options.prompts, precision, source)), None)
-    check_room(source.dimensions, precision, likely_form, source.origin.weights, directory)
+    check_room(source.dimensions, precision, directory)
     with written_at_once(directory) as work:
         layers = source.dimensions.layers
         with (work / manifest.WEIGHTS_FILE).open("wb") as file:
             data = Initializers(file, precision.activations)
             on_layer = progress("building", source.dimensions.build_steps)
-            graph = _build_decode_graph(source, precision, data, on_layer)
+            graph = _build(source, precision, data, on_layer)
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
         if vocabulary.chat_template is not None:
             (work / manifest.CHAT_TEMPLATE_FILE).write_text(vocabulary.chat_template, encoding="utf-8", newline="")
-        prefill_form, quality, refusal = _add_prefill_graph(source, precision, options, work, progress)
+        quality, refusal = _measured(source, precision, options, work, progress)
         files = {file.name: manifest.FileEntry.of(file) for file in sorted(work.iterdir())}
         described = manifest.Manifest(
             format_version=manifest.FORMAT_VERSION,
@@ -116,14 +117,13 @@ def export(
                 tile=manifest.KV_TILE if precision.kernels == "own" else 1,
             ),
             kernels=precision.kernels,
+            why_stock=why_stock,
             devices=devices,
             quantization=manifest.Quantization(
                 weights=precision.form,
                 activations=precision.activations,
-                prompts=prefill_form,
                 source=source.origin.weights,
-                min_rows=precision.min_rows,
-                min_logits=precision.min_logits,
+                pads_lone_row=precision.pads_lone_row,
             ),
             quality=quality,
             files=files,
@@ -137,33 +137,44 @@ def export(
     return described
 
 
-def _precision(options: Options, source: Source) -> Precision:
-    """The forms and types that the options ask for. Raises ExportError where they cannot be combined, or not here."""
-    forms = options.quantization, options.activations, source.origin.weights, options.device
+def _unusable(options: Options) -> str | None:
+    """Why own kernels cannot be used with these options or on this machine, as a clause; None where they can."""
     if options.kernels == "stock":
-        if options.kv_cache != "auto":
-            raise ExportError(f"--kv-cache {options.kv_cache} needs --kernels own")
-        precision = choose_precision(*forms)
-        if options.prompts in ("int8", "float32") and precision.activations == "float16":
-            raise ExportError(f"--prompts {options.prompts} needs --activations float32, and these are float16")
-        return precision
-    if options.prompts in ("int8", "float32"):
-        raise ExportError(f"--kernels own has one graph for all calls, so it has no --prompts {options.prompts}")
-    precision = precision_of_own_kernels(*forms, options.kv_cache)
-    if (reason := kernels.why_not()) is not None:
-        raise ExportError(f"--kernels own cannot be used here: {reason}")
-    return precision
+        return "--kernels is stock"
+    if options.device != "cpu":
+        return f"own kernels run on CPUs, and --device is {options.device}"
+    if options.quantization != "auto":
+        return f"own kernels keep the source's blocks as they are, and --quantization is {options.quantization}"
+    if options.activations == "float16":
+        return "own kernels compute in float32, and --activations is float16"
+    return kernels.why_not()
 
 
-def _build_decode_graph(
-    source: Source, precision: Precision, data: Initializers, on_layer: Callable[[], object]
-) -> ir.Model:
+def _precision(options: Options, source: Source, unusable: str | None) -> tuple[Precision, str | None]:
+    """The forms, types and kernels, and why these are stock although the options leave the choice.
+
+    `unusable` is why own kernels cannot be used with any source. Raises ExportError where the options cannot be
+    combined, or ask for own kernels that do not compute the source.
+    """
+    reason = unusable or _obstacle(source)
+    if reason is None:
+        return precision_of_own_kernels(source.origin.weights, options.kv_cache), None
+    if options.kernels == "own":
+        raise ExportError(f"--kernels own cannot be used: {reason}")
+    if options.kv_cache != "auto":
+        raise ExportError(f"--kv-cache {options.kv_cache} needs own kernels: {reason}")
+    precision = choose_precision(options.quantization, options.activations, source.origin.weights, options.device)
+    return precision, reason if options.kernels == "auto" else None
+
+
+def _obstacle(source: Source) -> str | None:
+    return source.obstacle() if isinstance(source, KernelSource) else built_by_mobius(source.dimensions.family)
+
+
+def _build(source: Source, precision: Precision, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
     if precision.kernels == "stock":
-        return source.build(precision.form, precision.form, data, on_layer, prefill=False)
-    if not isinstance(source, KernelSource):
-        raise ExportError(
-            f"mobius-onnx builds the family {source.dimensions.family}, and not over own kernels; use --kernels stock"
-        )
+        return source.build(precision.form, data, on_layer)
+    assert isinstance(source, KernelSource), "own kernels are only chosen for these"
     return source.build_over_kernels(precision.kv_type, data, on_layer)
 
 
@@ -180,76 +191,36 @@ def _prepare_for(device: TargetDevice, graph: ir.Model) -> tuple[TargetDevice, .
     return ("cpu",) if missing else ("cpu", "cuda")
 
 
-def _add_prefill_graph(
+def _measured(
     source: Source, precision: Precision, options: Options, work: Path, progress: Progress
-) -> tuple[PrefillForm | None, manifest.Quality, TooFarError | None]:
-    """Builds the first wanted prefill graph that is close enough to the source. Returns its form and the quality.
+) -> tuple[Quality, TooFarError | None]:
+    """The measured quality, and the error that says so where the graph is too far from the source.
 
-    When no prefill graph is close enough, or the decode graph is not, it also returns the error that says so, for the
-    last form; or raises this TooFarError where the model could not be used.
+    Raises this TooFarError where the model could not be used.
     """
-    forms: list[PrefillForm | None] = [*_prefill_forms(options.prompts, precision, source)] or [None]
-    for form in forms:
-        try:
-            graph = None if form is None else _build_prefill_graph(source, form, precision, work, progress)
-            return form, _verify(source, precision, options, work, progress, prefill=graph), None
-        except TooFarError as error:
-            if form == forms[-1]:
-                if error.quality is None:
-                    raise
-                return form, error.quality, error
-    raise AssertionError("there is at least one form")
-
-
-def _build_prefill_graph(
-    source: Source, form: PrefillForm, precision: Precision, work: Path, progress: Progress
-) -> Path:
-    graph = work / manifest.PROMPT_MODEL_FILE
-    with (work / manifest.PROMPT_WEIGHTS_FILE).open("wb") as file:
-        on_layer = progress(f"building the prefill graph, {form}", source.dimensions.build_steps)
-        ir.save(source.build(_matrices(form), precision.form, Initializers(file), on_layer, prefill=True), graph)
-    return graph
-
-
-def _matrices(form: PrefillForm) -> LinearForm:
-    return "int8_rows" if form == "int8" else "float32"
-
-
-def _verify(
-    source: Source, precision: Precision, options: Options, work: Path, progress: Progress, *, prefill: Path | None
-) -> manifest.Quality:
-    return verify(
-        source,
-        work / manifest.MODEL_FILE,
-        prefill,
-        precision.max_kl if options.max_kl is None else options.max_kl,
-        progress("verifying", steps(source.dimensions.layers, prefill=prefill is not None)),
-        rounded=precision.form != "float32",
-        most_tokens=options.verify_tokens,
-        own_kernels=precision.kernels == "own",
-    )
-
-
-def _prefill_forms(
-    wanted: Literal["auto", "int8", "float32", "none"], precision: Precision, source: Source
-) -> list[PrefillForm]:
-    """The forms that a prefill graph may take beside a decode graph of `precision`, the fastest first."""
-    if precision.form == "float32" or wanted == "none" or precision.activations == "float16":
-        return []
-    if precision.kernels == "own":
-        return []
-    if wanted != "auto":
-        return [wanted]
-    weights = source.dimensions.layer_weights
-    fast: list[PrefillForm] = ["int8", "float32"] if processor().byte_dot_products else ["float32"]
-    return [form for form in fast if weights * BYTES_PER_WEIGHT[form] <= PREFILL_GRAPH_BYTES]
+    try:
+        quality = verify(
+            source,
+            work / manifest.MODEL_FILE,
+            precision.max_kl if options.max_kl is None else options.max_kl,
+            progress("verifying", steps(source.dimensions.layers)),
+            rounded=precision.form != "float32",
+            most_tokens=options.verify_tokens,
+            own_kernels=precision.kernels == "own",
+        )
+    except TooFarError as error:
+        if error.quality is None:
+            raise
+        return error.quality, error
+    return quality, None
 
 
 def _open(path: Path, options: Options, progress: Progress) -> tuple[Path, Source, Options]:
     """The path of the source, the source, and the options, completed by its name and owner on the hub."""
     name = None if path.exists() else hub_name(str(path))
     if name is not None:
-        path = download(name, check_before_download, progress)
+        check = partial(check_before_download, own_kernels=options.kernels == "own")
+        path = download(name, check, progress)
         own_name = None if name.form else name.name
         options = replace(options, id=options.id or own_name, owned_by=options.owned_by or name.owner)
     return path, read_source(path), options

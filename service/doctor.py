@@ -127,7 +127,10 @@ def _model(configured: ModelSettings, found: list[ReadModel]) -> str:
     with models.weights_checked([model]):
         pass
     found.append(model)
-    return f"{model.manifest.id} in {model.directory}: the hashes of {len(model.manifest.files)} files match"
+    manifest = model.manifest
+    return (
+        f"{manifest.id} in {model.directory}: the hashes of {len(manifest.files)} files match; {manifest.computed_by}"
+    )
 
 
 def _names(found: list[ReadModel], settings: Settings) -> str:

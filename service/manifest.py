@@ -13,16 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service import external_data, hashes
 from service.errors import ModelDirectoryError
+from service.quality import Quality
 
 FILE_NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
 WEIGHTS_SUFFIX = ".onnx.data"
 WEIGHTS_FILE = f"model{WEIGHTS_SUFFIX}"
-PROMPT_MODEL_FILE = "prompt.onnx"
-PROMPT_WEIGHTS_FILE = f"prompt{WEIGHTS_SUFFIX}"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 KV_TILE: Final = 16  # positions, in the KV cache of our own operators
 LARGEST_MANIFEST = LARGEST_CHAT_TEMPLATE = 1 << 20
 _HINT = "export the model again: python -m model_export SOURCE DIRECTORY"
@@ -107,61 +106,33 @@ class Quantization(_Record):
     """How the weights are stored.
 
     `weights` is the form of the exported matrices, `source` their form in the source model. `activations` is the type
-    in which the graph computes; a float16 graph uses only operators that GPUs also have kernels for. `prompts` is the
-    form of the matrices in the prefill graph, a second and faster graph for prompts; None when there is none.
+    in which the graph computes; a float16 graph uses only operators that GPUs also have kernels for.
 
-    A kernel may compute a single row in another way than several, so the bits of a row can depend on the number of
-    rows. From `min_rows` rows of a call on they no longer do; `min_logits` is the same for the positions that get
-    logits. Either is 1 or 2. Where it is 2, the service pads a single row to two, using one slot more than
+    Where `pads_lone_row`, kernels compute a single row, or a single position that gets logits, in another way than
+    several, so that its bits depend on whether it is alone: the service pads it to two, using one slot more than
     `max_running`.
     """
 
-    weights: Literal["float32", "float16", "int8", "int4", "int4-int8"]
+    weights: Literal["float32", "float16", "int8", "int4"]
     activations: Literal["float32", "float16"]
-    prompts: Literal["float32", "int8"] | None = None
     source: str
-    min_rows: int = Field(ge=1, le=2)
-    min_logits: int = Field(ge=1, le=2)
+    pads_lone_row: bool
 
 
-class Measures(_Record):
-    """Size, perplexity and speed of one model, measured on the exporter's text and machine.
+class _Format(BaseModel):
+    """Which format a manifest has, whatever else is in it."""
 
-    `bytes` is the size of the files. Speeds are in tokens per second: `read_per_second` for prefill,
-    `generated_per_second` for decode, None where it was not measured. The source model is measured with plain float32
-    arithmetic over its weights.
-    """
-
-    bytes: int = Field(ge=0)
-    perplexity: float
-    read_per_second: float
-    generated_per_second: float | None
-
-
-class Quality(_Record):
-    """What the exporter measured against the source weights, over `tokens` tokens of text.
-
-    Kullback-Leibler divergences are in nats per token: `kl` of the decode graph, `prompt_kl` of the prefill graph, and
-    `decode_kl` of tokens decoded one by one. Errors are differences of logits, of the decode graph.
-    """
-
-    kl: float
-    max_logit_error: float
-    tokens: int = Field(ge=1)
-    prompt_kl: float
-    decode_kl: float
-    mean_logit_error: float
-    source: Measures
-    export: Measures
+    format_version: int = Field(strict=True)
 
 
 class Manifest(_Record):
     """The description of a model directory; docs/model-directory.md shows it as JSON.
 
-    `devices` have a kernel for every operator of the graphs: onnxruntime's, or those of the package `kernels` ("own").
+    `devices` have a kernel for every operator of the graph: onnxruntime's, or those of the package `kernels` ("own").
+    `why_stock` is why the exporter chose onnxruntime's, as a clause; None where it was told to.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     id: str = Field(min_length=1)
     aliases: tuple[str, ...]
     created: int = Field(ge=0)
@@ -174,6 +145,7 @@ class Manifest(_Record):
     quantization: Quantization
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
     kernels: Literal["stock", "own"] = "stock"
+    why_stock: str | None = None
     quality: Quality
     files: dict[str, FileEntry]
 
@@ -191,8 +163,15 @@ class Manifest(_Record):
         return self
 
     @property
+    def computed_by(self) -> str:
+        """Whose kernels compute the model, for readers."""
+        if self.kernels == "own":
+            return f"own kernels, {self.kv.dtype} KV cache"
+        return "stock kernels" + (f" ({self.why_stock})" if self.why_stock else "")
+
+    @property
     def weights_bytes(self) -> int:
-        """The size of the files that hold weights, of all graphs."""
+        """The size of the files that hold weights."""
         return sum(entry.bytes for name, entry in self.files.items() if name.endswith(WEIGHTS_SUFFIX))
 
     def write(self, directory: Path) -> None:
@@ -217,16 +196,28 @@ def read(directory: Path) -> Manifest:
     except OSError as error:
         raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {_HINT}") from None
     except ValidationError as error:
+        _check_format(directory, path)
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {_HINT}") from None
-    needed = {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
-    needed |= {PROMPT_MODEL_FILE, PROMPT_WEIGHTS_FILE} if manifest.quantization.prompts else set()
-    if missing := needed - set(manifest.files):
+    if missing := {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - set(manifest.files):
         raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {_HINT}")
     for name, entry in manifest.files.items():
         _check_size(directory, name, entry)
     return manifest
+
+
+def _check_format(directory: Path, path: Path) -> None:
+    """Raises ModelDirectoryError where a manifest that is none of this format says which other one it has."""
+    try:
+        found = _Format.model_validate_json(path.read_bytes()).format_version
+    except (OSError, ValidationError):
+        return
+    if found != FORMAT_VERSION:
+        raise ModelDirectoryError(
+            f"{path} has format {found}, expected {FORMAT_VERSION}; export the model again:"
+            f" python -m model_export SOURCE {directory} --overwrite"
+        )
 
 
 def load(directory: Path) -> Manifest:
@@ -237,7 +228,7 @@ def load(directory: Path) -> Manifest:
 
 
 def parsed_files(directory: Path, manifest: Manifest) -> dict[Path, FileEntry]:
-    """The listed files that are parsed: graphs and tokenizer. They are small, and have to be checked before."""
+    """The listed files that are parsed: graph and tokenizer. They are small, and have to be checked before."""
     return {directory / name: file for name, file in manifest.files.items() if not name.endswith(WEIGHTS_SUFFIX)}
 
 
@@ -295,6 +286,5 @@ def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
 
 
 def check_external_data(directory: Path, manifest: Manifest) -> None:
-    """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not list."""
-    for name in [MODEL_FILE, *([PROMPT_MODEL_FILE] if manifest.quantization.prompts else [])]:
-        external_data.check(directory / name, manifest.files, FILE_NAME)
+    """Raises ModelDirectoryError when the graph takes tensors from a file that the manifest does not list."""
+    external_data.check(directory / MODEL_FILE, manifest.files, FILE_NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,26 +16,17 @@ from model_export.graph.quantize import (
     Form,
     Packed,
     PackedRows,
-    block_means,
-    mixed_columns,
     mixing,
     pack,
     pack_rows,
-    pack_signed_rows,
-    pack_with_remainders,
 )
 from model_export.sources.weights import BLOCK, Floats, LazyTensor, Matrix, dequantize, lazy
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4
 
-# The forms of matrices, and for prefill graphs 8 bits with one scale per row.
-LinearForm = Form | Literal["int8_rows"]
-
 # Stands in for a smaller maximum of a row, so that a row of zeros can be divided by it.
 _SMALLEST_MAXIMUM = 1e-30
-# Steps of the second byte in one step of the first: the second byte holds the rounding error of the first.
-_FINE_STEPS = 254
 
 
 @dataclass(frozen=True)
@@ -54,21 +45,18 @@ Table = StoredBlocks | ir.Value
 class Operators(Tape):
     """Appends nodes to a graph and their weights to its data file.
 
-    The matrices of `linear` are stored in the form `form`, those of `table` and `head` in the form `tables`. Everything
-    else has the type `data.floats`. A float16 graph uses only operators that every execution provider has; kernels for
-    8-bit activations and for matrices with one scale per row exist only on the CPU.
+    Matrices are stored in the form `form`; those of `table` and `head` in 8 bits where it is a quantized one.
+    Everything else has the type `data.floats`. A float16 graph uses only operators that every execution provider has;
+    kernels for 8-bit activations and for matrices with one scale per row exist only on the CPU.
     """
 
-    def __init__(self, data: Initializers, form: LinearForm, tables: Form) -> None:
+    def __init__(self, data: Initializers, form: Form) -> None:
         super().__init__()
         # The type of the activations and of the KV cache.
         self.floats = data.floats
         self._data = data
         self._form = form
-        self._tables = tables
         self._portable = data.floats == ir.DataType.FLOAT16
-        self._mixings: dict[int, ir.Value] = {}
-        self._block_means: dict[int, ir.Value] = {}
 
     def apply(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Adds a node with one output and returns that."""
@@ -103,57 +91,21 @@ class Operators(Tape):
         )
         return normed, total
 
-    def linear(
-        self,
-        value: ir.Value,
-        name: str,
-        matrix: Matrix | LazyTensor,
-        bias: Floats | None = None,
-        *,
-        outliers: bool = False,
-        few_rows: bool = False,
-    ) -> ir.Value:
-        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows].
-
-        `outliers`: `value` holds numbers far larger than the rest, so in the form int8_rows its activations are
-        quantized to two bytes. `few_rows`: int8_rows would gain nothing for so few rows, so the matrix stays float32.
-        """
+    def linear(self, value: ir.Value, name: str, matrix: Matrix | LazyTensor, bias: Floats | None = None) -> ir.Value:
+        """The product of `value` [..., columns] with the transpose of `matrix` [rows, columns], plus `bias` [rows]."""
         offset = None if bias is None else self.vector(f"{name}.bias", bias)
-        if self._form in {"int4", "int4-int8", "int8"}:
-            if self._portable:
-                return self._linear_in_blocks_and_means(value, name, *pack_with_remainders(matrix, self._form), offset)
-            return self._linear_in_blocks(value, name, pack(matrix, self._form), offset)
-        if self._form in PLAIN_FORMS or few_rows:
-            product = self.apply("MatMul", value, self._data.add(name, self._transposed(name, lazy(matrix))))
+        if self._form in {"int4", "int8"}:
+            stored = self._store(name, pack(matrix, self._form))
+            if not self._portable:
+                return self._matmul_nbits(value, stored, offset)
+            product = self._matmul_nbits(value, stored)
         else:
-            product = self._linear_in_bytes(value, name, lazy(matrix), two_bytes=outliers)
+            product = self.apply("MatMul", value, self._data.add(name, self._transposed(name, lazy(matrix))))
         return product if offset is None else self.apply("Add", product, offset)
 
-    def _linear_in_blocks(self, value: ir.Value, name: str, packed: Packed, offset: ir.Value | None) -> ir.Value:
-        if packed.block_means:
-            means = self.apply("AveragePool", value, kernel_shape=[BLOCK], strides=[BLOCK])
-            value = self.apply("Concat", value, *[means] * packed.block_means, axis=-1)
-        return self._matmul_nbits(value, self._store(name, packed), offset)
-
-    def _linear_in_blocks_and_means(
-        self, value: ir.Value, name: str, packed: Packed, remainders: Floats | None, offset: ir.Value | None
-    ) -> ir.Value:
-        """The same, with the remainders as a matrix of their own: not every provider takes the further columns."""
-        product = self._matmul_nbits(value, self._store(name, packed))
-        if offset is not None:
-            product = self.apply("Add", product, offset)
-        if remainders is None:
-            return product
-        if packed.columns not in self._block_means:
-            means = self._data.add(f"block_means.{packed.columns}", block_means(packed.columns))
-            self._block_means[packed.columns] = means
-        means = self.apply("MatMul", value, self._block_means[packed.columns])
-        rest = self.apply("MatMul", means, self._data.add(f"{name}.remainders", remainders.T))
-        return self.apply("Add", product, rest)
-
     def table(self, name: str, matrix: Matrix | LazyTensor) -> Table:
-        """Stores a matrix [rows, columns] for look-ups of rows: in 8 bits, unless `tables` is a plain form."""
-        if self._tables in PLAIN_FORMS:
+        """Stores a matrix [rows, columns] for look-ups of rows: in 8 bits, unless the form is a plain one."""
+        if self._form in PLAIN_FORMS:
             return self._plain(name, lazy(matrix))
         return self._store(name, pack(matrix, "int8"))
 
@@ -182,15 +134,13 @@ class Operators(Tape):
         name: str,
         matrix: Matrix | LazyTensor,
         table: Table | None = None,
-        *,
-        two_bytes: bool = False,
     ) -> ir.Value:
         """The product of `value` [rows, columns] with the transpose of `matrix`; `table` is `matrix` if already stored.
 
         The product is float32 in every form. Quantized on the CPU, each row of `value` is mixed (see `mixing`) and
         scaled to 8 bits by its own largest number: integer sums are exact, so no row's result depends on the others.
         """
-        if self._tables in PLAIN_FORMS:
+        if self._form in PLAIN_FORMS:
             weights = table if isinstance(table, ir.Value) else self._plain(name, lazy(matrix))
             return self._as_float32(self.apply("Gemm", value, weights, transB=1))
         if self._portable:
@@ -198,7 +148,7 @@ class Operators(Tape):
             return self._as_float32(self._matmul_nbits(value, blocks))
         mix = mixing(matrix.shape[1])
         mixed = self.apply("MatMul", value, self._data.add(f"{name}.mixing", mix))
-        return self._multiply_bytes(mixed, name, pack_rows(matrix, mix), two_bytes=two_bytes)
+        return self._multiply_bytes(mixed, name, pack_rows(matrix, mix))
 
     def _plain(self, name: str, matrix: LazyTensor) -> ir.Value:
         """The matrix in the data file, not quantized."""
@@ -209,22 +159,10 @@ class Operators(Tape):
         (transposed,) = matrix.joined(lambda part: [self._data.converted(name, dequantize(part)).T], axis=1)
         return transposed
 
-    def _linear_in_bytes(self, value: ir.Value, name: str, matrix: LazyTensor, *, two_bytes: bool) -> ir.Value:
-        """The product of `value` with the transpose of `matrix`, both mixed in groups of columns."""
-        size = mixed_columns(matrix.shape[1])
-        mix = mixing(size)
-        if size not in self._mixings:
-            self._mixings[size] = self._data.add(f"mixing.{size}", mix)
-        groups = self.apply("Reshape", value, self.sizes(f"{name}.groups", -1, size))
-        mixed = self.apply("MatMul", groups, self._mixings[size])
-        mixed = self.apply("Reshape", mixed, self.apply("Shape", value))
-        return self._multiply_bytes(mixed, name, pack_signed_rows(matrix, mix), two_bytes=two_bytes)
-
-    def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows, *, two_bytes: bool = False) -> ir.Value:
+    def _multiply_bytes(self, value: ir.Value, name: str, packed: PackedRows) -> ir.Value:
         """The product of `value` [..., columns] with the transpose of `packed`.
 
-        Each row of `value` is scaled to 8 bits by its own largest number; with `two_bytes` a second byte holds the
-        rounding error of the first, 15 bits together.
+        Each row of `value` is scaled to 8 bits by its own largest number.
         """
         largest = self.apply("ReduceMax", self.apply("Abs", value), self.sizes(f"{name}.last_axis", -1), keepdims=1)
         largest = self.apply(
@@ -232,23 +170,17 @@ class Operators(Tape):
         )
         step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
         zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
-        codes = self._data.add(f"{name}.row_codes", packed.codes)
-        scales = self._data.add(f"{name}.row_scales", packed.scales)
-        zeros = None if packed.zero_points is None else self._data.add(f"{name}.row_zero_points", packed.zero_points)
-
-        def multiply(quantized: ir.Value, unit: ir.Value, codes: ir.Value = codes) -> ir.Value:
-            return self.apply("MatMulIntegerToFloat", quantized, codes, unit, scales, zero, zeros, domain=CONTRIB)
-
-        scaled = self.apply("Div", value, largest)
-        coarse = self.apply("QuantizeLinear", scaled, step, zero)
-        product = multiply(coarse, step)
-        if two_bytes:
-            fine_step = self._data.constant(f"{name}.fine_step", np.array(1 / 127 / _FINE_STEPS, np.float32))
-            rest = self.apply("Sub", scaled, self.apply("DequantizeLinear", coarse, step, zero))
-            # onnxruntime may rewrite signed codes as unsigned once per product, so no two products may share a value.
-            again = self._data.view(f"{name}.fine_row_codes", codes, packed.codes.shape)
-            fine = multiply(self.apply("QuantizeLinear", rest, fine_step, zero), fine_step, again)
-            product = self.apply("Add", product, fine)
+        weights = [
+            self._data.add(f"{name}.row_{part}", array)
+            for part, array in (
+                ("codes", packed.codes),
+                ("scales", packed.scales),
+                ("zero_points", packed.zero_points),
+            )
+        ]
+        codes, scales, zeros = weights
+        quantized = self.apply("QuantizeLinear", self.apply("Div", value, largest), step, zero)
+        product = self.apply("MatMulIntegerToFloat", quantized, codes, step, scales, zero, zeros, domain=CONTRIB)
         return self.apply("Mul", product, largest)
 
     def _as_float32(self, value: ir.Value) -> ir.Value:

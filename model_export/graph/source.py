@@ -11,7 +11,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from model_export.graph.initializers import Initializers
-from model_export.graph.operators import LinearForm
 from model_export.graph.quantize import Activations, Form
 from model_export.sources.checkpoint import Origin
 from model_export.sources.weights import Floats
@@ -57,13 +56,10 @@ class Source(Protocol):
     @property
     def dimensions(self) -> Dimensions: ...
 
-    def build(
-        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
-    ) -> ir.Model:
-        """The prefill graph, for many positions of which few get logits, or the decode graph, which runs any call.
+    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        """The graph over onnxruntime's operators, which runs any call; its matrices take the form `form`.
 
-        The matrices of the layers take the form `layers`, embedding and output the form `tables`. Writes weights to
-        `data` and calls `on_layer` after each layer, and `table_steps` times after each table.
+        Writes weights to `data` and calls `on_layer` after each layer, and `table_steps` times after each table.
         """
 
     def logits(self, tokens: NDArray[np.int64], on_layer: Callable[[], object]) -> Floats:
@@ -84,8 +80,11 @@ class SelectiveSource(Source, Protocol):
 class KernelSource(Source, Protocol):
     """A source model that our own operators may compute."""
 
+    def obstacle(self) -> str | None:
+        """Why our own operators do not compute it, as a clause; None where they do. Reads no weights."""
+
     def build_over_kernels(self, kv: Activations, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
-        """The one graph over our own operators, whose KV cache has the type `kv`; calls `on_layer` as `build` does.
+        """The graph over our own operators, whose KV cache has the type `kv`; calls `on_layer` as `build` does.
 
         Raises ExportError where they do not compute the model.
         """

@@ -33,6 +33,8 @@ TILE_ROWS = 32
 # Columns whose codes lie side by side.
 _SIDE_BY_SIDE = 4
 
+_NOT_IN_BLOCKS = "not in blocks of Q4_0, Q4_1 or Q8_0 alone, and own kernels have no other matrices"
+
 TileType = Literal["Q4_0", "Q4_1", "Q8_0"]
 TILE_BYTES: dict[TileType, int] = {"Q4_0": 576, "Q4_1": 640, "Q8_0": 1088}
 
@@ -48,12 +50,11 @@ class Tiles:
 def pack_tiles(name: str, matrix: LazyTensor) -> Tiles:
     """The tiles of `matrix`, packed when `parts` is read.
 
-    Raises ExportError, which says `name`, where the matrix has no tiles: it is not in blocks of Q4_0, Q4_1 or Q8_0, or
-    its number of rows is no multiple of 32.
+    Raises ExportError where the matrix has no tiles (see `matrix_obstacle`).
     """
+    if (reason := matrix_obstacle(name, matrix)) is not None:
+        raise ExportError(reason)
     rows, columns = matrix.shape
-    if rows % TILE_ROWS:
-        raise ExportError(f"{name} has {rows} rows, own kernels need a multiple of {TILE_ROWS}")
     parts = _parts(rows, columns)
     kind = _type(name, matrix, parts)
 
@@ -67,6 +68,16 @@ def pack_tiles(name: str, matrix: LazyTensor) -> Tiles:
             yield from in_threads(pack, parts[start : start + threads()])
 
     return Tiles((rows // TILE_ROWS, columns // BLOCK, TILE_BYTES[kind]), packed)
+
+
+def matrix_obstacle(name: str, matrix: LazyTensor) -> str | None:
+    """Why the matrix `name` has no tiles, as far as can be told without its weights; None where it has."""
+    rows, columns = matrix.shape
+    if matrix.bits is None:
+        return f"{name} is {_NOT_IN_BLOCKS}"
+    if rows % TILE_ROWS or columns % BLOCK:
+        return f"{name} has shape [{rows}, {columns}], and own kernels need multiples of {TILE_ROWS}"
+    return None
 
 
 def in_pairs(first: LazyTensor, second: LazyTensor) -> LazyTensor:
@@ -97,7 +108,7 @@ def _type(name: str, matrix: LazyTensor, parts: list[slice]) -> TileType:
         return "Q4_0" if all(in_threads(lambda rows: _is_centred(matrix.read(rows)), parts)) else "Q4_1"
     if matrix.bits == 8 and all(in_threads(lambda rows: _is_centred(matrix.read(rows)), parts)):
         return "Q8_0"
-    raise ExportError(f"{name} is not in blocks of Q4_0, Q4_1 or Q8_0 alone, and own kernels have no other matrices")
+    raise ExportError(f"{name} is {_NOT_IN_BLOCKS}")
 
 
 def _is_centred(matrix: Matrix) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model_export.errors import ExportError
 from model_export.graph.initializers import Initializers
-from model_export.graph.operators import LinearForm, Operators
+from model_export.graph.operators import Operators
 from model_export.graph.quantize import Form
 from model_export.graph.source import Dimensions
 from model_export.mobius import decoder
@@ -122,10 +122,8 @@ class MobiusSource:
         cosine, sine = (table[0].chunk(2, dim=-1)[0].contiguous().numpy() for table in tables)
         return cosine, sine
 
-    def build(
-        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
-    ) -> ir.Model:
-        operators = Operators(data, layers, tables)
+    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        operators = Operators(data, form)
         context = self.dimensions.context_length
         return Translation(self._graph, operators, data, self._attentions, context).translate(on_layer)
 

@@ -1,7 +1,7 @@
 """Builds the ONNX graph of a checkpoint.
 
-The decode graph (model.onnx) can run any call, prefill and decode steps alike. Its inputs, for a call of B rows of S
-positions with a KV cache of `max_len` positions per row, are:
+One graph runs any call, prefill and decode steps alike. Its inputs, for a call of B rows of S positions with a KV cache
+of `max_len` positions per row, are:
 
 - `input_ids` int64 [B, S]: the tokens, padded on the right;
 - `query_seqlens` int32 [B]: how many of a row's S tokens are valid, 0 for an idle row; only in float32, see below;
@@ -20,10 +20,7 @@ in a call with several rows that have a past, each row has one token. Padding li
 call overwrites it.
 
 On a CPU a token's results are bit-equal for any split of a prompt into chunks, unless a chunk has one token of a row,
-or one more than a multiple of 128: the last token of such a chunk is computed by other kernels.
-
-The prefill graph (prompt.onnx) has the same inputs and outputs and uses the same KV cache. What follows the attention
-of the last layer is computed only for the positions in `logits_idx`.
+or one more than a multiple of 128: onnxruntime's attention computes the last token of such a chunk in another way.
 """
 
 from __future__ import annotations
@@ -41,13 +38,12 @@ from model_export.sources.weights import Floats, LazyTensor, stack_rows
 
 
 class Decoder:
-    """Builds the nodes of the prefill graph or the decode graph between the inputs and outputs of `interface`."""
+    """Builds the nodes between the inputs and outputs of `interface`."""
 
-    def __init__(self, checkpoint: Checkpoint, operators: Operators, *, prefill: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, operators: Operators) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.operators = operators
-        self.prefill = prefill
         self.interface = Interface(operators)
         positions, local = self.architecture.context_length, self.architecture.local_rotary
         self.rotary_caches = rotary_caches(operators, self.architecture.rotary, positions)
@@ -66,23 +62,18 @@ class Decoder:
         for layer in range(self.architecture.layers):
             attended = self._attention(layer, hidden)
             is_last = layer == self.architecture.layers - 1
-            few_rows = self.prefill and is_last
-            if few_rows:
-                attended = self.interface.wanted_positions(attended)
-                residual = self.interface.wanted_positions(residual)
-            attended = self._linear(attended, f"blk.{layer}.attn_output", few_rows=few_rows)
+            attended = self._linear(attended, f"blk.{layer}.attn_output")
             attended = self._post_norm(attended, f"blk.{layer}.post_attention_norm.weight")
             hidden, residual = self._add_and_norm(attended, residual, f"blk.{layer}.ffn_norm.weight")
-            added = self._mlp(layer, hidden, few_rows=few_rows)
+            added = self._mlp(layer, hidden)
             added = self._post_norm(added, f"blk.{layer}.post_ffw_norm.weight")
             next_norm = "output_norm.weight" if is_last else f"blk.{layer + 1}.attn_norm.weight"
             hidden, residual = self._add_and_norm(added, residual, next_norm)
             on_layer()
-        wanted = hidden if self.prefill else self.interface.wanted_positions(hidden)
+        wanted = self.interface.wanted_positions(hidden)
         tied = self.architecture.tied_embedding
         matrix = self.checkpoint.tensor("token_embd.weight" if tied else "output.weight")
-        # In the prefill graph R is small, so two-byte products cost little.
-        logits = self.operators.head(wanted, "output.weight", matrix, table if tied else None, two_bytes=self.prefill)
+        logits = self.operators.head(wanted, "output.weight", matrix, table if tied else None)
         on_table()
         return logits
 
@@ -134,23 +125,23 @@ class Decoder:
         normed = self.operators.rms_norm(heads, self._vector(f"{name}.weight"), self.architecture.norm_epsilon)
         return self.operators.apply("Reshape", normed, self.operators.sizes(f"{name}.merged", 0, 0, -1))
 
-    def _mlp(self, layer: int, hidden: ir.Value, *, few_rows: bool) -> ir.Value:
+    def _mlp(self, layer: int, hidden: ir.Value) -> ir.Value:
         prefix = f"blk.{layer}."
-        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up", few_rows=few_rows)
+        both = self._linear(hidden, prefix + "ffn_gate", prefix + "ffn_up")
         gate, up = self.operators.apply_many("Split", both, outputs=2, axis=-1, num_outputs=2)
         if self.architecture.family.gelu:
             activated = self.operators.apply("FastGelu", gate, domain=CONTRIB)
         else:
             activated = self.operators.apply("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
         product = self.operators.apply("Mul", activated, up)
-        return self._linear(product, prefix + "ffn_down", outliers=True, few_rows=few_rows)
+        return self._linear(product, prefix + "ffn_down")
 
-    def _linear(self, value: ir.Value, *names: str, outliers: bool = False, few_rows: bool = False) -> ir.Value:
+    def _linear(self, value: ir.Value, *names: str) -> ir.Value:
         """The linear maps `names` of the same `value`, stacked into one product."""
         matrix = stack_rows([self.checkpoint.tensor(f"{name}.weight") for name in names])
         biases = [self.checkpoint.floats(f"{name}.bias") for name in names if f"{name}.bias" in self.checkpoint.tensors]
         bias = np.concatenate(biases) if biases else None
-        return self.operators.linear(value, "+".join(names), matrix, bias, outliers=outliers, few_rows=few_rows)
+        return self.operators.linear(value, "+".join(names), matrix, bias)
 
     def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         return self.operators.add_and_rms_norm(value, residual, self._vector(name), self.architecture.norm_epsilon)

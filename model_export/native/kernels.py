@@ -1,12 +1,12 @@
 """Builds the ONNX graph of a checkpoint over our own operators: one for the embedding, each layer, and the head.
 
-The inputs and outputs are those of the decode graph in `native.graph`, which `docs/model-directory.md` describes; one
-graph runs prefill and decode. Keys and values lie in tiles of 16 positions, which only the operators look into.
+The inputs and outputs are those of `native.graph`, which `docs/model-directory.md` describes. Keys and values lie in
+tiles of 16 positions, which only the operators look into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -15,7 +15,7 @@ from model_export.graph.initializers import Initializers
 from model_export.graph.interface import Interface
 from model_export.graph.operators import Operators
 from model_export.graph.quantize import Activations
-from model_export.graph.tiles import in_pairs, pack_tiles
+from model_export.graph.tiles import in_pairs, matrix_obstacle, pack_tiles
 from model_export.native.graph import rotary_caches
 from model_export.sources.checkpoint import Architecture, Checkpoint
 from model_export.sources.weights import LazyTensor, stack_rows
@@ -24,12 +24,37 @@ DOMAIN = "completion.kernels"
 
 # The operator of a layer, by the type of its KV cache.
 _LAYERS: dict[Activations, str] = {"float16": "DecoderLayerHalf", "float32": "DecoderLayer"}
+# The matrices of a layer, those that are multiplied by the same input together.
+_PRODUCTS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
 # The operators take heads of multiples of so many numbers, up to as many.
 _HEAD_STEP, _LARGEST_HEAD = 32, 256
 
 
-def obstacle(architecture: Architecture) -> str | None:
-    """What our own operators do not compute of a model; None where they compute all of it."""
+def obstacle(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> str | None:
+    """Why our own operators do not compute a model, as a clause; None where they do. Reads no weights.
+
+    `tensors` may lack some, as where only a part of the source is there.
+    """
+    if (feature := _feature(architecture)) is not None:
+        return f"own kernels do not compute {feature}, which this model has"
+    reasons = (matrix_obstacle(name, matrix) for name, matrix in _matrices(architecture, tensors))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _matrices(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor]]:
+    """The matrices that the operators take, by name."""
+    for name in ("token_embd.weight", "output.weight"):
+        if name in tensors:
+            yield name, tensors[name]
+    for layer in range(architecture.layers):
+        for parts in _PRODUCTS:
+            found = [tensors[name] for part in parts if (name := f"blk.{layer}.{part}.weight") in tensors]
+            if len(found) == len(parts):
+                yield f"blk.{layer}.{'+'.join(parts)}", stack_rows(found)
+
+
+def _feature(architecture: Architecture) -> str | None:
+    """What of a model our own operators do not compute; None where they compute all of it."""
     family, attention = architecture.family, architecture.attention
     features = {
         "norms of queries and keys": family.qk_norm,
@@ -55,11 +80,11 @@ class KernelDecoder:
     def __init__(self, checkpoint: Checkpoint, data: Initializers, kv: Activations) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
-        if (feature := obstacle(self.architecture)) is not None:
-            raise ExportError(f"own kernels do not compute {feature}, which this model has; use --kernels stock")
+        if (reason := obstacle(self.architecture, checkpoint.tensors)) is not None:
+            raise ExportError(f"{reason}; use --kernels stock")
         self._data = data
         self._kv = kv
-        self._operators = Operators(data, "float32", "float32")
+        self._operators = Operators(data, "float32")
         self.interface = Interface(self._operators)
         self._rotations = rotary_caches(self._operators, self.architecture.rotary, self.architecture.context_length)
 

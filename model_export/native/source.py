@@ -11,11 +11,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from model_export.graph.initializers import Initializers
-from model_export.graph.operators import LinearForm, Operators
+from model_export.graph.operators import Operators
 from model_export.graph.quantize import Activations, Form
 from model_export.graph.source import Dimensions
 from model_export.native.graph import Decoder
-from model_export.native.kernels import KernelDecoder
+from model_export.native.kernels import KernelDecoder, obstacle
 from model_export.native.reference import reference_logits
 from model_export.sources.checkpoint import Checkpoint, Origin
 from model_export.sources.weights import Floats
@@ -51,11 +51,11 @@ class DecoderSource:
             tied_embedding=architecture.tied_embedding,
         )
 
-    def build(
-        self, layers: LinearForm, tables: Form, data: Initializers, on_layer: Callable[[], object], *, prefill: bool
-    ) -> ir.Model:
-        decoder = Decoder(self.checkpoint, Operators(data, layers, tables), prefill=prefill)
-        return self._model(decoder, data, on_layer)
+    def build(self, form: Form, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
+        return self._model(Decoder(self.checkpoint, Operators(data, form)), data, on_layer)
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.checkpoint.architecture, self.checkpoint.tensors)
 
     def build_over_kernels(self, kv: Activations, data: Initializers, on_layer: Callable[[], object]) -> ir.Model:
         return self._model(KernelDecoder(self.checkpoint, data, kv), data, on_layer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from service.manifest import Manifest, Measures, Quality
+from service.manifest import Manifest
+from service.quality import Measures, Quality
 
 MIB = 1 << 20
 
@@ -10,7 +11,7 @@ MIB = 1 << 20
 def summary(quality: Quality) -> str:
     """The divergences and errors of an export in one line."""
     return (
-        f"KL {quality.kl:.5f} nats/token ({quality.prompt_kl:.5f} prefill, {quality.decode_kl:.5f} decode), "
+        f"KL {quality.kl:.5f} nats/token in prefill, {quality.decode_kl:.5f} in decode, "
         f"logit error mean {quality.mean_logit_error:.4f} max {quality.max_logit_error:.4f}"
     )
 
@@ -18,11 +19,8 @@ def summary(quality: Quality) -> str:
 def table(described: Manifest) -> str:
     """The form of an export, the size, perplexity and speed of source and export, and how far apart they are."""
     quality, quantization = described.quality, described.quantization
-    graphs = f"{quantization.prompts or 'no'} prefill graph"
-    if described.kernels == "own":
-        graphs = f"own kernels, {described.kv.dtype} KV cache"
     heading = (
-        f"{quantization.weights} matrices, {quantization.activations} activations, {graphs}; "
+        f"{quantization.weights} matrices, {quantization.activations} activations, {described.computed_by}; "
         f"over {quality.tokens} tokens:"
     )
     columns = [("", f"source ({quantization.source})", "export")]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,20 +18,19 @@ from service.host.processor import byte_options
 from service.manifest import KV_TILE
 
 _CANNOT_RUN = "onnxruntime cannot run the exported graph"
-Caches = Mapping[str, Any]
 KV_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Runner:
-    """A graph of an exported model and the KV cache of one text of at most `capacity` positions.
+    """The graph of an exported model and the KV cache of one text of at most `capacity` positions.
 
-    `caches` are those of another runner, whose text goes on here. A graph over our own operators needs `own_kernels`.
+    A graph over our own operators needs `own_kernels`.
     """
 
-    def __init__(self, graph: Path, capacity: int, caches: Caches | None = None, *, own_kernels: bool = False) -> None:
+    def __init__(self, graph: Path, capacity: int, *, own_kernels: bool = False) -> None:
         self._session = _session(graph, own_kernels=own_kernels)
         whole_tiles = -(-capacity // KV_TILE) * KV_TILE
-        self.caches: Caches = caches or {
+        self._caches = {
             entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros((1, entry.shape[1], whole_tiles, entry.shape[3]), KV_TYPES[entry.type])
             )
@@ -91,7 +89,7 @@ class Runner:
             del feeds["query_seqlens"]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, cache in self.caches.items():
+        for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
         binding.bind_output("logits")

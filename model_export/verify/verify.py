@@ -16,7 +16,7 @@ from model_export.sources.panics import reported_as
 from model_export.sources.weights import Floats
 from model_export.verify.report import summary
 from model_export.verify.runner import Runner
-from service.manifest import Measures, Quality
+from service.quality import Measures, Quality
 
 TEXT = Path(__file__).with_name("verification_text.txt")
 MAX_TOKENS = 1024
@@ -33,7 +33,6 @@ MOST_SURPRISE = 700.0  # the exponential of more would overflow
 def verify(
     source: Source,
     model: Path,
-    prefill: Path | None,
     max_kl: float,
     on_step: Callable[[], object],
     *,
@@ -41,16 +40,16 @@ def verify(
     most_tokens: int | None = None,
     own_kernels: bool = False,
 ) -> Quality:
-    """Measures the decode graph `model`, and the `prefill` graph if there is one, against `source`.
+    """Measures the graph `model` against `source`.
 
     It runs at most `most_tokens` tokens, by default MAX_TOKENS, or fewer in models so large that they would take too
     long (see `default_tokens`), and compares the logits after some of them: see `positions_to_compare`. At no time are
-    there more than three arrays of such logits, or more than one graph. Calls `on_step` `steps` times. With
-    `own_kernels` the graphs need our own operators.
+    there more than three arrays of such logits. Calls `on_step` `steps` times. With `own_kernels` the graph needs our
+    own operators.
 
     The files beside `model` are those of the export. Raises TooFarError when a divergence from the source exceeds
-    `max_kl` nats per token: prefill by either graph, or decode steps. Raises ExportError when prefill in chunks is that
-    far from prefill in one call. The message offers a larger bound only where weights were `rounded`.
+    `max_kl` nats per token: that of prefill, or of decode steps. Raises ExportError when prefill in chunks is that far
+    from prefill in one call. The message offers a larger bound only where weights were `rounded`.
     """
     tokens = verification_tokens(source, most_tokens or default_tokens(source.dimensions.layer_weights))
     decoded = min(DECODED, len(tokens) - 1)
@@ -63,7 +62,7 @@ def verify(
     began = time.perf_counter()
     expected = _source_logits(source, tokens, positions, on_step)
     source_rate = len(tokens) / (time.perf_counter() - began)
-    runner = Runner(prefill or model, len(tokens), own_kernels=own_kernels)
+    runner = Runner(model, len(tokens), own_kernels=own_kernels)
     in_one_call = runner.logits(tokens, [len(tokens)], positions)
     if not (np.isfinite(expected).all() and np.isfinite(in_one_call).all()):
         raise ExportError(f"{source.origin.name}: its weights are so large that logits are not finite")
@@ -76,26 +75,16 @@ def verify(
         raise ExportError(f"the exported model's prefill in chunks is {divergence} nats/token off, more than {max_kl}")
     del in_one_call
     step()
-    prompt_kl = kl_divergence(expected, prefilled)
+    kl = kl_divergence(expected, prefilled)
     prefill_rate = runner.prefill_rate(tokens[:-decoded], chunk)
     step()
-    by_model = prefilled
-    if prefill is not None:
-        caches = runner.caches
-        del prefilled, by_model, runner  # before the other graph takes memory
-        runner = Runner(model, len(tokens), caches)
     stepwise, decode_rate = runner.decode(tokens, decoded)
     step()
-    if prefill is not None:
-        by_model = runner.logits(tokens, chunks, positions)
-        step()
     decode_kl = kl_divergence(expected[-decoded:], stepwise)
-    kl = prompt_kl if prefill is None else kl_divergence(expected, by_model)
-    mean_error, max_error = _errors(expected, by_model)
+    mean_error, max_error = _errors(expected, prefilled)
     quality = Quality(
         tokens=len(positions),
         kl=kl,
-        prompt_kl=prompt_kl,
         decode_kl=decode_kl,
         mean_logit_error=mean_error,
         max_logit_error=max_error,
@@ -107,12 +96,12 @@ def verify(
         ),
         export=Measures(
             bytes=sum(file.stat().st_size for file in model.parent.iterdir()),
-            perplexity=perplexity(by_model, tokens, positions),
+            perplexity=perplexity(prefilled, tokens, positions),
             read_per_second=prefill_rate,
             generated_per_second=decode_rate,
         ),
     )
-    farthest = max(kl, prompt_kl, decode_kl)
+    farthest = max(kl, decode_kl)
     if not farthest <= max_kl:
         usable = rounded and math.isfinite(farthest)
         remedy = "use --kernels stock" if own_kernels else "choose another --quantization"
@@ -120,9 +109,9 @@ def verify(
     return quality
 
 
-def steps(layers: int, *, prefill: bool) -> int:
+def steps(layers: int) -> int:
     """How many steps of about the same length `verify` has for a model of that many layers."""
-    return layers * (6 if prefill else 5)
+    return 5 * layers
 
 
 def verification_tokens(source: Source, most: int) -> NDArray[np.int64]:

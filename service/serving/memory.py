@@ -33,10 +33,12 @@ _PROCESS = 256 * MIB
 _TOKENIZER_FACTOR = 20
 # By form, for each stored byte: onnxruntime packs the matrices into memory of its own, and keeps the table of token
 # embeddings in the mapped file. A CPU multiplies float16 matrices in float32, and keeps both copies.
-_WEIGHTS_FACTORS = {"float32": 1.25, "float16": 3.0, "int8": 1.1, "int4": 1.1, "int4-int8": 1.1}
+_WEIGHTS_FACTORS = {"float32": 1.25, "float16": 3.0, "int8": 1.1, "int4": 1.1}
+# Own kernels read the weights where the file is mapped.
+_MAPPED_FACTOR = 1.0
 # Activations of one position, per square root of the weights of a layer. The arena grows by doubling.
 _ACTIVATIONS_FACTOR = 64
-_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5, "int4-int8": 0.5}
+_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 # The float64 rows that the sampler works on, counted in float32 rows of logits.
 _SAMPLER_ROWS = 8
 # A token of a waiting sequence: its id as an object, once in the prompt and once in the sequence, and its text. The
@@ -175,7 +177,9 @@ def _fixed(model: Model, models: int) -> tuple[int, int, int]:
     other += (chunk + slots + 1) * activations(manifest)
     other += min(model.longest * slots * _RUNNING_TOKEN, _MOST_RUNNING) + _waiting_tokens(model) * _WAITING_TOKEN
     logits = (max(chunk, slots) + _SAMPLER_ROWS) * manifest.vocab_size * 4
-    return int(manifest.weights_bytes * _WEIGHTS_FACTORS[manifest.quantization.weights]), logits, other
+    own = manifest.kernels == "own"
+    factor = _MAPPED_FACTOR if own else _WEIGHTS_FACTORS[manifest.quantization.weights]
+    return int(manifest.weights_bytes * factor), logits, other
 
 
 def _waiting_tokens(model: Model) -> int:

@@ -178,8 +178,6 @@ def _load(planned: PlannedModel, aliases: tuple[str, ...]) -> ServedModel:
         batch_invariant=settings.batch_invariant,
         device=device,
     )
-    if not settings.batch_invariant:
-        model.tune()
     # A GPU has reserved the memory of all slots, so their number is the only limit.
     share = planned.plan.share or Share(Budget(slots * length))
     engine = Engine(

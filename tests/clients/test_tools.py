@@ -75,8 +75,8 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 
 def test_lm_eval_scores_are_those_of_the_same_graph(evaluated: Path, model_dir: Path, tokenizer: Tokenizer) -> None:
-    """Every score that went through REST equals the prompt graph's own, run without the service, within 1e-4."""
-    session = Session(model_dir, rows=1, graph="prompt.onnx")
+    """Every score that went through REST equals the graph's own, run without the service, within 1e-4."""
+    session = Session(model_dir, rows=1)
 
     def logits(tokens: list[int]) -> NDArray[np.float64]:
         return session.forward([np.array(tokens)], [0]).astype(np.float64)
@@ -143,7 +143,7 @@ def remotely(here: Workplace) -> Path:
 def test_lm_eval_with_the_services_tokenizer(remotely: Path, model_dir: Path, tokenizer: Tokenizer) -> None:
     """Its scores are those of the same graph, run without the service on tokens of the model's own file."""
     (folder,) = (remotely / "remote").iterdir()
-    session = Session(model_dir, rows=1, graph="prompt.onnx")
+    session = Session(model_dir, rows=1)
 
     def logits(tokens: list[int]) -> NDArray[np.float64]:
         return session.forward([np.array(tokens)], [0]).astype(np.float64)

@@ -98,7 +98,7 @@ def test_the_exporter(tmp_path: Path) -> None:
     target = tmp_path / "exported" / "model"
     target.parent.mkdir()
     command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", "tiny"]
-    flags = ["--quantization", "float32", "--prompts", "none", "--max-kl", "1"]
+    flags = ["--quantization", "float32", "--max-kl", "1"]
     with traced(tmp_path, [*command, *flags]) as process:
         process.wait(PATIENCE)
     assert process.returncode == 0, (tmp_path / "out").read_text()[-2000:]

@@ -163,7 +163,7 @@ def test_an_export_that_is_killed(tmp_path: Path, files: int) -> None:
     """An export that is killed leaves a complete model or none, and the next export succeeds."""
     source, target = tiny.hugging_face(tmp_path / "source"), tmp_path / "model"
     command = [sys.executable, "-m", "model_export", str(source), str(target), "--id", TINY, "--max-kl", "1"]
-    command += ["--quantization", "float32", "--prompts", "none"]
+    command += ["--quantization", "float32"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         eventually(lambda: len(begun(tmp_path)) > files or process.poll() is not None)
         process.send_signal(signal.SIGKILL)

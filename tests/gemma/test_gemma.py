@@ -88,18 +88,16 @@ def exported(source: Path) -> Path:
     """The model directory, exported with default options, in about as much memory as the exporter estimates."""
     directory = source.with_name("model")
     export = taken([sys.executable, "-m", "model_export", str(source), str(directory)])
-    estimate = estimated(source, directory)
+    estimate = estimated(source)
     print(f"\n{export.output}export: {export}, estimated {estimate / MIB:.0f} MiB")
     assert export.own < estimate < 1.5 * export.own
     return directory
 
 
-def estimated(source: Path, directory: Path) -> int:
+def estimated(source: Path) -> int:
     """The exporter's own estimate of the memory that it takes."""
-    model, form = read_source(source), manifest.load(directory).quantization.prompts
-    precision = choose_precision("auto", "auto", model.origin.weights)
-    prefill = {None: None, "int8": "int8_rows", "float32": "float32"}[form]
-    return memory_needed(model.dimensions, precision, prefill, model.origin.weights)
+    model = read_source(source)
+    return memory_needed(model.dimensions, choose_precision("auto", "auto", model.origin.weights))
 
 
 @pytest.fixture(scope="module")

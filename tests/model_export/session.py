@@ -9,6 +9,8 @@ import numpy as np
 import onnxruntime
 
 from model_export.verify.runner import KV_TYPES
+from service import manifest
+from service.host import kernels
 from service.host.processor import byte_options
 
 
@@ -23,14 +25,15 @@ class Session:
         directory: Path,
         rows: int = 5,
         capacity: int = 128,
-        graph: str = "model.onnx",
         options: Mapping[str, str] | None = None,
     ) -> None:
         session_options = onnxruntime.SessionOptions()
         session_options.intra_op_num_threads = 2
         for name, value in (byte_options() if options is None else options).items():
             session_options.add_session_config_entry(name, value)
-        self.session = onnxruntime.InferenceSession(directory / graph, session_options)
+        if manifest.read(directory).kernels == "own":
+            kernels.register(session_options, session_options.intra_op_num_threads)
+        self.session = onnxruntime.InferenceSession(directory / manifest.MODEL_FILE, session_options)
         self.ragged = any(entry.name == "query_seqlens" for entry in self.session.get_inputs())
         self.caches = {
             entry.name: np.zeros((rows, entry.shape[1], capacity, entry.shape[3]), KV_TYPES[entry.type])

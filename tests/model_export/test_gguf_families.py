@@ -90,7 +90,7 @@ def test_gguf_and_hugging_face_agree(case: str, tmp_path: Path) -> None:
 def test_quantized_matrices_are_kept(family: str, kind: str, tmp_path: Path) -> None:
     """Matrices in blocks stay blocks when they are cut out of larger ones and when their rows are reordered."""
     source = tiny.gguf(tmp_path / f"Tiny.{kind}.gguf", GGMLQuantizationType[kind], family=family)
-    export(source, tmp_path / "model", Options(max_kl=0.05, prompts="none"), lambda label, total: int)
+    export(source, tmp_path / "model", Options(max_kl=0.05), lambda label, total: int)
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
     wanted = read_source(source).logits(tokens, int)
     actual = Session(tmp_path / "model").forward([tokens], past=[0])
@@ -185,7 +185,7 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     whole = tiny.gguf(tmp_path / "Tiny.gguf", GGMLQuantizationType.Q8_0)
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 60)
     np.testing.assert_array_equal(read_source(first).logits(tokens, int), read_source(whole).logits(tokens, int))
-    export(first, tmp_path / "model", Options(max_kl=0.05, prompts="none"), lambda label, total: int)
+    export(first, tmp_path / "model", Options(max_kl=0.05), lambda label, total: int)
     described = manifest.load(tmp_path / "model")
     assert described.id == "Tiny"
     assert described.quantization.source == "Q8_0"

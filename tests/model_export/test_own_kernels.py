@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from gguf import GGMLQuantizationType
 from model_export.__main__ import main
 from model_export.errors import ExportError
 from model_export.graph.initializers import ALIGNMENT, Initializers
-from model_export.graph.operators import LinearForm
 from model_export.graph.precision import precision_of_own_kernels
+from model_export.graph.quantize import Form
 from model_export.native.kernels import obstacle
-from model_export.opening import read_source
-from model_export.room import decode_form, graph_bytes
+from model_export.opening import check_before_download, read_source
+from model_export.room import graph_bytes
+from model_export.sources.gguf.read import open_header
+from model_export.verify.report import table
 from model_export.verify.verify import kl_divergence
 from service import manifest
 from service.engine.ort.model import Model
@@ -95,13 +98,13 @@ def test_weights_lie_once_and_at_pages(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("kind", "form"), [("Q4_1", "int4"), ("Q8_0", "int8")])
-def test_estimated_size(kind: str, form: LinearForm, tmp_path: Path) -> None:
+def test_estimated_size(kind: str, form: Form, tmp_path: Path) -> None:
     """The weights take about what the check of room expects, and not much more."""
     path = source(tmp_path, kind)
     size = (built(path, tmp_path / "model") / manifest.WEIGHTS_FILE).stat().st_size
-    precision = precision_of_own_kernels("auto", "auto", kind, "cpu", "auto")
-    assert decode_form(precision, kind) == form
-    assert 0.85 * size < graph_bytes(read_source(path).dimensions, precision, form) < 1.15 * size
+    precision = precision_of_own_kernels(kind, "auto")
+    assert precision.form == form
+    assert 0.85 * size < graph_bytes(read_source(path).dimensions, precision) < 1.15 * size
 
 
 @pytest.mark.parametrize(
@@ -124,29 +127,37 @@ def test_families_that_do_not_fit(family: str, said: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("head_dim", [16, 48, 288])
 def test_heads_that_do_not_fit(head_dim: int, tmp_path: Path) -> None:
     """Sizes of heads that the library refuses are refused before a graph is built."""
-    plain = read_source(source(tmp_path)).checkpoint.architecture
+    checkpoint = read_source(source(tmp_path)).checkpoint
+    plain, tensors = checkpoint.architecture, checkpoint.tensors
     rotary = replace(plain.rotary, frequencies=np.ones(head_dim // 2))
-    assert obstacle(plain) is None
-    assert obstacle(replace(plain, head_dim=head_dim, rotary=rotary)) == f"heads of {head_dim} numbers"
+    assert obstacle(plain, tensors) is None
+    reason = f"own kernels do not compute heads of {head_dim} numbers, which this model has"
+    assert obstacle(replace(plain, head_dim=head_dim, rotary=rotary), tensors) == reason
 
 
 def test_a_source_in_floats(tmp_path: Path) -> None:
     """Its matrices have no tiles."""
     path = tiny.hugging_face(tmp_path / "source")
-    with pytest.raises(ExportError, match=r"token_embd\.weight has 260 rows, own kernels need a multiple of 32"):
-        built(path, tmp_path / "model")
     with pytest.raises(ExportError, match=r"token_embd\.weight is not in blocks of Q4_0, Q4_1 or Q8_0 alone"):
-        built(source(tmp_path, "F16"), tmp_path / "again")
+        built(path, tmp_path / "model")
+    odd = tiny.gguf(tmp_path / "Odd.gguf", GGMLQuantizationType.Q4_0)
+    with pytest.raises(
+        ExportError, match=r"token_embd\.weight has shape \[260, 64\], and own kernels need multiples of"
+    ):
+        built(odd, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--kernels own --device cuda", "--kernels own has no kernels for --device cuda, only for cpu"),
-        ("--kernels own --quantization int8", "--kernels own keeps the source's blocks as they are, so it has no"),
-        ("--kernels own --activations float16", "--kernels own computes in float32"),
-        ("--kernels own --prompts int8", "--kernels own has one graph for all calls, so it has no --prompts int8"),
-        ("--kv-cache float16", "--kv-cache float16 needs --kernels own"),
+        ("--kernels own --device cuda", "--kernels own cannot be used: own kernels run on CPUs, and --device is cuda"),
+        (
+            "--kernels own --quantization int8",
+            "own kernels keep the source's blocks as they are, and --quantization is",
+        ),
+        ("--kernels own --activations float16", "own kernels compute in float32, and --activations is float16"),
+        ("--kernels stock --kv-cache float16", "--kv-cache float16 needs own kernels: --kernels is stock"),
+        ("--quantization int8 --kv-cache float16", "--kv-cache float16 needs own kernels: own kernels keep the"),
     ],
 )
 def test_options_that_do_not_fit(options: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +173,80 @@ def test_without_the_library(
     """The export says why before it builds anything."""
     monkeypatch.setattr(kernels, "why_not", lambda: "this processor lacks AVX2")
     assert main([str(source(tmp_path)), str(tmp_path / "model"), "--kernels", "own"]) == 2
-    assert capsys.readouterr().err == "model_export: --kernels own cannot be used here: this processor lacks AVX2\n"
+    assert capsys.readouterr().err == "model_export: --kernels own cannot be used: this processor lacks AVX2\n"
+
+
+def chosen(path: Path, folder: Path, **options: object) -> manifest.Manifest:
+    """The manifest of an export that chooses the kernels itself."""
+    return manifest.read(run(path, folder, **options))
+
+
+@needs_library
+def test_auto_takes_own_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where they compute the model, the default export is over them, and says so."""
+    assert main([str(source(tmp_path)), str(tmp_path / "model"), "--max-kl", "0.05"]) == 0
+    described = manifest.read(tmp_path / "model")
+    assert (described.kernels, described.why_stock) == ("own", None)
+    assert "int4 matrices, float32 activations, own kernels, float16 KV cache; " in capsys.readouterr().out
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("qwen2", {}, "own kernels do not compute biases, which this model has"),
+        ("llama", {"device": "cuda"}, "own kernels run on CPUs, and --device is cuda"),
+        (
+            "llama",
+            {"quantization": "int8"},
+            "own kernels keep the source's blocks as they are, and --quantization is int8",
+        ),
+    ],
+)
+def test_auto_takes_stock_kernels(family: str, options: dict[str, str], why: str, tmp_path: Path) -> None:
+    """Elsewhere it is over onnxruntime's, and the manifest has the reason, which its report shows."""
+    described = chosen(source(tmp_path, "Q4_0", family=family), tmp_path / "model", **options)
+    assert (described.kernels, described.why_stock, described.kv.tile) == ("stock", why, 1)
+    assert f", stock kernels ({why}); over " in table(described)
+
+
+def test_auto_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the processor lacks is a reason too; where stock kernels were asked for there is none."""
+    monkeypatch.setattr(kernels, "why_not", lambda: "this processor lacks AVX2")
+    path = source(tmp_path)
+    assert chosen(path, tmp_path / "auto").why_stock == "this processor lacks AVX2"
+    asked = chosen(path, tmp_path / "stock", kernels="stock")
+    assert (asked.kernels, asked.why_stock, asked.computed_by) == ("stock", None, "stock kernels")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "why"),
+    [
+        ("llama", "Q4_1", None),
+        ("qwen2", "Q4_1", "own kernels do not compute biases"),
+        ("llama", "F16", r"token_embd\.weight is not in blocks of Q4_0"),
+    ],
+)
+def test_before_the_weights_are_there(family: str, kind: str, why: str | None, tmp_path: Path) -> None:
+    """Whether own kernels compute a model on the hub is known from the beginning of its file."""
+    path = source(tmp_path, kind, family=family)
+    size, first = path.stat().st_size, open_header(path).tensors[0]
+    weights = first.data.ctypes.data - np.frombuffer(first.mapping, np.uint8).ctypes.data
+    os.truncate(path, weights)
+    os.truncate(path, size)  # what follows the header is a hole
+    check_before_download(path)
+    if why is None:
+        check_before_download(path, own_kernels=True)
+    else:
+        with pytest.raises(ExportError, match=f"--kernels own cannot be used: {why}"):
+            check_before_download(path, own_kernels=True)
+
+
+def test_a_directory_before_its_weights_are_there(tmp_path: Path) -> None:
+    """Safetensors have no blocks."""
+    path = tiny.hugging_face(tmp_path / "source")
+    with pytest.raises(ExportError, match="own kernels take the blocks of GGUF files, and this is a directory"):
+        check_before_download(path, own_kernels=True)
 
 
 @needs_library
@@ -173,8 +257,7 @@ def test_an_export(kind: str, kv: str, tmp_path: Path) -> None:
     exported = run(source(tmp_path, kind), tmp_path / "model", kernels="own", kv_cache=kv)
     described = manifest.load(exported)
     assert (described.kernels, described.devices, described.kv.dtype, described.kv.tile) == ("own", ("cpu",), kv, 16)
-    assert (described.quantization.min_rows, described.quantization.min_logits) == (1, 1)
-    assert described.quantization.prompts is None
+    assert not described.quantization.pads_lone_row
     tokens, shape = text(40), {"slots": 3, "context_length": 64, "threads": 2, "batch_invariant": True}
     real, reference = Model(exported, described, **shape), Model(exported, described, **shape, device=ReferenceCpu())
     for past in (0, 20):

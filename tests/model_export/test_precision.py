@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from model_export.__main__ import main
 from model_export.export import Options, export, read_source
-from model_export.graph.precision import Precision, choose_precision
-from model_export.graph.quantize import block_means, pack, pack_with_remainders
-from model_export.sources.weights import dequantize
+from model_export.graph.precision import MAX_KL, MAX_KL_INT4, Precision, choose_precision
+from model_export.graph.quantize import pack
 from model_export.verify.verify import perplexity
 from service import manifest
 from service.engine.cache import Copy
@@ -23,7 +22,7 @@ from service.engine.ort.model import Model
 from tests.model_export import tiny
 from tests.model_export.extended import extend
 from tests.model_export.session import Session
-from tests.model_export.test_quantize import blocks, unpack
+from tests.model_export.test_quantize import unpack
 
 # Operators of these graphs that have kernels for GPUs in onnxruntime, in float16 and with these attributes.
 PORTABLE = {
@@ -44,7 +43,7 @@ PORTABLE = {
     "Split",
 }
 # The largest mean logit error in standard deviations; random models have far sharper distributions than real ones.
-OFF = {"float32": 1e-5, "float16": 0.01, "int8": 0.12, "int4": 0.6, "int4-int8": 0.12}
+OFF = {"float32": 1e-5, "float16": 0.01, "int8": 0.12, "int4": 0.6}
 # With these tokens the vocabulary size is a multiple of 16, the numbers that a processor rounds to float16 at a time.
 FILLERS = [f"<|filler_{index}|>" for index in range(-tiny.VOCAB % 16)]
 
@@ -52,7 +51,7 @@ PRECISIONS = [
     (form, activations)
     for form in OFF
     for activations in ("float32", "float16")
-    if form in (activations, "int8", "int4", "int4-int8")
+    if form in (activations, "int8", "int4")
 ]
 
 
@@ -110,13 +109,12 @@ def test_the_same_bits_in_any_company(form: str, activations: str, tmp_path: Pat
         np.testing.assert_array_equal(alone[0], together[0])
 
 
-@pytest.mark.parametrize("form", ["float16", "int8", "int4", "int4-int8"])
+@pytest.mark.parametrize("form", ["float16", "int8", "int4"])
 def test_float16_takes_operators_that_gpus_have(form: str, tmp_path: Path) -> None:
-    """A float16 graph has no operator that only the CPU has, no float32 number, and no prefill graph beside it."""
+    """A float16 graph has no operator that only the CPU has, and no float32 number."""
     for index, source in enumerate(sources(tmp_path)):
         directory = tmp_path / f"model-{index}"
-        described = run(source, directory, quantization=form, activations="float16")
-        assert described.quantization.prompts is None
+        run(source, directory, quantization=form, activations="float16")
         graph = ir.load(directory / "model.onnx").graph
         assert {node.op_type for node in graph} <= PORTABLE
         assert ir.DataType.FLOAT not in {value.dtype for value in graph.initializers.values()}
@@ -130,7 +128,7 @@ def test_float16_takes_operators_that_gpus_have(form: str, tmp_path: Path) -> No
 def test_embedding_and_output_table_are_quantized(tied: bool, form: str, activations: str, tmp_path: Path) -> None:
     """A model that is almost only vocabulary takes 8 bits per weight; in float16 a tied table is stored once."""
     source = tiny.hugging_face(tmp_path / "Tiny", tie_word_embeddings=tied)
-    run(source, tmp_path / "model", quantization=form, activations=activations, prompts="none")
+    run(source, tmp_path / "model", quantization=form, activations=activations)
     graph = ir.load(tmp_path / "model" / "model.onnx").graph
     (look_up,) = (node for node in graph if node.op_type.startswith("Gather") and "embd" in (node.inputs[0].name or ""))
     assert look_up.op_type == "GatherBlockQuantized"
@@ -138,17 +136,6 @@ def test_embedding_and_output_table_are_quantized(tied: bool, form: str, activat
     assert {value.dtype for value in tables if value.const_value and value.const_value.size > 16 * tiny.VOCAB} == {
         ir.DataType.UINT8
     }
-
-
-def test_four_bit_blocks_are_kept_in_int4() -> None:
-    """4-bit blocks with any offset keep their values; with float16 their remainders are a separate matrix."""
-    matrix = blocks(-1.237, 0.17)
-    np.testing.assert_array_equal(unpack(pack(matrix, "int4")), unpack(pack(matrix, "int4-int8")))
-    packed, remainders = pack_with_remainders(matrix, "int4")
-    assert packed.columns == 64
-    whole = unpack(packed).reshape(6, 64) + remainders @ block_means(64).T
-    np.testing.assert_allclose(whole, dequantize(matrix), atol=1e-6)
-    assert pack_with_remainders(blocks(-5 * 0.5, 0.5), "int4")[1] is None
 
 
 def test_rounding_to_four_bits_errs_least() -> None:
@@ -171,16 +158,23 @@ def test_rounding_far_from_zero(offset: float) -> None:
     assert np.abs(rounded - weights).max() <= 4 / 15
 
 
-def test_auto_takes_four_bits_where_the_source_has_them() -> None:
-    """`auto` depends on the source; plain matrices decide the type of the activations."""
-    assert choose_precision("auto", "auto", "Q4_1") == Precision("int4-int8", "float32")
+def test_what_auto_takes() -> None:
+    """`auto` depends on the device and the source; plain matrices decide the type of the activations."""
+    assert choose_precision("auto", "auto", "Q4_1") == Precision("int8", "float32")
     assert choose_precision("auto", "float16", "bfloat16") == Precision("int8", "float16")
     assert choose_precision("float16", "auto", "float32") == Precision("float16", "float16")
+    assert choose_precision("auto", "auto", "Q4_0", "cuda") == Precision("int4", "float16")
+    assert choose_precision("auto", "auto", "Q4_1", "cuda") == Precision("float16", "float16")
+
+
+def test_the_bound_is_wider_only_where_four_bits_round() -> None:
+    """Sources in Q4_0 keep their blocks in int4."""
+    bounds = {source: choose_precision("int4", "auto", source).max_kl for source in ("Q4_0", "Q4_1", "Q8_0")}
+    assert bounds == {"Q4_0": MAX_KL, "Q4_1": MAX_KL_INT4, "Q8_0": MAX_KL_INT4}
 
 
 REFUSED = {
     "plain in another type": (["--quantization", "float32", "--activations", "float16"], "float32 computes in float32"),
-    "prompts in float16": (["--quantization", "float16", "--prompts", "int8"], "--prompts int8 needs --activations"),
     "too far": (["--quantization", "int4"], "at most 0.1 allowed): KL "),
     "few tokens": (["--verify-tokens", "63"], "--verify-tokens 63 is too few, expected at least 64"),
     "no marks": (["--fim-order", "spm"], "--fim-order spm needs fill-in-the-middle tokens"),
@@ -201,7 +195,7 @@ def test_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_too_far_says_what_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the bound that the error message offers, the same export succeeds."""
-    source, arguments = tiny.hugging_face(tmp_path / "Tiny"), ["--quantization", "int4", "--prompts", "none"]
+    source, arguments = tiny.hugging_face(tmp_path / "Tiny"), ["--quantization", "int4"]
     assert main([str(source), str(tmp_path / "model"), *arguments]) == 2
     bound = capsys.readouterr().err.split("--max-kl ")[1].split()[0]
     assert main([str(source), str(tmp_path / "model"), *arguments, "--max-kl", bound]) == 0

@@ -92,7 +92,7 @@ def scaled(kind: str, **changes: float) -> Blocks:
 @pytest.mark.parametrize(
     ("matrix", "said"),
     [
-        (lazy(random_blocks("Q4_1", 40, 32)), "a matrix has 40 rows, own kernels need a multiple of 32"),
+        (lazy(random_blocks("Q4_1", 40, 32)), r"a matrix has shape \[40, 32\], and own kernels need multiples of 32"),
         (lazy(np.zeros((32, 32), np.float32)), "a matrix is not in blocks of Q4_0, Q4_1 or Q8_0 alone"),
         (stack_rows([lazy(random_blocks(kind, 32, 32)) for kind in ("Q4_1", "Q8_0")]), "is not in blocks of"),
         (in_pairs(lazy(random_blocks("Q4_1", 32, 32)), lazy(random_blocks("Q8_0", 32, 32))), "is not in blocks of"),

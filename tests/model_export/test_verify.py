@@ -62,19 +62,19 @@ def test_fewer_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         announced[label] = total
         return lambda: calls.append(label)
 
-    options = Options(max_kl=0.5, verify_tokens=64, quantization="int8", prompts="int8")
+    options = Options(max_kl=0.5, verify_tokens=64, quantization="int8")
     export(source, tmp_path / "model", options, progress)
     assert manifest.load(tmp_path / "model").quality.tokens == 64
     assert {label: calls.count(label) for label in announced} == announced
-    assert announced == {"building": 4, "building the prefill graph, int8": 4, "verifying": 12}
+    assert announced == {"building": 4, "verifying": 10}
 
 
 def test_few_positions_give_nearly_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With too little room for the logits of all tokens, those of some are compared."""
     source = tiny.hugging_face(tmp_path / "Tiny")
-    every = manifest.load(run(source, tmp_path / "all", quantization="int8", prompts="float32")).quality
+    every = manifest.load(run(source, tmp_path / "all", quantization="int8")).quality
     monkeypatch.setattr(verify, "LOGITS_BYTES", 80 * 4 * tiny.VOCAB)
-    some = manifest.load(run(source, tmp_path / "some", quantization="int8", prompts="float32")).quality
+    some = manifest.load(run(source, tmp_path / "some", quantization="int8")).quality
     assert (every.tokens, some.tokens) == (tiny.CONTEXT, 80)
     assert some.kl == pytest.approx(every.kl, rel=0.5)
     assert some.decode_kl == pytest.approx(every.decode_kl, rel=1e-3)

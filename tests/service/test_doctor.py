@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from service import __main__ as command
-from service import doctor
+from service import doctor, manifest
 from service.engine.ort import device
 from service.host import kernels
 from service.host.processor import processor
@@ -56,6 +56,7 @@ def test_all_checks_pass(model_dir):
     assert found["processor"].text == str(processor())
     assert "positions in 32 slots: 32 requests of 640 tokens at once; max_model_len 8192; " in found["memory"].text
     assert str(model_dir) in found["model"].text
+    assert found["model"].text.endswith(f"; {manifest.read(model_dir).computed_by}")
 
 
 def test_ports_in_use(tiny_model):
@@ -138,11 +139,18 @@ def test_no_provider(tiny_model, monkeypatch):
 def test_own_kernels_that_cannot_be_used(tiny_model, tmp_path, monkeypatch):
     """A line says so, which is no failure unless a model was exported for them: that one is told how to do without."""
     monkeypatch.setattr(kernels, "why_not", lambda: "this processor lacks AVX2")
-    found = examined(tiny_model)
-    assert (failing(found), found["kernels"].text) == ([], "no own kernels: this processor lacks AVX2")
     path = shutil.copytree(tiny_model, tmp_path / "model") / "manifest.json"
-    described = json.loads(path.read_text()) | {"kernels": "own"}
-    path.write_text(json.dumps(described | {"kv": described["kv"] | {"tile": 16}}))
+    described = json.loads(path.read_text())
+
+    def write(computed_by, tile):
+        kv = described["kv"] | {"tile": tile}
+        path.write_text(json.dumps(described | {"kernels": computed_by, "kv": kv, "why_stock": "it has biases"}))
+
+    write("stock", 1)
+    found = examined(path.parent)
+    assert (failing(found), found["kernels"].text) == ([], "no own kernels: this processor lacks AVX2")
+    assert found["model"].text.endswith("; stock kernels (it has biases)")
+    write("own", 16)
     refused = examined(path.parent)
     assert failing(refused) == ["model", "names", "memory"]
     assert refused["model"].text == (

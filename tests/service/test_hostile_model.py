@@ -27,10 +27,10 @@ Nodes = Callable[[onnx.ModelProto], object]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a prefill graph."""
+    """A tiny model."""
     folder = tmp_path_factory.mktemp("exported")
     source = tiny.hugging_face(folder / "Tiny")
-    export(source, folder / "model", Options(max_kl=1.0, prompts="float32"), lambda label, total: lambda: None)
+    export(source, folder / "model", Options(max_kl=1.0), lambda label, total: lambda: None)
     return folder / "model"
 
 
@@ -185,11 +185,6 @@ CASES: dict[str, tuple[Change, str]] = {
         "model.onnx is not an ONNX graph: ",
     ),
     "nested graphs": (file("model.onnx", nested(3000)), "model.onnx is not an ONNX graph: messages are nested deeper"),
-    "empty prefill graph": (file("prompt.onnx", b""), "prompt.onnx cannot be loaded by onnxruntime "),
-    "unknown operator in the prefill graph": (
-        graph(lambda m: m.graph.node.add(op_type="NoSuchOperator", output=["evil"]), "prompt.onnx"),
-        "prompt.onnx cannot be loaded by onnxruntime ",
-    ),
     "one more input": (graph(one_more_input), "has an input 'surprise', which the manifest does not describe"),
     "input of another name": (
         graph(renamed("seqlens_k", "lens")),
@@ -217,10 +212,6 @@ CASES: dict[str, tuple[Change, str]] = {
     "token beyond the vocabulary": (
         tokenizer(lambda t: t["model"]["vocab"].update(extra=tiny.VOCAB)),
         "tokenizer.json: token 'extra' is 260, but the manifest allows only 0..259",
-    ),
-    "prefill graph of another model": (
-        graph(resized("past_value.1", 3, 64), "prompt.onnx"),
-        "prompt.onnx",
     ),
 }
 

@@ -53,16 +53,14 @@ def test_missing_manifest(tmp_path):
     assert "python -m model_export" in message
 
 
-@pytest.mark.parametrize("field", ["min_rows", "min_logits"])
-def test_a_call_is_padded_by_one_at_most(directory, field):
-    """`min_rows` and `min_logits` above 2 are refused, since the service pads by one row only."""
-    quantization = fakes.manifest().quantization.model_dump()
-    edit(directory, quantization=quantization | {field: 2})
-    assert getattr(manifest.load(directory).quantization, field) == 2
-    edit(directory, quantization=quantization | {field: 3})
-    message = refused(directory)
-    assert f"quantization.{field}: " in message
-    assert "less than or equal to 2" in message
+def test_another_format(directory):
+    """A directory of format 1 is refused in one sentence, which names the command that exports it again."""
+    old = json.loads((directory / manifest.FILE_NAME).read_text())
+    edit(directory, format_version=1, quantization=old["quantization"] | {"prompts": None, "min_rows": 2})
+    assert refused(directory) == (
+        f"{directory / 'manifest.json'} has format 1, expected 2; export the model again:"
+        f" python -m model_export SOURCE {directory} --overwrite"
+    )
 
 
 def test_path_that_is_not_a_directory(directory):
@@ -179,12 +177,11 @@ def test_path_outside_the_directory(directory, name):
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"format_version": 2}, "format_version"),
-        ({"format_version": "1"}, "format_version"),
+        ({"format_version": "2"}, "format_version"),
         ({"surprise": 1}, "surprise"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"special_tokens": {"bos": None, "add_bos": False, "end": [28], "default_prompt": None}}, "the file"),
-        ({"quality": {"kl": 0.0, "max_logit_error": 0.0, "tokens": 1}}, "quality.prompt_kl"),
+        ({"quality": {"kl": 0.0, "max_logit_error": 0.0, "tokens": 1}}, "quality.decode_kl"),
         ({"kv": {"layers": 1, "kv_heads": 1, "head_dim": 1, "dtype": "int8"}}, "kv.dtype"),
         ({"files": {"model.onnx": {"bytes": 7, "sha256": ["abc"]}}}, "files.model.onnx.sha256.0"),
     ],

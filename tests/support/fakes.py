@@ -16,11 +16,10 @@ from service.manifest import (
     FillInTheMiddle,
     KVLayout,
     Manifest,
-    Measures,
-    Quality,
     Quantization,
     SpecialTokens,
 )
+from service.quality import Measures, Quality
 from service.text.tokenizer import Tokenizer
 from service.types import Prompt, Request, SamplingParams
 
@@ -139,7 +138,6 @@ QUALITY = Quality(
     kl=0.0,
     max_logit_error=0.0,
     tokens=1,
-    prompt_kl=0.0,
     decode_kl=0.0,
     mean_logit_error=0.0,
     source=MEASURES,
@@ -150,7 +148,7 @@ QUALITY = Quality(
 def manifest(**changes: object) -> Manifest:
     """The description of the alphabet model, with `changes`."""
     values: dict[str, object] = {
-        "format_version": 1,
+        "format_version": 2,
         "id": "alphabet",
         "aliases": ("abc",),
         "created": 1_700_000_000,
@@ -160,9 +158,7 @@ def manifest(**changes: object) -> Manifest:
         "vocab_size": VOCABULARY,
         "special_tokens": NO_SPECIAL,
         "kv": KVLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32"),
-        "quantization": Quantization(
-            weights="float32", activations="float32", source="float32", min_rows=2, min_logits=1
-        ),
+        "quantization": Quantization(weights="float32", activations="float32", source="float32", pads_lone_row=True),
         "quality": QUALITY,
         "files": {},
     }

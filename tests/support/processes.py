@@ -29,7 +29,7 @@ METADATA = tuple(AUTHORIZED.items())
 def export_tiny(folder: Path, *aliases: str) -> Path:
     """A tiny random model of 4096 positions, exported into `folder`."""
     source = tiny.hugging_face(folder / "source", max_position_embeddings=4096)
-    options = Options(id=TINY, aliases=aliases, quantization="float32", prompts="none", max_kl=1.0)
+    options = Options(id=TINY, aliases=aliases, quantization="float32", max_kl=1.0)
     export(source, folder / "model", options, lambda *_: lambda: None)
     return folder / "model"
 

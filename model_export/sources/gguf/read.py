@@ -101,6 +101,14 @@ def _parts(path: Path) -> list[Path]:
 
 def read_gguf(model: GgufModel) -> Checkpoint:
     """The checkpoint in a model's files; a tensor is read when it is used."""
+    return Checkpoint(gguf_origin(model), *outline(model))
+
+
+def outline(model: GgufModel) -> tuple[Architecture, dict[str, LazyTensor]]:
+    """The architecture of a model and its tensors, which may lack some.
+
+    Of the tensors it reads only the factors of the rotary frequencies.
+    """
     stored = dict(model.tensors)
     factors = {
         name: weights.dequantize(_load(stored.pop(name), slice(None))) for name in config.FACTORS if name in stored
@@ -108,7 +116,7 @@ def read_gguf(model: GgufModel) -> Checkpoint:
     architecture = config.architecture(model.metadata, list(stored), factors)
     tensors = {_name(name, architecture): _lazy(tensor, architecture) for name, tensor in stored.items()}
     split_fused(tensors, architecture)
-    return Checkpoint(gguf_origin(model), architecture, tensors)
+    return architecture, tensors
 
 
 def gguf_origin(model: GgufModel) -> Origin:

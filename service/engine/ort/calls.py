@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from service.engine.ort.device import Block, Device
 
@@ -36,13 +35,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The inputs of one call, at fixed addresses, bound to a session.
+    """The inputs of one call, at fixed addresses.
 
     `graph` is the number under which a GPU captures and replays the call; None if it is never captured. Without
     `query_seqlens` every token of every row counts.
     """
 
-    session: ort.InferenceSession
     binding: Any
     graph: int | None
     inputs: Block

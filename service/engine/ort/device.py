@@ -241,7 +241,7 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that keep spinning after a call would slow down the next call of the other graph.
+    # Threads that keep spinning after a call would take the cores from the step thread and from other models.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, value in byte_options().items():
         options.add_session_config_entry(name, value)

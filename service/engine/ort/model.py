@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,27 +15,21 @@ from service.engine.ort.calls import Call, Shape, bind_inputs
 from service.engine.ort.device import Cpu, Device, granule, kv_slots, power_of_two, row_bytes
 from service.engine.ort.results import Results, Rows
 from service.engine.ort.signature import check_signature
-from service.manifest import MODEL_FILE, PROMPT_MODEL_FILE, Manifest
+from service.manifest import MODEL_FILE, Manifest
 
 # How many bound calls are kept: a new binding takes as long as computing several tokens, and decode steps repeat the
 # same few shapes.
 _BINDINGS = 128
-# From some number of rows on, the prefill graph may be faster than the decode graph for decode steps too. `tune` tries
-# these numbers, and changes only if the step takes at most this share of the time.
-_ROWS_TO_TRY = (8, 16, 32)
-_WORTH_CHANGING = 0.95
-_TIMED_STEPS = 5
 
 
 class Model:
-    """Runs the graphs of a model directory over the slots of a KV cache.
+    """Runs the graph of a model directory over the slots of a KV cache.
 
-    Calls with more than one token in a row run on the prefill graph, if the directory has one, and the others on the
-    decode graph; after `tune`, decode steps of many rows may use the prefill graph as well. The KV cache is two buffers
-    per layer, keys and values, each [slots, kv_heads, capacity, head_dim]; a call covers consecutive slots and extends
-    them in place. The capacity is `context_length` or a little more: on the CPU a head's positions fill whole pages of
-    memory, which the system provides when they are first written, and takes back from positions that are given up.
-    With our own kernels a slot is tiles of positions instead, each with all heads, and one row of memory.
+    The KV cache is two buffers per layer, keys and values, each [slots, kv_heads, capacity, head_dim]; a call covers
+    consecutive slots and extends them in place. The capacity is `context_length` or a little more: on the CPU a head's
+    positions fill whole pages of memory, which the system provides when they are first written, and takes back from
+    positions that are given up. With our own kernels a slot is tiles of positions instead, each with all heads, and one
+    row of memory.
     Not thread-safe: only one thread at a time may use it.
     """
 
@@ -58,10 +50,8 @@ class Model:
         self._device = device or Cpu()
         self._kv_layout = manifest.kv
         self._kv_slots = kv_slots(slots, self._device.is_gpu)
-        self._pads_single_row = batch_invariant and manifest.quantization.min_rows > 1
-        self._pads_single_logits = batch_invariant and manifest.quantization.min_logits > 1
-        self._many_rows = math.inf  # decode steps of at least as many rows run on the prefill graph
-        self._decoding = self._prefill = self._load(directory / MODEL_FILE, manifest, threads)
+        self._pads_lone_row = batch_invariant and manifest.quantization.pads_lone_row
+        self._session = self._load(directory / MODEL_FILE, manifest, threads)
         self._granule = 1 if self._device.is_gpu else granule(manifest.kv)
         self._capacity = _rounded(context_length, self._granule)
         self._position_bytes = row_bytes(manifest.kv)
@@ -83,42 +73,11 @@ class Model:
         self._calls: OrderedDict[Shape, Call] = OrderedDict()
         self.kept_bindings = self._most_bindings()
         self._graphs = itertools.count()
-        self._ragged = "query_seqlens" in {declared.name for declared in self._decoding.get_inputs()}
+        self._ragged = "query_seqlens" in {declared.name for declared in self._session.get_inputs()}
         # Captured calls write into this buffer, so they are captured again whenever it grows. It grows only for prompts
         # with log probabilities, and at least doubles each time, so that happens only a few times.
         rows = power_of_two(slots) if self._device.is_gpu else 0
-        self._results = Results(self._device, self._decoding, rows, self.vocab_size)
-        if manifest.quantization.prompts is not None:
-            self._prefill = self._load(directory / PROMPT_MODEL_FILE, manifest, threads)
-
-    def tune(self) -> None:
-        """Measures from how many rows on decode steps are faster on the prefill graph, and uses it for those.
-
-        The two graphs may give different bits: only for a model that need not be batch invariant, before its first
-        request. Without a prefill graph there is nothing to measure.
-        """
-        if self._prefill is self._decoding:
-            return
-        fastest = math.inf
-        for rows in _ROWS_TO_TRY:
-            if rows <= self.slots and self._step_seconds(rows, rows) < _WORTH_CHANGING * self._step_seconds(
-                rows, math.inf
-            ):
-                fastest = rows
-                break
-        self._many_rows = fastest
-        self._forget_calls()  # some are bound to the other graph
-
-    def _step_seconds(self, rows: int, many_rows: float) -> float:
-        """The least time of some decode steps of `rows` rows, when steps of `many_rows` use the prefill graph."""
-        self._many_rows = many_rows
-        self._forget_calls()
-        seconds = []
-        for _ in range(_TIMED_STEPS):
-            began = time.perf_counter()
-            self.forward(0, [[0]] * rows, [0] * rows, [(row, 0) for row in range(rows)])
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
+        self._results = Results(self._device, self._session, rows, self.vocab_size)
 
     def _load(self, graph: Path, manifest: Manifest, threads: int) -> ort.InferenceSession:
         session = self._device.load(graph, threads, own_kernels=manifest.kernels == "own")
@@ -142,7 +101,7 @@ class Model:
         self._write_lengths(call, shape, rows, past)
         call.logits_idx[: len(logits_at)] = [row * shape.width + position for row, position in logits_at]
         self._device.send(call.inputs)
-        self._device.run(call.session, call.binding, call.graph)
+        self._device.run(self._session, call.binding, call.graph)
         return self._results.read(len(logits_at))
 
     @property
@@ -188,10 +147,9 @@ class Model:
     def _padded_shape(self, first_slot: int, rows: Sequence[Sequence[int]], past: Sequence[int], logits: int) -> Shape:
         """The shape of a call, padded so that its bits do not depend on the batch and, on a GPU, that shapes recur."""
         count, width = len(rows), max(len(row) for row in rows)
-        if self._pads_single_row and count * width <= 1:
-            count = 2
-        if self._pads_single_logits and logits == 1:
-            logits = 2
+        if self._pads_lone_row:
+            count = 2 if count * width <= 1 else count
+            logits = 2 if logits == 1 else logits
         if not self._device.is_gpu:
             return Shape(first_slot, count, width, logits)
         count = min(power_of_two(count), self._kv_slots - first_slot)
@@ -232,7 +190,7 @@ class Model:
 
     def _grow_results(self, rows: int) -> None:
         """Makes the buffer larger. If there is no memory, everything stays as it was: the new buffer is taken first."""
-        grown = Results(self._device, self._decoding, rows, self.vocab_size)
+        grown = Results(self._device, self._session, rows, self.vocab_size)
         self._forget_calls()  # they write into the old buffer
         self._results.release()
         self._results = grown
@@ -257,8 +215,7 @@ class Model:
             self._device.release(self._calls.popitem()[1].inputs)
 
     def _bind(self, shape: Shape) -> Call:
-        session = self._prefill if shape.width > 1 or shape.rows >= self._many_rows else self._decoding
-        binding = session.io_binding()
+        binding = self._session.io_binding()
         sizes = {
             "input_ids": ((shape.rows, shape.width), np.int64),
             "logits_idx": ((shape.logits,), np.int64),
@@ -277,7 +234,6 @@ class Model:
         self._results.bind(binding, shape.logits)
         inputs, views = bind_inputs(self._device, binding, sizes)  # last: from here on the call owns the memory
         return Call(
-            session=session,
             binding=binding,
             graph=next(self._graphs) if self._device.is_gpu and shape.decodes else None,
             inputs=inputs,

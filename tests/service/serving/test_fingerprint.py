@@ -35,7 +35,7 @@ def test_form() -> None:
 
 CHANGES = {
     "a file of another content": lambda: of(manifest(files={**FILES, "model.onnx": file_entry(11)})),
-    "a further file": lambda: of(manifest(files={**FILES, "prompt.onnx": file_entry(10)})),
+    "a further file": lambda: of(manifest(files={**FILES, "chat_template.jinja": file_entry(10)})),
     "other special tokens": lambda: of(manifest(files=FILES, special_tokens=NO_SPECIAL.model_copy(update={"end": ()}))),
     "another number of threads": lambda: of(configured=settings(threads=3)),
     "another prompt chunk": lambda: of(configured=settings(prompt_chunk=64)),

@@ -26,7 +26,7 @@ def described(devices=("cpu", "cuda")):
         context_length=8192,
         vocab_size=32000,
         kv=KVLayout(layers=32, kv_heads=8, head_dim=128, dtype="float16"),
-        quantization=Quantization(weights="int4", activations="float16", source="float16", min_rows=1, min_logits=1),
+        quantization=Quantization(weights="int4", activations="float16", source="float16", pads_lone_row=False),
         files=files | {"tokenizer.json": fakes.file_entry(MIB)},
         devices=devices,
     )

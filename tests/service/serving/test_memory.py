@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from service import manifest
+from service.engine.ort.device import granule
 from service.errors import StartupError
 from service.manifest import KVLayout, Quantization
 from service.serving import memory
@@ -27,7 +28,7 @@ def described(**sizes):
         context_length=8192,
         vocab_size=49152,
         kv=KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="float32"),
-        quantization=Quantization(weights="int4-int8", activations="float32", source="Q4_1", min_rows=2, min_logits=1),
+        quantization=Quantization(weights="int4", activations="float32", source="Q4_1", pads_lone_row=True),
         files={name.replace("_", "."): fakes.file_entry(size) for name, size in sizes.items()},
     )
 
@@ -250,8 +251,9 @@ def test_process_stays_within_its_budget(model_dir):
     """
     context_length, slots = 1024, 32
     fixed = {"max_waiting": 16, "context_length": context_length}
-    made = plan(model=manifest.load(model_dir), max_running=2 * slots, **fixed)
-    total = made.total - made.kv + (slots * context_length + 16) * POSITION
+    model = manifest.load(model_dir)
+    made, page = plan(model=model, max_running=2 * slots, **fixed), granule(model.kv)
+    total = made.total - made.kv + (slots * context_length + page) * model.kv.bytes_per_token
     flags = {"model-dir": model_dir, "memory-mib": memory.mib(total), "max-running": 2 * slots}
     flags |= {name.replace("_", "-"): value for name, value in fixed.items()}
     command = [
@@ -263,8 +265,8 @@ def test_process_stays_within_its_budget(model_dir):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     logged, found = (json.loads(line) for line in done.stdout.splitlines())
-    # The setting is in whole MiB, so of the 16 positions more some are left.
-    assert slots * context_length <= logged["positions"] <= slots * context_length + 16
+    # The setting is in whole MiB, so of the positions more some are left.
+    assert slots * context_length <= logged["positions"] <= slots * context_length + page
     assert logged["slots"] == 2 * slots
     assert logged["total_mib"] == memory.mib(total)
     assert (found["slots"], len(found["generated"])) == ([2 * slots], 2 * slots)

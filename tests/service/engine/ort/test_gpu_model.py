@@ -238,7 +238,7 @@ def test_a_call_that_cannot_be_bound_leaves_nothing(gpu, tokens, monkeypatch, na
     driver = device.driver
     held = {*driver.memory, *driver.host}
     with monkeypatch.context() as patched:
-        patched.setattr(gpu, "_prefill", Unbindable(gpu._prefill, name))
+        patched.setattr(gpu, "_session", Unbindable(gpu._session, name))
         with pytest.raises(RuntimeError, match=f"no binding of {name}"):
             prompt(gpu, 0, tokens[:9])
     assert {*driver.memory, *driver.host} == held
