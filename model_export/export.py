@@ -24,6 +24,7 @@ from model_export.graph.precision import (
     precision_of_own_kernels,
 )
 from model_export.graph.quantize import Activations, Form
+from model_export.graph.self_test import self_test
 from model_export.graph.source import KernelSource, Source
 from model_export.opening import built_by_mobius, check_before_download, read_source
 from model_export.room import check_room
@@ -94,6 +95,8 @@ def export(
             graph = _build(source, precision, data, on_layer)
             devices = _prepare_for(options.device, graph)
             ir.save(graph, work / manifest.MODEL_FILE)
+            if precision.kernels == "stock":
+                ir.save(self_test(graph), work / manifest.SELF_TEST_FILE)
         (work / manifest.TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
         if vocabulary.chat_template is not None:
             (work / manifest.CHAT_TEMPLATE_FILE).write_text(vocabulary.chat_template, encoding="utf-8", newline="")

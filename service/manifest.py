@@ -19,6 +19,7 @@ FILE_NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
 WEIGHTS_SUFFIX = ".onnx.data"
 WEIGHTS_FILE = f"model{WEIGHTS_SUFFIX}"
+SELF_TEST_FILE = "self_test.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 FORMAT_VERSION: Final = 2
@@ -200,7 +201,8 @@ def read(directory: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {_HINT}") from None
-    if missing := {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - set(manifest.files):
+    needed = {MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE} | ({SELF_TEST_FILE} if manifest.kernels == "stock" else set())
+    if missing := needed - set(manifest.files):
         raise ModelDirectoryError(f"{path} does not list {' and '.join(sorted(missing))}; {_HINT}")
     for name, entry in manifest.files.items():
         _check_size(directory, name, entry)
@@ -286,5 +288,6 @@ def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
 
 
 def check_external_data(directory: Path, manifest: Manifest) -> None:
-    """Raises ModelDirectoryError when the graph takes tensors from a file that the manifest does not list."""
-    external_data.check(directory / MODEL_FILE, manifest.files, FILE_NAME)
+    """Raises ModelDirectoryError when a graph takes tensors from a file that the manifest does not list."""
+    for name in {MODEL_FILE, SELF_TEST_FILE} & set(manifest.files):
+        external_data.check(directory / name, manifest.files, FILE_NAME)

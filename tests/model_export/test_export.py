@@ -197,7 +197,7 @@ def test_manifest_describes_the_model(tmp_path: Path) -> None:
     assert not described.special_tokens.add_bos
     assert (described.kv.layers, described.kv.kv_heads, described.kv.head_dim) == (2, 2, 32)
     assert described.quantization.source == "bfloat16"
-    assert set(described.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+    assert set(described.files) == {"model.onnx", "model.onnx.data", "self_test.onnx", "tokenizer.json"}
 
 
 def broken_gguf(path: Path) -> Path:

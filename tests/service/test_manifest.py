@@ -15,13 +15,14 @@ from tests.support import fakes
 
 @pytest.fixture
 def directory(tmp_path):
-    """A model directory of three files, described by its manifest."""
+    """A model directory of four files, described by its manifest."""
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "model.onnx").write_bytes(b"weights")
     (directory / "tokenizer.json").write_bytes(b"letters")
     (directory / "model.onnx.data").write_bytes(b"numbers")
-    names = ("model.onnx", "model.onnx.data", "tokenizer.json")
+    (directory / "self_test.onnx").write_bytes(b"some of it")
+    names = ("model.onnx", "model.onnx.data", "self_test.onnx", "tokenizer.json")
     fakes.manifest(files={name: FileEntry.of(directory / name) for name in names}).write(directory)
     return directory
 
@@ -194,7 +195,7 @@ def test_field_that_does_not_fit(directory, changes, where):
     assert "export the model again" in message
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "self_test.onnx", "tokenizer.json"])
 def test_file_that_the_manifest_does_not_list(directory, name):
     """A manifest must list every file that is loaded, so that every one is checked."""
     listed = json.loads((directory / manifest.FILE_NAME).read_text())["files"]

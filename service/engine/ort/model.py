@@ -14,6 +14,7 @@ from service.engine.cache import Copy
 from service.engine.ort.calls import Call, Shape, bind_inputs
 from service.engine.ort.device import Cpu, Device, granule, kv_slots, power_of_two, row_bytes
 from service.engine.ort.results import Results, Rows
+from service.engine.ort.self_test import lone_row_differs
 from service.engine.ort.signature import check_signature
 from service.manifest import MODEL_FILE, Manifest
 
@@ -44,14 +45,17 @@ class Model:
         batch_invariant: bool,
         device: Device | None = None,
     ) -> None:
+        """With `batch_invariant`, onnxruntime's own kernels are tried first on the CPU: see `self_test`."""
         self.vocab_size = manifest.vocab_size
         self.slots = slots
         self.context_length = context_length
         self._device = device or Cpu()
         self._kv_layout = manifest.kv
         self._kv_slots = kv_slots(slots, self._device.is_gpu)
-        self._pads_lone_row = batch_invariant and manifest.quantization.pads_lone_row
         self._session = self._load(directory / MODEL_FILE, manifest, threads)
+        self._pads_lone_row = batch_invariant and manifest.quantization.pads_lone_row
+        if batch_invariant and manifest.kernels == "stock" and not self._device.is_gpu:
+            self._pads_lone_row |= lone_row_differs(directory, self._device, threads)
         self._granule = 1 if self._device.is_gpu else granule(manifest.kv)
         self._capacity = _rounded(context_length, self._granule)
         self._position_bytes = row_bytes(manifest.kv)
