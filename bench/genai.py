@@ -1,4 +1,4 @@
-"""onnxruntime-genai in process, on our weights, exported for onnxruntime's own operators, in the graph that it expects.
+"""onnxruntime-genai in process, on weights exported for stock kernels, in the graph that it expects.
 
 Its continuous batching needs the operator PagedAttention, for which onnxruntime has no CPU kernel. So requests run in
 static batches: waiting requests of one shape start together, and none joins before all are done.
@@ -21,7 +21,9 @@ import onnx
 
 from bench.client import Job, PeerError, Piece
 from bench.peers import Served, Setup
-from bench.processes import optional_package, running
+from bench.processes import optional_package
+from model_export.export import Options, export
+from model_export.progress import progress
 from service import manifest
 
 # A batch waits this long for the requests that one client sends at once.
@@ -97,33 +99,30 @@ def _shape(job: Job) -> tuple[int, int]:
 
 def _converted(setup: Setup) -> Path:
     """A model directory for onnxruntime-genai, made once for each export."""
-    stock = _stock(setup)
-    described = manifest.load(stock)
+    model_dir = _over_stock_kernels(setup)
+    described = manifest.load(model_dir)
     folder = setup.cache / f"genai-{described.files[manifest.MODEL_FILE].sha256[0][:16]}"
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model = onnx.load(stock / manifest.MODEL_FILE, load_external_data=False)
+        model = onnx.load(model_dir / manifest.MODEL_FILE, load_external_data=False)
         model.graph.CopyFrom(_adapted(model.graph))
         onnx.save(model, partial / manifest.MODEL_FILE)
-        shutil.copyfile(stock / manifest.WEIGHTS_FILE, partial / manifest.WEIGHTS_FILE)
+        shutil.copyfile(model_dir / manifest.WEIGHTS_FILE, partial / manifest.WEIGHTS_FILE)
         (partial / "genai_config.json").write_text(json.dumps(_config(described, model.graph), indent=2))
         partial.rename(folder)
     return folder
 
 
-def _stock(setup: Setup) -> Path:
-    """The model directory, or where its graph needs our own kernels an export of the same weights that does not."""
-    described = manifest.load(setup.model_dir)
+def _over_stock_kernels(setup: Setup) -> Path:
+    """The model directory; where it needs our own kernels, which genai cannot load, another export of its weights."""
+    described = manifest.read(setup.model_dir)
     if described.kernels == "stock":
         return setup.model_dir
     folder = setup.cache / f"stock-{described.files[manifest.MODEL_FILE].sha256[0][:16]}"
     if not folder.exists():
-        command = [sys.executable, "-m", "model_export", "--kernels", "stock", str(setup.weights), str(folder)]
-        with running("the export", command) as child:
-            if child.process.wait() != 0:
-                raise PeerError("the default model's export for onnxruntime's own operators failed")
+        export(setup.weights, folder, Options(kernels="stock"), progress)
     return folder
 
 

@@ -121,7 +121,8 @@ def _bytes_per_step(model_dir: Path) -> int:
     return sum(
         value.const_value.nbytes
         for value in graph.initializers.values()
-        if value.const_value is not None and any(not use.node.op_type.startswith("Gather") for use in value.uses())
+        if value.const_value is not None
+        and any(not use.node.op_type.startswith(("Gather", "Embedding")) for use in value.uses())
     )
 
 

@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 def described(**sizes):
     """A manifest with the shape of the default model, and files of the given sizes in bytes."""
-    sizes = {"model_onnx_data": 140 << 20, "prompt_onnx_data": 490 << 20, "tokenizer_json": 4 << 20} | sizes
+    sizes = {"model_onnx_data": 140 << 20, "tokenizer_json": 4 << 20} | sizes
     return fakes.manifest(
         context_length=8192,
         vocab_size=49152,
@@ -75,11 +75,13 @@ def test_a_position_over_own_kernels_has_its_score():
         assert memory.Model("m", model, settings(max_logprobs=logprobs, device="cuda")).position == 0
 
 
-def test_weights_are_the_data_of_every_graph():
-    """The data files of both graphs count as weights, and the tokenizer file does not."""
-    decode_only = plan(model=described(prompt_onnx_data=0)).weights
-    assert plan(model=described(prompt_onnx_data=140 << 20)).weights == 2 * decode_only == int(2.2 * (140 << 20))
+def test_weights_are_the_data_of_the_graph():
+    """Stock kernels pack the data file into memory of their own; own kernels map it; the tokenizer does not count."""
+    stock = described()
+    assert plan(model=stock).weights == int(1.1 * (140 << 20))
     assert plan(model=described(tokenizer_json=5 << 20)).weights == plan().weights
+    own = stock.model_copy(update={"kernels": "own", "kv": stock.kv.model_copy(update={"tile": 16})})
+    assert plan(model=own).weights == 140 << 20
 
 
 def test_matrices_in_float16_are_kept_in_float32_too():
