@@ -65,7 +65,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder, own = tmp_path_factory.mktemp("kept"), request.param == "own"
     unused = -tiny.VOCAB % 32  # own kernels take vocabularies of a multiple of 32
     source = tiny.gguf(folder / "Tiny.gguf", GGMLQuantizationType.Q4_1, unused_tokens=unused)
-    form = {"kernels": "own"} if own else {"quantization": "float32", "prompts": "none"}
+    form = {"kernels": "own"} if own else {"kernels": "stock", "quantization": "float32"}
     options = Options(**{"aliases": (MODEL,), "max_kl": 1.0, **form})  # type: ignore[arg-type]
     export(source, folder / "model", options, lambda *_: lambda: None)
     with launched(folder / "model") as stack:
