@@ -126,11 +126,12 @@ class Steps:
             return
         sequences = sequences_of(request, generation)
         self._sequences[generation] = set(sequences)
-        if request.max_tokens or sequences[0].needs_prompt_scores:
-            self.scheduler.add(sequences)
-            return
+        needing = [sequence for sequence in sequences if request.max_tokens or sequence.needs_prompt_scores]
+        if needing:
+            self.scheduler.add(needing)
         for sequence in sequences:
-            self.send(sequence, self._committer.begin(sequence))
+            if sequence not in needing:
+                self.send(sequence, self._committer.begin(sequence))
 
     def end(self, generation: Generation) -> None:
         """Removes a request's sequences, highest slot first, so that none is moved before it is removed."""

@@ -264,8 +264,8 @@ def check_kernels(directory: Path) -> None:
     """Raises ModelDirectoryError when a model of our own operators cannot run here, for its directory."""
     if (reason := kernels.why_not()) is not None:
         raise ModelDirectoryError(
-            f"{directory} needs our own kernels, which cannot be used here: {reason}; export the model again with"
-            " --kernels stock"
+            f"{directory} needs our own kernels, which cannot be used here: {reason}; export the model again: python -m"
+            f" model_export SOURCE {directory} --kernels stock --overwrite"
         )
 
 

@@ -127,6 +127,16 @@ async def test_nothing_to_generate(letters, echo, logprobs):
         await settled(engine)
 
 
+@pytest.mark.parametrize("prompts", [("x", "abc"), ("abc", "x")])
+async def test_scores_do_not_depend_on_other_prompts(letters, prompts):
+    """A prompt of one token, which has nothing to score, stands before or behind one that is scored."""
+    async with running(letters) as engine:
+        pieces = await collect(engine, request(*prompts, max_tokens=0, echo=True, logprobs=0))
+        await settled(engine)
+    for (index, _), (delta,) in pieces.items():
+        assert [token.logprob is not None for token in delta.tokens] == [False, True, True][: len(prompts[index])]
+
+
 async def test_stop_text_frees_the_slot(letters):
     """A stop text ends a choice early, without the tokens of its own."""
     async with running(letters) as engine:

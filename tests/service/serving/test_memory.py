@@ -88,7 +88,7 @@ def test_matrices_in_float16_are_kept_in_float32_too():
     """Float16 matrices take three times their size."""
     stored = described().quantization.model_copy(update={"weights": "float16"})
     halves = described().model_copy(update={"quantization": stored})
-    assert plan(model=halves).weights == 3 * (630 << 20)
+    assert plan(model=halves).weights == 3 * (140 << 20)
 
 
 def test_logits_of_the_larger_of_a_prompt_chunk_and_a_batch():
@@ -159,7 +159,7 @@ def test_models_that_do_not_fit_together():
     """The message says what each model takes, and what they may take."""
     ours = (described(), settings())
     with pytest.raises(
-        StartupError, match=r"the models and one sequence .*m/0 693 MiB of weights.*m/1 693 MiB"
+        StartupError, match=r"the models and one sequence .*m/0 154 MiB of weights.*m/1 154 MiB"
     ) as caught:
         planned(ours, ours, allowed=1500 * MIB)
     assert "1500 MiB are allowed" in str(caught.value)
@@ -255,7 +255,8 @@ def test_process_stays_within_its_budget(model_dir):
     fixed = {"max_waiting": 16, "context_length": context_length}
     model = manifest.load(model_dir)
     made, page = plan(model=model, max_running=2 * slots, **fixed), granule(model.kv)
-    total = made.total - made.kv + (slots * context_length + page) * model.kv.bytes_per_token
+    position = memory.Model("m", model, settings(**fixed)).position
+    total = made.total - made.kv + (slots * context_length + page) * position
     flags = {"model-dir": model_dir, "memory-mib": memory.mib(total), "max-running": 2 * slots}
     flags |= {name.replace("_", "-"): value for name, value in fixed.items()}
     command = [
