@@ -101,7 +101,8 @@ def _parts(path: Path) -> list[Path]:
 
 def read_gguf(model: GgufModel) -> Checkpoint:
     """The checkpoint in a model's files; a tensor is read when it is used."""
-    return Checkpoint(gguf_origin(model), *outline(model))
+    architecture, tensors = outline(model)
+    return Checkpoint(gguf_origin(model), architecture, tensors)
 
 
 def outline(model: GgufModel) -> tuple[Architecture, dict[str, LazyTensor]]:
