@@ -164,7 +164,7 @@ def test_lm_eval_of_chats(remotely: Path) -> None:
     """With the model's own template, questions are answered as in a chat: in a sentence, and rightly."""
     (folder,) = (remotely / "chatted").iterdir()
     found = {sample["doc"]["country"]: sample for sample in samples(folder, "capitals")}
-    for country, city in {"France": "Paris", "Japan": "Tokyo"}.items():
+    for country, city in {"Russia": "Moscow", "Japan": "Tokyo"}.items():
         assert found[country]["arguments"]["gen_args_0"]["arg_0"].endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert found[country]["resps"] == [[f"The capital of {country} is {city}."]]
     (path,) = folder.glob("results_*.json")
