@@ -52,7 +52,7 @@ def _bandwidth(threads: int) -> float:
     """Bytes per second that `threads` threads read together, each from its own part of the buffer."""
     parts = np.array_split(np.ones(BUFFER_BYTES // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
-        return BUFFER_BYTES / _best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+        return BUFFER_BYTES / best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
 
 
 def _arithmetic(kernel: str, threads: int) -> float:
@@ -62,12 +62,12 @@ def _arithmetic(kernel: str, threads: int) -> float:
     session = ort.InferenceSession(_matrix_product(kernel), options, providers=["CPUExecutionProvider"])
     values = np.random.default_rng(1).integers(0, 100, (ROWS, INNER))
     feed = {"left": values.astype(np.uint8 if KERNELS[kernel][0] == "uint8" else np.float32)}
-    return ROWS * COLUMNS * INNER / _best_seconds(lambda: session.run(None, feed))
+    return ROWS * COLUMNS * INNER / best_seconds(lambda: session.run(None, feed))
 
 
-def _best_seconds(work: Callable[[], object]) -> float:
-    """The fastest of REPEATS runs after a first one that does not count: a limit is the best that was reached."""
-    return min(timeit.repeat(work, number=1, repeat=1 + REPEATS)[1:])
+def best_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The fastest of `repeats` runs after a first one that does not count: a limit is the best that was reached."""
+    return min(timeit.repeat(work, number=1, repeat=1 + repeats)[1:])
 
 
 def _matrix_product(kernel: str) -> bytes:

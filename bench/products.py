@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +11,7 @@ import onnxruntime as ort
 
 import kernels
 from bench.client import PeerError
+from bench.limits import best_seconds
 from bench.report import Figure, Outcome
 from model_export.graph.tiles import TILE_BYTES, TileType
 from model_export.native.kernels import DOMAIN
@@ -35,13 +35,9 @@ def peak(threads: int) -> float:
         raise PeerError(reason)
     multiply = ctypes.CDLL(str(kernels.library())).completion_kernels_peak
     multiply.argtypes, multiply.restype = [ctypes.c_uint64], ctypes.c_uint64
-    best = 0.0
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            done = sum(pool.map(multiply, [PEAK_TURNS] * threads))
-            best = max(best, done / (time.perf_counter() - began))
-    return best
+        done = sum(pool.map(multiply, [PEAK_TURNS] * threads))
+        return done / best_seconds(lambda: list(pool.map(multiply, [PEAK_TURNS] * threads)), REPEATS)
 
 
 def measure(threads: int) -> list[Outcome]:
@@ -51,26 +47,22 @@ def measure(threads: int) -> list[Outcome]:
     for rows in ROWS:
         figures = [Figure(PEAK, limit / 1e9, "GMAC/s", "")]
         for kind, session in sessions.items():
-            done = rows * OUTPUTS * INPUTS / _best_seconds(session, rows)
+            done = rows * OUTPUTS * INPUTS / _seconds(session, rows)
             figures.append(Figure(f"products of {kind}", done / 1e9, "GMAC/s", "more"))
             figures.append(Figure(f"products of {kind}, share of that", 100 * done / limit, "%", "more"))
         outcomes.append(Outcome(figures, size=rows))
     return outcomes
 
 
-def _best_seconds(session: ort.InferenceSession, rows: int) -> float:
-    """The fastest of REPEATS runs after a first one that does not count: a limit is the best that was reached."""
-    binding, seconds = session.io_binding(), []
+def _seconds(session: ort.InferenceSession, rows: int) -> float:
+    """The seconds of a product, at best. Its results are not copied."""
+    binding = session.io_binding()
     hidden = np.random.default_rng(1).standard_normal((1, rows, INPUTS)).astype(np.float32)
     for name, values in (("hidden", hidden), ("logits_idx", np.arange(rows))):
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
     logits = ort.OrtValue.ortvalue_from_numpy(np.zeros((rows, OUTPUTS), np.float32))
     binding.bind_ortvalue_output("logits", logits)
-    for _ in range(1 + REPEATS):
-        began = time.perf_counter()
-        session.run_with_iobinding(binding)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+    return best_seconds(lambda: session.run_with_iobinding(binding), REPEATS)
 
 
 def _session(kind: TileType, threads: int) -> ort.InferenceSession:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from service import external_data, hashes
 from service.errors import ModelDirectoryError
-from service.quality import Quality
+from service.quality import Quality, Record
 
 FILE_NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -28,11 +28,7 @@ LARGEST_MANIFEST = LARGEST_CHAT_TEMPLATE = 1 << 20
 _HINT = "export the model again: python -m model_export SOURCE DIRECTORY"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class FileEntry(_Record):
+class FileEntry(Record):
     """One file: its size in bytes, and in lower-case hex the SHA-256 of each `hashes.BLOCK_BYTES` of it."""
 
     bytes: int = Field(ge=0)
@@ -50,7 +46,7 @@ class FileEntry(_Record):
         return cls(bytes=path.stat().st_size, sha256=hashes.blocks(path))
 
 
-class FillInTheMiddle(_Record):
+class FillInTheMiddle(Record):
     """Token ids that mark a prompt's parts for a model trained to fill in the middle.
 
     Each token precedes its part. `order` is the order of the parts: prefix, suffix, middle (`psm`) or suffix, prefix,
@@ -69,7 +65,7 @@ class FillInTheMiddle(_Record):
         return self
 
 
-class SpecialTokens(_Record):
+class SpecialTokens(Record):
     """Token ids with a special meaning.
 
     `default_prompt` replaces an empty prompt; it is None when the model has neither a beginning-of-sequence nor an
@@ -85,7 +81,7 @@ class SpecialTokens(_Record):
     fill_in_the_middle: FillInTheMiddle | None = None
 
 
-class KVLayout(_Record):
+class KVLayout(Record):
     """Shape of one token in the KV cache: `layers` x `kv_heads` x `head_dim` keys and as many values, in `dtype`.
 
     A slot holds one head after another or, with a `tile` of 16, tiles of so many positions of all heads.
@@ -103,7 +99,7 @@ class KVLayout(_Record):
         return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
-class Quantization(_Record):
+class Quantization(Record):
     """How the weights are stored.
 
     `weights` is the form of the exported matrices, `source` their form in the source model. `activations` is the type
@@ -126,7 +122,7 @@ class _Format(BaseModel):
     format_version: int = Field(strict=True)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The description of a model directory; docs/model-directory.md shows it as JSON.
 
     `devices` have a kernel for every operator of the graph: onnxruntime's, or those of the package `kernels` ("own").
@@ -191,13 +187,14 @@ def read(directory: Path) -> Manifest:
             raise ModelDirectoryError(f"{path} is not a plain file; {_HINT}")
         if (size := path.stat().st_size) > LARGEST_MANIFEST:
             raise ModelDirectoryError(f"{path} has {size} bytes, expected at most {LARGEST_MANIFEST}; {_HINT}")
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        manifest = Manifest.model_validate_json(content)
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path} does not exist; {_HINT}") from None
     except OSError as error:
         raise ModelDirectoryError(f"{path} cannot be read: {error.strerror}; {_HINT}") from None
     except ValidationError as error:
-        _check_format(directory, path)
+        _check_format(directory, content)
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise ModelDirectoryError(f"{path}: {where}: {problem['msg']}; {_HINT}") from None
@@ -209,15 +206,15 @@ def read(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_format(directory: Path, path: Path) -> None:
+def _check_format(directory: Path, content: bytes) -> None:
     """Raises ModelDirectoryError where a manifest that is none of this format says which other one it has."""
     try:
-        found = _Format.model_validate_json(path.read_bytes()).format_version
-    except (OSError, ValidationError):
+        found = _Format.model_validate_json(content).format_version
+    except ValidationError:
         return
     if found != FORMAT_VERSION:
         raise ModelDirectoryError(
-            f"{path} has format {found}, expected {FORMAT_VERSION}; export the model again:"
+            f"{directory / FILE_NAME} has format {found}, expected {FORMAT_VERSION}; export the model again:"
             f" python -m model_export SOURCE {directory} --overwrite"
         )
 

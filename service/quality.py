@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_RECORD = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+class Record(BaseModel):
+    """A part of the manifest: read strictly, with no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Measures(BaseModel):
+class Measures(Record):
     """Size, perplexity and speed of one model, measured on the exporter's text and machine.
 
     `bytes` is the size of the files. Speeds are in tokens per second: `read_per_second` for prefill,
@@ -15,22 +19,18 @@ class Measures(BaseModel):
     arithmetic over its weights.
     """
 
-    model_config = _RECORD
-
     bytes: int = Field(ge=0)
     perplexity: float
     read_per_second: float
     generated_per_second: float | None
 
 
-class Quality(BaseModel):
+class Quality(Record):
     """What the exporter measured against the source weights, over `tokens` tokens of text.
 
     Kullback-Leibler divergences are in nats per token: `kl` of prefilled tokens, `decode_kl` of tokens decoded one by
     one. Errors are differences of logits, of prefilled tokens.
     """
-
-    model_config = _RECORD
 
     kl: float
     max_logit_error: float

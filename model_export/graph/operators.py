@@ -170,15 +170,9 @@ class Operators(Tape):
         )
         step = self._data.constant(f"{name}.step", np.array(1 / 127, np.float32))
         zero = self._data.constant(f"{name}.zero", np.array(128, np.uint8))
-        weights = [
-            self._data.add(f"{name}.row_{part}", array)
-            for part, array in (
-                ("codes", packed.codes),
-                ("scales", packed.scales),
-                ("zero_points", packed.zero_points),
-            )
-        ]
-        codes, scales, zeros = weights
+        codes = self._data.add(f"{name}.row_codes", packed.codes)
+        scales = self._data.add(f"{name}.row_scales", packed.scales)
+        zeros = self._data.add(f"{name}.row_zero_points", packed.zero_points)
         quantized = self.apply("QuantizeLinear", self.apply("Div", value, largest), step, zero)
         product = self.apply("MatMulIntegerToFloat", quantized, codes, step, scales, zero, zeros, domain=CONTRIB)
         return self.apply("Mul", product, largest)

@@ -67,17 +67,14 @@ def _cut(tape: Tape, rows: ir.Value, node: ir.Node, index: int) -> tuple[ir.Valu
     else:
         columns = count if node.op_type == "MatMul" else sizes[1]
         weights = [_beginning(node.inputs[1], count)]
-    value = tape.op("Slice", [rows, *(_size(f"{index}.{name}", at) for name, at in _slice(columns))])
+    bounds = {"first": 0, "last": columns, "axis": 1}
+    value = tape.op("Slice", [rows, *(_size(f"{index}.{name}", at) for name, at in bounds.items())])
     floats = next(weight.dtype for weight in reversed(weights) if weight is not None and weight.dtype in _FLOATS)
     if floats != ir.DataType.FLOAT:
         value = tape.op("Cast", [value], {"to": floats.value})
     product = tape.op(node.op_type, [value, *weights], attributes, domain=node.domain)
     product.name, product.dtype = f"product.{index}", floats
     return product, columns
-
-
-def _slice(columns: int) -> list[tuple[str, int]]:
-    return [("first", 0), ("last", columns), ("axis", 1)]
 
 
 def _size(name: str, value: int) -> ir.Value:

@@ -127,11 +127,11 @@ class Steps:
         sequences = sequences_of(request, generation)
         self._sequences[generation] = set(sequences)
         needing = [sequence for sequence in sequences if request.max_tokens or sequence.needs_prompt_scores]
+        complete = [] if request.max_tokens else [each for each in sequences if not each.needs_prompt_scores]
         if needing:
             self.scheduler.add(needing)
-        for sequence in sequences:
-            if sequence not in needing:
-                self.send(sequence, self._committer.begin(sequence))
+        for sequence in complete:
+            self.send(sequence, self._committer.begin(sequence))
 
     def end(self, generation: Generation) -> None:
         """Removes a request's sequences, highest slot first, so that none is moved before it is removed."""

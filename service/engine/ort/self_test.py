@@ -17,9 +17,9 @@ from service.manifest import SELF_TEST_FILE
 
 Floats = npt.NDArray[np.floating]
 
-# Numbers of rows that share a decode step, and where a prompt of _PROMPT tokens is cut.
+# Numbers of rows that share a decode step, and a prompt, with the place where it is cut.
 _COMPANY = (2, 3, 8, 32)
-_PROMPT, _CUTS = 160, (62,)
+_PROMPT, _CUT = 160, 62
 _MOST_COLUMNS = 1 << 20
 
 
@@ -44,10 +44,9 @@ def lone_row_differs(directory: Path, device: Device, threads: int) -> bool:
     for count in _COMPANY:
         if not _equal(products(rows[:count]), whole, count):
             raise StartupError(_refusal(directory, f"{count} rows in another way than {_PROMPT}"))
-    for cut in _CUTS:
-        parts = zip(products(rows[:cut]), products(rows[cut:]), strict=True)
-        if not _equal([np.concatenate(pair) for pair in parts], whole, _PROMPT):
-            raise StartupError(_refusal(directory, f"a prompt of {_PROMPT} tokens in another way if cut after {cut}"))
+    parts = zip(products(rows[:_CUT]), products(rows[_CUT:]), strict=True)
+    if not _equal([np.concatenate(pair) for pair in parts], whole, _PROMPT):
+        raise StartupError(_refusal(directory, f"a prompt of {_PROMPT} tokens in another way if cut after {_CUT}"))
     return not _equal(products(rows[:1]), whole, 1)
 
 
